@@ -58,6 +58,11 @@ Settings beside the objective's own, where its table row lists them.
   Liu et al. 2024, arXiv:2409.06411.
 - `wpo`: each pair counts with w(y_w) w(y_l), w(y) = exp(mean over tokens of log π(y_t) − log Σ_v π(v)²), not
   differentiated. Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
+
+Not an objective but a setting of the run: a reference that moves (TR-DPO, Gorbatovski et al. 2024,
+arXiv:2404.09656, §3). Every `training.reference_every` steps the reference becomes α policy + (1 − α)
+reference, with α = `training.reference_alpha` (0.6, the paper's, which moves every 512 steps); 1 replaces it.
+It works with every objective that has a reference. `docs/design.md` says how it is kept.
 """
 
 _GROUPS = {

@@ -29,10 +29,11 @@ def plackett_luce(
         whose likelihood is summed over its orders: exactly up to 5 members, by Efron's approximation above
     Gradient weight: Σ over the stages at which a response is still there of d^k (softmax − 1[picked]); sums
         to zero
-    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 20 (appendix A.3); Plackett 1975; ties: Efron 1977
+    Source: Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; Plackett 1975; ties: Efron 1977
     Defaults: β = 0.1 (as DPO's); every stage, undiscounted (the likelihood itself)
     Data: rankings, ragged, with ties
-    Reported: uses all of a ranking's information; K = 2 is DPO
+    Reported: K = 2 is DPO; on lists of 8 that a reward model had scored, no better than all pairs (LiPO,
+        arXiv:2402.01878, Table 1)
     Use: K > 2 responses a prompt; top_k where only the head of the ranking is trusted (an exact marginal)
     """
 
@@ -51,9 +52,9 @@ def softmax_best(beta: Strength = 0.1) -> Objective:
     Formula: −log [exp r_best / Σ_j exp r_j]; several best: their probabilities are added
     Gradient weight: softmax − 1[best]
     Source: Chen et al. 2024 (S-DPO), arXiv:2406.09215; the first stage of Plackett-Luce
-    Defaults: β = 0.1 (as DPO's; S-DPO uses 1)
+    Defaults: β = 0.1 (as DPO's)
     Data: rankings, of which only the best is used
-    Reported: above DPO with several negatives in recommendation
+    Reported: above DPO in recommendation, with several negatives
     Use: one good response among many, the others unordered
     """
 
@@ -69,10 +70,11 @@ def listmle(beta: Strength = 0.1, weights: Literal["exponential", "dcg"] = "expo
     Formula: −Σ_k w_k [r_τ(k) − log Σ_{j≥k} exp r_τ(j)]; exponential: w_k = 2^(n−k) − 1, dcg: w_k = 1/log₂(1 +
         k), k from 1 and n the responses present
     Gradient weight: as plackett_luce, each stage times w_k
-    Source: Xia et al. 2008 (ListMLE, all w = 1: plackett_luce); Lan et al. 2014 (p-ListMLE)
-    Defaults: β = 0.1; exponential (p-ListMLE's)
+    Source: Xia et al. 2008 (ListMLE, all w = 1: plackett_luce); Lan et al. 2014 (p-ListMLE, with these
+        exponential weights in TensorFlow Ranking)
+    Defaults: β = 0.1 (as DPO's); exponential (p-ListMLE's)
     Data: rankings, ragged, with ties (a group has the mean weight of its places)
-    Reported: ListMLE is a baseline of LiPO
+    Reported: the form without weights: see plackett_luce
     Use: when the head of the ranking matters most
     """
 
@@ -93,9 +95,9 @@ def all_pairs(beta: Strength = 0.1, label_smoothing: FlipProbability = 0.0) -> O
     Formula: mean over the better-worse pairs of −(1 − ε) log σ(r_i − r_j) − ε log σ(r_j − r_i)
     Gradient weight: mean of σ(r_j − r_i) − ε
     Source: Ouyang et al. 2022, arXiv:2203.02155, Eq. 1
-    Defaults: β = 0.1; ε = 0
+    Defaults: β = 0.1 (as DPO's); ε = 0
     Data: rankings, ragged; ties are no pair
-    Reported: less over-fitting than shuffling a prompt's pairs through the data
+    Reported: for reward models, less over-fitting than shuffling a prompt's pairs through the data (§3.5)
     Use: rankings with noise; equal to dpo with `pairs: all`
     """
     return pairwise.dpo(beta=beta, label_smoothing=label_smoothing, pairs="all")
@@ -107,11 +109,12 @@ def lipo_lambda(beta: Strength = 0.05, gains: Literal["ranks", "scores"] = "rank
     Formula: Σ_{i better than j} |2^ψ_i − 2^ψ_j| · |1/D(τ_i) − 1/D(τ_j)| · log(1 + exp(r_j − r_i)), D(τ) =
         log(1 + τ), τ the place in the order of r
     Gradient weight: the λ-weight times σ(r_j − r_i); the weights are not differentiated
-    Source: Liu et al. 2024, arXiv:2402.01878 (LambdaLoss, Wang et al. 2018)
-    Defaults: β = 0.05 (LiPO's); ψ from the ranks, (worse responses)/(n − 1), or the given scores, which
+    Source: Liu et al. 2024, arXiv:2402.01878, Eq. 8 (LambdaLoss, Wang et al. 2018)
+    Defaults: β = 0.05 (LiPO's, §5); ψ from the ranks, (worse responses)/(n − 1), or the given scores, which
         should be in [0, 1]
     Data: rankings; with `gains: scores`, scores
-    Reported: above DPO, SLiC and ListMLE in the paper's summarisation and dialogue tasks
+    Reported: above DPO, SLiC and ListMLE in summarisation and dialogue (Table 1), and the only one of them
+        that gains steadily from longer lists
     Use: lists whose head matters most and whose labels are graded
     """
 
@@ -131,10 +134,11 @@ def infonca(beta: Strength = 0.1, alpha: Strength = 1.0) -> Objective:
 
     Formula: −Σ_i softmax(score/α)_i log softmax(r)_i
     Gradient weight: softmax(r) − softmax(score/α); sums to zero
-    Source: Chen et al. 2024, arXiv:2402.05369
-    Defaults: β = 0.1 (as DPO's; the paper uses 0.01), α = 1
+    Source: Chen et al. 2024, arXiv:2402.05369, Table 1
+    Defaults: β = 0.1 (as DPO's; the paper uses 0.01, appendix C), α = 1 (ours: it has the unit of the scores)
     Data: rankings with scores
-    Reported: uses the scores' sizes, which rankings discard; α → 0 is softmax_best
+    Reported: uses the scores' sizes, which rankings discard; α → 0 is softmax_best, and DPO for K = 2; a
+        cross entropy of this kind was not competitive on densely scored lists in LiPO (§5.1)
     Use: when scores are trusted beyond their order
     """
 

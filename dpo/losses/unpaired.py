@@ -31,12 +31,13 @@ def kto(
 
     Formula: λ_D (1 − σ(β (s − z))) if desirable, λ_U (1 − σ(β (z − s))) if not, z = max(0, KL(π‖ρ))
     Gradient weight: λ σ′(β (s − z)), up for desirable, down for undesirable; z is not differentiated
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, §4.1
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, §4.1, Eq. 8 (7 in earlier versions)
     Defaults: β = 0.1, λ_D = λ_U = 1 (the paper's; it wants λ_D n_D / (λ_U n_U) in [1, 3/2]); baseline as the
         paper: the mean of s over prompts with another prompt's response. "batch" takes the mean over the
         batch's own responses instead (no extra responses, biased by the labels), "none" is 0
     Data: labels good or bad, one response each; pairs and rankings too; statistics of the whole batch
-    Reported: on a par with DPO at 1B to 30B parameters, from weaker labels, and robust to imbalance
+    Reported: matches or exceeds DPO at 1B to 30B parameters, from weaker labels, also with up to 90% fewer
+        desirable ones
     Use: thumbs-up data, unbalanced or unpaired
     """
 
@@ -66,11 +67,12 @@ def bco(
     Formula: −λ_D log σ(βs − δ) if desirable, −λ_U log σ(δ − βs) if not, δ = β · mean of s
     Gradient weight: λ σ(δ − βs) for desirable, λ σ(βs − δ) for undesirable; δ is not differentiated
     Source: Jung et al. 2024, arXiv:2404.04656; the mean over all responses so far as in TRL's BCOTrainer
-    Defaults: β = 0.1, weights 1. The shift is state, so it is explicit: "running" reads `Scores.shift`, which
-        the step keeps in the train state (`RunningMean`, part of the checkpoint, so a resumed run has the
-        same bits); "batch" is the stateless form, the mean over the whole batch
+    Defaults: β = 0.1 (as DPO's; the paper uses 0.01, appendix C), weights 1. The shift is state, so it is
+        explicit: "running" reads `Scores.shift`, which the step keeps in the train state (`RunningMean`, part
+        of the checkpoint, so a resumed run has the same bits); "batch" is the stateless form, the mean over
+        the whole batch
     Data: labels good or bad, one response each; pairs and rankings too
-    Reported: matches DPO on pairs and exceeds KTO on thumbs-up data in the paper
+    Reported: its loss bounds DPO's from above, the closer the better the shift (the paper's theorem)
     Use: thumbs-up data; "batch" for large batches
     """
 

@@ -60,7 +60,7 @@ def init_state(
 
 
 def move_reference(state: TrainState, alpha: float) -> TrainState:
-    """TR-DPO: reference ← α policy + (1 − α) reference (Gorbatovski et al. 2024, arXiv:2404.09656, Eq. 4-5).
+    """TR-DPO: reference ← α policy + (1 − α) reference (Gorbatovski et al. 2024, arXiv:2404.09656, §3).
 
     α = 1 is the paper's hard update, smaller ones its soft update.
     """
