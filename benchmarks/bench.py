@@ -23,11 +23,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo.__main__ import HUGE_PAGES, TUNABLES, wants_huge_pages
+
 ROOT = Path(__file__).resolve().parent.parent
 PEER_ENVIRONMENT = ROOT / ".venv-trl"
 PEER_MODEL = ROOT / ".cache" / "bench-model"
 SHARED_PAIRS = Path(os.environ.get("DPO_SHARED_DIR", ROOT.parent / "shared")) / "data" / "hh_pairs_512.jsonl"
 SHIPPED_PAIRS = ROOT / "data" / "sentiment_train.jsonl"
+
+EPOCH_ROWS = 1024
+"""Rows of a file that make an epoch."""
 
 
 class Contestant(NamedTuple):
@@ -40,6 +45,7 @@ class Contestant(NamedTuple):
 
 CONTESTANTS = {
     "dpo_float32": Contestant("dpo", ("--dtype", "float32")),
+    "dpo_float32_full": Contestant("dpo", ("--dtype", "float32", "--remat", "full")),
     "dpo_bfloat16": Contestant("dpo", ("--dtype", "bfloat16")),
     "trl_float32": Contestant("trl", ("--dtype", "float32")),
     "trl_float32_precomputed": Contestant("trl", ("--dtype", "float32", "--precompute")),
@@ -100,15 +106,18 @@ class Files(NamedTuple):
 
 
 def write_data(source: Path, num_prompts: int, directory: Path) -> Files:
-    """The first rows as they are, and every ranking expanded to its pairs, in order."""
+    """The rows as they are, and the first `num_prompts` of them expanded to their pairs, in order.
+
+    Our side plans its shapes over all rows, as it does for an epoch, and both take steps on the first.
+    """
     with source.open() as lines:
-        rows = [json.loads(line) for line in itertools.islice(lines, num_prompts)]
+        rows = [json.loads(line) for line in itertools.islice(lines, EPOCH_ROWS)]
     if len(rows) < num_prompts:
         raise SystemExit(f"{source} has {len(rows)} rows; {num_prompts} are needed for these steps")
-    pairs = [pair for row in rows for pair in expand(row)]
-    if len(pairs) % len(rows):
+    pairs = [pair for row in rows[:num_prompts] for pair in expand(row)]
+    if len(pairs) % num_prompts:
         raise SystemExit(f"{source}: rows have different numbers of pairs; rank all responses, without ties")
-    files = Files(directory / "preferences.jsonl", directory / "pairs.jsonl", len(pairs) // len(rows))
+    files = Files(directory / "preferences.jsonl", directory / "pairs.jsonl", len(pairs) // num_prompts)
     for path, entries in ((files.preferences, rows), (files.pairs, pairs)):
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return files
@@ -153,8 +162,13 @@ def run(contestant: Contestant, files: Files, options: argparse.Namespace) -> di
         command += ["--model", str(_peer_model(options.source)), "--data", str(files.pairs)]
         command += ["--batch", str(batch), "--device", options.device]
         command += ["--micro-batches", str(batch)] if contestant.one_micro_batch_a_pair else []
+    environment = dict(os.environ)
+    if contestant.tool == "dpo" and wants_huge_pages():
+        environment[TUNABLES] = HUGE_PAGES  # as `dpo` starts itself
     print("$", " ".join(command + common), file=sys.stderr, flush=True)
-    done = subprocess.run(command + common, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        command + common, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment
+    )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -169,6 +183,7 @@ def summarise(names: list[str], rounds: list[dict], options: argparse.Namespace)
         "peak_rss_gib",
         "fill",
         "mfu",
+        "mfu_with_reference",
     )
     contestants = {}
     for name in names:

@@ -1,9 +1,10 @@
-"""Our side: real training steps on the first rows of a file, timed; prints one JSON line.
+"""Our side: the first training steps of an epoch over a file, timed; prints one JSON line.
 
     python -m benchmarks.bench_dpo --data pairs.jsonl --batch 8 --steps 6 --dtype float32
 
-The reference's log-probs are computed first, as a run does, and their time is reported per prompt, so that
-an epoch's rate can include it. Compilation is timed apart. Data order is the file's.
+The reference's log-probs of the steps' rows are computed first, as a run does, and their time is reported per
+prompt, so that an epoch's rate can include it. Shapes are planned over the whole file. Compilation is timed
+apart. Data order is the file's.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument("--layout", choices=("padded", "packed", "shared"), default="shared")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--row-length", type=int, default=None)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument(
-        "--chunk", type=int, default=512, help="scored tokens that meet the vocabulary at a time"
+        "--chunk", type=int, default=1024, help="scored tokens that meet the vocabulary at a time"
     )
     parser.add_argument("--device", choices=("default", "cpu", "gpu", "tpu"), default="default")
     return parser.parse_args(arguments)
@@ -81,7 +82,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     data = DataConfig(
         train=str(options.data),
-        max_train=num_steps * options.batch,
         max_length=options.max_length,
         layout=options.layout,
         row_length=options.row_length,
@@ -94,20 +94,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(model, mesh)
     config = policy.pretrained.model.config
     dataset = read_dataset(data, policy.pretrained.tokenizer).tokens
-    loader = make_loader(data, training, dataset, mesh, num_steps=num_steps)
+    epoch = len(dataset) // options.batch
+    if epoch < num_steps:
+        raise SystemExit(f"{options.data} has {len(dataset)} rows; {num_steps * options.batch} are needed")
+    loader = make_loader(data, training, dataset, mesh, num_steps=epoch)
     batches = [loader.batch(step) for step in range(num_steps)]
 
-    # Reference: every row once, without a gradient. The first batch of each shape compiles.
+    # Reference: the steps' rows once, without a gradient. The first batch of each shape compiles.
     score = make_score(policy, mesh, chunk=options.chunk)(policy.params)
     scoring = scoring_loader(data, dataset, mesh)
+    scored = range(-(-num_steps * options.batch // len(scoring.indices(0))))
     compiling = time.perf_counter()
-    for shape in scoring.shapes:
-        step = next(step for step in range(scoring.num_steps) if scoring.shape(step) == shape)
+    for step in {scoring.shape(step): step for step in scored}.values():
         score(scoring.batch(step))
     scoring_compile = time.perf_counter() - compiling
     began = _clock()
-    rows = score_rows(score, scoring.batches(), num_rows=len(dataset), num_responses=dataset.max_responses)
+    rows = score_rows(
+        score,
+        scoring.batches(0, scored.stop),
+        num_rows=len(dataset),
+        num_responses=dataset.max_responses,
+    )
     reference_time = _since(began)
+    num_scored = sum(int((scoring.indices(step) >= 0).sum()) for step in scored)
     reference = ReferenceStore(rows)
 
     # Step.
@@ -150,8 +159,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     shapes = [loader.shape(step) for step in timed]
     tokens = sum(pair_tokens(dataset, rows) for rows in indices)
     seconds, cpu_seconds = sum(times[options.warmup :]), sum(cpu_times[options.warmup :])
-    reference_seconds = reference_time[0] / len(dataset) * options.batch * options.steps
-    reference_cpu = reference_time[1] / len(dataset) * options.batch * options.steps
+    reference_seconds = reference_time[0] / num_scored * options.batch * options.steps
+    reference_cpu = reference_time[1] / num_scored * options.batch * options.steps
     work = [count_work(config, batches[step]) for step in timed]
     rate = matmul_rate(config, shapes[0].rows * shapes[0].row_length)
     useful = sum(one.training for one in work)

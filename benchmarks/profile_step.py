@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--source", default="embedded:smollm2-135m-instruct", help="model")
     parser.add_argument("--batch", type=int, default=8, help="prompts a step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument(
-        "--chunk", type=int, default=512, help="scored tokens that meet the vocabulary at a time"
+        "--chunk", type=int, default=1024, help="scored tokens that meet the vocabulary at a time"
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of every part; the least counts")
     profile(parser.parse_args())
@@ -58,7 +58,8 @@ def profile(options: argparse.Namespace) -> None:
     policy = load_policy(
         ModelConfig(source=options.source, compute_dtype=options.dtype, remat=options.remat), mesh
     )
-    model, config = policy.pretrained.model, policy.pretrained.model.config
+    model = policy.merge(policy.params)
+    config = model.config
     dtype, layers = jnp.dtype(options.dtype), config.num_layers
     data = DataConfig(train=str(options.data), max_train=options.batch, shuffle=False)
     dataset = read_dataset(data, policy.pretrained.tokenizer).tokens

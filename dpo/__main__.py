@@ -1,6 +1,41 @@
-"""`python -m dpo` is `dpo`."""
+"""`python -m dpo` is `dpo`: starts the process anew with huge pages where that helps, then runs the command.
 
-from dpo.cli import main
+XLA's CPU client takes a step's temporaries from malloc and gives them back, gigabytes of them; in pages of
+4 KiB the faults alone are a tenth of a step (docs/performance.md). glibc reads its settings once, when a
+process starts, so they can only be set by starting again.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def run() -> int:
+    """The command line in `sys.argv`; returns the exit code."""
+    if wants_huge_pages():
+        os.environ[TUNABLES] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    from dpo.cli import main
+
+    return main()
+
+
+def wants_huge_pages(kernel: Path = _KERNEL) -> bool:
+    """Whether malloc would use huge pages if asked: glibc, a kernel that gives them on request, no setting.
+
+    An empty GLIBC_TUNABLES in the environment is a setting: it leaves malloc as it is.
+    """
+    if TUNABLES in os.environ or platform.libc_ver()[0] != "glibc" or not kernel.is_file():
+        return False
+    return "[madvise]" in kernel.read_text()
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run())

@@ -26,9 +26,9 @@ class ModelConfig:
     """Directory of stored reference log-probs; reference/ in DPO_CACHE (~/.cache/dpo) when not given."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and matrix products; parameters, softmax and sums of log-probs stay float32."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
-    log_prob_chunk: int = 512
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass recomputes: nothing, all but matrix products, or (least memory) whole layers."""
+    log_prob_chunk: int = 1024
     """Scored tokens that meet the vocabulary at a time (bounds memory to chunk x V floats)."""
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class Loader:
         row_length: int | None = None,
         micro_batches: int = 1,
         rows_multiple: int = 1,
-        max_shapes: int = 4,
+        max_shapes: int = 8,
         long_rows: bool = False,
     ) -> None:
         """Plan the shapes of all steps. `order(step)` gives rows of the data set; -1 is a padding prompt."""
@@ -134,7 +134,7 @@ def training_loader(
     row_length: int | None = None,
     micro_batches: int = 1,
     rows_multiple: int = 1,
-    max_shapes: int = 4,
+    max_shapes: int = 8,
     long_rows: bool = False,
 ) -> Loader:
     """Batches of a stream of epochs, each epoch a permutation given by (seed, epoch) or the data's order.
@@ -165,7 +165,7 @@ def evaluation_loader(
     layout: Layout = "shared",
     row_length: int | None = None,
     rows_multiple: int = 1,
-    max_shapes: int = 4,
+    max_shapes: int = 8,
     long_rows: bool = False,
 ) -> Loader:
     """Every row once, in order; the last batch is filled up with padding prompts of index -1."""

@@ -26,6 +26,8 @@ PROJECTION_WEIGHT = 0.25
 """Cost of a scored token's output projection, in tokens through the layers (a quarter of a small model)."""
 STEPS_PER_COMPILATION = 4
 """Another shape must save as much work as this many steps cost, since it is compiled once more."""
+LONG_STEPS_PER_COMPILATION = 1
+"""The same for long rows, which are for CPUs: a step takes longer there, and compiles sooner."""
 _SAMPLE = 128
 """Steps that are laid out to compare row lengths."""
 
@@ -56,7 +58,7 @@ def plan_shapes(
     row_length: int | None = None,
     micro_batches: int = 1,
     rows_multiple: int = 1,
-    max_shapes: int = 4,
+    max_shapes: int = 8,
     long_rows: bool = False,
 ) -> Plan:
     """At most `max_shapes` shapes that hold every step with the least work.
@@ -98,7 +100,7 @@ def _plan_long_rows(
     length = np.maximum(length, lengths.sequence)
     length = -(-length // 128) * 128
     sizes = choose_sizes(
-        length, max_sizes=max_shapes, cost_of_one=STEPS_PER_COMPILATION * float(length.mean())
+        length, max_sizes=max_shapes, cost_of_one=LONG_STEPS_PER_COMPILATION * float(length.mean())
     )
     shape_of_step = np.searchsorted(sizes, length)
     shapes = tuple(

@@ -27,14 +27,16 @@ def token_log_probs(
     chunk: int,
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
-    keep_logits: bool = False,
+    keep_logits: bool | None = None,
 ) -> Float32[Array, "*R N"]:
     """log p(target) at each position, differentiable in `hidden`, `embedding` and `bias`.
 
     `chunk` bounds how many positions meet the vocabulary at a time, all rows together. `keep_logits` saves
     the logits for the backward pass (positions x V floats) instead of making them again: a quarter fewer
-    products, for when memory allows.
+    products. When not given they are kept where all positions are one chunk, which holds them all anyway.
     """
+    if keep_logits is None:
+        keep_logits = _Chunks(hidden.shape[:-1], chunk).steps == 1
     return _token_log_probs(chunk, softcap, keep_logits, hidden, embedding, bias, target)
 
 

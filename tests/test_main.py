@@ -1,0 +1,52 @@
+"""The process asks for huge pages once, where the system gives them on request, and leaves settings alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from dpo.__main__ import HUGE_PAGES, TUNABLES, wants_huge_pages
+
+LIBC = platform.libc_ver()[0]
+
+
+@pytest.mark.skipif(LIBC != "glibc", reason="only glibc has the setting")
+@pytest.mark.parametrize(
+    ("kernel", "setting", "wanted"),
+    [
+        ("always [madvise] never", None, True),
+        ("[always] madvise never", None, False),
+        ("always madvise [never]", None, False),
+        ("always [madvise] never", "", False),
+        ("always [madvise] never", "glibc.malloc.check=3", False),
+    ],
+)
+def test_huge_pages_are_asked_for_where_they_are_given_and_nothing_is_set(
+    tmp_path, monkeypatch, kernel, setting, wanted
+):
+    monkeypatch.delenv(TUNABLES, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(TUNABLES, setting)
+    file = tmp_path / "enabled"
+    file.write_text(kernel + "\n")
+    assert wants_huge_pages(file) is wanted
+
+
+def test_a_kernel_that_does_not_say_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv(TUNABLES, raising=False)
+    assert not wants_huge_pages(tmp_path / "absent")
+
+
+def test_the_command_keeps_its_arguments_and_exit_code_when_started_anew():
+    environment = {key: value for key, value in os.environ.items() if key != TUNABLES}
+    command = [sys.executable, "-m", "dpo", "no such command"]
+    started = [
+        subprocess.run(command, capture_output=True, text=True, env=env)
+        for env in (environment, environment | {TUNABLES: HUGE_PAGES})
+    ]
+    assert [done.returncode for done in started] == [2, 2]
+    assert all("'no such command' is not a command" in done.stderr for done in started)
