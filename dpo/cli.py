@@ -30,6 +30,7 @@ from dpo.config import (
     WinrateConfig,
     heldout_settings,
 )
+from dpo.data.control_characters import show_controls
 
 if TYPE_CHECKING:
     from dpo.evaluation.heldout import Heldout
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if not _is_for_user(error):
             raise
-        print(f"dpo {name}: error: {error}", file=sys.stderr)
+        print(show_controls(f"dpo {name}: error: {error}"), file=sys.stderr)
         return USAGE_ERROR
 
 
@@ -212,7 +213,7 @@ def generate(arguments: list[str]) -> int:
     pretrained = load_pretrained(given.model, compute_dtype=jnp.dtype(given.compute_dtype))
 
     def write(piece: str) -> None:
-        print(piece, end="", flush=True)
+        print(show_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
     if values.interactive:
         converse(
@@ -393,8 +394,8 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def print_plain(text: str) -> None:
-    """A line to standard output as it is."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    """Lines to standard output as they are, without markup; control characters show as symbols."""
+    Console().print(show_controls(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _overview() -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.control_characters import show_controls
 from dpo.data.preferences import Message, Preference, ReadPreferences
 from dpo.data.tokenization import TokenizedDataset
 
@@ -216,12 +217,13 @@ def render_example(
     if len(prompt) > max_prompt_tokens:
         text.append(f"… {len(prompt) - max_prompt_tokens} tokens left out …", style="italic dim")
     for piece in _decode_pieces(prompt[-max_prompt_tokens:], tokenizer):
-        text.append(piece, style="bright_black")
+        text.append(show_controls(piece), style="bright_black")
     ranks = dataset.ranks[dataset.row_offsets[row] : dataset.row_offsets[row + 1]]
     for k, (response, rank) in enumerate(zip(dataset.responses(row), ranks, strict=True)):
         text.append(f"\n\nresponse {k + 1} (rank {rank}, {len(response)} tokens scored)\n", style="bold")
         for i, piece in enumerate(_decode_pieces(response.tolist(), tokenizer)):
-            text.append(piece.replace("\n", "⏎\n"), style=_TOKEN_STYLES[i % len(_TOKEN_STYLES)])
+            shown = show_controls(piece).replace("\n", "⏎\n")
+            text.append(shown, style=_TOKEN_STYLES[i % len(_TOKEN_STYLES)])
     return text
 
 
@@ -238,7 +240,7 @@ def _render_counts(report: Report) -> Table:
     sizes = (f"{count} with {size}" for size, count in report["responses"].items())
     table.add_row("responses a prompt", ", ".join(sizes))
     table.add_row("with scores", str(report["with_scores"]))
-    table.add_row("sources", _join_counts(report["sources"]))
+    table.add_row("sources", Text(show_controls(_join_counts(report["sources"]))))
     for title, key in _TEXT_COUNTS:
         table.add_row(title, str(report[key]), style="yellow" if report[key] else "")
     if "labels" in report:
@@ -275,9 +277,9 @@ def _render_lengths(lengths: Report) -> Table:
 def _notes(report: Report) -> Iterator[Text]:
     """Where the first rows that were left out stand."""
     for problem in report["problems"][:5]:
-        yield Text(f"malformed: {problem}", style="yellow")
+        yield Text(show_controls(f"malformed: {problem}"), style="yellow")
     for reason, where in report["first_dropped"].items():
-        yield Text(f"first dropped as {reason}: {where}", style="yellow")
+        yield Text(show_controls(f"first dropped as {reason}: {where}"), style="yellow")
 
 
 def _join_counts(counts: dict[str, int]) -> str:

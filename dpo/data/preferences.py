@@ -166,7 +166,7 @@ def parse_row(row: Any, *, location: str, source: str) -> Preference:
     kinds = [kind for fields, kind in _KINDS.items() if all(field in row for field in fields)]
     if len(kinds) != 1:
         found = "fields of several kinds" if kinds else "no complete kind of row"
-        detail = f"found {found} among {sorted(map(str, row))}; allowed is one of {_KIND_NAMES}"
+        detail = f"found {found} among {_name_fields(row)}; allowed is one of {_KIND_NAMES}"
         raise MalformedRowError("(row)", "unknown_format" if not kinds else "ambiguous_format", detail)
     prompt, responses, ranks, scores = kinds[0](row)
     order = sorted(range(len(responses)), key=lambda k: ranks[k])
@@ -177,7 +177,7 @@ def parse_row(row: Any, *, location: str, source: str) -> Preference:
         responses=tuple(responses[k] for k in order),
         ranks=tuple(int(ranks[k]) if lone else levels[ranks[k]] for k in order),
         scores=None if scores is None else tuple(float(scores[k]) for k in order),
-        source=row["source"] if isinstance(row.get("source"), str) else source,
+        source=_text(row["source"], "source") if isinstance(row.get("source"), str) else source,
         location=location,
     )
 
@@ -216,7 +216,7 @@ def _parse_unpaired(row: Mapping[str, Any]) -> _Parsed:
     label = row["label"]
     if not isinstance(label, bool) and label not in (0, 1):
         raise MalformedRowError(
-            "label", "wrong_type", f"found {label!r}; allowed is true (desirable) or false"
+            "label", "wrong_type", f"found {_show(label)}; allowed is true (desirable) or false"
         )
     prompt, responses = _split_prompt(row, {"completion": row["completion"]})
     return prompt, responses, (0 if label else 1,), None
@@ -353,7 +353,7 @@ def _message(turn: Any, field: str) -> Message:
         )
     if turn["role"] not in ROLES:
         raise MalformedRowError(
-            f"{field}.role", "roles", f"found {turn['role']!r}; allowed are {', '.join(ROLES)}"
+            f"{field}.role", "roles", f"found {_show(turn['role'])}; allowed are {', '.join(ROLES)}"
         )
     return {"role": turn["role"], "content": _text(turn["content"], f"{field}.content")}
 
@@ -386,9 +386,7 @@ def _numbers(row: Mapping[str, Any], field: str, count: int) -> list[float]:
 
 def _number(value: Any, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
-        raise MalformedRowError(
-            field, "not_a_number", f"found {str(value)[:40]!r}; allowed is a finite number"
-        )
+        raise MalformedRowError(field, "not_a_number", f"found {_show(value)}; allowed is a finite number")
     return float(value)
 
 
@@ -397,6 +395,24 @@ def _is_finite(value: int | float) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _show(value: Any) -> str:
+    """A scalar, shortened, or the name of any other type: a row may hold anything, of any depth."""
+    if isinstance(value, (str, float, bool)):
+        text = repr(value[: _LONGEST_SHOWN + 1] if isinstance(value, str) else value)
+        return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+    if isinstance(value, int):
+        return str(value) if value.bit_length() < 128 else "an integer beyond any number"
+    return _name_type(value)
+
+
+_LONGEST_SHOWN = 60
+
+
+def _name_fields(row: Mapping[Any, Any]) -> str:
+    names = sorted(_show(str(name)) for name in row)
+    return f"[{', '.join(names[:20])}{', …' if len(names) > 20 else ''}]"
 
 
 def _name_type(value: Any) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+MAX_ROW_BYTES = 1 << 26
+"""Longest line that is read: without a limit a small compressed file could fill the memory."""
 
 
 class MalformedRowError(ValueError):
@@ -36,8 +40,11 @@ def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rb") as lines:
+        with open_file(path, "rb") as file:
+            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
             for number, line in enumerate(lines, start=1):
+                if len(line) > MAX_ROW_BYTES:
+                    raise ValueError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} bytes")
                 if line.strip():
                     yield f"{path}:{number}", _decode_json(line)
     except (OSError, EOFError, zlib.error) as error:
@@ -46,8 +53,11 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """One JSON list of rows; anything else is taken for JSON lines."""
-    content = path.read_bytes()
-    if not content.lstrip().startswith(b"["):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from _read_json_lines(path)
         return
     rows = _decode_json(content)
@@ -79,7 +89,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 

@@ -17,15 +17,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Literal, NamedTuple
 
-import jinja2
 import numpy as np
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.preferences import Message, Preference
+from dpo.data.templates import Refusal, SandboxedTemplate
 
 Truncation = Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"]
 EndToken = Literal["template", "eos_only", "none"]
@@ -134,7 +134,8 @@ def tokenize(
     if not kept:
         raise ValueError(f"no preference is left after tokenisation: {notes.describe()}")
     policies = {"truncation": truncation, "max_length": max_length, "end_token": end_token}
-    return _collect(kept, preferences, notes, {"chat_template": encoder.template, **policies})
+    text = None if encoder.template is None else encoder.template.text
+    return _collect(kept, preferences, notes, {"chat_template": text, **policies})
 
 
 def tokenize_prompts(
@@ -149,12 +150,14 @@ def tokenize_prompts(
       ValueError: for a conversation where there is no chat template, or one that the template refuses.
     """
     encoder = _make_encoder(tokenizer, "template", chat_template)
+    alone = [
+        Preference(given if isinstance(given, str) else tuple(given), (), (), None, "", f"prompt {number}")
+        for number, given in enumerate(prompts, start=1)
+    ]
     texts: list[str] = []
-    for number, given in enumerate(prompts, start=1):
-        prompt, place = given if isinstance(given, str) else tuple(given), f"prompt {number}"
-        rendered = _render(Preference(prompt, (), (), None, "", place), encoder)
+    for preference, rendered in zip(alone, _render(alone, encoder), strict=True):
         if isinstance(rendered, _Drop):
-            raise ValueError(f"{place}: {rendered.detail}")
+            raise ValueError(f"{preference.location}: {rendered.detail}")
         texts += rendered
     return [encoder.bos + ids for ids in _ids(tokenizer, texts)]
 
@@ -234,7 +237,7 @@ class _Encoder(NamedTuple):
     """How texts become ids, and what ends a response."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: str | None
+    template: SandboxedTemplate | None
     bos: list[int]
     """What precedes a raw text; a template brings its own."""
     trailer: list[int] | None
@@ -250,7 +253,8 @@ def _make_encoder(
         bos = _find_bos(tokenizer)
         ending = [] if end_token == "none" else [_eos_id(tokenizer)]
         return _Encoder(tokenizer, None, bos, None, ending)
-    template = tokenizer.get_chat_template(chat_template)
+    name = "the tokenizer's chat template" if chat_template is None else "data.chat_template"
+    template = SandboxedTemplate(tokenizer.get_chat_template(chat_template), name=name)
     if end_token == "template":
         return _Encoder(tokenizer, template, [], None, [])
     trailer = _find_trailer(tokenizer, template)
@@ -262,7 +266,7 @@ def _make_encoder(
 
 def _encode(preferences: Sequence[Preference], encoder: _Encoder) -> Iterable[_Row | _Drop]:
     """Render and tokenise a chunk at once: every text only once, in one call of the tokenizer."""
-    rendered = [_render(preference, encoder) for preference in preferences]
+    rendered = _render(preferences, encoder)
     texts = dict.fromkeys(text for texts in rendered if not isinstance(texts, _Drop) for text in texts)
     ids = dict(zip(texts, _ids(encoder.tokenizer, list(texts)), strict=True))
     for texts in rendered:
@@ -272,27 +276,56 @@ def _encode(preferences: Sequence[Preference], encoder: _Encoder) -> Iterable[_R
             yield _split([ids[text] for text in texts], encoder)
 
 
-def _render(preference: Preference, encoder: _Encoder) -> list[str] | _Drop:
-    """The text of the prompt, and of the prompt with each response."""
-    prompt = preference.prompt
+def _render(preferences: Sequence[Preference], encoder: _Encoder) -> list[list[str] | _Drop]:
+    """Of each preference the text of the prompt, and of the prompt with each response."""
     if encoder.template is None:
-        if isinstance(prompt, str):
-            return [prompt, *(prompt + response for response in preference.responses)]
-        raise ValueError(
-            f"{preference.location}: the prompt is a conversation, and the tokenizer has no chat template; "
-            "allowed are prompts and responses as strings, or a chat template given by data.chat_template"
-        )
+        return [_join_raw(preference) for preference in preferences]
+    conversations = [_conversations(preference) for preference in preferences]
+    inputs = [
+        _variables(encoder.tokenizer, messages, open_turn=number == 0)
+        for mine in conversations
+        for number, messages in enumerate(mine)
+    ]
+    rendered = iter(encoder.template.render_all(inputs))
+    return [_texts(list(islice(rendered, len(mine)))) for mine in conversations]
+
+
+def _join_raw(preference: Preference) -> list[str] | _Drop:
+    prompt = preference.prompt
+    if isinstance(prompt, str):
+        return [prompt, *(prompt + response for response in preference.responses)]
+    raise ValueError(
+        f"{preference.location}: the prompt is a conversation, and the tokenizer has no chat template; "
+        "allowed are prompts and responses as strings, or a chat template given by data.chat_template"
+    )
+
+
+def _conversations(preference: Preference) -> list[tuple[Message, ...]]:
+    """The prompt alone, and the prompt with each response."""
+    prompt = preference.prompt
     messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    answers = [{"role": "assistant", "content": response} for response in preference.responses]
-    try:
-        opened = _apply(encoder.tokenizer, encoder.template, messages, open_turn=True)
-        closed = [
-            _apply(encoder.tokenizer, encoder.template, (*messages, answer), open_turn=False)
-            for answer in answers
-        ]
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        return _Drop("template_error", f"the chat template refuses the conversation: {error}")
-    return [opened, *closed]
+    answers = ({"role": "assistant", "content": response} for response in preference.responses)
+    return [messages, *((*messages, answer) for answer in answers)]
+
+
+def _variables(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool
+) -> dict[str, object]:
+    """What a chat template sees, as in `tokenizer.apply_chat_template`."""
+    return {
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": open_turn,
+        **tokenizer.special_tokens_map,
+    }
+
+
+def _texts(rendered: Sequence[str | Refusal]) -> list[str] | _Drop:
+    refusal = next((text for text in rendered if isinstance(text, Refusal)), None)
+    if refusal is not None:
+        return _Drop("template_error", f"the chat template refuses the conversation: {refusal.reason}")
+    return [text for text in rendered if isinstance(text, str)]
 
 
 def _split(ids: list[list[int]], encoder: _Encoder) -> _Row | _Drop:
@@ -312,30 +345,17 @@ def _split(ids: list[list[int]], encoder: _Encoder) -> _Row | _Drop:
     return _Row(prompt, responses)
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], *, open_turn: bool
-) -> str:
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=open_turn,
-    )
-    assert isinstance(text, str)
-    return text
-
-
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _find_trailer(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+def _find_trailer(tokenizer: PreTrainedTokenizerBase, template: SandboxedTemplate) -> list[int]:
     """Ids of what the template puts after a response."""
     probe = "Zwölf Boxkämpfer jagen Viktor"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": probe}]
-    text = _apply(tokenizer, template, messages, open_turn=False)
+    text = template.render(_variables(tokenizer, messages, open_turn=False))
     if probe not in text:
         raise ValueError("the chat template leaves out the assistant's message; end_token must be 'template'")
     return _ids(tokenizer, [text[text.rindex(probe) + len(probe) :]])[0]

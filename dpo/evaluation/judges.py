@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import jinja2
-from jinja2.sandbox import SandboxedEnvironment
-
+from dpo.data.templates import SandboxedTemplate, read_template
 from dpo.evaluation.rewards import REWARDS, Prompt, Reward
 
 Choice = Literal["first", "second", "tie"]
@@ -156,19 +154,19 @@ class Template:
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
             raise ValueError(f"template is {str(path)!r}: there is no such file (in {Path.cwd()})")
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_template(path, name="template")
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True)
         try:
-            self._template = environment.from_string(text)
+            self._template = SandboxedTemplate(text, name=f"template {path}", dialect="judge")
             self.render(Question("?", "one", "two"))
-        except jinja2.TemplateError as error:
-            raise ValueError(f"template {path}: {error}; it may use messages, first and second") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; it may use messages, first and second") from error
 
     def render(self, question: Question) -> str:
         """The message for one question."""
         messages = as_messages(question.prompt)
-        return self._template.render(messages=messages, first=question.first, second=question.second)
+        variables = {"messages": messages, "first": question.first, "second": question.second}
+        return self._template.render(variables)
 
 
 def default_template(kind: Literal["endpoint", "local"]) -> Path:

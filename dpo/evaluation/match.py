@@ -35,6 +35,7 @@ from dpo.evaluation.winrate import Judged, describe_pairs
 from dpo.models.embedded import cache_directory
 from dpo.models.pretrained import load_pretrained
 from dpo.models.sampling import SamplingConfig
+from dpo.training.setup import given_chat_template
 
 RESULT_FILE = "winrate.json"
 DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
@@ -147,8 +148,7 @@ def make_pairs(
 ) -> list[Pair]:
     """Both responses to every request: sampled, or the data's own."""
     assert config.model.reference is not None
-    template = config.data.chat_template
-    chat_template = None if template is None else Path(template).read_text(encoding="utf-8")
+    chat_template = given_chat_template(config.data)
 
     def answer(role: str, source: str) -> list[Sample]:
         return sample_responses(

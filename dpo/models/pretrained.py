@@ -197,9 +197,17 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
         config=json.loads(config_file.read_text()),
         generation_config=json.loads(generation_file.read_text()) if generation_file.is_file() else {},
         tensors=tensors,
-        tokenizer=lambda: AutoTokenizer.from_pretrained(directory),
+        tokenizer=lambda: _open_tokenizer(directory),
         source=source,
     )
+
+
+def _open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Without code from the directory: transformers would otherwise ask whether to run it."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{directory}: its tokenizer cannot be opened: {error}") from error
 
 
 def _open_gguf(path: Path, source: str) -> Checkpoint:

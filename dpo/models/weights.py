@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -108,7 +109,7 @@ def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
         raise ValueError(f"{index}: weight_map must map tensor names to file names")
     entries: dict[str, _Entry] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not re.fullmatch(r"[\w.+-]{1,200}\.safetensors", file, re.ASCII):
             raise ValueError(
                 f"{index}: weight_map names {file!r}; allowed are .safetensors files beside the index"
             )

@@ -22,6 +22,7 @@ from dpo.data.batch import Batch
 from dpo.data.loader import Loader, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
 from dpo.data.preferences import ReadPreferences, read_preferences
+from dpo.data.templates import read_template
 from dpo.data.tokenization import TokenizedDataset, tokenize
 from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
@@ -101,9 +102,15 @@ def read_dataset(config: DataConfig, tokenizer: Any, *, heldout: bool = False) -
         max_length=config.max_length,
         truncation=config.truncation,
         end_token=config.end_token,
-        chat_template=None if config.chat_template is None else Path(config.chat_template).read_text(),
+        chat_template=given_chat_template(config),
     )
     return Dataset(read, tokens)
+
+
+def given_chat_template(config: DataConfig) -> str | None:
+    """The text of the chat template that the settings name; None where the tokenizer's own holds."""
+    path = config.chat_template
+    return None if path is None else read_template(path, name="data.chat_template")
 
 
 def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[str]) -> Dataset:

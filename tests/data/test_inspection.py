@@ -14,7 +14,7 @@ from dpo.data.inspection import (
     render_report,
     wilson_interval,
 )
-from dpo.data.preferences import Preference, ReadPreferences
+from dpo.data.preferences import Preference, Problem, ReadPreferences
 from dpo.data.tokenization import make_dataset, tokenize
 
 USER = {"role": "user", "content": "Hello, World!"}
@@ -117,3 +117,17 @@ def test_the_example_colours_exactly_the_scored_text(tokenizer):
 def test_a_long_prompt_is_shortened_in_the_example(tokenizer):
     dataset = tokenize([make("h" * 300, "yes", "no")], tokenizer)
     assert "… 208 tokens left out …" in render_example(dataset, 0, tokenizer, max_prompt_tokens=100).plain
+
+
+def test_names_and_texts_of_data_are_neither_markup_nor_terminal_commands(tokenizer):
+    odd = make("h[/b]\x1b[2J", "y[red]es", "n\x07o", source="[/no] [bold]x\x1b]0;t\x07")
+    read = ReadPreferences([odd], 1, {}, [Problem("[/f]:1", "[/x]", "r", "\x1b[1m")])
+    dataset = tokenize([odd], tokenizer)
+    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    console.print(render_report(inspect_dataset(read, dataset)))
+    console.print(render_example(dataset, 0, tokenizer))
+    printed = console.file.getvalue()
+    assert "[/no] [bold]x␛]0;t␇ 1" in printed
+    assert "malformed: [/f]:1: field '[/x]': ␛[1m [r]" in printed
+    assert "\x1b" not in printed
+    assert "\x07" not in printed

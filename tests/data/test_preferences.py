@@ -128,6 +128,8 @@ MALFORMED = [
     ({**PAIR, "prompt": [{"role": "user", "content": None}]}, "prompt[0].content", "wrong_type"),
     ({**PAIR, "prompt": [{"role": "user"}]}, "prompt[0]", "wrong_type"),
     ({**PAIR, "chosen": "\ud800"}, "chosen", "invalid_unicode"),
+    ({**PAIR, "source": "\ud800"}, "source", "invalid_unicode"),
+    ({**PAIR, "source": " "}, "source", "empty"),
     ({**PAIR, "chosen": turns("x", "b", "c")[1:]}, "chosen", "several_turns"),
     ({"chosen": turns("a", "b"), "rejected": turns("c", "d")}, "prompt", "no_common_prompt"),
     ({"chosen": turns("a", "b"), "rejected": turns("a", "b", "c", "d")}, "rejected", "several_turns"),
@@ -277,3 +279,37 @@ def test_expansion_counts_tied_pairs_and_keeps_scores(tmp_path):
     read = read_preferences(write_lines(tmp_path / "rows.jsonl", row), expand="all_pairs")
     assert read.skipped == {"tied_pair": 1}
     assert [(p.responses, p.scores) for p in read.preferences] == [(("b", "a"), (3, 1)), (("c", "a"), (3, 1))]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": "c", "label": "x" * 10**6},
+        {"prompt": [{"role": "x" * 10**6, "content": "c"}], "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [1, "9" * 10**6]},
+        {str(n): n for n in range(10**5)},
+    ],
+)
+def test_an_error_shows_little_of_a_row_however_large(row):
+    with pytest.raises(MalformedRowError) as caught:
+        parse(row)
+    assert len(caught.value.detail) < 1000
+
+
+def test_a_row_of_any_depth_is_a_named_problem():
+    deep = json.loads("[" * 300 + "]" * 300)
+    for field in ("label", "completion", "prompt"):
+        row = {"prompt": "p", "completion": "c", "label": True, field: deep}
+        with pytest.raises(MalformedRowError):
+            parse(row)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("dpo.data.sources.MAX_ROW_BYTES", 1000)
+    lines = json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": "x" * 10**6}) + "\n"
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt") as file:
+        file.write(lines)
+    with pytest.raises(ValueError, match=f"{name}:2: a line of more than 1000 bytes"):
+        read_preferences(tmp_path / name)

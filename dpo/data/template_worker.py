@@ -1,0 +1,207 @@
+"""Renders templates in a process of its own: `templates` starts this file, and nothing imports it.
+
+Requests and answers are JSON, one a line. A request is answered by one line for the template and, where that
+is well-formed, one line for each of its inputs:
+
+    {"template", "dialect": "chat" | "judge", "seconds", "characters", "inputs": [{variable: value}, ...]}
+    {"text"} or {"error", "limit": whether a limit was the reason}
+
+It runs without the rest of the project (a start takes a tenth of a second), may not write files, and has its
+memory and, for every input anew, its CPU time capped by the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from functools import lru_cache
+from types import FrameType
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+GRACE = 1
+"""Seconds of CPU time after the limit at which the kernel ends the process: one operation can run so long."""
+LONGEST_MESSAGE = 500
+
+
+class _OutOfTimeError(BaseException):
+    """Not an `Exception`, so that nothing between a template and the loop below takes it for its own."""
+
+
+class _OutOfRoomError(Exception):
+    """The text is longer than allowed."""
+
+
+def main(memory: int) -> None:
+    """Answer requests until standard input ends."""
+    _give_up(resource.RLIMIT_AS, memory)
+    _give_up(resource.RLIMIT_FSIZE, 0)
+    _give_up(resource.RLIMIT_CORE, 0)
+    signal.signal(signal.SIGPROF, _out_of_time)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    for line in sys.stdin:
+        for answer in _answers(json.loads(line)):
+            print(json.dumps(answer), flush=True)
+
+
+def _give_up(what: int, limit: int) -> None:
+    with contextlib.suppress(ValueError, OSError):  # a system without this limit, or with a lower one
+        resource.setrlimit(what, (limit, limit))
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> NoReturn:
+    raise _OutOfTimeError
+
+
+def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    compiled = _limited(request, None)
+    yield compiled
+    if "text" in compiled:
+        for variables in request["inputs"]:
+            yield _limited(request, variables)
+
+
+def _limited(request: dict[str, Any], variables: dict[str, Any] | None) -> dict[str, Any]:
+    """The answer to one input within the limits; without variables the template is compiled only."""
+    seconds, characters = request["seconds"], request["characters"]
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    with contextlib.suppress(ValueError):  # beyond a limit that is there already
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + GRACE, most))
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            template = _compile(request["template"], request["dialect"])
+            return {"text": "" if variables is None else _render(template, variables, characters)}
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except _OutOfTimeError:
+        return {"error": f"it ran for more than {seconds:g} s", "limit": True}
+    except _OutOfRoomError:
+        return {"error": f"it wrote more than {characters} characters", "limit": True}
+    except MemoryError:
+        return {"error": "it used more memory than it may", "limit": True}
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        return {"error": message[:LONGEST_MESSAGE], "limit": False}
+
+
+def _render(template: jinja2.Template, variables: dict[str, Any], characters: int) -> str:
+    pieces, left = [], characters
+    for piece in template.generate(**variables):
+        left -= len(piece)
+        if left < 0:
+            raise _OutOfRoomError
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=8)
+def _compile(text: str, dialect: str) -> jinja2.Template:
+    return _ENVIRONMENTS[dialect]().from_string(text)
+
+
+def _chat_environment() -> ImmutableSandboxedEnvironment:
+    """As transformers sets it up, so that a chat template writes here what it writes there."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+def _judge_environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
+_ENVIRONMENTS = {"chat": _chat_environment, "judge": _judge_environment}
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks what the assistant says; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.CallBlock:
+        """The block as a call of its own content."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        block = nodes.CallBlock(self.call_method("_content"), [], [], body)
+        block.set_lineno(line)
+        return block
+
+    def _content(self, caller: Macro) -> str:
+        return caller()
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike jinja2's own it does not escape for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+class _Dict:
+    """`dict(...)` without the attributes of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` that keeps no name with an underscore in front."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may name a value "self"
+        self, *given = args
+        values = dict(*given, **kwargs)
+        for name in values:
+            _refuse_underscore(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+def _refuse_underscore(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace holds no name like {name!r}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,246 @@
+"""Templates that others wrote (a tokenizer's chat template, a judge's prompt), where they can do no harm.
+
+jinja2's immutable sandbox keeps a template away from Python. It does not keep it from running for ever or
+from filling memory: two nested loops or `{{ "x" * 10 ** 10 }}` are enough, and what is one call into C no
+handler in this process could interrupt. So templates are rendered by a process of their own
+(`template_worker`), whose CPU time, memory and output are capped, which may not write files and sees none of
+the environment's secrets. It is started with the first template and serves all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+MAX_TEMPLATE = 1_000_000
+"""Characters of a template; the longest chat templates have some ten thousand."""
+
+
+class Limits(NamedTuple):
+    """What rendering one text may take."""
+
+    seconds: float = 5.0
+    """Of CPU time."""
+    characters: int = 8_000_000
+    """Of the text."""
+
+
+LIMITS = Limits()
+MEMORY = 1 << 30
+"""Bytes of address space of the process that renders."""
+PATIENCE = 60.0
+"""Seconds of wall-clock time for one text beyond its CPU time, after which the process is taken for dead."""
+
+_GROUP = 64
+_GROUP_CHARACTERS = 1 << 20
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
+
+
+class TemplateLimitError(ValueError):
+    """A template needed more than `Limits`, or ended the process that renders it."""
+
+
+class Refusal(NamedTuple):
+    """A template raised an error for one input, by its own will or by a mistake."""
+
+    reason: str
+
+
+class SandboxedTemplate:
+    """A jinja2 template, checked when it is made."""
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        name: str,
+        dialect: Literal["chat", "judge"] = "chat",
+        limits: Limits = LIMITS,
+    ) -> None:
+        """`name` says in errors what the template is. The dialect "chat" is that of transformers' chat
+        templates; in "judge" a variable that is not there is an error.
+
+        Raises:
+          ValueError: when the text is no template.
+          TemplateLimitError: when it is longer than MAX_TEMPLATE, or compiling it is beyond the limits.
+        """
+        self.text, self._name, self._dialect, self._limits = text, name, dialect, limits
+        if len(text) > MAX_TEMPLATE:
+            raise TemplateLimitError(f"{name} has {len(text)} characters; allowed are {MAX_TEMPLATE}")
+        self.render_all([])
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The text for one set of variables, which hold JSON's types only.
+
+        Raises:
+          ValueError: when the template raises an error.
+          TemplateLimitError: when it is beyond the limits.
+        """
+        (rendered,) = self.render_all([variables])
+        if isinstance(rendered, Refusal):
+            raise ValueError(f"{self._name}: {rendered.reason}")
+        return rendered
+
+    def render_all(self, inputs: Sequence[Mapping[str, Any]]) -> list[str | Refusal]:
+        """The text, or the template's error, for every set of variables.
+
+        Raises:
+          TemplateLimitError: when one of them is beyond the limits.
+        """
+        lines = [json.dumps(variables) for variables in inputs]
+        return [answer for group in _groups(lines) for answer in self._ask(group)]
+
+    def _ask(self, inputs: Sequence[str]) -> list[str | Refusal]:
+        settings = {"template": self.text, "dialect": self._dialect, **self._limits._asdict()}
+        request = f'{json.dumps(settings)[:-1]}, "inputs": [{", ".join(inputs)}]}}\n'
+        patience = self._limits.seconds + PATIENCE
+        compiled, *answers = _WORKER.ask(request, num_inputs=len(inputs), patience=patience)
+        last = [compiled, *answers][-1]
+        if last.get("limit"):
+            raise TemplateLimitError(f"{self._name} is refused: {last['error']}")
+        if "error" in compiled:
+            raise ValueError(f"{self._name}: {compiled['error']}")
+        return [answer["text"] if "text" in answer else Refusal(answer["error"]) for answer in answers]
+
+
+def read_template(path: str | Path, *, name: str) -> str:
+    """The text of a template file.
+
+    Raises:
+      ValueError: when it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error
+
+
+def _groups(lines: list[str]) -> Iterator[list[str]]:
+    """Inputs that go in one request: there is always one group, and none grows large."""
+    group: list[str] = []
+    size = 0
+    for line in lines:
+        if group and (len(group) == _GROUP or size + len(line) > _GROUP_CHARACTERS):
+            yield group
+            group, size = [], 0
+        group.append(line)
+        size += len(line)
+    yield group
+
+
+class _EndedError(Exception):
+    """The process that renders is gone, or silent; says how."""
+
+
+class _Worker:
+    """The process that renders: one request at a time, started when needed, replaced when it failed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._lock = threading.Lock()
+
+    def ask(self, request: str, *, num_inputs: int, patience: float) -> list[dict[str, Any]]:
+        """The answer for the template and, where that is well-formed, for each input up to a breach."""
+        with self._lock:
+            process = self._running()
+            try:
+                answers = _exchange(process, request, 1 + num_inputs, patience)
+            except _EndedError as error:
+                self.close()
+                return [{"error": f"the process that renders it {error}", "limit": True}]
+            except BaseException:
+                self.close()  # an answer may be on its way
+                raise
+            if answers[-1].get("limit"):
+                self.close()
+            return answers
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():  # a parent's is not ours to end
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                assert pipe is not None
+                pipe.close()
+        process.wait()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self.close()
+            self._owner = os.getpid()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py")), str(MEMORY)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
+                cwd="/",
+                start_new_session=True,
+            )
+        return self._process
+
+
+def _exchange(
+    process: subprocess.Popen[bytes], request: str, most: int, patience: float
+) -> list[dict[str, Any]]:
+    """Send a request, and read up to `most` answers: fewer after an error of the template, or a limit."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(request.encode("ascii"))
+        process.stdin.flush()
+    except BrokenPipeError:
+        raise _EndedError(_how(process)) from None
+    answers: list[dict[str, Any]] = []
+    for line in _lines(process, patience):
+        answers.append(json.loads(line))
+        if len(answers) == most or "error" in answers[0] or answers[-1].get("limit"):
+            return answers
+    raise _EndedError(_how(process))
+
+
+def _lines(process: subprocess.Popen[bytes], patience: float) -> Iterator[bytes]:
+    """Lines that the process writes until it ends; `patience` is the longest silence."""
+    assert process.stdout is not None
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        last = time.monotonic()
+        while new := _read(process.stdout.fileno(), selector, last + patience - time.monotonic()):
+            *lines, rest = (rest + new).split(b"\n") if b"\n" in new else (rest + new,)
+            for line in lines:
+                yield line
+                last = time.monotonic()
+
+
+def _read(pipe: int, selector: selectors.BaseSelector, seconds: float) -> bytes:
+    if seconds <= 0 or not selector.select(seconds):
+        raise _EndedError("does not answer")
+    return os.read(pipe, 1 << 20)
+
+
+def _how(process: subprocess.Popen[bytes]) -> str:
+    """How a process that closed its output came to its end."""
+    try:
+        code = process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        return "stopped writing"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+_WORKER = _Worker()
+atexit.register(_WORKER.close)

