@@ -124,6 +124,10 @@ class TrainingConfig:
     """Optimiser steps; overrides epochs."""
     eval_every: int | None = None
     """Steps between held-out evaluations; only before and after training when not given."""
+    eval_samples: int = 0
+    """Held-out prompts that the policy answers at each evaluation, for curves of its KL and length."""
+    eval_max_new_tokens: int = 64
+    """Longest of these answers."""
     save_every: int | None = None
     """Steps between checkpoints; only at the end when not given."""
     keep_checkpoints: int = 2
@@ -146,6 +150,8 @@ class TrainingConfig:
         _check_range("training.epochs", self.epochs, above=0.0)
         _check_range("training.steps", self.steps, low=1)
         _check_range("training.eval_every", self.eval_every, low=1)
+        _check_range("training.eval_samples", self.eval_samples, low=0)
+        _check_range("training.eval_max_new_tokens", self.eval_max_new_tokens, low=1)
         _check_range("training.save_every", self.save_every, low=1)
         _check_range("training.keep_checkpoints", self.keep_checkpoints, low=1)
         _check_range("training.max_skipped", self.max_skipped, low=1)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dpo.data.preferences import Message
 from dpo.data.tokenization import tokenize_prompts
-from dpo.evaluation.samples import stop_tokens
-from dpo.models.pretrained import Pretrained
+from dpo.models.pretrained import Pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig, stream
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from dpo.data.tokenization import tokenize_prompts
 from dpo.evaluation.journal import Journal
 from dpo.evaluation.rewards import Prompt
-from dpo.models.pretrained import Pretrained, open_checkpoint
+from dpo.models.pretrained import Pretrained, open_checkpoint, stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
 
 
@@ -91,16 +91,6 @@ def sample_responses(
                 journal.append({"key": keys[i], **line, "response": text})
             log(f"{player.role}: {sum(key in journal.lines for key in keys)} of {len(keys)} responses")
     return [_as_sample(journal.lines[key]) for key in keys]
-
-
-def stop_tokens(pretrained: Pretrained) -> list[int]:
-    """What ends a response: the generation configuration's EOS tokens and the tokenizer's."""
-    configured = pretrained.generation_config.get("eos_token_id")
-    found = configured if isinstance(configured, list) else [configured]
-    found = {token for token in [*found, pretrained.tokenizer.eos_token_id] if isinstance(token, int)}
-    if not found:
-        raise ValueError(f"{pretrained.source} has no EOS token, so no response would end")
-    return sorted(found)
 
 
 def model_identity(source: str) -> str:

@@ -149,6 +149,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     )
 
 
+def stop_tokens(pretrained: Pretrained) -> list[int]:
+    """What ends a response: the generation configuration's EOS tokens and the tokenizer's."""
+    configured = pretrained.generation_config.get("eos_token_id")
+    found = configured if isinstance(configured, list) else [configured]
+    found = {token for token in [*found, pretrained.tokenizer.eos_token_id] if isinstance(token, int)}
+    if not found:
+        raise ValueError(f"{pretrained.source} has no EOS token, so no response would end")
+    return sorted(found)
+
+
 def save_pretrained(
     model: Decoder,
     directory: str | Path,

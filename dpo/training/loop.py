@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from dpo.training.checkpoint import Checkpoints
 from dpo.training.interrupt import stop_requests
 from dpo.training.lock import exclusive
 from dpo.training.metrics import Metrics
+from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.setup import (
@@ -58,11 +59,15 @@ from dpo.training.step import (
 )
 from dpo.training.tracking import Tracker, open_trackers, require_trackers
 from dpo.training.validation import HELDOUT_FILE, Validation
+from dpo.training.versions import versions
 
 PREFLIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far the first loss may be from the objective's value at log-ratio zero, relative to it."""
 
-NOT_IDENTITY = ("run_dir", "eval_every", "save_every", "keep_checkpoints", "resume", "trackers")
+NOT_IDENTITY = (
+    *("run_dir", "eval_every", "eval_samples", "eval_max_new_tokens", "save_every", "keep_checkpoints"),
+    *("resume", "trackers"),
+)
 """Settings that may change between the parts of one run."""
 
 
@@ -93,18 +98,20 @@ class Run(NamedTuple):
     """What a checkpoint of this run belongs to."""
 
 
-def train(config: Config) -> RunResult:
+def train(config: Config, *, observe: Observe | None = None) -> RunResult:
     """Run a fine-tune from its settings to an exported policy, or go on with one that was interrupted.
+
+    `observe` adds metrics to every held-out evaluation (training.eval_samples is then not looked at).
 
     Raises:
       ValueError: for anything wrong with settings, data, weights or stores, before the first update.
     """
     with exclusive(Path(config.run_dir)):
         settings = settings_fingerprint(config)
-        return _already_finished(Path(config.run_dir), settings) or _train(config, settings)
+        return _already_finished(Path(config.run_dir), settings) or _train(config, settings, observe)
 
 
-def _train(config: Config, settings: str) -> RunResult:
+def _train(config: Config, settings: str, observe: Observe | None) -> RunResult:
     started = time.monotonic()
     run = prepare(config, settings)
     with Checkpoints(run.run_dir / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
@@ -124,6 +131,7 @@ def _train(config: Config, settings: str) -> RunResult:
                 run.policy, run.mesh, chunk=config.model.log_prob_chunk, needs=run.objective.needs & {"head"}
             )
             reference, validation = _score_references(run, score_with, tracker)
+            observe = observe or open_on_policy(config, run.policy, run.heldout, run.mesh)
 
             # Step: the policy's parameters become the state, which is donated from step to step.
             state, train_step, schedule = _make_state_and_step(run)
@@ -144,7 +152,7 @@ def _train(config: Config, settings: str) -> RunResult:
                 clock=_StepClock(run.dataset, schedule, config.training.batch_size),
                 stop_requested=stop_requested,
                 evaluate=lambda state, step: _evaluate(
-                    run, validation, score_with(state.params), tracker, step
+                    run, validation, score_with(state.params), tracker, step, _observed(observe, state, step)
                 ),
             )
 
@@ -157,7 +165,13 @@ def _train(config: Config, settings: str) -> RunResult:
                 return RunResult(run.run_dir, "interrupted", {"step": step})
             checkpoints.save(step, state, run.identity)
             metrics = _evaluate(
-                run, validation, score_with(state.params), tracker, step, path=run.run_dir / HELDOUT_FILE
+                run,
+                validation,
+                score_with(state.params),
+                tracker,
+                step,
+                _observed(observe, state, step),
+                path=run.run_dir / HELDOUT_FILE,
             )
             return _finish(run, state, metrics, settings=settings, started=started)
 
@@ -263,6 +277,7 @@ def _evaluate(
     score: Score,
     tracker: Tracker,
     step: int,
+    observed: Mapping[str, float],
     *,
     path: Path | None = None,
 ) -> dict[str, float] | None:
@@ -270,10 +285,15 @@ def _evaluate(
     if validation is None:
         return None
     rows, metrics = validation.evaluate(score, run.beta)
+    metrics |= observed
     tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
     if path is not None:
         validation.save(path, rows)
     return metrics
+
+
+def _observed(observe: Observe | None, state: TrainState, step: int) -> Mapping[str, float]:
+    return {} if observe is None else observe(step, state.params)
 
 
 def _finish(
@@ -296,6 +316,7 @@ def _finish(
         "export": str(export),
         "seconds": round(time.monotonic() - started, 1),
         "layout": run.loader.report(),
+        "versions": versions(),
     }
     _write_json(run.run_dir / "summary.json", summary)
     return RunResult(run.run_dir, "finished", summary)

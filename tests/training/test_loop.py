@@ -82,6 +82,17 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
     assert train(config).status == "already finished"
 
 
+def test_evaluations_sample_the_policy_where_asked_for(config):
+    """The reference is kept although training donates its parameters, so that KL grows from 0."""
+    config = replace(config, training={"eval_samples": 3, "eval_max_new_tokens": 8})
+    result = train(config)
+    held = [row for row in lines(config) if "eval/samples/kl" in row]
+    assert [row["step"] for row in held] == [3, 6]
+    assert 0 < abs(held[0]["eval/samples/kl"]) < abs(held[1]["eval/samples/kl"])
+    assert 1 <= held[1]["eval/samples/length"] <= 8
+    assert result.summary["eval"]["samples/kl"] == held[1]["eval/samples/kl"]
+
+
 def test_the_first_loss_is_the_log_of_the_number_of_orders(config):
     config = replace(config, data={"max_train": 1}, training={"batch_size": 1, "steps": 1})
     train(config)

@@ -1,0 +1,142 @@
+"""What the policy itself says while it trains: samples for held-out prompts, their KL from the reference.
+
+log π(y|x) − log ρ(y|x), averaged over responses y that are drawn from π at temperature 1, is an unbiased
+estimate of KL(π‖ρ) of whole responses (of at most `max_new_tokens`). The same seeds are used every time, so
+that a curve moves because the policy does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from dpo.config import Config
+from dpo.data.packing import Shape, pack
+from dpo.data.tokenization import make_dataset, tokenize_prompts
+from dpo.models.pretrained import stop_tokens
+from dpo.models.sampling import SamplingConfig, generate
+from dpo.training.setup import Dataset, Policy, load_policy, make_score
+from dpo.training.step import Params
+
+Observe = Callable[[int, Params], Mapping[str, float]]
+"""(steps done, the policy's parameters) → metrics of a held-out evaluation."""
+
+ROWS = 32
+"""Responses that are scored together."""
+_MULTIPLE = 32
+
+
+class Drawn(NamedTuple):
+    """One sampled response a prompt."""
+
+    responses: list[list[int]]
+    """Token ids, the end token included where one was drawn."""
+    log_ratio: Float[np.ndarray, " n"]
+    """log π − log ρ of each whole response."""
+
+
+class OnPolicy:
+    """Samples one response a prompt from given parameters; scores it under them and under the reference."""
+
+    def __init__(
+        self,
+        reference: Policy,
+        prompts: Sequence[list[int]],
+        *,
+        mesh: Mesh,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int],
+        chunk: int,
+        seed: int = 0,
+    ) -> None:
+        """`prompts` are token ids; `reference` keeps its parameters in memory."""
+        self._reference, self._prompts, self._stop = reference, list(prompts), list(stop_tokens)
+        self._sampling = SamplingConfig(max_new_tokens=max_new_tokens)
+        self._seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
+        self._score_with = make_score(reference, mesh, chunk=chunk)
+        longest = max(map(len, prompts)) + max_new_tokens
+        self._shape = Shape(ROWS, -(-longest // _MULTIPLE) * _MULTIPLE, max_new_tokens)
+
+    def draw(self, params: Params) -> Drawn:
+        """One response a prompt from the policy with these parameters."""
+        responses = generate(
+            self._reference.merge(params),
+            self._prompts,
+            sampling=self._sampling,
+            seeds=self._seeds,
+            stop_tokens=self._stop,
+            batch_size=len(self._prompts),
+        )
+        ours, theirs = (self._logps(responses, p) for p in (params, self._reference.params))
+        return Drawn(responses, ours - theirs)
+
+    def __call__(self, step: int, params: Params) -> Mapping[str, float]:
+        """Metrics of one draw."""
+        del step
+        drawn = self.draw(params)
+        return {
+            "samples/kl": float(drawn.log_ratio.mean()),
+            "samples/length": float(np.mean([len(response) for response in drawn.responses])),
+        }
+
+    def _logps(self, responses: Sequence[list[int]], params: Params) -> Float[np.ndarray, " n"]:
+        """Summed log-probs, in batches of one static shape."""
+        dataset = make_dataset(self._prompts, [[response] for response in responses])
+        score = self._score_with(params)
+        found = np.zeros(len(responses))
+        for start in range(0, len(responses), ROWS):
+            index = np.arange(start, start + ROWS)
+            index = np.where(index < len(responses), index, -1)
+            sums = score(pack(dataset, index, shape=self._shape, layout="padded", num_responses=1))["logps"]
+            found[index[index >= 0]] = sums[index >= 0, 0]
+        return found
+
+
+def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh: Mesh) -> OnPolicy | None:
+    """What `training.eval_samples` asks for; None where it is 0.
+
+    The reference is another model, or a copy of the policy as it is now.
+
+    Raises:
+      ValueError: when there are no held-out prompts.
+    """
+    count = config.training.eval_samples
+    if count == 0:
+        return None
+    if heldout is None:
+        raise ValueError(
+            f"training.eval_samples is {count}, but data.eval, whose prompts are answered, is not set"
+        )
+    if config.model.reference is not None:
+        reference = load_policy(config.model, mesh, source=config.model.reference)
+    else:
+        reference = policy._replace(params=jax.tree.map(jnp.copy, policy.params))
+    return OnPolicy(
+        reference,
+        prompt_ids(
+            config, [heldout.read.preferences[i].prompt for i in heldout.tokens.origin], reference, count
+        ),
+        mesh=mesh,
+        max_new_tokens=config.training.eval_max_new_tokens,
+        stop_tokens=stop_tokens(policy.pretrained),
+        chunk=config.model.log_prob_chunk,
+        seed=config.training.seed,
+    )
+
+
+def prompt_ids(config: Config, prompts: Sequence[Any], policy: Policy, count: int | None) -> list[list[int]]:
+    """Token ids of the first `count` different prompts."""
+    different = list({repr(prompt): prompt for prompt in prompts}.values())[:count]
+    template = config.data.chat_template
+    return tokenize_prompts(
+        different,
+        policy.pretrained.tokenizer,
+        chat_template=None if template is None else Path(template).read_text(encoding="utf-8"),
+    )

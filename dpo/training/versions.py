@@ -1,0 +1,28 @@
+"""What a run's numbers depend on besides its settings, weights and data: software and machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import jax
+
+PACKAGES = ("dpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python, the platform, the devices, and the packages that decide numbers."""
+    devices = jax.devices()
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a copy of the sources
+        return "not installed"
