@@ -27,6 +27,7 @@ from dpo.config import (
     GenerateConfig,
     InspectConfig,
     ReportConfig,
+    WatchConfig,
     WinrateConfig,
     heldout_settings,
 )
@@ -101,7 +102,11 @@ def evaluate(arguments: list[str]) -> int:
     output = given.output or (None if given.run is None else str(Path(given.run) / "evaluation.json"))
     if output is not None:
         write_json(output, figures)
-        print_plain(f"all figures: {output}")
+        from dpo.evaluation.token_ratios import write_token_ratios
+
+        tokens = Path(output).with_suffix(".tokens.json")
+        write_token_ratios(tokens, config, heldout, beta=figures["beta"])
+        print_plain(f"all figures: {output}; token by token, for a few pairs: {tokens}")
     return 0
 
 
@@ -142,13 +147,32 @@ def export(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """Write a run's report, one HTML page without any outside reference."""
-    given = read_settings(ReportConfig, "report", arguments)
-    config = load_config(Path(given.run) / "config.yaml")
-    from dpo.evaluation.report import write_report
+    """Write a run's report, or compare several runs: one HTML page without any outside reference."""
+    parser = command_parser("report", ReportConfig)
+    parser.add_argument("run", nargs="+", type=str, help="Run directory; several are compared.")
+    values = parser.parse_args(arguments)
+    given = build(ReportConfig, values, parser)
+    runs = [(run, load_config(Path(run) / "config.yaml")) for run in dict.fromkeys(values.run)]
+    if len(runs) == 1:
+        from dpo.evaluation.report import write_report
 
-    print_plain(f"report: {write_report(given.run, config)}")
+        path = write_report(*runs[0], output=given.output)
+    else:
+        from dpo.evaluation.comparison import write_comparison
+
+        path = write_comparison(runs, output=given.output)
+    print_plain(f"report: {path}")
     return 0
+
+
+def watch(arguments: list[str]) -> int:
+    """Draw a run's curves in text while it goes on; ends when the run does."""
+    given = read_settings(WatchConfig, "watch", arguments)
+    config = load_config(Path(given.run) / "config.yaml")
+    from dpo.evaluation.watch import watch as follow
+
+    finished = follow(Path(given.run), config, interval=given.interval, once=given.once)
+    return 0 if finished or given.once else INTERRUPTED
 
 
 def diffusion(arguments: list[str]) -> int:
@@ -186,6 +210,10 @@ def winrate(arguments: list[str]) -> int:
         print_plain(f"temperature {temperature}: {figures['prompts']} prompts, {figures['pairs']} pairs")
         print_plain(figures_as_text(figures))
     print_plain(f"all figures: {output / RESULT_FILE}; every verdict: {output / 'verdicts.jsonl'}")
+    if run is not None and given.run is not None and given.output is None:
+        from dpo.evaluation.report import write_report
+
+        print_plain(f"report: {write_report(given.run, run)}")
     return 0
 
 
@@ -242,6 +270,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": inspect,
     "export": export,
     "report": report,
+    "watch": watch,
     "diffusion": diffusion,
 }
 
@@ -332,14 +361,24 @@ def print_result(run_dir: Path, config: Config) -> None:
         write_json(run_dir / "data.json", report_data(config, load_tokenizer(run_dir / "export"))[0])
     if (run_dir / HELDOUT_FILE).is_file():
         from dpo.evaluation.heldout import load_heldout
+        from dpo.evaluation.token_ratios import TOKENS_FILE, write_token_ratios
 
-        figures = describe_heldout(load_heldout(run_dir, config), beta=beta_of(config), seed=0)
+        heldout, beta = load_heldout(run_dir, config), beta_of(config)
+        figures = describe_heldout(heldout, beta=beta, seed=0)
         write_json(run_dir / "evaluation.json", figures)
+        tokens = run_dir / TOKENS_FILE
+        if not _is_newer(tokens, run_dir / HELDOUT_FILE):
+            settings = heldout_settings(EvaluateConfig(run=str(run_dir)), config)
+            write_token_ratios(tokens, settings, heldout, beta=beta)
         print_plain(figures_as_text(figures))
     write_report(run_dir, config)
     for name, what in RESULTS.items():
         if (run_dir / name).exists():
             print_plain(f"{what:<12}{run_dir / name}")
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
 
 
 RESULTS = {
@@ -378,7 +417,12 @@ def figures_as_text(figures: dict[str, Any]) -> str:
             ),
         ]
     for source, part in figures.get("by_source", {}).items():
-        lines.append(_line(f"  {source}"[:27], part["accuracy"], note=f"{part['pairs']} pairs"))
+        note = f"{part['pairs']} pairs; longer is better {part['longer'][0]:.3f}"
+        lines.append(_line(f"  {source}"[:27], part["accuracy"], note=note))
+    if "mean_of_sources" in figures:
+        part = figures["mean_of_sources"]
+        note = f"longer is better {part['longer'][0]:.3f}"
+        lines.append(_line("  mean of the sources", part["accuracy"], note=note))
     return "\n".join(lines)
 
 

@@ -268,10 +268,25 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One self-contained HTML page about a run."""
+    """One self-contained HTML page about a run, or about several."""
+
+    output: str | None = None
+    """The page; RUN/report.html, or comparison.html beside the runs, when not given."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """The curves of a run on the terminal while it goes on."""
 
     run: str
-    """Run directory; the page is RUN/report.html."""
+    """Run directory."""
+    interval: float = 1.0
+    """Seconds between two looks at the metrics."""
+    once: bool = False
+    """Draw once and end."""
+
+    def __post_init__(self) -> None:
+        _check_range("interval", self.interval, above=0.0)
 
 
 @dataclass(frozen=True)

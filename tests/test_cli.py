@@ -141,11 +141,11 @@ def test_a_bug_keeps_its_traceback(
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of settings for three steps of a tiny model on made-up rankings, on one device."""
-    from dpo.evaluation import heldout
+    from dpo.evaluation import heldout, token_ratios
     from dpo.training import export, loop
 
     make_mesh = loop.make_mesh
-    for module in (loop, heldout, export):
+    for module in (loop, heldout, export, token_ratios):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     rows = [
         {"prompt": f"item {i}", "responses": ["yes, very good", "perhaps", "no"], "scores": [2.0, 1.0, 0.0]}
@@ -182,6 +182,11 @@ def test_train_evaluate_and_export_from_the_command_line(
     after_training = json.loads((run / "evaluation.json").read_text())
     assert after_training["rankings"]["kendall_tau"][0] > 0.5
     assert "Kendall's tau" in printed
+    token_by_token = json.loads((run / "evaluation.tokens.json").read_text())
+    assert token_by_token["policy"] == str(run / "export")
+    assert len(token_by_token["pairs"]) == 8
+    assert 'class="text tokens"' in (run / "report.html").read_text()
+    assert json.loads((run / "summary.json").read_text())["versions"]["jax"] == jax.__version__
 
     # evaluate scores the export anew and comes to the same figures
     (run / "evaluation.json").unlink()

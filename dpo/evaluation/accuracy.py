@@ -97,6 +97,7 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
     names = np.unique(rows.sources[pairs.row])
     if len(names) > 1:
         result["by_source"] = {str(name): _by_source(rows, str(name), seed) for name in names}
+        result["mean_of_sources"] = mean_of_sources(rows, pairs, seed=seed)
     return result
 
 
@@ -249,6 +250,17 @@ def plackett_luce_log_likelihood(rows: Rows, *, beta: float) -> Float[np.ndarray
         scores=jnp.full(rows.present.shape, jnp.nan),
     )
     return -np.asarray(_plackett_luce(scores), np.float64)
+
+
+def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
+    """Accuracy, and that of length alone, every subset counting the same (as in RewardBench)."""
+    names, source = np.unique(rows.sources[pairs.row], return_inverse=True)
+    weight = pairs.weight / np.bincount(source, weights=pairs.weight)[source] / len(names)
+    clusters = rows.prompts[pairs.row]
+    return {
+        name: list(cluster_bootstrap(outcomes(pairs.gap(values)), clusters, weights=weight, seed=seed))
+        for name, values in (("accuracy", rows.log_ratio), ("longer", rows.lengths))
+    }
 
 
 def _by_source(rows: Rows, name: str, seed: int) -> dict[str, Any]:

@@ -41,6 +41,9 @@ RESULT_FILE = "winrate.json"
 DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
 """Opponents that are responses of the data: their place in the row, best first."""
 ORDERS = ("policy_first", "opponent_first")
+RESULT_SETTINGS = ("judge", "template", "samples", "max_new_tokens", "top_k", "top_p", "min_p")
+RESULT_SETTINGS += ("compute_dtype", "limit", "seed")
+"""What of its settings a result names, besides what is compared, on which data, at which temperatures."""
 _LOG_EVERY = 50
 
 Log = Callable[[str], None]
@@ -84,8 +87,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
         "opponent": config.model.reference,
         "data": config.data.eval,
         "judge": judge.identity,
-        "settings": {"seed": given.seed, "samples": given.samples, "max_new_tokens": given.max_new_tokens}
-        | {name: getattr(given, name) for name in ("top_k", "top_p", "min_p", "compute_dtype")},
+        "settings": {name: getattr(given, name) for name in RESULT_SETTINGS},
         "temperatures": {
             str(temperature): describe_temperature(temperature, given.seed, pairs, verdicts, ratios)
             for temperature in dict.fromkeys(given.temperatures)
@@ -234,6 +236,7 @@ def describe_temperature(
     judged = [_as_judged(pairs[i], *verdicts[i]) for i in mine]
     result = describe_pairs(judged, seed=seed)
     prompts = np.array([pair.prompt for pair in judged])
+    result["verdicts"] = [[line["key"] for line in verdicts[i]] for i in mine]
     result["unended"] = sum(not pairs[i].policy.has_ended for i in mine)
     rewards = [(verdicts[i][0]["details"] or {}).get("rewards") for i in mine]
     scored = [k for k, both in enumerate(rewards) if both is not None]

@@ -15,13 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#0a0b01"
-SERIES = ("#0a0b02", "#0a0b03")
-FAINT = "#0a0b04"
-_COLOURS = {
-    INK: "currentColor",
-    SERIES[0]: "var(--series-1)",
-    SERIES[1]: "var(--series-2)",
-    FAINT: "var(--faint)",
+FAINT = "#0a0b02"
+SERIES = ("#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06", "#0a0b07", "#0a0b08")
+_COLOURS = {INK: "currentColor", FAINT: "var(--faint)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)
 }
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -48,36 +45,47 @@ _STYLE: Any = {
 class Curve(NamedTuple):
     """One line of a plot: training values by step, and held-out ones as points."""
 
-    label: str
+    label: str | None
+    """None: not in the legend."""
     steps: Sequence[float | int]
     values: Sequence[float | int]
     colour: int = 0
-    """Index into SERIES."""
+    """Index into SERIES, from the start again after its end."""
     is_heldout: bool = False
+    is_one_of_many: bool = False
+    """Without the noise behind the running mean."""
 
 
-def curves(title: str, lines: Sequence[Curve], *, level: float | None = None) -> str:
+def curves(title: str, lines: Sequence[Curve], *, level: float | None = None, legend: bool = True) -> str:
     """Values over steps. Long noisy series are drawn faintly, with a running mean on top."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.2, 2.4)
         axes.set_title(title)
         axes.set_xlabel("step")
         for line in lines:
-            _draw_curve(axes, line, SERIES[line.colour])
+            _draw_curve(axes, line, SERIES[line.colour % len(SERIES)])
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
-        if len(lines) > 1:
+        if legend and sum(line.label is not None for line in lines) > 1:
             axes.legend(loc="best")
         return _svg(figure, f"{title} over steps")
 
 
-def intervals(title: str, rows: Sequence[tuple[str, Sequence[float]]], *, level: float) -> str:
-    """Estimates with their intervals, one row each, the first on top and in colour."""
+def intervals(
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    *,
+    level: float,
+    colours: Sequence[int] | None = None,
+) -> str:
+    """Estimates with their intervals, one row each; only the first in colour unless `colours` says which."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(5.2, 0.9 + 0.32 * len(rows))
         axes.set_title(title)
         for index, (_, (estimate, low, high)) in enumerate(rows):
             colour = SERIES[0] if index == 0 else INK
+            if colours is not None:
+                colour = SERIES[colours[index] % len(SERIES)]
             axes.plot([low, high], [-index, -index], color=colour, linewidth=2)
             axes.plot([estimate], [-index], "o", color=colour, markersize=6)
         axes.axvline(level, color=INK, linewidth=0.8, linestyle=":")
@@ -131,13 +139,14 @@ def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
     finite = np.isfinite(np.asarray(line.values, float))
     steps, values = np.asarray(line.steps, float)[finite], np.asarray(line.values, float)[finite]
     if line.is_heldout:
-        axes.plot(steps, values, "o--", color=colour, markersize=4, linewidth=1, label=line.label)
+        axes.plot(steps, values, "o--", color=colour, markersize=4, linewidth=1, label=line.label or "_")
         return
     window = max(1, len(values) // 15)
     if window < 3:
         axes.plot(steps, values, color=colour, linewidth=1.4, label=line.label)
         return
-    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
+    if not line.is_one_of_many:
+        axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
     means = [values[max(0, end - window) : end].mean() for end in range(1, len(values) + 1)]
     axes.plot(steps, means, color=colour, linewidth=1.6, label=line.label)
 

@@ -32,3 +32,16 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a live process holds the run directory, as far as the file system passes locks on."""
+    path = run_dir / LOCK_FILE
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

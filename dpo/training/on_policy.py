@@ -8,7 +8,6 @@ that a curve moves because the policy does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from dpo.data.packing import Shape, pack
 from dpo.data.tokenization import make_dataset, tokenize_prompts
 from dpo.models.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
-from dpo.training.setup import Dataset, Policy, load_policy, make_score
+from dpo.training.setup import Dataset, Policy, given_chat_template, load_policy, make_score
 from dpo.training.step import Params
 
 Observe = Callable[[int, Params], Mapping[str, float]]
@@ -134,9 +133,5 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
 def prompt_ids(config: Config, prompts: Sequence[Any], policy: Policy, count: int | None) -> list[list[int]]:
     """Token ids of the first `count` different prompts."""
     different = list({repr(prompt): prompt for prompt in prompts}.values())[:count]
-    template = config.data.chat_template
-    return tokenize_prompts(
-        different,
-        policy.pretrained.tokenizer,
-        chat_template=None if template is None else Path(template).read_text(encoding="utf-8"),
-    )
+    template = given_chat_template(config.data)
+    return tokenize_prompts(different, policy.pretrained.tokenizer, chat_template=template)

@@ -21,7 +21,7 @@ from dpo.config import DataConfig, ModelConfig, TrainingConfig
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
-from dpo.data.preferences import ReadPreferences, read_preferences
+from dpo.data.preferences import Preference, ReadPreferences, read_preferences
 from dpo.data.templates import read_template
 from dpo.data.tokenization import TokenizedDataset, tokenize
 from dpo.losses import Objective
@@ -96,15 +96,21 @@ def read_dataset(config: DataConfig, tokenizer: Any, *, heldout: bool = False) -
     if source is None:
         raise ValueError("data.eval is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
     read = read_preferences(source, split=split, on_error=config.on_error, limit=limit, expand=config.expand)
-    tokens = tokenize(
-        read.preferences,
+    return Dataset(read, tokenize_preferences(config, read.preferences, tokenizer))
+
+
+def tokenize_preferences(
+    config: DataConfig, preferences: Sequence[Preference], tokenizer: Any
+) -> TokenizedDataset:
+    """Token ids as the settings want them."""
+    return tokenize(
+        preferences,
         tokenizer,
         max_length=config.max_length,
         truncation=config.truncation,
         end_token=config.end_token,
         chat_template=given_chat_template(config),
     )
-    return Dataset(read, tokens)
 
 
 def given_chat_template(config: DataConfig) -> str | None:

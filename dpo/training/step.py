@@ -32,6 +32,7 @@ Sums = Mapping[str, Float[Array | np.ndarray, "P K"]]
 SumRows = Callable[[Params, Batch], Sums]
 TrainStep = Callable[["TrainState", Params, Batch, Sums], tuple["TrainState", Metrics]]
 EvalStep = Callable[[Params, Params, Batch], Sums]
+TokenStep = Callable[[Params, Params, Batch], Float[Array, "R N"]]
 
 
 class TrainState(NamedTuple):
@@ -73,8 +74,7 @@ def response_sums(model: Any, batch: Batch, *, chunk: int, needs: frozenset[str]
 
     Only the hidden states that predict a response token meet the vocabulary.
     """
-    hidden = model.hidden(batch.tokens, batch.positions, batch.group, batch.branch)
-    predicting = jnp.take_along_axis(hidden, jnp.asarray(batch.source)[..., None], axis=1)
+    predicting = _predicting(model, batch)
     projection = {"chunk": chunk, "softcap": model.config.logit_softcap}
     log_probs = token_log_probs(predicting, model.output_embedding, jnp.asarray(batch.target), **projection)
     sums = {"logps": _sum_over_responses(log_probs, batch)}
@@ -115,6 +115,22 @@ def make_eval_step(graphdef: nnx.GraphDef, *, chunk: int, needs: frozenset[str] 
         return response_sums(nnx.merge(graphdef, params, frozen), batch, chunk=chunk, needs=needs)
 
     return jax.jit(eval_step)
+
+
+def make_token_step(graphdef: nnx.GraphDef, *, chunk: int) -> TokenStep:
+    """(parameters, frozen parameters, batch) → log-prob of every scored token, placed as `batch.target`."""
+
+    def token_step(params: Params, frozen: Params, batch: Batch) -> Float[Array, "R N"]:
+        model = nnx.merge(graphdef, params, frozen)
+        return token_log_probs(
+            _predicting(model, batch),
+            model.output_embedding,
+            jnp.asarray(batch.target),
+            chunk=chunk,
+            softcap=model.config.logit_softcap,
+        )
+
+    return jax.jit(token_step)
 
 
 def make_train_step(
@@ -218,6 +234,12 @@ def loss_and_gradient(
 
     (loss, policy), gradient = _accumulate(part_loss, params, parts)
     return loss, policy, gradient, shift
+
+
+def _predicting(model: Any, batch: Batch) -> Float[Array, "R N D"]:
+    """Hidden states of the positions that predict a scored token."""
+    hidden = model.hidden(batch.tokens, batch.positions, batch.group, batch.branch)
+    return jnp.take_along_axis(hidden, jnp.asarray(batch.source)[..., None], axis=1)
 
 
 def _given(sums: Sums, name: str) -> Float[Array, "P K"] | None:

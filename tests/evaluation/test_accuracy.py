@@ -182,3 +182,35 @@ def test_numbers_that_are_none_are_refused_by_row() -> None:
 def test_ties_alone_are_refused() -> None:
     with pytest.raises(ValueError, match="nothing to be right about"):
         describe(pair_rows(np.ones(3), ranks=np.zeros((3, 2), int)), beta=0.1)
+
+
+def test_the_mean_of_sources_counts_every_source_the_same() -> None:
+    """Nine pairs of one source, all right, and one of another, wrong: one half."""
+    rows = pair_rows(np.array([1.0] * 9 + [-1.0]), sources=np.array(["a"] * 9 + ["b"]))
+    result = describe(rows, beta=0.1)
+    assert result["mean_of_sources"]["accuracy"][0] == pytest.approx(0.5)
+    assert result["accuracy"][0] == pytest.approx(0.9)
+    assert "mean_of_sources" not in describe(pair_rows(np.ones(3)), beta=0.1)
+
+
+def test_ndcg_is_scikit_learns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rows = make_rows(n=30, ragged=False)
+    below = (rows.ranks[:, None, :] > rows.ranks[:, :, None]).sum(2)
+    for row, value in enumerate(acc.ndcg(rows)):
+        if below[row].any():
+            # its "ignore_ties=False" averages the discounts of equal scores, as here
+            assert value == pytest.approx(metrics.ndcg_score(below[row][None], rows.log_ratio[row][None]))
+
+
+def test_the_calibration_curve_is_scikit_learns() -> None:
+    calibration = pytest.importorskip("sklearn.calibration")
+    rng = np.random.default_rng(3)
+    delta = rng.normal(0.5, 2, 500)
+    confidence = 1 / (1 + np.exp(-np.abs(delta)))
+    right, mean = calibration.calibration_curve(delta > 0, (confidence - 0.5) * 2, n_bins=acc.NUM_BINS)
+    ours = acc.calibration(delta, np.ones(len(delta)))
+    np.testing.assert_allclose(ours["accuracy"], right)
+    np.testing.assert_allclose(ours["confidence"], 0.5 + mean / 2)
+    share = np.array(ours["share"])
+    assert ours["ece"] == pytest.approx(share @ np.abs(right - (0.5 + mean / 2)))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dpo.cli import main
 from dpo.config import EndpointConfig
 from dpo.evaluation import endpoint as endpoint_module
 from dpo.evaluation.endpoint import EndpointJudge
@@ -244,6 +245,48 @@ def test_requests_run_side_by_side_and_verdicts_keep_their_question(server: Serv
     verdicts = dict(make_judge(concurrency=4).ask(questions(12)))
     assert [verdicts[i].choice for i in range(12)] == ["first", "second"] * 6
     assert 1 < server.most_at_once <= 4
+
+
+def test_a_win_rate_by_an_endpoint_counts_tokens_and_cost(
+    server: Server, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through bad luck of every kind; what is paid for is every answer that was had, once."""
+    bad = [
+        Response(status=429, headers=(("Retry-After", "0"),)),
+        Response(body=b"not json"),
+        Response(status=503),
+        Response(delay=0.6),
+    ]
+
+    def answer(number: int, body: dict[str, Any]) -> Response:
+        return bad[number] if number < len(bad) else Response(answer="[[A]]")
+
+    server.script = answer
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    rows = [{"prompt": f"prompt {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "winrate", f"--policy={tiny_model_dir}", "--opponent=data:best", f"--data={data}", f"--output={out}",
+        "--max_new_tokens=4", "--judge=endpoint", f"--endpoint.base_url={server.url}", "--endpoint.model=m",
+        "--endpoint.backoff=0.01", "--endpoint.timeout=0.5", f"--endpoint.cache={tmp_path / 'cache'}",
+        "--endpoint.price_input=3", "--endpoint.price_output=15",
+    ]  # fmt: skip
+    assert main(command) == 0
+    usage = {"answers": 8, "from_cache": 0, "prompt_tokens": 800, "completion_tokens": 56}
+    expected = pytest.approx((800 * 3 + 56 * 15) / 1e6)
+    result = json.loads((out / "winrate.json").read_text())
+    assert result["usage"] == usage | {"cost": expected}
+    assert result["temperatures"]["1.0"]["ties_flipped"] == 4, "a judge that always says first"
+    assert len(server.requests) == 8 + len(bad) - 1  # the script counts from 1
+    assert "decides by position" in capsys.readouterr().out
+
+    # the same verdicts again cost nothing more; in another place the cache answers
+    assert main(command) == 0
+    assert json.loads((out / "winrate.json").read_text())["usage"] == usage | {"cost": expected}
+    assert main([*command, f"--output={tmp_path / 'elsewhere'}"]) == 0
+    elsewhere = json.loads((tmp_path / "elsewhere" / "winrate.json").read_text())["usage"]
+    assert elsewhere == {"answers": 8, "from_cache": 8, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0}
+    assert len(server.requests) == 8 + len(bad) - 1
 
 
 @pytest.mark.parametrize("setting", ["base_url", "model"])

@@ -89,13 +89,57 @@ def test_outcomes_that_are_all_wins_stay_finite() -> None:
     assert 0.9 < result.win_rate.low <= result.win_rate.estimate <= 1
 
 
+def alpaca_eval(values: np.ndarray, gap: np.ndarray) -> float:
+    """AlpacaEval 2.0's pipeline with its published settings, less the term for its own instructions.
+
+    src/alpaca_eval/metrics/glm_winrate.py at 1020da2: every verdict twice, as a win weighted by its
+    probability and as a loss by the rest; logistic regression on tanh(Δ / std Δ) and a constant, L1,
+    liblinear, C by five folds grouped by verdict and scored by log-loss; read off at Δ = 0.
+    """
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    from sklearn.model_selection import GroupKFold
+
+    n = len(values)
+    features = np.stack([np.tanh(gap / gap.std(ddof=1)), np.ones(n)], axis=1)
+    doubled, labels = np.concatenate([features, features]), np.repeat([1, 0], n)
+    weights, groups = np.concatenate([values, 1 - values]), np.tile(np.arange(n), 2)
+    candidates = np.logspace(-4, 4, 10)
+    losses = np.zeros(len(candidates))
+    for train, test in GroupKFold(5).split(doubled, labels, groups):
+        for i, C in enumerate(candidates):
+            model = _l1(linear_model, C).fit(doubled[train], labels[train], sample_weight=weights[train])
+            log_probs = model.predict_log_proba(doubled[test])[np.arange(len(test)), labels[test]]
+            losses[i] -= weights[test] @ log_probs
+    best = _l1(linear_model, candidates[losses.argmin()]).fit(doubled, labels, sample_weight=weights)
+    return float(sigmoid(best.coef_[0, 1]))
+
+
+def _l1(linear_model, C: float):
+    return linear_model.LogisticRegression(
+        C=C, l1_ratio=1.0, solver="liblinear", fit_intercept=False, random_state=123
+    )
+
+
+@pytest.mark.parametrize("kind", ["wins and losses", "ties too", "a judge of length alone"])
+def test_it_agrees_with_alpaca_evals_pipeline(kind: str) -> None:
+    """On planted verdicts the two regularisations differ by little: 0.02 where the interval is 0.12 wide."""
+    values, gap = planted(400, quality=0.5, length=1.0, mean_gap=60.0, seed=6)
+    if kind == "ties too":
+        values = np.where(np.random.default_rng(7).random(400) < 0.3, 0.5, values)
+    if kind == "a judge of length alone":
+        values = sigmoid(3 * np.tanh(gap / gap.std(ddof=1)))
+    ours = length_controlled(values, gap, np.arange(400), resamples=20)
+    assert ours is not None
+    assert ours.win_rate.estimate == pytest.approx(alpaca_eval(values, gap), abs=0.02)
+
+
 @pytest.mark.slow
 def test_the_interval_covers_19_of_20() -> None:
     """150 prompts with 2 samples each that share a random effect; the truth is the marginal win-rate at 0."""
     rng = np.random.default_rng(5)
     effect = rng.normal(0, 0.7, 200_000)
     truth = sigmoid(0.5 + effect).mean()
-    names, covered = np.repeat(np.arange(150), 2), np.zeros(600)
+    names, covered = np.repeat(np.arange(150), 2), np.zeros(1500)
     for trial in range(len(covered)):
         gap = rng.normal(40, 100, 300)
         own = np.repeat(rng.normal(0, 0.7, 150), 2)
@@ -103,4 +147,4 @@ def test_the_interval_covers_19_of_20() -> None:
         result = length_controlled(values, gap, names, seed=trial, resamples=300)
         assert result is not None
         covered[trial] = result.win_rate.low <= truth <= result.win_rate.high
-    assert covered.mean() == pytest.approx(0.95, abs=0.025)
+    assert covered.mean() == pytest.approx(0.95, abs=0.015)

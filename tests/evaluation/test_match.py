@@ -199,3 +199,32 @@ def test_a_reward_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     with pytest.raises(ValueError, match=r"is a reward model; allowed here .* wrapped as module:function"):
         match.local_source(f"local:{tmp_path}")
+
+
+@pytest.mark.slow
+def test_smollm2_judges_by_its_own_log_probs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real model as policy and as judge: every verdict is valid, and its bias to a position is shown."""
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    questions = ["What is the capital of France?", "How many legs has a dog?", "Name a colour.", "Say hello."]
+    answers = ["Paris.", "Four.", "Blue.", "Hello!"]
+    rows = [
+        {"prompt": question, "chosen": answer, "rejected": "zxqv jjj kkq"}
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = "embedded:smollm2-135m-instruct"
+    command = ["winrate", f"--policy={source}", "--opponent=data:worst", f"--data={data}", f"--output={out}"]
+    assert main([*command, f"--judge=local:{source}", "--max_new_tokens=16", "--temperatures=[0]"]) == 0
+    figures = result_of(out, "0.0")
+    assert figures["invalid"] == 0
+    assert figures["wins"] + figures["ties"] + figures["losses"] == 4
+    assert figures["judge"]["flips"] is not None
+    verdicts = lines_of(out / "verdicts.jsonl")
+    log_probs = np.array([[json.loads(line["answer"])[letter] for letter in "AB"] for line in verdicts])
+    assert np.isfinite(log_probs).all()
+    assert (log_probs < 0).all()
+    assert np.exp(log_probs).sum(1).max() <= 1
+    # with the order changed, the gibberish loses log-odds: what it is judged by is not the position alone
+    gap = (log_probs[:, 0] - log_probs[:, 1]).reshape(4, 2)
+    assert (gap[:, 0] - gap[:, 1]).mean() > 0
+    assert "win-rate" in capsys.readouterr().out

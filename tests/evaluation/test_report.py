@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 
 from dpo.config import Config, DataConfig, save_config
 from dpo.evaluation import plots
+from dpo.evaluation.match import RESULT_SETTINGS
 from dpo.evaluation.report import write_report
+from dpo.evaluation.winrate import Judged, describe_pairs
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} & ‘ok’"
 
@@ -61,20 +63,58 @@ def run(tmp_path: Path) -> tuple[Path, Config]:
     (run_dir / "data.json").write_text(
         json.dumps({"rows": 30, "sources": {HOSTILE: 30}, "problems": [HOSTILE]})
     )
-    (run_dir / "samples.jsonl").write_text(
-        json.dumps(
-            {
-                "prompt": HOSTILE,
-                "responses": {"policy": HOSTILE, "reference": "b"},
-                "scores": {"policy": 0.9, "reference": -0.1},
-            }
-        )
-        + "\n"
-    )
+    write_match(run_dir / "winrate")
+    write_tokens(run_dir, tmp_path, numbers)
     config = Config(run_dir=str(run_dir), data=DataConfig(eval=str(tmp_path / "eval.jsonl")))
     save_config(config, run_dir / "config.yaml")
     (run_dir / "summary.json").write_text("{}")
     return run_dir, config
+
+
+def write_match(directory: Path) -> None:
+    """What `dpo winrate` leaves for 12 prompts, each with hostile text: two wins to one loss."""
+    directory.mkdir()
+    lines, judged = [], []
+    for i in range(12):
+        wins = i % 3 > 0
+        prompt = [{"role": "user", "content": f"{HOSTILE} {i}"}]
+        rewards = [0.9, -0.1] if wins else [0.2, 0.3 + 0.01 * i]
+        common = {"prompt": prompt, "policy": HOSTILE, "opponent": f"other {i}", "temperature": 1.0}
+        common["winner"] = "policy" if wins else "opponent"
+        lines += [
+            {"key": f"{i}a", **common, "details": {"rewards": rewards}},
+            {"key": f"{i}b", **common, "details": {"rewards": rewards[::-1]}},
+        ]
+        first, second = ("first", "second") if wins else ("second", "first")
+        judged.append(Judged(f"{i}", HOSTILE + "x" * i, f"other {i}", first, second))
+    figures = describe_pairs(judged) | {
+        "verdicts": [[f"{i}a", f"{i}b"] for i in range(12)],
+        "reward": {"reward, policy": [0.6, 0.5, 0.7], "reward, opponent": [0.1, 0.0, 0.2]},
+        "log_ratio": {"KL, nats": [12.0, 11.0, 13.0]},
+    }
+    result = {
+        "policy": "p",
+        "opponent": Config().model.source,
+        "data": "eval.jsonl",
+        "judge": {"judge": "reward", "reward": f"vader {HOSTILE}"},
+        "settings": dict.fromkeys(RESULT_SETTINGS) | {"judge": "vader", "seed": 0, "samples": 1},
+        "temperatures": {"0.5": figures, "1.0": figures},
+    }
+    (directory / "winrate.json").write_text(json.dumps(result))
+    stale = {"key": "stale", "prompt": "not of this result"}
+    (directory / "verdicts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [stale, *lines]))
+
+
+def write_tokens(run_dir: Path, tmp_path: Path, numbers: dict[str, np.ndarray]) -> None:
+    """Per-token log-probs of every pair, in two tokens of which one is far from the reference."""
+    delta = 0.1 * np.diff(numbers["reference"] - numbers["policy"], axis=1)[:, 0]
+    side = {"tokens": [HOSTILE, "", " end\n"], "policy": [-1.0, -9.0, -1.0], "reference": [-4.0, -1.0, -1.2]}
+    pairs = [
+        {"location": f"{tmp_path}/eval.jsonl:{row + 1}", "row": row, "better": 0, "worse": 1, "delta": value}
+        | {"sides": {"better": side, "worse": side}}
+        for row, value in enumerate(delta.tolist())
+    ]
+    (run_dir / "evaluation.tokens.json").write_text(json.dumps({"pairs": pairs}))
 
 
 class _Page(HTMLParser):
@@ -139,6 +179,63 @@ def test_the_verdict_comes_first_with_interval_and_baseline(run: tuple[Path, Con
     assert start < shown.index("Training")
 
 
+def test_the_win_rate_stands_beside_the_accuracy(run: tuple[Path, Config]) -> None:
+    shown = " ".join(_Page(write_report(*run).read_text()).text.split())
+    start = shown.index("Win-rate over the reference")
+    assert "66.7% of its responses win, ties counting half (95% interval" in shown[start : start + 100]
+    assert "KL, nats a response: 12.0 (11.0 to 13.0)" in shown[start : start + 500]
+    assert start < shown.index("Training")
+
+
+def test_responses_stand_side_by_side_with_their_scores(run: tuple[Path, Config]) -> None:
+    """The first six prompts in the order of the data, then where the reference is furthest ahead."""
+    shown = " ".join(_Page(write_report(*run).read_text()).text.split())
+    assert "policy wins, difference +1.000" in shown
+    assert shown.index("reference wins, difference -0.100") < shown.index("policy wins, difference +1.000")
+    assert "policy, score +0.900" in shown
+    assert "reference, score -0.100" in shown
+    lost = shown.index("Where the reference is furthest ahead")
+    assert shown.index("difference -0.190", lost) < shown.index("difference -0.160", lost)
+    assert "not of this result" not in shown
+
+
+def test_tokens_have_the_colour_of_their_log_ratio(run: tuple[Path, Config]) -> None:
+    page = _Page(write_report(*run).read_text())
+    spans = [attributes for tag, attributes in page.tags if tag == "span" and "title" in attributes]
+    assert len(spans) == 2 * 2 * 10  # two pieces a side, two sides a pair, five pairs at each end
+    assert {span.get("class") for span in spans} == {"up4", "down4"}
+    assert spans[0]["title"] == "+3.00 nats: policy -1.00, reference -4.00"
+    assert spans[1]["title"] == "-7.80 nats: policy -10.00, reference -2.20", "joined to the next"
+
+
+def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) -> None:
+    path = run[0] / "evaluation.tokens.json"
+    kept = json.loads(path.read_text())
+    for pair in kept["pairs"]:
+        pair["delta"] += 5.0
+    path.write_text(json.dumps(kept))
+    text = write_report(*run).read_text()
+    assert ' title="+3.00 nats' not in text
+    assert "log-ratio" in text
+
+
+def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
+    shown = _Page(write_report(*run).read_text()).text
+    assert f"dpo train --config {run[0]}/config.yaml" in shown
+    assert "--judge=vader" in shown
+    assert "--temperatures=[0.5, 1.0]" in shown
+    assert "(of the software that wrote this page)" in shown
+    (run[0] / "summary.json").write_text('{"versions": {"jax": "0.0.1"}}')
+    shown = _Page(write_report(*run).read_text()).text
+    assert "0.0.1" in shown
+    assert "of the software" not in shown
+
+
+def test_a_run_without_win_rate_says_how_to_measure_it(run: tuple[Path, Config]) -> None:
+    shutil.rmtree(run[0] / "winrate")
+    assert f"dpo winrate --run {run[0]}" in _Page(write_report(*run).read_text()).text
+
+
 def test_a_policy_within_its_baselines_is_said_to_be(run: tuple[Path, Config]) -> None:
     run_dir, config = run
     from safetensors.numpy import load_file
@@ -172,6 +269,26 @@ def test_figures_take_the_pages_colours() -> None:
     assert "<title>a &lt; b</title>" in svg
 
 
+def open_in_chromium(
+    page: Path, picture: Path, *, width: int = 1280, height: int = 900, scheme: str = "light"
+):
+    """What the browser logs to its console while it shows a page; the picture is what it shows."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    done = subprocess.run(
+        [
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--enable-logging=stderr", f"--screenshot={picture}", f"--window-size={width},{height}",
+            f"--user-data-dir={picture.with_suffix('.profile')}",
+            *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
+            f"file://{page}",
+        ],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "height"), [(1280, 1600), (375, 812)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -179,20 +296,19 @@ def test_chromium_shows_it(
     run: tuple[Path, Config], tmp_path: Path, width: int, height: int, scheme: str
 ) -> None:
     """It renders in light and dark at a desk's and a phone's width, without a console message."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    page = shutil.copy(write_report(*run), tmp_path / "page.html")
+    page = Path(shutil.copy(write_report(*run), tmp_path / "page.html"))
     picture = tmp_path / "page.png"
-    done = subprocess.run(
-        [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--enable-logging=stderr", f"--screenshot={picture}", f"--window-size={width},{height}",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
-            f"file://{page}",
-        ],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
+    assert open_in_chromium(page, picture, width=width, height=height, scheme=scheme) == []
     assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.browser
+def test_a_reference_to_the_outside_would_be_a_console_message(
+    run: tuple[Path, Config], tmp_path: Path
+) -> None:
+    """The page forbids itself every request, so that the test above would see one."""
+    page = tmp_path / "page.html"
+    image = '<img src="http://127.0.0.1:9/x.png"></body>'
+    page.write_text(write_report(*run).read_text().replace("</body>", image))
+    messages = open_in_chromium(page, tmp_path / "page.png")
+    assert any("Content Security Policy" in message for message in messages)

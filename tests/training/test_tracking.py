@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,8 @@ import pytest
 from rich.console import Console
 
 from dpo.training.tracking import TimeLeft, open_trackers, read_metrics, require_trackers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def log_steps(run_dir: Path, steps: range, *, total: int = 6, names: tuple[str, ...] = (), clock=lambda: 0.0):
@@ -158,3 +165,53 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path: Path) -> None:
         values |= {(event.step, v.tag): v.simple_value for v in event.summary.value if v.tag == "loss"}
         data = data[16 + length :]
     assert values == {(step, "loss"): pytest.approx(0.1 * step) for step in range(3)}
+
+
+def test_tensorboard_itself_reads_the_files_of_an_interrupted_run(tmp_path: Path) -> None:
+    """What was written after the checkpoint and again after the resume is there once."""
+    pytest.importorskip("tensorboardX")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log_steps(tmp_path, range(5), names=("tensorboard",))
+    log_steps(tmp_path, range(3, 6), names=("tensorboard",))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("loss")
+    assert [scalar.step for scalar in scalars] == [0, 1, 2, 3, 4, 5]
+    assert [scalar.value for scalar in scalars] == pytest.approx([0.1 * step for step in range(6)])
+    assert {"loss", "rewards/margins", "eval/accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_trackio_keeps_a_run_without_network(tmp_path: Path) -> None:
+    """In a process of its own: trackio reads where to write when it is imported, and starts threads."""
+    pytest.importorskip("trackio")
+    code = """
+import json, socket, sys
+from pathlib import Path
+
+from dpo.training.tracking import open_trackers
+
+def refuse(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise AssertionError(f"connects to {address}")
+    return connect(self, address)
+
+connect, socket.socket.connect = socket.socket.connect, refuse
+run_dir = Path(sys.argv[1])
+with open_trackers(run_dir, ["trackio"], total_steps=3, resume_step=0, config={"seed": 0}) as tracker:
+    for step in range(3):
+        tracker.log(step, {"loss": 0.1 * step, "rewards/margins": 0.25})
+"""
+    run_dir = tmp_path / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run_dir)],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (database,) = (tmp_path / "trackio").glob("dpo*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+    assert [(name, step) for name, step, _ in rows] == [("runs-one", step) for step in range(3)]
+    losses = [json.loads(metrics)["loss"] for _, _, metrics in rows]
+    assert losses == pytest.approx([0.0, 0.1, 0.2])

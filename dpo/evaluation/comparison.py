@@ -1,0 +1,221 @@
+"""One self-contained HTML page about several runs: figures side by side, curves in one picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from dpo.config import Config
+from dpo.evaluation import plots
+from dpo.evaluation.accuracy import describe, make_pairs, outcomes
+from dpo.evaluation.curves import add_log_ratios, draw_runs
+from dpo.evaluation.heldout import Heldout, load_heldout
+from dpo.evaluation.page import percent, percents, render, with_interval, write_page
+from dpo.evaluation.report import describe_steps, objective_name, require_metrics
+from dpo.evaluation.report_match import read_match
+from dpo.evaluation.statistics import Interval, cluster_bootstrap
+from dpo.losses import reward_scale
+from dpo.training.tracking import METRICS_FILE, read_metrics
+from dpo.training.validation import HELDOUT_FILE
+
+
+class ComparedRun(NamedTuple):
+    """What a run left."""
+
+    name: str
+    path: Path
+    config: Config
+    metrics: list[dict[str, int | float]]
+    heldout: Heldout | None
+    figures: dict[str, Any] | None
+    match: dict[str, Any] | None
+
+
+def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str | Path | None = None) -> Path:
+    """Write a page about at least two runs, by default comparison.html in the folder that holds them all.
+
+    Raises:
+      ValueError: for a directory that no run has written to.
+    """
+    read = [_read(name, Path(run), config) for name, (run, config) in zip(_names(runs), runs, strict=True)]
+    path = Path(output or _common_folder(runs) / "comparison.html")
+    return write_page(path, render("comparison.html.jinja", _gather(read)))
+
+
+def accuracy_difference(run: Heldout, other: Heldout) -> Interval | None:
+    """Accuracy of `run` minus that of `other` on the same pairs: paired, so much tighter than two intervals.
+
+    None where the held-out preferences are not the same.
+    """
+    if [(p.prompt, p.responses) for p in run.preferences] != [
+        (p.prompt, p.responses) for p in other.preferences
+    ]:
+        return None
+    pairs = make_pairs(run.rows)
+    ours, theirs = (outcomes(pairs.gap(one.rows.log_ratio)) for one in (run, other))
+    return cluster_bootstrap(ours - theirs, run.rows.prompts[pairs.row], weights=pairs.weight)
+
+
+def _read(name: str, path: Path, config: Config) -> ComparedRun:
+    require_metrics(path)
+    beta = reward_scale(config.objectives or config.objective)
+    heldout = load_heldout(path, config) if (path / HELDOUT_FILE).is_file() else None
+    return ComparedRun(
+        name,
+        path,
+        config,
+        add_log_ratios(read_metrics(path / METRICS_FILE), beta=beta),
+        heldout,
+        None if heldout is None else describe(heldout.rows, beta=beta),
+        read_match(path, config),
+    )
+
+
+def _names(runs: Sequence[tuple[str | Path, Config]]) -> list[str]:
+    """The paths without what they have in common at the front."""
+    common = _common_folder(runs)
+    return [str(Path(run).resolve().relative_to(common)) for run, _ in runs]
+
+
+def _common_folder(runs: Sequence[tuple[str | Path, Config]]) -> Path:
+    return Path(os.path.commonpath([Path(run).resolve().parent for run, _ in runs]))
+
+
+def _gather(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    return {
+        "title": f"{len(runs)} runs",
+        "subtitle": " · ".join(dict.fromkeys(objective_name(run.config) for run in runs)),
+        "verdict_plots": _verdict_plots(runs),
+        "rows": _table(runs),
+        "runs": [
+            {
+                "name": run.name,
+                "path": run.path,
+                "colour": index % len(plots.SERIES) + 1,
+            }
+            for index, run in enumerate(runs)
+        ],
+        "notes": _notes(runs),
+        "curves": draw_runs({run.name: run.metrics for run in runs}),
+        "settings": differing_settings([run.config for run in runs]),
+    }
+
+
+ROWS = (
+    "objective",
+    "steps",
+    "held-out accuracy",
+    "accuracy minus the first run's",
+    "margin δ",
+    "calibration error",
+    "win-rate",
+    "at equal lengths",
+    "KL, nats",
+)
+
+
+def _table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
+    """What a row is, and a cell for each run; rows that are empty throughout are left out."""
+    columns = [_cells(run, runs[0]) for run in runs]
+    return [(name, list(cells)) for name, *cells in zip(ROWS, *columns, strict=True) if any(cells)]
+
+
+def _cells(run: ComparedRun, first: ComparedRun) -> list[str]:
+    cells = [objective_name(run.config), describe_steps(run.metrics)]
+    if run.figures is None or run.heldout is None:
+        cells += ["", "", "", ""]
+    else:
+        difference = None
+        if run is not first and first.heldout is not None:
+            difference = accuracy_difference(run.heldout, first.heldout)
+        cells += [
+            _rate(run.figures["accuracy"]),
+            "" if difference is None else with_interval(difference),
+            with_interval(run.figures["margin"]),
+            f"{run.figures['calibration']['ece']:.3f}",
+        ]
+    if run.match is None:
+        return [*cells, "", "", ""]
+    controlled, kl = run.match["controlled"], run.match["kl"]
+    return [
+        *cells,
+        f"{_rate(run.match['figures']['win_rate'])} over the {run.match['opponent']}",
+        "" if controlled is None else _rate(controlled),
+        "" if kl is None else with_interval(kl[1], 1),
+    ]
+
+
+def _rate(interval: Sequence[float]) -> str:
+    return f"{percent(interval[0])} ({percents(interval)})"
+
+
+def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
+    """Accuracy and win-rate of all runs that have them, with their intervals."""
+    found = {
+        "Held-out accuracy, 95% intervals": [
+            (run.name, run.figures["accuracy"], index)
+            for index, run in enumerate(runs)
+            if run.figures is not None
+        ],
+        "Win-rate, 95% intervals": [
+            (run.name, run.match["figures"]["win_rate"], index)
+            for index, run in enumerate(runs)
+            if run.match is not None
+        ],
+    }
+    return [
+        Markup(
+            plots.intervals(
+                title,
+                [(name, interval) for name, interval, _ in rows],
+                level=0.5,
+                colours=[index for _, _, index in rows],
+            )
+        )
+        for title, rows in found.items()
+        if rows
+    ]
+
+
+def _notes(runs: Sequence[ComparedRun]) -> list[str]:
+    """What a reader has to know before comparing columns."""
+    notes = [
+        "Intervals are 95%, by bootstrap over prompts. “Accuracy minus the first run's” is the paired "
+        "difference on the same pairs: it says more than two intervals that overlap."
+    ]
+    apart = [
+        run.name
+        for run in runs[1:]
+        if run.heldout is not None
+        and runs[0].heldout is not None
+        and accuracy_difference(run.heldout, runs[0].heldout) is None
+    ]
+    if apart:
+        notes.append(f"Held-out preferences other than the first run's: {', '.join(apart)}.")
+    judges = {f"{run.match['judge']}, temperature {run.match['temperature']}" for run in runs if run.match}
+    if len(judges) > 1:
+        notes.append(f"Win-rates are not of one kind: {'; '.join(sorted(judges))}.")
+    return notes
+
+
+def differing_settings(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all runs, run_dir apart, by their dotted names."""
+    flat = [_flatten(asdict(config)) for config in configs]
+    names = dict.fromkeys(name for one in flat for name in one if name != "run_dir")
+    found = [(name, [one.get(name, "") for one in flat]) for name in names]
+    return [(name, values) for name, values in found if len(set(values)) > 1]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)
+    return flat

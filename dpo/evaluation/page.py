@@ -1,0 +1,56 @@
+"""What HTML pages share: a template engine that escapes everything, and numbers as text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+
+def render(template: str, content: dict[str, Any]) -> str:
+    """A template of this folder with this content; every text is escaped, figures are our own SVG."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(percent=percent, percents=percents, interval=with_interval)
+    return environment.get_template(template).render(content)
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write it whole or not at all."""
+    beside = path.with_suffix(".writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def percent(value: float) -> str:
+    """A rate, such as 84.3%."""
+    return f"{100 * value:.1f}%"
+
+
+def percents(interval: Sequence[float]) -> str:
+    """The ends of a rate's interval."""
+    return f"{percent(interval[1])} to {percent(interval[2])}"
+
+
+def with_interval(interval: Sequence[float], digits: int = 3) -> str:
+    """Estimate and ends."""
+    estimate, low, high = interval
+    return f"{estimate:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as one text; of a conversation with several turns each begins with who speaks."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -1,0 +1,175 @@
+"""The part of a report that comes from `dpo winrate`: figures by temperature, responses side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from dpo.config import Config
+from dpo.evaluation import plots
+from dpo.evaluation.match import RESULT_FILE
+from dpo.evaluation.page import percent, percents, prompt_text, with_interval
+from dpo.evaluation.winrate import warnings_of
+
+MATCH_DIR = "winrate"
+"""Of a run: where `dpo winrate --run RUN` writes."""
+NUM_SAMPLES = 6
+"""Prompts whose responses are shown, from the start of the data: nobody picked them."""
+NUM_LOST = 3
+"""Further prompts, where the opponent is furthest ahead."""
+_DEFAULTS = {"samples": 1, "compute_dtype": "float32", "seed": 0}
+
+
+def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
+    """What a page shows of the run's win-rate; None where there is none."""
+    path = run_dir / MATCH_DIR / RESULT_FILE
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    by_temperature = result["temperatures"]
+    main = "1.0" if "1.0" in by_temperature else next(iter(by_temperature))
+    figures = by_temperature[main]
+    if "verdicts" not in figures:
+        raise ValueError(f"{path} is of an older version; run dpo winrate again (nothing is sampled anew)")
+    opponent = opponent_name(result["opponent"], config)
+    pairs = _pairs(path.with_name("verdicts.jsonl"), figures["verdicts"], opponent)
+    shown = pairs[:NUM_SAMPLES]
+    rest = [pair for pair in pairs[NUM_SAMPLES:] if pair["difference"] is not None and pair["difference"] < 0]
+    return {
+        "opponent": opponent,
+        "judge": judge_name(result["judge"]),
+        "temperature": main,
+        "figures": figures,
+        "controlled": (figures["length_controlled"] or {}).get("win_rate"),
+        "kl": next(iter(figures.get("log_ratio", {}).items()), None),
+        "rewards": list(figures.get("reward", {}).values()) or None,
+        "warnings": [
+            f"temperature {t}: {text}" for t in by_temperature for text in warnings_of(by_temperature[t])
+        ],
+        "temperatures": list(by_temperature),
+        "rows": _rows(list(by_temperature.values()), opponent),
+        "plot": _plot(opponent, main, by_temperature),
+        "samples": shown,
+        "lost": sorted(rest, key=lambda pair: pair["difference"])[:NUM_LOST],
+        "command": command(run_dir, result, config),
+    }
+
+
+def opponent_name(source: str, config: Config) -> str:
+    """ "reference" where it is the run's, the data's response, or the other model's source."""
+    if source == (config.model.reference or config.model.source):
+        return "reference"
+    return {"data:best": "data's best", "data:worst": "data's worst"}.get(source, source)
+
+
+def judge_name(identity: dict[str, Any]) -> str:
+    """A judge in a few words."""
+    what = next((identity[name] for name in ("reward", "control", "model") if name in identity), "")
+    return f"{identity['judge']} {what}".strip()
+
+
+def command(run_dir: Path, result: dict[str, Any], config: Config) -> str:
+    """The command line that gives these figures again."""
+    settings = {name: value for name, value in result["settings"].items() if value != _DEFAULTS.get(name)}
+    settings["temperatures"] = [float(text) for text in result["temperatures"]]
+    if opponent_name(result["opponent"], config) != "reference":
+        settings["opponent"] = result["opponent"]
+    if result["data"] != config.data.eval:
+        settings["data"] = result["data"]
+    options = [f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in settings.items()]
+    return shlex.join(["dpo", "winrate", "--run", str(run_dir), *options])
+
+
+def _plot(opponent: str, main: str, by_temperature: dict[str, Any]) -> Markup:
+    figures = by_temperature[main]
+    rows = [(f"temperature {main}", figures["win_rate"])]
+    if figures["length_controlled"] is not None:
+        rows.append(("the same at equal lengths", figures["length_controlled"]["win_rate"]))
+    rows += [(f"temperature {t}", by_temperature[t]["win_rate"]) for t in by_temperature if t != main]
+    return Markup(plots.intervals(f"Win-rate over the {opponent}, 95% intervals", rows, level=0.5))
+
+
+def _rows(columns: Sequence[dict[str, Any]], opponent: str) -> list[tuple[str, list[str]]]:
+    """The table by temperature: what a row is, and its cells; rows that are empty throughout are left out."""
+
+    def controlled(figures: dict[str, Any]) -> str:
+        found = figures["length_controlled"]
+        return "" if found is None else _rate(found["win_rate"])
+
+    def from_group(group: str, place: int, digits: int) -> Callable[[dict[str, Any]], str]:
+        def cell(figures: dict[str, Any]) -> str:
+            found = list(figures.get(group, {}).values())
+            return with_interval(found[place], digits) if found else ""
+
+        return cell
+
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "win-rate": lambda figures: _rate(figures["win_rate"]),
+        "at equal lengths": controlled,
+        "wins, ties, losses": lambda figures: f"{figures['wins']}, {figures['ties']}, {figures['losses']}",
+        "ties that flip with the order": lambda figures: str(figures["ties_flipped"]),
+        "invalid": lambda figures: str(figures["invalid"]),
+        "mean reward, policy": from_group("reward", 0, 3),
+        f"mean reward, {opponent}": from_group("reward", 1, 3),
+        f"log policy/{opponent}, nats": from_group("log_ratio", 0, 1),
+        "mean characters, policy": lambda figures: f"{figures['mean_length']['policy']:.0f}",
+        f"mean characters, {opponent}": lambda figures: f"{figures['mean_length']['opponent']:.0f}",
+    }
+    table = [(name, [cell(figures) for figures in columns]) for name, cell in rows.items()]
+    return [(name, cells) for name, cells in table if any(cells)]
+
+
+def _rate(interval: Sequence[float]) -> str:
+    return f"{percent(interval[0])} ({percents(interval)})"
+
+
+def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dict[str, Any]]:
+    """Both responses to every prompt, in the order of the data, with what the judge said of them."""
+    wanted = {key for both in keys for key in both}
+    lines = {
+        line["key"]: line
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if line["key"] in wanted
+    }
+    return [_side_by_side(lines[first], lines[second], opponent) for first, second in keys]
+
+
+def _side_by_side(
+    policy_first: dict[str, Any], opponent_first: dict[str, Any], opponent: str
+) -> dict[str, Any]:
+    scores = _scores(policy_first, opponent_first)
+    names = ("policy", opponent)
+    texts = (policy_first["policy"], policy_first["opponent"])
+    return {
+        "prompt": prompt_text(policy_first["prompt"]),
+        "outcome": _outcome(policy_first["winner"], opponent_first["winner"], opponent),
+        "difference": None if scores is None else scores[0] - scores[1],
+        "sides": [
+            {"name": name, "text": text, "score": None if scores is None else score}
+            for name, text, score in zip(names, texts, scores or (None, None), strict=True)
+        ],
+    }
+
+
+def _outcome(first: str | None, second: str | None, opponent: str) -> str:
+    if first is None or second is None:
+        return "no valid verdict"
+    if first != second:
+        return "tie: the verdict changes with the order"
+    return {"policy": "policy wins", "opponent": f"{opponent} wins", "tie": "tie"}[first]
+
+
+def _scores(policy_first: dict[str, Any], opponent_first: dict[str, Any]) -> tuple[float, float] | None:
+    """Rewards of policy and opponent, or a local judge's mean log-probs of choosing them; None without."""
+    ours, theirs = policy_first["details"] or {}, opponent_first["details"] or {}
+    if "rewards" in ours:
+        return tuple(ours["rewards"])
+    if "log_probs" in ours and "log_probs" in theirs:
+        one, two = ours["log_probs"], theirs["log_probs"]
+        return (one["A"] + two["B"]) / 2, (one["B"] + two["A"]) / 2
+    return None

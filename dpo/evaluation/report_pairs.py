@@ -1,0 +1,99 @@
+"""A report's worst and best held-out pairs, each token in the colour of its log-ratio."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo.evaluation.heldout import Heldout
+from dpo.evaluation.page import prompt_text
+from dpo.evaluation.token_ratios import TOKENS_FILE, OrderedPair, extreme_pairs
+
+LEVELS = (0.1, 0.5, 1.0, 2.0)
+"""Nats of log π − log ρ, either way, from which on a token has the first, second … shade."""
+LEGEND = [(f"down{i}", f"−{LEVELS[i - 1]:g}") for i in range(len(LEVELS), 0, -1)] + [
+    (f"up{i + 1}", f"+{level:g}") for i, level in enumerate(LEVELS)
+]
+"""Shades, and the log-ratio from which on each holds."""
+_SAME = 0.05
+"""Difference of δ, relative to its size, below which two evaluations scored the same pair alike."""
+
+
+class Span(NamedTuple):
+    """A token, or the few that make up one character."""
+
+    text: str
+    shade: str
+    """down4 … down1, up1 … up4; empty near zero."""
+    title: str
+
+
+def describe_extremes(run_dir: Path, heldout: Heldout, *, beta: float) -> list[dict[str, Any]]:
+    """Two lists of pairs, worst and best, with the tokens' shades where the run has kept their log-probs."""
+    extremes = extreme_pairs(heldout.rows, beta=beta)
+    kept = _read_tokens(run_dir / TOKENS_FILE)
+    return [
+        {"heading": heading, "pairs": [_pair(heldout, pair, _find(kept, heldout, pair)) for pair in pairs]}
+        for heading, pairs in (
+            ("Pairs that the policy orders worst", extremes.worst),
+            ("Pairs that it orders best", extremes.best),
+        )
+    ]
+
+
+def spans(side: dict[str, Any]) -> list[Span]:
+    """The response piece by piece; tokens that add no text by themselves are joined to the next."""
+    found: list[Span] = []
+    policy = reference = 0.0
+    for text, ours, theirs in zip(side["tokens"], side["policy"], side["reference"], strict=True):
+        policy, reference = policy + ours, reference + theirs
+        if not text:
+            continue
+        ratio = policy - reference
+        level = bisect_right(LEVELS, abs(ratio))
+        shade = f"{'up' if ratio > 0 else 'down'}{level}" if level else ""
+        title = f"{ratio:+.2f} nats: policy {policy:.2f}, reference {reference:.2f}"
+        found.append(Span(text if text.strip("\n") else text.replace("\n", "⏎\n"), shade, title))
+        policy = reference = 0.0
+    return found
+
+
+def _read_tokens(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["pairs"] if path.is_file() else []
+
+
+def _find(kept: Sequence[dict[str, Any]], heldout: Heldout, pair: OrderedPair) -> dict[str, Any] | None:
+    """The kept tokens of a pair: the same responses, and put as far apart as the held-out log-probs say.
+
+    None where the file is missing, or is of another evaluation.
+    """
+    location = heldout.preferences[pair.row].location
+    for one in kept:
+        same_place = (one["location"], one["better"], one["worse"]) == (location, pair.better, pair.worse)
+        if same_place and abs(one["delta"] - pair.delta) <= _SAME * max(1.0, abs(pair.delta)):
+            return one["sides"]
+    return None
+
+
+def _pair(heldout: Heldout, pair: OrderedPair, tokens: dict[str, Any] | None) -> dict[str, Any]:
+    preference, rows = heldout.preferences[pair.row], heldout.rows
+    prompt = prompt_text(preference.prompt)
+    return {
+        "delta": f"{pair.delta:+.3f}",
+        "prompt": prompt,
+        "prompt_end": prompt.strip().splitlines()[-1][-100:] if prompt.strip() else "(empty prompt)",
+        "source": preference.source,
+        "sides": [
+            {
+                "name": name,
+                "text": preference.responses[place],
+                "ratio": f"{rows.log_ratio[pair.row, place]:+.2f}",
+                "length": int(rows.lengths[pair.row, place]),
+                "spans": None if tokens is None else spans(tokens[name]),
+            }
+            for name, place in (("better", pair.better), ("worse", pair.worse))
+        ],
+    }

@@ -1,0 +1,157 @@
+"""Token by token: where the policy left its reference, for the pairs that it orders best and worst.
+
+Sums over a response say that it became more or less probable; which words did it is in the log-ratio of every
+token. A run keeps it for a few pairs, chosen by their δ, in a JSON file that the report colours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo.config import Config
+from dpo.data.preferences import Preference
+from dpo.data.tokenization import TokenizedDataset
+from dpo.evaluation.accuracy import Rows, make_pairs
+from dpo.evaluation.heldout import Heldout
+from dpo.training.setup import load_policy, scoring_loader, tokenize_preferences
+from dpo.training.sharding import make_mesh, place_batch
+from dpo.training.step import make_token_step
+
+TOKENS_FILE = "evaluation.tokens.json"
+"""Beside evaluation.json of a run; for another output FILE.json it is FILE.tokens.json."""
+NUM_PAIRS = 5
+"""Pairs at each end."""
+_PARTIAL = "\N{REPLACEMENT CHARACTER}"
+"""How a tokenizer decodes a character of which only some bytes are there."""
+
+
+class OrderedPair(NamedTuple):
+    """A pair of responses of one row, and how far apart the policy puts them."""
+
+    row: int
+    better: int
+    worse: int
+    delta: float
+
+
+class Extremes(NamedTuple):
+    """The pairs with the lowest and with the highest δ, the most extreme first; a row is there only once."""
+
+    worst: list[OrderedPair]
+    best: list[OrderedPair]
+
+
+def extreme_pairs(rows: Rows, *, beta: float, count: int = NUM_PAIRS) -> Extremes:
+    """Up to `count` pairs at each end, and no row at both; of an odd number the worst get the middle one."""
+    pairs = make_pairs(rows)
+    delta = beta * pairs.gap(rows.log_ratio)
+    order = np.argsort(delta, kind="stable")
+    found = [
+        OrderedPair(int(pairs.row[i]), int(pairs.better[i]), int(pairs.worse[i]), float(delta[i]))
+        for i in order
+    ]
+    num_rows = len({pair.row for pair in found})
+    worst = _one_a_row(found, set())[: min(count, (num_rows + 1) // 2)]
+    return Extremes(worst, _one_a_row(found[::-1], {pair.row for pair in worst})[:count])
+
+
+def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str, Any]:
+    """Per-token log-probs of the extreme pairs under policy (`model.source`) and reference, as plain data.
+
+    One model is in memory at a time. {"policy", "reference": sources, "pairs": [{"location": where the row
+    stands in the data, "row", "better", "worse": places, "delta", "sides": {"better": {"tokens": the text
+    that each token adds, "policy": log-probs, "reference": log-probs}, "worse": …}}]}
+    """
+    assert config.model.reference is not None
+    extremes = extreme_pairs(heldout.rows, beta=beta)
+    wanted = [*extremes.worst, *extremes.best]
+    rows = list(dict.fromkeys(pair.row for pair in wanted))
+    preferences = [heldout.preferences[row] for row in rows]
+    mesh = make_mesh(config.mesh)
+    policy, tokens, tokenizer = _score(config, config.model.source, preferences, mesh)
+    reference, _, _ = _score(config, config.model.reference, preferences, mesh)
+
+    def side(row: int, place: int) -> dict[str, Any]:
+        ids = tokens.responses(row)[place]
+        return {
+            "tokens": token_texts(tokenizer, ids.tolist()),
+            "policy": policy[row][place],
+            "reference": reference[row][place],
+        }
+
+    return {
+        "policy": config.model.source,
+        "reference": config.model.reference,
+        "pairs": [
+            {
+                "location": heldout.preferences[pair.row].location,
+                **pair._asdict(),
+                "sides": {
+                    "better": side(rows.index(pair.row), pair.better),
+                    "worse": side(rows.index(pair.row), pair.worse),
+                },
+            }
+            for pair in wanted
+        ],
+    }
+
+
+def write_token_ratios(path: str | Path, config: Config, heldout: Heldout, *, beta: float) -> None:
+    """`score_extremes` as a file."""
+    beside = Path(f"{path}.writing")
+    text = json.dumps(score_extremes(config, heldout, beta=beta), ensure_ascii=False)
+    beside.write_text(text + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, special tokens included; together they are the decoded whole.
+
+    A token that only begins a character adds nothing; the one that completes it adds the character.
+    """
+    texts: list[str] = []
+    shown = ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        is_whole = not text.endswith(_PARTIAL) or end == len(ids)
+        texts.append(text[len(shown) :] if is_whole else "")
+        shown = text if is_whole else shown
+    return texts
+
+
+def _one_a_row(pairs: Sequence[OrderedPair], taken: set[int]) -> list[OrderedPair]:
+    """The first pair of every row that is not taken."""
+    first: dict[int, OrderedPair] = {}
+    for pair in pairs:
+        if pair.row not in taken:
+            first.setdefault(pair.row, pair)
+    return list(first.values())
+
+
+def _score(
+    config: Config, source: str, preferences: Sequence[Preference], mesh: Mesh
+) -> tuple[list[list[list[float]]], TokenizedDataset, Any]:
+    """Log-probs by row, response and token; the tokens; the tokenizer."""
+    policy = load_policy(config.model, mesh, source=source)
+    tokenizer = policy.pretrained.tokenizer
+    dataset = tokenize_preferences(config.data, preferences, tokenizer)
+    assert len(dataset) == len(preferences), "rows that were kept once are kept again"
+    step = make_token_step(policy.graphdef, chunk=config.model.log_prob_chunk)
+    found: list[list[list[float]]] = [[] for _ in preferences]
+    for batch in scoring_loader(config.data, dataset, mesh).batches():
+        values = np.asarray(step(policy.params, policy.frozen, place_batch(mesh, batch))).reshape(-1)
+        owner, K = np.asarray(batch.owner).reshape(-1), batch.present.shape[1]
+        for p, row in enumerate(np.asarray(batch.index)):
+            if row >= 0:
+                found[row] = [
+                    values[owner == p * K + k].astype(float).round(4).tolist()
+                    for k in range(int(np.asarray(batch.present[p]).sum()))
+                ]
+    return found, dataset, tokenizer

@@ -1,0 +1,152 @@
+"""`dpo watch`: the curves of a run on the terminal, from its metrics.jsonl, while another process trains."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dpo.config import Config
+from dpo.evaluation import terminal_plots
+from dpo.evaluation.curves import PANELS, Metrics, Panel, add_log_ratios, points
+from dpo.evaluation.report import objective_name
+from dpo.evaluation.terminal_plots import Series
+from dpo.losses import reward_scale
+from dpo.training.lock import is_held
+from dpo.training.tracking import METRICS_FILE, SHOWN, read_metrics
+
+PANEL_WIDTH, PANEL_HEIGHT = 38, 9
+"""Characters and lines of a plot, at least."""
+SHOWN_PANELS = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "ratios/chosen",
+    "grad_norm",
+    "samples/kl",
+    "tokens/s",
+)
+"""Panels by their first metric; the others are for the report."""
+_COLOURS = ("cyan", "yellow")
+_MEAN_OF = 10
+"""A line is the running mean over one part in so many of all steps."""
+
+
+def watch(
+    run_dir: Path,
+    config: Config,
+    *,
+    interval: float,
+    once: bool,
+    console: Console | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Draw until the run is finished or nobody trains it any more; whether it is finished.
+
+    Where there is no terminal only the last picture is printed.
+    """
+    console = console or Console()
+    follow = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    if follow is not None and not once:
+        with follow:
+            while (state := run_state(run_dir)) == "running":
+                follow.update(picture(run_dir, config, state, console.width), refresh=True)
+                sleep(interval)
+    else:
+        while (state := run_state(run_dir)) == "running" and not once:
+            sleep(interval)
+    console.print(picture(run_dir, config, state, console.width))
+    return state == "finished"
+
+
+def run_state(run_dir: Path) -> str:
+    """running, finished or stopped."""
+    if is_held(run_dir):
+        return "running"
+    return "finished" if (run_dir / "summary.json").is_file() else "stopped"
+
+
+def picture(run_dir: Path, config: Config, state: str, width: int) -> Group:
+    """What there is to see: how far the run is, its curves, the newest held-out figures."""
+    beta = reward_scale(config.objectives or config.objective)
+    path = run_dir / METRICS_FILE
+    metrics = add_log_ratios(read_metrics(path), beta=beta) if path.is_file() else []
+    head = Text.assemble((run_dir.resolve().name, "bold"), f"  {objective_name(config)}")
+    return Group(head, _progress(config, metrics, state), "", _plots(metrics, width), _heldout(metrics))
+
+
+def _progress(config: Config, metrics: Metrics, state: str) -> Text:
+    trained = [row for row in metrics if "loss" in row]
+    if not trained:
+        return Text(f"{state}: no step yet", "dim")
+    last, total = trained[-1], total_steps(config, trained[-1])
+    text = f"{state}, step {int(last['step']) + 1} of {total}"
+    seconds = [row["seconds"] for row in trained[-20:] if "seconds" in row]
+    if state == "running" and seconds:
+        left = round(statistics.median(seconds) * max(total - int(last["step"]) - 1, 0))
+        text += f", {statistics.median(seconds):.1f} s a step, {left // 60}:{left % 60:02} left"
+    return Text(text, "green" if state == "finished" else "red" if state == "stopped" else "")
+
+
+def total_steps(config: Config, last: Mapping[str, int | float]) -> int:
+    """Steps of the whole run: as set, or what so many epochs come to at the pace of the last line."""
+    training = config.training
+    if training.steps is not None:
+        return training.steps
+    return max(int(training.epochs / (last["epoch"] / (last["step"] + 1)) + 1e-9), int(last["step"]) + 1)
+
+
+def _plots(metrics: Metrics, width: int) -> Table:
+    """As many plots side by side as fit."""
+    shown = [panel for panel in PANELS if panel.series[0][0] in SHOWN_PANELS]
+    panels = [(panel, series) for panel in shown if (series := _series(panel, metrics))]
+    columns = max(1, width // (PANEL_WIDTH + 2))
+    plot_width = min(width, width // columns - 2)
+    grid = Table.grid(padding=(0, 2, 1, 0))
+    drawn = [terminal_plots.draw(p.title, s, width=plot_width, height=PANEL_HEIGHT) for p, s in panels]
+    for start in range(0, len(drawn), columns):
+        grid.add_row(*drawn[start : start + columns])
+    return grid
+
+
+def _series(panel: Panel, metrics: Metrics) -> list[Series]:
+    """Training lines, smoothed; held-out ones in the other colour, or dimmed where there are two lines."""
+    found = []
+    for index, (name, label) in enumerate(panel.series):
+        if trained := points(metrics, name):
+            steps, values = zip(*trained, strict=True)
+            found.append(
+                Series(
+                    label if len(panel.series) > 1 else "training",
+                    steps,
+                    _running_mean(values),
+                    _COLOURS[index],
+                )
+            )
+        if heldout := points(metrics, f"eval/{name}"):
+            style = f"dim {_COLOURS[index]}" if len(panel.series) > 1 else "magenta"
+            steps, values = zip(*heldout, strict=True)
+            name = f"{label}, held out" if len(panel.series) > 1 else "held out"
+            found.append(Series(name, steps, values, style))
+    return found
+
+
+def _running_mean(values: Sequence[int | float]) -> list[float]:
+    window = max(1, len(values) // _MEAN_OF)
+    return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _heldout(metrics: Metrics) -> Text:
+    rows = [row for row in metrics if "eval/rewards/accuracies" in row]
+    if not rows:
+        return Text("no held-out evaluation yet", "dim")
+    figures = "  ".join(
+        f"{word} {rows[-1][f'eval/{name}']:.4g}" for name, word in SHOWN.items() if f"eval/{name}" in rows[-1]
+    )
+    return Text(f"held out after {int(rows[-1]['step'])} steps: {figures}", "magenta")

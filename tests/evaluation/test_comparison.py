@@ -1,0 +1,95 @@
+"""Runs side by side: one page, curves of all, and differences that are paired where they can be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_report import HOSTILE, _Page, open_in_chromium, run  # noqa: F401
+
+from dpo.cli import main
+from dpo.config import Config, OptimizerConfig, save_config
+from dpo.evaluation.accuracy import describe
+from dpo.evaluation.comparison import accuracy_difference, differing_settings, write_comparison
+from dpo.evaluation.heldout import load_heldout
+
+
+@pytest.fixture
+def runs(run: tuple[Path, Config]) -> list[tuple[Path, Config]]:  # noqa: F811
+    """A run, and another with a higher learning rate whose policy is wrong on ten more pairs."""
+    first, config = run
+    second = first.with_name("second")
+    shutil.copytree(first, second)
+    other = replace(config, run_dir=str(second), optimizer=OptimizerConfig(learning_rate=3e-3))
+    save_config(other, second / "config.yaml")
+    numbers = load_file(second / "heldout.safetensors")
+    numbers["policy"][:10] = numbers["reference"][:10] + np.array([[-1.0, 1.0]])
+    save_file(numbers, second / "heldout.safetensors")
+    shutil.rmtree(second / "winrate")
+    return [run, (second, other)]
+
+
+def test_one_page_has_all_runs_and_refers_to_nothing_outside(runs, tmp_path: Path) -> None:
+    text = write_comparison(runs, output=tmp_path / "page.html").read_text()
+    page = _Page(text)
+    shown = " ".join(page.text.split())
+    for name in ("run<b>", "second"):
+        assert name in shown
+    assert not {"script", "link", "img", "b"} & {tag for tag, _ in page.tags}
+    assert "optimizer.learning_rate1e-060.003" in shown
+    assert HOSTILE.split()[0] not in text
+
+
+def test_the_difference_is_paired(runs) -> None:
+    """Its estimate is that of two separate accuracies; its interval is narrower than for independent ones."""
+    ours, theirs = (load_heldout(path, config) for path, config in runs)
+    difference = accuracy_difference(theirs, ours)
+    separate = [describe(one.rows, beta=0.1)["accuracy"] for one in (theirs, ours)]
+    assert difference is not None
+    assert difference.estimate == pytest.approx(separate[0][0] - separate[1][0])
+    independent = np.hypot(*(high - low for _, low, high in separate))
+    assert difference.high - difference.low < 0.95 * independent
+    assert accuracy_difference(ours, ours) == (0.0, 0.0, 0.0)
+
+
+def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> None:
+    path, config = runs[1]
+    rows = [json.loads(line) for line in Path(config.data.eval).read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row | {"chosen": "another"}) + "\n" for row in rows))
+    config = replace(config, data=replace(config.data, eval=str(other)))
+    assert accuracy_difference(load_heldout(path, config), load_heldout(*runs[0])) is None
+    shown = _Page(write_comparison([runs[0], (path, config)]).read_text()).text
+    assert "Held-out preferences other than the first run's: second" in shown
+
+
+def test_only_settings_that_differ_are_listed() -> None:
+    one = Config(objective={"name": "dpo", "beta": 0.1}, run_dir="a")
+    two = Config(objective={"name": "ipo", "beta": 0.1}, run_dir="b")
+    assert differing_settings([one, two]) == [("objective.name", ["dpo", "ipo"])]
+    assert differing_settings([one, one]) == []
+
+
+def test_the_command_takes_one_run_or_several(
+    runs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = [str(path) for path, _ in runs]
+    assert main(["report", *paths]) == 0
+    assert (tmp_path / "comparison.html").is_file()
+    assert main(["report", paths[0]]) == 0
+    assert (runs[0][0] / "report.html").is_file()
+    assert main(["report", *paths, f"--output={tmp_path / 'other.html'}"]) == 0
+    assert (tmp_path / "other.html").is_file()
+    assert main(["report", paths[0], str(tmp_path / "none")]) == 2
+    assert "none/config.yaml: there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+def test_chromium_shows_it(runs, tmp_path: Path) -> None:
+    page = write_comparison(runs, output=tmp_path / "page.html")
+    assert open_in_chromium(page, tmp_path / "page.png") == []
