@@ -9,16 +9,24 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from dpo.config import Config
 
 USAGE_ERROR = 2
 """Exit code for anything wrong with the command line or the settings."""
+
+MAX_YAML_VALUES = 100_000
+"""Values of one file with its aliases written out: ten short lines of aliases to aliases make billions."""
+MAX_YAML_DEPTH = 50
 
 Settings = TypeVar("Settings")
 
@@ -28,6 +36,38 @@ set_parsing_settings(
     instantiate_subclass_spec_in_any=False,
     import_path_denylist=["*"],
 )
+_load_plain_yaml = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse loads it, with every error one that it expects, and nothing too large to work with."""
+    try:
+        value = _load_plain_yaml(text)
+        count, depth = _measure(value, {})
+    except (ValueError, RecursionError) as error:  # such as an integer of 5,000 digits
+        raise yaml.YAMLError(str(error)) from error
+    if count > MAX_YAML_VALUES or depth > MAX_YAML_DEPTH:
+        raise yaml.YAMLError(
+            f"with its aliases it holds more than {MAX_YAML_VALUES} values, or more than {MAX_YAML_DEPTH} in "
+            "each other"
+        )
+    return value
+
+
+def _measure(value: Any, measured: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Values inside, each as often as it is there, and the depth; what holds itself is beyond any limit."""
+    if not isinstance(value, (dict, list)):
+        return 1, 0
+    if id(value) not in measured:
+        measured[id(value)] = MAX_YAML_VALUES + 1, MAX_YAML_DEPTH + 1
+        inner = value.values() if isinstance(value, dict) else value
+        parts = [_measure(part, measured) for part in inner]
+        depth = 1 + max((depth for _, depth in parts), default=0)
+        measured[id(value)] = 1 + sum(count for count, _ in parts), depth
+    return measured[id(value)]
+
+
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 _NOT_SETTINGS = ("help", "config", "print_config", "print_shtab")
@@ -64,11 +104,26 @@ def build(settings: type[Settings], values: Namespace, parser: SettingsParser) -
     for name in parser.groups or {}:
         if name in names and not isinstance(values[name], Namespace):
             parser.error(f"{name}: Expected a mapping of settings. Got value: {values[name]}")
+    for key, hint in _null_settings(settings, values):
+        parser.error(f"{key}: Expected {hint}. Got value: null")
     try:
         made = parser.instantiate(values)
         return settings(**{name: made[name] for name in names})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _null_settings(kind: type, values: Namespace, group: str = "") -> Iterator[tuple[str, str]]:
+    """Settings that are null and may not be, with what they may be: the parser takes null for any."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):  # pyright: ignore[reportArgumentType]
+        hint, value = hints[field.name], values[field.name]
+        if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Namespace):
+            yield from _null_settings(hint, value, f"{group}{field.name}.")
+        elif value is None and NoneType not in get_args(hint):
+            kind_of: Any = get_origin(hint) or hint
+            choices = f"one of {', '.join(map(repr, get_args(hint)))}"
+            yield f"{group}{field.name}", choices if kind_of is Literal else _TYPE_WORDS[kind_of.__name__]
 
 
 def load_config(path: str | Path) -> Config:
@@ -77,8 +132,7 @@ def load_config(path: str | Path) -> Config:
     Raises:
       ValueError: when the file is not there, or is not a configuration.
     """
-    parser = _RaisingParser()
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    parser = _config_parser()
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     try:
@@ -92,6 +146,13 @@ class _RaisingParser(SettingsParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(explain(message, self.setting_names()))
+
+
+@cache
+def _config_parser() -> _RaisingParser:
+    parser = _RaisingParser()
+    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
+    return parser
 
 
 def explain(message: str, names: list[str]) -> str:

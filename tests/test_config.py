@@ -57,7 +57,21 @@ def test_a_saved_configuration_is_complete_and_reads_back_equal(tmp_path: Path, 
         ("optimizer: {epsilon: 0.0}", r"optimizer\.epsilon is 0\.0; allowed is more than 0\.0"),
         ("optimizer: {beta2: 1.5}", r"optimizer\.beta2 is 1\.5; allowed is from 0\.0 to 1\.0"),
         ("mesh: {data: 0}", r"mesh\.data is 0; allowed is at least 1 or -1"),
+        ("run_dir: null", r"run_dir: Expected a string. Got value: null"),
+        ("training: {seed: null}", r"training\.seed: Expected an integer. Got value: null"),
+        ("model: {remat: null}", r"model\.remat: Expected one of 'none', 'dots', 'full'. Got value: null"),
+        ("objective: null", r"objective: Expected a mapping. Got value: null"),
         ("training: {steps: [1", "while parsing"),
+        ("training: {steps: " + "9" * 5000 + "}", "Exceeds the limit"),
+        ("a: &a [*a]", "more than 100000 values"),
+        (
+            "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0]\n"
+            + "".join(
+                f"{n}: &{n} [{', '.join([f'*{m}'] * 9)}]\n" for m, n in itertools.pairwise("abcdefghij")
+            ),
+            "more than 100000 values",
+        ),
+        ("objective: " + "[" * 20_000 + "]" * 20_000, r"config\.yaml: "),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
