@@ -1,7 +1,8 @@
 """The commands. Settings are read and checked here, before anything heavy is imported or loaded.
 
-Exit codes: 0 done; 1 the command failed; 2 the command line, a setting or the data is wrong; 75 interrupted
-with everything saved: the same command goes on from there; 130 stopped at once by a second signal.
+Exit codes: 0 done; 1 the command failed (a file could not be written, say); 2 the command line, a setting or
+the data is wrong; 75 interrupted with everything saved: the same command goes on from there; 130 stopped at
+once by a second signal.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from dpo.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    IdentityKind,
     InspectConfig,
     ReportConfig,
     WatchConfig,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from dpo.evaluation.heldout import Heldout
     from dpo.training.setup import Dataset
 
+FAILED = 1
+"""Exit code of a command that could not do its work, though what it was given is right."""
 STOPPED = 130
 """Exit code after a second signal, or one that came when there was nothing to save."""
 DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv", ".arrow")
@@ -64,17 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
         if not _is_for_user(error):
             raise
         print(show_controls(f"dpo {name}: error: {error}"), file=sys.stderr)
-        return USAGE_ERROR
+        return FAILED if isinstance(error, OSError) else USAGE_ERROR
 
 
 def train(arguments: list[str]) -> int:
     """Fine-tune a policy on preferences, evaluate it, export it, and write a report."""
-    config = read_settings(Config, "train", arguments)
+    config = read_train_settings(arguments)
     check_settings(config)
     from dpo.training.loop import train as run
 
     result = run(config)
     if result.status == "interrupted":
+        print_plain(f"{config.run_dir}: stopped as asked; the same command goes on from there")
         return INTERRUPTED
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
@@ -279,6 +284,24 @@ def read_settings(settings: type[Settings], command: str, arguments: list[str]) 
     """The settings of a command, or exit code 2 with what is wrong."""
     parser = command_parser(command, settings)
     return build(settings, parser.parse_args(arguments), parser)
+
+
+def read_train_settings(arguments: list[str]) -> Config:
+    """The settings of a run; `--allow-changed KIND …` adds to training.allow_changed for this start only."""
+    parser = command_parser("train", Config)
+    kinds = get_args(IdentityKind)
+    parser.add_argument(
+        "--allow-changed",
+        nargs="+",
+        choices=kinds,
+        default=[],
+        metavar="KIND",
+        help=f"What may differ from the checkpoint that is continued: {', '.join(kinds)}.",
+    )
+    values = parser.parse_args(arguments)
+    config = build(Config, values, parser)
+    allowed = list(dict.fromkeys([*config.training.allow_changed, *values.allow_changed]))
+    return replace(config, training=replace(config.training, allow_changed=allowed))
 
 
 def command_parser(command: str, *settings: type) -> SettingsParser:

@@ -13,6 +13,11 @@ from typing import Any, Literal
 
 import yaml
 
+IdentityKind = Literal[
+    "settings", "data", "tokenizer", "template", "tokens", "weights", "reference", "versions", "steps"
+]
+"""What a checkpoint belongs to, and a run that continues it must have the same of."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -123,15 +128,19 @@ class TrainingConfig:
     steps: int | None = None
     """Optimiser steps; overrides epochs."""
     eval_every: int | None = None
-    """Steps between held-out evaluations; only before and after training when not given."""
+    """Steps between held-out evaluations; only after training when not given."""
     eval_samples: int = 0
     """Held-out prompts that the policy answers at each evaluation, for curves of its KL and length."""
     eval_max_new_tokens: int = 64
     """Longest of these answers."""
     save_every: int | None = None
     """Steps between checkpoints; only at the end when not given."""
+    save_minutes: float | None = None
+    """Minutes between checkpoints, besides save_every."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: Literal["rewards/accuracies", "rewards/margins"] | None = None
+    """Also save and keep the checkpoint whose held-out evaluation (eval_every) has the highest of these."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
     reference_every: int | None = None
@@ -140,6 +149,8 @@ class TrainingConfig:
     """A move is: reference = alpha x policy + (1 - alpha) x reference; 1 replaces it."""
     resume: Literal["auto", "never"] = "auto"
     """Continue from the newest checkpoint of the run directory, or refuse if there is one."""
+    allow_changed: list[IdentityKind] = field(default_factory=list)
+    """What may differ from the checkpoint that is continued, such as settings or data; nothing by default."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
 
@@ -153,6 +164,11 @@ class TrainingConfig:
         _check_range("training.eval_samples", self.eval_samples, low=0)
         _check_range("training.eval_max_new_tokens", self.eval_max_new_tokens, low=1)
         _check_range("training.save_every", self.save_every, low=1)
+        _check_range("training.save_minutes", self.save_minutes, above=0.0)
+        if self.keep_best is not None and self.eval_every is None:
+            raise ValueError(
+                f"training.keep_best is {self.keep_best} and training.eval_every is not set; allowed: both"
+            )
         _check_range("training.keep_checkpoints", self.keep_checkpoints, low=1)
         _check_range("training.max_skipped", self.max_skipped, low=1)
         _check_range("training.reference_every", self.reference_every, low=1)

@@ -259,6 +259,7 @@ def test_evaluate_refuses_models_with_different_tokens(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_model_dir, other)
+    (other / "SHA256SUMS").unlink()  # a change that is meant
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
     arguments = ["evaluate", f"--policy={tiny_model_dir}", f"--reference={other}"]
     assert "make different tokens" in refused(capsys, *arguments, f"--data={tmp_path / 'eval.jsonl'}")

@@ -109,6 +109,7 @@ def test_templates_of_others_are_rendered_by_the_process_of_their_own_only():
 def test_code_beside_a_tokenizer_is_refused_and_not_run(tiny_model_dir, tmp_path):
     directory = tmp_path / "model"
     shutil.copytree(tiny_model_dir, directory)
+    (directory / "SHA256SUMS").unlink()
     ran = tmp_path / "ran"
     (directory / "tokenization_own.py").write_text(
         f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Own\n"

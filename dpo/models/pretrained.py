@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ import transformers
 from flax import nnx
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
+from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
 from dpo.models.attention import Implementation
 from dpo.models.binding import Binding, bind, canonical_names, check_tensors
 from dpo.models.decoder import Decoder, DecoderConfig, Remat
@@ -172,15 +171,13 @@ def save_pretrained(
 ) -> Path:
     """Write a directory that `transformers` opens: safetensors, configurations, tokenizer, chat template.
 
-    Everything is written beside `directory` and then renamed, so that it is whole or not there. An existing
-    model directory is replaced. `dtype` of the weights is the parameters' own when not given.
+    Everything is written beside `directory` and then renamed, so that it is whole or not there, with
+    checksums that are verified when it is opened again. An existing model directory is replaced. `dtype` of
+    the weights is the parameters' own when not given.
     """
     directory = Path(directory)
     _check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        target = Path(scratch) / "new"
-        target.mkdir()
+    with new_directory("the model", directory) as target:
         dtype = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
         _save_weights(model, target, find_family(hf_config["model_type"]), dtype, max_shard_size)
         _save_configs(target, hf_config, generation_config, dtype)
@@ -188,9 +185,6 @@ def save_pretrained(
             tokenizer.save_pretrained(target)
         if model_card is not None:
             (target / "README.md").write_text(model_card)
-        if directory.exists():
-            os.replace(directory, Path(scratch) / "old")
-        os.replace(target, directory)
     return directory
 
 
@@ -198,6 +192,11 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{directory} has no config.json")
+    if (directory / CHECKSUMS_FILE).is_file() and (problems := damaged_files(directory)):
+        raise ValueError(
+            f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was meant, "
+            "or export it again"
+        )
     generation_file = directory / "generation_config.json"
 
     def tensors(family: Family, names: Iterable[str]) -> Tensors:

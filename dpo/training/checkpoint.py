@@ -1,63 +1,220 @@
-"""Checkpoints by Orbax: parameters, optimiser state and the step, saved asynchronously and atomically."""
+"""Checkpoints: parameters, optimiser state and step by Orbax, what they belong to, and checksums over it all.
+
+    checkpoints/
+      40/                 parameters, optimiser state, step after 40 updates
+        state/            (Orbax)
+        identity.json     what the run was: settings, data, versions, … (dpo/training/identity.py)
+        SHA256SUMS        of every file above, written last
+      60.writing/         being written; it gets its name when it is whole
+      20.damaged/         failed its checksums when a run resumed
+
+The state is copied to the host by `save` and written by threads behind it.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from dpo.files import (
+    UNFINISHED,
+    WriteError,
+    damaged_files,
+    sync,
+    unlisted_files,
+    write_checksums,
+    writing,
+)
 from dpo.training.step import TrainState
+
+DAMAGED = ".damaged"
+STATE, IDENTITY_FILE = "state", "identity.json"
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run under `directory`; leaving the context waits for saves."""
+    """The checkpoints of a run under `directory`; leaving the context waits for saves."""
 
     def __init__(self, directory: Path, *, keep: int, read_only: bool = False):
-        """`read_only` leaves alone what a run may be writing there at this moment."""
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
-        )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        """Keep the newest `keep`. `read_only` leaves alone what a run may be writing there at this moment.
+
+        Raises:
+          WriteError: when the directory can't be made or written.
+        """
+        self._directory, self._keep = directory.absolute(), keep
+        self._orbax = ocp.StandardCheckpointer()
+        self._finisher: threading.Thread | None = None
+        self._failure: WriteError | None = None
+        if not read_only and jax.process_index() == 0:
+            with writing("checkpoints", self._directory):
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for leftover in self._directory.glob(f"*{UNFINISHED}"):
+                    shutil.rmtree(leftover)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except WriteError:
+            if error is None:
+                raise
+        finally:
+            self._orbax.close()
 
     @property
     def latest(self) -> int | None:
         """Step of the newest checkpoint."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps of all checkpoints, oldest first, damaged or not."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
 
-    def save(self, step: int, state: TrainState, identity: dict[str, Any]) -> None:
-        """Save the state after `step` updates and what it belongs to: copied now, written behind."""
-        if step in self._manager.all_steps():
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is."""
+        return self._directory / str(step)
+
+    def damage(self, step: int) -> list[str]:
+        """What is wrong with the files of a checkpoint; empty when all have their checksums."""
+        return damaged_files(self.path(step)) + unlisted_files(self.path(step))
+
+    def newest_whole(self) -> tuple[int | None, dict[int, list[str]]]:
+        """The newest step whose files are all intact, and what is wrong with each newer one."""
+        damage: dict[int, list[str]] = {}
+        for step in reversed(self.steps):
+            problems = self.damage(step)
+            if not problems:
+                return step, damage
+            damage[step] = problems
+        return None, damage
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint a name under which it is never read; returns where it is."""
+        target = self._directory / f"{step}{DAMAGED}"
+        with writing("a damaged checkpoint's new name", target):
+            shutil.rmtree(target, ignore_errors=True)
+            self.path(step).rename(target)
+        return target
+
+    def save(
+        self, step: int, state: TrainState, identity: dict[str, Any], *, protect: Collection[int] = ()
+    ) -> None:
+        """Save the state after `step` updates and what it belongs to: copied now, written behind.
+
+        When it is whole, all but the newest `keep` and those of the steps in `protect` are deleted.
+
+        Raises:
+          WriteError: when this save can't begin, or the one before it failed.
+        """
+        self.wait()
+        if step in self.steps:
             return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), identity=ocp.args.JsonSave(identity)
+        beside = self._directory / f"{step}{UNFINISHED}"
+        try:
+            with self._writing(step):
+                self._orbax.save(beside / STATE, state._asdict(), force=True)
+        except WriteError:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        self._finisher = threading.Thread(
+            target=self._finish,
+            args=(step, beside, identity | {"state": _shapes(state)}, frozenset(protect)),
+            name="checkpoint",
         )
-        self._manager.save(step, args=args, force=True)
+        self._finisher.start()
 
     def wait(self) -> None:
-        """Return when every save is on disk."""
-        self._manager.wait_until_finished()
+        """Return when every save is on disk.
+
+        Raises:
+          WriteError: when one could not be written: the path, the reason, and what is left.
+        """
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def identity(self, step: int) -> dict[str, Any]:
         """What the checkpoint of `step` belongs to."""
-        return self._manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))[
-            "identity"
-        ]
+        return json.loads((self.path(step) / IDENTITY_FILE).read_text(encoding="utf-8"))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state after `step` updates, with the shapes, dtypes and shardings of `like`."""
+        """The state after `step` updates, with the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          ValueError: when the checkpoint holds another tree or other shapes.
+        """
+        self._require_shapes(step, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return TrainState(**self._manager.restore(step, args=args)["state"])
+        try:
+            return TrainState(**self._orbax.restore(self.path(step) / STATE, abstract))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path(step)} could not be restored: {error}") from error
+
+    def _require_shapes(self, step: int, like: TrainState) -> None:
+        saved, now = self.identity(step)["state"], _shapes(like)
+        names = [name for name in dict.fromkeys([*saved, *now]) if saved.get(name) != now.get(name)]
+        if names:
+            listed = "; ".join(f"{name}: {saved.get(name)} → {now.get(name)}" for name in names[:3])
+            raise ValueError(
+                f"{self.path(step)} does not fit these settings (another model or optimiser?): {len(names)} "
+                f"arrays differ, the first of them {listed}"
+            )
+
+    def _finish(self, step: int, beside: Path, identity: dict[str, Any], protect: frozenset[int]) -> None:
+        """Wait for Orbax, add identity and checksums, give the checkpoint its name, delete old ones."""
+        try:
+            with self._writing(step):
+                self._orbax.wait_until_finished()
+                if jax.process_index() != 0:
+                    return
+                content = json.dumps(identity, indent=1, sort_keys=True)
+                (beside / IDENTITY_FILE).write_text(content, encoding="utf-8")
+                write_checksums(beside)
+                beside.rename(self.path(step))
+                sync(self._directory)
+                self._delete_old(protect)
+        except WriteError as failure:
+            shutil.rmtree(beside, ignore_errors=True)
+            self._failure = failure
+
+    def _delete_old(self, protect: frozenset[int]) -> None:
+        for step in self.steps[: -self._keep]:
+            if step not in protect:
+                # Renamed first: a half-deleted checkpoint must not look like one.
+                doomed = self._directory / f"{step}{UNFINISHED}"
+                self.path(step).rename(doomed)
+                shutil.rmtree(doomed)
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """Name the checkpoint and what is left in whatever goes wrong (Orbax raises many kinds)."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            latest = self.latest
+            left = "there is none before it" if latest is None else f"the newest there is step {latest}"
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise WriteError(
+                f"the checkpoint of step {step} could not be written to {self.path(step)}: {reason}; {left}"
+            ) from error
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    """Type and shape of every array of a state, by its place."""
+    leaves = jax.tree_util.tree_leaves_with_path(state._asdict())
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

@@ -27,13 +27,15 @@ def export_checkpoint(
     """Write the policy after `step` updates (the newest checkpoint's when None); returns where, and the step.
 
     Raises:
-      ValueError: when the run has no such checkpoint, or `output` holds something that is not a model.
+      ValueError: when the run has no such checkpoint, or a damaged one, or `output` holds something that is
+        not a model.
     """
     directory = Path(run_dir) / "checkpoints"
     if not directory.is_dir():
         raise ValueError(f"{directory} is not there: {run_dir} has no checkpoint")
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, step)
+        _require_whole(checkpoints, step)
         policy = load_policy(config.model, make_mesh(config.mesh))
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 1))
         moving = config.training.reference_every is not None
@@ -58,3 +60,12 @@ def _choose_step(checkpoints: Checkpoints, directory: Path, step: int | None) ->
     if step is not None and step not in there:
         raise ValueError(f"{directory} has no checkpoint of step {step}; allowed are {there}")
     return there[-1] if step is None else step
+
+
+def _require_whole(checkpoints: Checkpoints, step: int) -> None:
+    problems = checkpoints.damage(step)
+    if problems:
+        whole = [other for other in checkpoints.steps if not checkpoints.damage(other)]
+        raise ValueError(
+            f"{checkpoints.path(step)} is damaged ({'; '.join(problems)}); whole are those of steps {whole}"
+        )

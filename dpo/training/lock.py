@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpo.files import writing
+
 LOCK_FILE = "lock"
 
 
@@ -17,9 +19,12 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
     Raises:
       ValueError: when another live process holds it, with its number.
+      WriteError: when nothing can be written there.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK_FILE).open("a+") as file:
+    with writing("the lock", run_dir / LOCK_FILE):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / LOCK_FILE).open("a+")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -28,9 +33,10 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is in use by process {file.read().strip() or '(unknown)'}; "
                 "wait for it, stop it, or give another run_dir"
             ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with writing("the lock", run_dir / LOCK_FILE):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield
 
 

@@ -7,12 +7,11 @@ Step n is dispatched before the metrics of step n − 1 are read, so the device 
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +24,18 @@ from jax.sharding import Mesh
 from dpo.config import Config, save_config
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader
+from dpo.files import replace_text, writing
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.pretrained import save_pretrained
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.interrupt import stop_requests
+from dpo.training.identity import Identity, reference_identity, run_identity, settings_fingerprint, take_probe
+from dpo.training.interrupt import StopRequested, stop_requests, stoppable
 from dpo.training.lock import exclusive
 from dpo.training.metrics import Metrics
 from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.reference import ReferenceStore, Score
+from dpo.training.saving import Saver, find_resume
 from dpo.training.setup import (
     Dataset,
     Policy,
@@ -57,18 +59,13 @@ from dpo.training.step import (
     make_train_step,
     move_reference,
 )
-from dpo.training.tracking import Tracker, open_trackers, require_trackers
+from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
 from dpo.training.validation import HELDOUT_FILE, Validation
 from dpo.training.versions import versions
+from dpo.training.watchdog import Watch
 
 PREFLIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far the first loss may be from the objective's value at log-ratio zero, relative to it."""
-
-NOT_IDENTITY = (
-    *("run_dir", "eval_every", "eval_samples", "eval_max_new_tokens", "save_every", "keep_checkpoints"),
-    *("resume", "trackers"),
-)
-"""Settings that may change between the parts of one run."""
 
 
 class RunResult(NamedTuple):
@@ -94,89 +91,132 @@ class Run(NamedTuple):
     heldout: Dataset | None
     loader: Loader
     num_steps: int
-    identity: dict[str, Any]
+    identity: Identity
     """What a checkpoint of this run belongs to."""
 
 
 def train(config: Config, *, observe: Observe | None = None) -> RunResult:
     """Run a fine-tune from its settings to an exported policy, or go on with one that was interrupted.
 
+    A stop that is asked for is answered at the next step, or between two batches where nothing is learnt.
     `observe` adds metrics to every held-out evaluation (training.eval_samples is then not looked at).
 
     Raises:
       ValueError: for anything wrong with settings, data, weights or stores, before the first update.
+      OSError: when something can't be written; what was written before is whole.
     """
-    with exclusive(Path(config.run_dir)):
+    run_dir = Path(config.run_dir)
+    with exclusive(run_dir), stop_requests() as stop_requested:
         settings = settings_fingerprint(config)
-        return _already_finished(Path(config.run_dir), settings) or _train(config, settings, observe)
+        finished = _already_finished(run_dir, settings)
+        if finished is not None:
+            return finished
+        try:
+            return _train(config, settings, stop_requested, observe)
+        except StopRequested:
+            return RunResult(run_dir, "interrupted", {"step": None})
 
 
-def _train(config: Config, settings: str, observe: Observe | None) -> RunResult:
+def _train(
+    config: Config, settings: str, stop_requested: Callable[[], bool], observe: Observe | None
+) -> RunResult:
     started = time.monotonic()
-    run = prepare(config, settings)
+    run = prepare(config)
     with Checkpoints(run.run_dir / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
-        first_step = _resume_step(checkpoints, run)
+        notes: list[str] = []
+        resume = find_resume(
+            checkpoints,
+            run.identity,
+            settings=config.training,
+            run_dir=run.run_dir,
+            num_steps=run.num_steps,
+            log=notes.append,
+        )
         trackers = open_trackers(
             run.run_dir,
             config.training.trackers,
             total_steps=run.num_steps,
-            resume_step=first_step,
+            resume_step=resume.step,
             config=asdict(config),
         )
-        with trackers as tracker, stop_requests() as stop_requested:
+        with trackers as tracker:
             _describe(run, tracker)
+            for note in notes:
+                tracker.message(note)
 
             # Reference: from here on its log-probs are data.
             score_with = make_score(
                 run.policy, run.mesh, chunk=config.model.log_prob_chunk, needs=run.objective.needs & {"head"}
             )
-            reference, validation = _score_references(run, score_with, tracker)
+            reference, validation = _score_references(run, score_with, tracker, stop_requested)
+            stores = {"train": reference, "eval": validation and validation.reference}
+            known = reference_identity({name: store for name, store in stores.items() if store})
+            resume.require_same(known, log=tracker.message)
+            run = run._replace(identity=run.identity | known)
             observe = observe or open_on_policy(config, run.policy, run.heldout, run.mesh)
 
             # Step: the policy's parameters become the state, which is donated from step to step.
             state, train_step, schedule = _make_state_and_step(run)
             run = run._replace(policy=run.policy._replace(params=None))
-            if first_step:
-                state = checkpoints.restore(first_step, state)
-                tracker.message(f"resumed after step {first_step}")
+            earlier = read_metrics(run.run_dir / METRICS_FILE)
+            saver = Saver(
+                checkpoints,
+                run.identity,
+                settings=config.training,
+                probe=_make_probe(run, score_with),
+                evaluations=[line for line in earlier if "loss" not in line],
+            )
+            if resume.step:
+                state = checkpoints.restore(resume.step, state)
+                found = resume.check_probe(lambda: saver.probe(state), run.identity)
+                tracker.message(f"resumed after step {resume.step}: {found}")
 
             # Steps.
             state, step = _optimise(
                 run,
                 state,
                 train_step,
-                first_step=first_step,
+                first_step=resume.step,
                 reference=_reference_sums(run, reference, score_with),
-                checkpoints=checkpoints,
-                tracker=tracker,
-                clock=_StepClock(run.dataset, schedule, config.training.batch_size),
+                saver=saver,
+                record=_Record(
+                    run,
+                    tracker,
+                    _StepClock(run.dataset, schedule, config.training.batch_size),
+                    checkpoints,
+                    earlier=[line for line in earlier if "loss" in line],
+                ),
                 stop_requested=stop_requested,
                 evaluate=lambda state, step: _evaluate(
-                    run, validation, score_with(state.params), tracker, step, _observed(observe, state, step)
+                    run,
+                    validation,
+                    stoppable(score_with(state.params), stop_requested),
+                    tracker,
+                    step,
+                    _observed(observe, state, step),
                 ),
             )
 
             # What it came to.
             if step < run.num_steps:
                 checkpoints.wait()
-                tracker.message(
-                    f"stopped after step {step} of {run.num_steps}; the same command goes on from there"
-                )
                 return RunResult(run.run_dir, "interrupted", {"step": step})
-            checkpoints.save(step, state, run.identity)
+            saver.save(step, state)
             metrics = _evaluate(
                 run,
                 validation,
-                score_with(state.params),
+                stoppable(score_with(state.params), stop_requested),
                 tracker,
                 step,
                 _observed(observe, state, step),
                 path=run.run_dir / HELDOUT_FILE,
             )
-            return _finish(run, state, metrics, settings=settings, started=started)
+            if stop_requested():
+                raise StopRequested
+            return _finish(run, state, metrics, settings=settings, started=started, best=saver.best)
 
 
-def prepare(config: Config, settings: str) -> Run:
+def prepare(config: Config) -> Run:
     """Check the settings, load the policy, read the data, plan the steps."""
     # What can be wrong with settings is found before anything is loaded.
     specification = config.objectives or config.objective
@@ -187,9 +227,16 @@ def prepare(config: Config, settings: str) -> Run:
             f"training.reference_every is {config.training.reference_every} and model.reference is "
             f"{config.model.reference!r}; a reference that moves starts as the policy: set one of the two"
         )
+    if config.training.keep_best is not None and config.data.eval is None:
+        raise ValueError(
+            f"training.keep_best is {config.training.keep_best} and data.eval is not set; allowed: both, "
+            "since the best checkpoint is the best on held-out data"
+        )
     mesh = make_mesh(config.mesh)
     run_dir = Path(config.run_dir)
-    save_config(config, run_dir / "config.yaml")
+    with writing("the settings", run_dir / "config.yaml"):  # what may differ is allowed for one start only
+        settings = replace(config, training=replace(config.training, allow_changed=[]))
+        save_config(settings, run_dir / "config.yaml")
     enable_compilation_cache()
 
     policy = load_policy(config.model, mesh)
@@ -199,12 +246,9 @@ def prepare(config: Config, settings: str) -> Run:
     heldout = read_dataset(config.data, tokenizer, heldout=True) if config.data.eval else None
     num_steps = count_steps(config, len(dataset.tokens))
     loader = make_loader(config.data, config.training, dataset.tokens, mesh, num_steps=num_steps)
-    identity = {
-        "settings": settings,
-        "weights": policy.fingerprint,
-        "data": dataset.tokens.fingerprint,
-        "steps": num_steps,
-    }
+    identity = run_identity(
+        config, policy=policy, dataset=dataset, heldout=heldout, mesh=mesh, num_steps=num_steps
+    )
     return Run(config, run_dir, mesh, objective, beta, policy, dataset, heldout, loader, num_steps, identity)
 
 
@@ -238,9 +282,8 @@ def _optimise(
     *,
     first_step: int,
     reference: Callable[[TrainState, Batch], Sums],
-    checkpoints: Checkpoints,
-    tracker: Tracker,
-    clock: _StepClock,
+    saver: Saver,
+    record: _Record,
     stop_requested: Callable[[], bool],
     evaluate: Callable[[TrainState, int], Any],
 ) -> tuple[TrainState, int]:
@@ -248,8 +291,14 @@ def _optimise(
     training, policy = run.config.training, run.policy
     expected = _expected_first_loss(run, lambda batch: reference(state, batch)) if first_step == 0 else None
     move = jax.jit(move_reference, static_argnums=1, donate_argnums=0)
-    record = _Record(run, tracker, clock, checkpoints)
     step = first_step
+
+    def evaluation_due() -> bool:
+        return step < run.num_steps and _due(step, training.eval_every)
+
+    if first_step and evaluation_due():  # the part before may have been stopped on the way to it
+        saver.judge(step, evaluate(state, step))
+        record.restart_clock()
     for step, batch in enumerate(run.loader.batches(first_step, run.num_steps), start=first_step + 1):
         sums = reference(state, batch)
         state, metrics = train_step(state, policy.frozen, place_batch(run.mesh, batch), sums)
@@ -259,14 +308,18 @@ def _optimise(
         if step == 1 and expected is not None:
             check_first_loss(float(metrics["loss"]), expected, run.config.model.compute_dtype)
         stopping = stop_requested()
-        if stopping or _due(step, training.save_every):
-            checkpoints.save(step, state, run.identity)
+        if evaluation_due() and not stopping:
+            record.flush()
+            try:
+                saver.judge(step, evaluate(state, step))
+            except StopRequested:
+                stopping = True
+            record.restart_clock()
+        if stopping or saver.due(step):
+            record.flush()  # a checkpoint's metrics are written before it is
+            saver.save(step, state)
         if stopping:
             break
-        if _due(step, training.eval_every) and step < run.num_steps:
-            record.flush()
-            evaluate(state, step)
-            clock.restart()
     record.flush()
     return state, step
 
@@ -297,7 +350,13 @@ def _observed(observe: Observe | None, state: TrainState, step: int) -> Mapping[
 
 
 def _finish(
-    run: Run, state: TrainState, metrics: dict[str, float] | None, *, settings: str, started: float
+    run: Run,
+    state: TrainState,
+    metrics: dict[str, float] | None,
+    *,
+    settings: str,
+    started: float,
+    best: int | None,
 ) -> RunResult:
     """Export the policy and write the summary, last: a run that has one is finished."""
     pretrained = run.policy.pretrained
@@ -313,22 +372,16 @@ def _finish(
         "steps": run.num_steps,
         "prompts": len(run.dataset.tokens),
         "eval": metrics,
+        "best_checkpoint": best,
         "export": str(export),
         "seconds": round(time.monotonic() - started, 1),
         "layout": run.loader.report(),
         "versions": versions(),
     }
-    _write_json(run.run_dir / "summary.json", summary)
+    replace_text(
+        run.run_dir / "summary.json", json.dumps(summary, indent=1, sort_keys=True), what="the summary"
+    )
     return RunResult(run.run_dir, "finished", summary)
-
-
-def settings_fingerprint(config: Config) -> str:
-    """SHA-256 of the settings that decide what a run computes."""
-    settings = asdict(config)
-    for section in (settings, settings["training"]):
-        for name in NOT_IDENTITY:
-            section.pop(name, None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def count_steps(config: Config, num_prompts: int) -> int:
@@ -387,8 +440,19 @@ def _reference_sums(
     return lambda _, batch: store.lookup(np.asarray(batch.index))
 
 
+def _make_probe(
+    run: Run, score_with: Callable[[Params], Score]
+) -> Callable[[TrainState], dict[str, list[Any]]]:
+    """The log-probs of the first rows under a state's parameters, to verify a restored checkpoint by."""
+    loader = scoring_loader(run.config.data, run.dataset.tokens, run.mesh)
+    return lambda state: take_probe(score_with(state.params), loader.batch(0))
+
+
 def _score_references(
-    run: Run, score_with: Callable[[Params], Score], tracker: Tracker
+    run: Run,
+    score_with: Callable[[Params], Score],
+    tracker: Tracker,
+    stop_requested: Callable[[], bool],
 ) -> tuple[ReferenceStore | None, Validation | None]:
     """Reference log-probs of the training and the held-out data, by the policy's start or another model.
 
@@ -409,10 +473,11 @@ def _score_references(
             config.data,
             dataset,
             weights=weights,
-            score=score,
+            score=stoppable(score, stop_requested),
             mesh=run.mesh,
             needs=needs,
             log=tracker.message,
+            copy_in=run.run_dir / "reference",
         )
 
     moving = config.training.reference_every is not None
@@ -454,10 +519,26 @@ class _StepClock:
 class _Record:
     """Writes the metrics of a step when the next one is under way, and stops a run of skipped steps."""
 
-    def __init__(self, run: Run, tracker: Tracker, clock: _StepClock, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        run: Run,
+        tracker: Tracker,
+        clock: _StepClock,
+        checkpoints: Checkpoints,
+        *,
+        earlier: list[dict[str, int | float]],
+    ):
+        """`earlier`: the training lines of the parts of the run before this one."""
         self._run, self._tracker, self._clock, self._checkpoints = run, tracker, clock, checkpoints
+        self._watch = Watch(run.beta, earlier)
         self._pending: tuple[int, Batch, Metrics] | None = None
-        self._skipped: list[int] = []
+        self._skipped = [
+            int(line["step"]) for line in _last_while(earlier, lambda line: bool(line["skipped"]))
+        ]
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step out of the next one's time."""
+        self._clock.restart()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
         """Write the step before this one; this one is still being computed."""
@@ -476,6 +557,8 @@ class _Record:
         values = self._clock.finish(*self._pending)
         self._pending = None
         self._tracker.log(step, values)
+        for warning in self._watch.add(step, values):
+            self._tracker.message(warning)
         self._skipped = [*self._skipped, step] if values["skipped"] else []
         if not self._skipped:
             return
@@ -486,33 +569,12 @@ class _Record:
         self._tracker.message(f"step {step}: loss or gradient is not finite, skipped; rows {', '.join(rows)}")
         if len(self._skipped) >= self._run.config.training.max_skipped:
             latest = self._checkpoints.latest
+            good = "none was saved" if latest is None else str(self._checkpoints.path(latest))
             raise ValueError(
-                f"{len(self._skipped)} steps in a row were not finite (the last: {step}, rows {rows}); "
-                f"newest checkpoint: {'none' if latest is None else f'step {latest}'}. Lower "
-                "optimizer.learning_rate, or look at these rows"
+                f"{len(self._skipped)} steps in a row were not finite (the last: {step}, rows {rows}); the "
+                f"last good checkpoint: {good}. Lower optimizer.learning_rate, or look at these rows "
+                "(docs/troubleshooting.md#not-finite)"
             )
-
-
-def _resume_step(checkpoints: Checkpoints, run: Run) -> int:
-    """Updates that the newest checkpoint has; 0 without one.
-
-    Raises:
-      ValueError: when there is one and resume is "never", or it belongs to other settings, weights or data.
-    """
-    latest = checkpoints.latest
-    if latest is None:
-        return 0
-    advice = "give another run_dir, or delete the checkpoints"
-    if run.config.training.resume == "never":
-        raise ValueError(f"{run.run_dir} has checkpoints and training.resume is 'never'; {advice}")
-    saved = checkpoints.identity(latest)
-    changed = [name for name, value in run.identity.items() if saved.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"{run.run_dir} has a checkpoint of step {latest} of a run with other {', '.join(changed)}; "
-            f"{advice}"
-        )
-    return latest
 
 
 def _already_finished(run_dir: Path, settings: str) -> RunResult | None:
@@ -544,11 +606,10 @@ def _describe(run: Run, tracker: Tracker) -> None:
     )
 
 
+def _last_while(items: list[dict], holds: Callable[[dict], bool]) -> list[dict]:
+    """The longest end of a list of which a condition holds."""
+    return list(itertools.takewhile(holds, reversed(items)))[::-1]
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(json.dumps(content, indent=1, sort_keys=True))
-    os.replace(beside, path)

@@ -1,18 +1,21 @@
 """The reference's log-probs: computed once, stored on disk under a fingerprint, looked up by row.
 
 A store is a directory named by its fingerprint that holds `sums.safetensors` ("logps" and what else an
-objective needs, [rows, K], float32, NaN where there is no response) and `meta.json` (what the fingerprint is
-made of, and the checksum of the numbers). It is written beside and renamed, so a store that exists is whole;
-its checksum and a re-scored batch are verified when it is opened. A store that does not fit is refused;
-nothing is ever replaced by the policy's own log-probs.
+objective needs, [rows, K], float32, NaN where there is no response), `meta.json` (what the fingerprint is
+made of) and checksums. It is written beside and renamed, so a store that exists is whole; its checksums and a
+re-scored batch are verified when it is opened. A store that does not fit is refused; nothing is ever replaced
+by the policy's own log-probs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,9 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from dpo.data.batch import Batch
+from dpo.files import damaged_files, new_directory, unlisted_files, writing
 
-FORMAT = 1
+FORMAT = 2
 RELATIVE_TOLERANCE = 1e-3
 ABSOLUTE_TOLERANCE = 1e-2
 
@@ -91,8 +95,12 @@ def open_or_compute(
     num_rows: int,
     num_responses: int,
     log: Callable[[str], None],
+    copy_in: Path | None = None,
 ) -> ReferenceStore:
     """Open the store of this identity under `directory`, or compute and write it.
+
+    `copy_in` is a second directory, looked in first and given a copy: a run that is moved with it finds the
+    same bits where there is no `directory`, or another one.
 
     `identity` names all that determines the numbers: weights, tokenised data (ids, template, truncation),
     dtype and which sums. `make_batches()` yields the data set in order, `make_probe()` any of its batches.
@@ -100,18 +108,23 @@ def open_or_compute(
     Raises:
       ValueError: when a store is damaged, or its re-scored rows differ: it names the store and what to do.
     """
-    path = directory / _fingerprint(identity)
+    name, shape = _fingerprint(identity), (num_rows, num_responses)
+    copy = None if copy_in is None else copy_in / name
+    path = directory / name if copy is None or not copy.exists() else copy
     if path.exists():
-        store = ReferenceStore(_read(path, (num_rows, num_responses)))
+        store = ReferenceStore(_read(path, identity, shape))
         probe = make_probe()
         _verify_rows(store, path, score, probe)
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
-        return store
-    log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
-    rows = score_rows(score, make_batches(), num_rows=num_rows, num_responses=num_responses)
-    _write(path, rows, identity)
-    log(f"reference log-probs: stored in {path}")
-    return ReferenceStore(rows)
+    else:
+        log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
+        rows = score_rows(score, make_batches(), num_rows=num_rows, num_responses=num_responses)
+        store = ReferenceStore(_write(path, identity, rows))
+        log(f"reference log-probs: stored in {path}")
+    if copy is not None and not copy.exists():
+        with new_directory("reference log-probs", copy) as beside:
+            shutil.copytree(path, beside, dirs_exist_ok=True)
+    return store
 
 
 def _fingerprint(identity: dict[str, str]) -> str:
@@ -119,29 +132,43 @@ def _fingerprint(identity: dict[str, str]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _write(path: Path, rows: Rows, identity: dict[str, str]) -> None:
-    beside = path.with_name(path.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(rows, beside / "sums.safetensors")
-    meta = {"format": FORMAT, "identity": identity, "sha256": _sha256(beside / "sums.safetensors")}
-    (beside / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
-    beside.rename(path)
+def _write(path: Path, identity: dict[str, str], rows: Rows) -> Rows:
+    """Store the sums, unless another process was quicker; returns what is stored."""
+    with _one_writer(path.parent):
+        if path.exists():
+            return _read(path, identity, next(iter(rows.values())).shape)
+        with new_directory("reference log-probs", path) as beside:
+            save_file(rows, beside / "sums.safetensors")
+            meta = json.dumps({"format": FORMAT, "identity": identity}, indent=1, sort_keys=True)
+            (beside / "meta.json").write_text(meta)
+    return rows
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Rows:
-    advice = "delete it to compute it again"
+@contextmanager
+def _one_writer(directory: Path) -> Iterator[None]:
+    """Hold the stores' directory while one is written: runs that share it may finish one at the same time."""
+    with writing("reference log-probs", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        intact = meta["sha256"] == _sha256(path / "sums.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"reference store {path} is damaged ({error!r}); {advice}") from error
-    if not intact:
-        raise ValueError(f"reference store {path} is damaged (its checksum does not match); {advice}")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, identity: dict[str, str], shape: tuple[int, ...]) -> Rows:
+    advice = "delete it to compute it again"
+    problems = damaged_files(path) + unlisted_files(path)
+    if problems:
+        raise ValueError(f"reference store {path} is damaged ({'; '.join(problems)}); {advice}")
+    stored = json.loads((path / "meta.json").read_text())["identity"]
     rows = load_file(path / "sums.safetensors")
     shapes = {name: values.shape for name, values in rows.items() if values.shape != shape}
-    if shapes:
-        raise ValueError(f"reference store {path} is damaged (it holds {shapes}, not {shape}); {advice}")
+    if shapes or stored != identity:
+        raise ValueError(
+            f"reference store {path} holds {shapes or stored}, not {shape}, {identity}; {advice}"
+        )
     return rows
 
 
@@ -159,7 +186,3 @@ def _verify_rows(store: ReferenceStore, path: Path, score: Score, batch: Batch) 
                 f"reference store {path} does not belong to this model and data: {name} of row {index[p]}, "
                 f"response {k} is {then[p, k]:.4f} there and {now[p, k]:.4f} now; delete the store"
             )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

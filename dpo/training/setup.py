@@ -199,8 +199,12 @@ def open_reference(
     mesh: Mesh,
     needs: frozenset[str],
     log: Callable[[str], None],
+    copy_in: Path | None = None,
 ) -> ReferenceStore:
-    """The reference's log-probs of a data set, from the store on disk where it has them."""
+    """The reference's log-probs of a data set, from the store on disk where it has them.
+
+    A copy is kept in the directory `copy_in`, and looked for there first.
+    """
     directory = Path(model.reference_store or cache_directory() / "reference")
     identity = {
         "weights": weights,
@@ -218,4 +222,5 @@ def open_reference(
         num_rows=len(dataset.tokens),
         num_responses=dataset.tokens.max_responses,
         log=log,
+        copy_in=copy_in,
     )

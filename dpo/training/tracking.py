@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -22,6 +21,8 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from dpo.files import replace_text, writing
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {
@@ -78,7 +79,8 @@ def open_trackers(
 
     A training step is logged as its number from 0, a held-out evaluation as the number of steps before it.
     `resume_step` is the first step that will be taken (again): what an interrupted run wrote from there on is
-    dropped, so that metrics.jsonl reads as if the run had never stopped. 0 starts afresh.
+    dropped, a held-out evaluation at that point too, so that metrics.jsonl reads as if the run had never
+    stopped once both were done again. 0 starts afresh.
 
     Raises:
       ValueError: for a tracker whose package is not installed.
@@ -110,11 +112,23 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
-    """The lines of a metrics.jsonl, without a last line that was cut off in the middle of writing."""
+    """The lines of a metrics.jsonl, without a last line that was cut off in the middle of writing.
+
+    Raises:
+      ValueError: naming a line that is not what was written.
+    """
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     complete = [line for line in lines if line.endswith("\n")]
-    rows = [json.loads(line) for line in complete]
-    return [{name: value if name == "step" else float(value) for name, value in row.items()} for row in rows]
+    rows = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({name: v if name == "step" else float(v) for name, v in row.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}:{number} is damaged: {error}; delete the line to go on without it"
+            ) from error
+    return rows
 
 
 class JsonLines:
@@ -122,15 +136,15 @@ class JsonLines:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         written = read_metrics(path) if path.exists() and resume_step > 0 else []
-        kept = [row for row in written if row["step"] < resume_step + (not _is_training(row))]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(map(_json_line, kept)), encoding="utf-8")
-        os.replace(beside, path)
+        kept = [row for row in written if row["step"] < resume_step]
+        replace_text(path, "".join(map(_json_line, kept)), what="the metrics")
+        self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(_json_line({"step": step, **metrics}))
-        self._file.flush()
+        with writing("the metrics", self._path, note="checkpoints before this are whole"):
+            self._file.write(_json_line({"step": step, **metrics}))
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

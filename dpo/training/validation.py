@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.loader import Loader
+from dpo.files import new_file
 from dpo.training.metrics import preference_metrics
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
 from dpo.training.setup import Dataset
@@ -48,7 +49,8 @@ class Validation(NamedTuple):
             "scores": facts.scores,
             "origin": self.dataset.tokens.origin,
         }
-        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, path)
+        with new_file("held-out log-probs", path) as beside:
+            save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, beside)
 
     def _facts(self) -> Batch:
         """One batch's per-prompt arrays for the whole data set, in its order, without rows."""

@@ -7,7 +7,11 @@ from importlib import metadata
 
 import jax
 
-PACKAGES = ("dpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+PACKAGES = (
+    *("dpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"),
+    *("transformers", "tokenizers", "jinja2"),
+)
+"""Packages whose version can change a number."""
 
 
 def versions() -> dict[str, str]:

@@ -108,6 +108,7 @@ def test_a_model_directory_is_replaced_and_another_is_not(tmp_path):
     save_pretrained(model, out, **choices, model_card="# Card")
     assert {file.name for file in out.iterdir()} == {
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "generation_config.json",
         "model.safetensors",

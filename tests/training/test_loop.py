@@ -1,8 +1,11 @@
 """Whole runs: a random tiny model on disk, a few steps, everything that a run writes."""
 
 import dataclasses
+import itertools
 import json
-from contextlib import contextmanager
+import os
+import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dpo.files import write_checksums
 from dpo.training import loop
 from dpo.training.loop import check_first_loss, count_steps, train
 from dpo.training.sharding import make_mesh
@@ -135,16 +139,20 @@ def test_micro_batches_train_alike(config, tmp_path):
 
 
 def stop_after(num_steps, monkeypatch):
-    """Ask the next run, and only that one, to stop after so many steps."""
-    answers = iter([False] * (num_steps - 1) + [True])
-    stops = loop.stop_requests
+    """SIGTERM arrives in the step of that number, counted over all runs of the test."""
+    make_train_step, numbers = loop.make_train_step, itertools.count(1)
 
-    @contextmanager
-    def ask():
-        with stops():
-            yield lambda: next(answers, False)
+    def make(*args, **kwargs):
+        train_step = make_train_step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "stop_requests", ask)
+        def step(*args):
+            if next(numbers) == num_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args)
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
@@ -158,10 +166,72 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(config, tmp_path, monkeypat
         assert_array_equal(weights(config)[name], array, err_msg=name)
 
 
-def test_a_checkpoint_of_other_settings_is_refused_by_name(config):
+def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config):
     train(replace(config, training={"steps": 2}))
-    with pytest.raises(ValueError, match="step 2 of a run with other settings, steps"):
+    refusal = (
+        r"step 2 in .* belongs to a run with other settings, steps:\n  settings: training\.steps: 2 → 6\n"
+    )
+    with pytest.raises(ValueError, match=refusal):
         train(config)
+    result = train(replace(config, training={"allow_changed": ["settings"]}))
+    assert result.status == "finished"
+    assert [row["step"] for row in lines(config) if "loss" in row] == list(range(6))
+
+
+def test_fewer_steps_than_were_done_are_refused(config):
+    train(replace(config, training={"steps": 4}))
+    with pytest.raises(ValueError, match=r"step 4 in .* is beyond the 2 steps of this run"):
+        train(replace(config, training={"steps": 2, "allow_changed": ["settings"]}))
+
+
+def test_data_may_move_but_not_change(config, tmp_path, monkeypatch):
+    stop_after(1, monkeypatch)
+    train(config)
+    moved = (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    whole = moved.read_text()
+    moved.write_text(whole.replace("perhaps", "rather"))
+    config = replace(config, data={"train": str(moved)})
+    digests = r'train: "[0-9a-f]{64}" → "[0-9a-f]{64}"'
+    with pytest.raises(ValueError, match=rf"other data, tokens:\n  data: {digests}\n  tokens: {digests}\n"):
+        train(config)
+    moved.write_text(whole)
+    assert train(config).status == "finished"
+
+
+def test_another_version_of_a_package_is_refused_unless_allowed(config, monkeypatch):
+    from dpo.training import identity
+
+    stop_after(1, monkeypatch)
+    train(config)
+    monkeypatch.setattr(identity, "package_versions", lambda: {"jax": "9"})
+    with pytest.raises(ValueError, match=r'(?s)versions: jax: ".*" → "9".*--allow-changed versions$'):
+        train(config)
+    assert train(replace(config, training={"allow_changed": ["versions"]})).status == "finished"
+
+
+def test_a_restored_policy_that_scores_differently_is_refused(config, monkeypatch):
+    stop_after(1, monkeypatch)
+    train(config)
+    path = Path(config.run_dir) / "checkpoints" / "1"
+    identity = json.loads((path / "identity.json").read_text())
+    identity["probe"]["logps"][3][1] -= 1.0
+    (path / "identity.json").write_text(json.dumps(identity))
+    write_checksums(path)
+    with pytest.raises(ValueError, match=r"step 1 does not give the log-probs .* row 3, response 1 had"):
+        train(config)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_elsewhere_without_the_stores_it_began_with(config, tmp_path, monkeypatch):
+    whole = replace(config, run_dir=str(tmp_path / "whole"))
+    train(whole)
+    stop_after(2, monkeypatch)
+    train(config)
+    moved = Path(config.run_dir).rename(tmp_path / "moved")
+    config = replace(config, run_dir=str(moved), model={"reference_store": str(tmp_path / "other")})
+    train(config)
+    assert lines(config) == lines(whole)
+    assert not (tmp_path / "other").exists()
 
 
 def test_resume_never_refuses_a_used_directory(config):
@@ -208,9 +278,20 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(config
     config = replace(
         config, optimizer={"learning_rate": 1e30}, training={"max_skipped": 2, "eval_every": None}
     )
-    with pytest.raises(ValueError, match=r"2 steps in a row were not finite \(the last: 2, rows .*jsonl:\d+"):
+    refusal = r"2 steps in a row were not finite \(the last: 2, rows .*jsonl:\d+.*checkpoint: none was saved"
+    with pytest.raises(ValueError, match=refusal):
         train(config)
     assert [row["skipped"] for row in lines(config)] == [0, 1, 1]
+
+
+def test_skipped_steps_are_counted_over_interruptions_and_the_checkpoint_is_named(config, monkeypatch):
+    training = {"max_skipped": 3, "eval_every": None}
+    config = replace(config, optimizer={"learning_rate": 1e30}, training=training)
+    stop_after(2, monkeypatch)
+    assert train(config).status == "interrupted"
+    with pytest.raises(ValueError, match=r"3 steps in a row .*good checkpoint: .*checkpoints/2\. Lower"):
+        train(config)
+    assert [row["skipped"] for row in lines(config)] == [0, 1, 1, 1]
 
 
 def test_less_than_one_batch_is_refused(config):

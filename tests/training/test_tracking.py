@@ -34,6 +34,8 @@ def log_steps(run_dir: Path, steps: range, *, total: int = 6, names: tuple[str, 
         console=console,
         clock=clock,
     ) as tracker:
+        if steps.start and steps.start % 3 == 0:
+            tracker.log(steps.start, {"eval/accuracy": 0.5})  # done again, as the loop does
         for step in steps:
             tracker.log(step, {"loss": np.float32(0.1 * step), "rewards/margins": 0.25})
             if step % 3 == 2:  # held out, after step + 1 updates
@@ -215,3 +217,11 @@ with open_trackers(run_dir, ["trackio"], total_steps=3, resume_step=0, config={"
     assert [(name, step) for name, step, _ in rows] == [("runs-one", step) for step in range(3)]
     losses = [json.loads(metrics)["loss"] for _, _, metrics in rows]
     assert losses == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for damaged in ("{]", '"text"', '{"step": 1, "loss": []}'):
+        path.write_text('{"step": 0, "loss": 1.0}\n' + damaged + "\n")
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
+            read_metrics(path)

@@ -1,0 +1,160 @@
+"""Files that are whole or not there: written beside and renamed, with checksums; errors name the path.
+
+The checksums of a directory are a file `SHA256SUMS` in it, which `sha256sum -c SHA256SUMS` reads too. It is
+written last, so a directory that has one was complete when it got its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+
+CHECKSUMS_FILE = "SHA256SUMS"
+UNFINISHED = ".writing"
+"""Ending of what is being written; what has it belongs to nobody once its writer is gone."""
+REPLACED = ".replaced"
+"""Ending of a directory that is making room for its successor."""
+
+
+class WriteError(OSError):
+    """Something could not be written: the message says what, where and why."""
+
+
+@contextmanager
+def writing(what: str, path: str | Path, *, note: str = "") -> Iterator[None]:
+    """Turn a failure to write `path` (disk full, read-only, no permission) into one error that names it.
+
+    Raises:
+      WriteError: what, the path, the reason, and `note`.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(
+            f"{what} could not be written to {path}: {reason}{f'; {note}' if note else ''}"
+        ) from error
+
+
+@contextmanager
+def new_file(what: str, path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the name `path` when it is whole; a reader finds the old or the new.
+
+    Raises:
+      WriteError: with the path and the reason; the old file is still there.
+    """
+    beside = path.with_name(path.name + UNFINISHED)
+    with writing(what, path):
+        try:
+            yield beside
+            sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def replace_text(path: Path, text: str, *, what: str) -> None:
+    """Write a small file whole or not at all; raises as `new_file` does."""
+    with new_file(what, path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_directory(what: str, path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the name `path` when it is whole; an older one there is replaced.
+
+    A failure leaves `path` as it was. A process that is killed leaves the name with `UNFINISHED` behind,
+    which the next one removes.
+
+    Raises:
+      WriteError: with the path and the reason.
+    """
+    beside, replaced = (path.with_name(path.name + ending) for ending in (UNFINISHED, REPLACED))
+    with writing(what, path):
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        for leftover in (beside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            write_checksums(beside)
+            if path.exists():
+                path.rename(replaced)
+            beside.rename(path)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        sync(path.parent)
+
+
+def write_checksums(directory: Path) -> None:
+    """Write `SHA256SUMS` over all files of a directory, to the disk itself."""
+    lines = [f"{_sha256(directory / name)}  {name}\n" for name in _files(directory)]
+    (directory / CHECKSUMS_FILE).write_text("".join(lines), encoding="utf-8")
+    for name in [*_files(directory), CHECKSUMS_FILE]:
+        sync(directory / name)
+    sync(directory)
+
+
+def damaged_files(directory: Path) -> list[str]:
+    """What is wrong with the files that `SHA256SUMS` lists: each as "name: what"; empty when nothing is."""
+    try:
+        lines = (directory / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        return [f"{CHECKSUMS_FILE}: is not there"]
+    except (OSError, ValueError) as error:
+        return [f"{CHECKSUMS_FILE}: can't be read ({type(error).__name__})"]
+    if not expected:
+        return [f"{CHECKSUMS_FILE}: is empty"]
+    problems = []
+    for name, digest in expected.items():
+        try:
+            if _sha256(directory / name) != digest:
+                problems.append(f"{name}: its checksum does not match")
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}: {getattr(error, 'strerror', None) or error}")
+    return problems
+
+
+def unlisted_files(directory: Path) -> list[str]:
+    """Files that `SHA256SUMS` does not list, each as "name: what": a list that lost lines shows by them."""
+    try:
+        lines = (directory / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    listed = {line.partition("  ")[2] for line in lines}
+    return [f"{name}: is not in {CHECKSUMS_FILE}" for name in _files(directory) if name not in listed]
+
+
+def sync(path: Path) -> None:
+    """Make what a file holds, or the names in a directory, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(directory: Path) -> list[str]:
+    """Names of all files below, with / between folders, but for the checksums'."""
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in files if path.as_posix() != CHECKSUMS_FILE)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

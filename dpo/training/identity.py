@@ -1,0 +1,232 @@
+"""What a checkpoint belongs to: settings, data, tokenizer, template, weights, reference, versions, devices.
+
+Going on with other ones would not be the same run. A resumed run therefore compares them with its own and
+refuses, naming each difference with its old and its new value, unless `training.allow_changed` names its
+kind. Devices are the exception: a run may move, and is told that bits may differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo.config import Config
+from dpo.data.batch import Batch
+from dpo.data.preferences import Preference
+from dpo.training.reference import ReferenceStore, Rows, Score
+from dpo.training.setup import Dataset, Policy
+from dpo.training.versions import PACKAGES, versions
+
+Identity = dict[str, dict[str, Any]]
+"""Kind ("settings", "data", …) → name → value, all plain JSON."""
+
+NOT_IDENTITY = (
+    "run_dir",
+    "mesh",
+    "model.reference_store",
+    "training.allow_changed",
+    "training.eval_every",
+    "training.eval_max_new_tokens",
+    "training.eval_samples",
+    "training.keep_best",
+    "training.keep_checkpoints",
+    "training.max_skipped",
+    "training.resume",
+    "training.save_every",
+    "training.save_minutes",
+    "training.trackers",
+)
+"""Settings, or whole sections, that may change between the parts of one run: no number depends on them."""
+
+PLACES = ("model.source", "model.reference", "data.train", "data.eval", "data.chat_template")
+"""Settings that say where something is; what is there is compared instead, so that it may be moved."""
+
+ROOTS = frozenset({"settings", "data", "tokenizer", "template", "weights"})
+FOLLOWING = frozenset({"tokens", "steps", "reference"})
+"""Kinds that follow from `ROOTS`: where one of those may differ and does, these may too."""
+TOLD_ONLY = "devices"
+"""The kind that may differ without leave."""
+
+PROBE_RELATIVE, PROBE_ABSOLUTE = 1e-3, 1e-2
+
+
+def run_identity(
+    config: Config,
+    *,
+    policy: Policy,
+    dataset: Dataset,
+    heldout: Dataset | None,
+    mesh: Mesh,
+    num_steps: int,
+) -> Identity:
+    """All that is known before the reference was scored."""
+    tokenizer = policy.pretrained.tokenizer
+    template = tokenizer.chat_template
+    if config.data.chat_template is not None:
+        with open(config.data.chat_template, encoding="utf-8") as file:
+            template = file.read()
+    data = {"train": _fingerprint_preferences(dataset.read.preferences)}
+    tokens = {"train": dataset.tokens.fingerprint}
+    if heldout is not None:
+        data["eval"] = _fingerprint_preferences(heldout.read.preferences)
+        tokens["eval"] = heldout.tokens.fingerprint
+    return {
+        "settings": {k: v for k, v in resolved_settings(config).items() if k not in PLACES},
+        "data": data,
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
+        "template": {"sha256": None if template is None else _sha256(json.dumps(template))},
+        "tokens": tokens,
+        "weights": {"policy": policy.fingerprint},
+        "versions": package_versions(),
+        "steps": {"total": num_steps},
+        TOLD_ONLY: {
+            "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+            "kind": mesh.devices.flat[0].device_kind,
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def reference_identity(stores: Mapping[str, ReferenceStore]) -> Identity:
+    """What the reference's log-probs are, by data set ("train", "eval"), to the bit."""
+    return {"reference": {name: _fingerprint_rows(store.rows) for name, store in stores.items()}}
+
+
+def resolved_settings(config: Config) -> dict[str, Any]:
+    """Every setting that decides what a run computes, by its dotted name."""
+    return {
+        name: value
+        for name, value in _flatten(asdict(config)).items()
+        if name not in NOT_IDENTITY and name.partition(".")[0] not in NOT_IDENTITY
+    }
+
+
+def settings_fingerprint(config: Config) -> str:
+    """SHA-256 of the settings that decide what a run computes."""
+    return _sha256(json.dumps(resolved_settings(config), sort_keys=True))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    found = versions()
+    return {name: found[name] for name in ("python", *PACKAGES)}
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 over the vocabulary, the rules and the special tokens of a tokenizer."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _sha256(json.dumps([rules, special], sort_keys=True))
+
+
+def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
+    """Of each kind that is in `now`, what differs, as "name: old → new"."""
+    found = {}
+    for kind, values in now.items():
+        old = saved.get(kind, {})
+        lines = [
+            f"{name}: {_show(old, name)} → {_show(values, name)}"
+            for name in dict.fromkeys([*old, *values])
+            if _show(old, name) != _show(values, name)
+        ]
+        if lines:
+            found[kind] = lines
+    return found
+
+
+def require_same(
+    saved: Identity, now: Identity, *, allowed: Collection[str], where: str, log: Callable[[str], None]
+) -> set[str]:
+    """Refuse to go on with a checkpoint that belongs to another run; say what may differ and does.
+
+    Returns the kinds that may differ from here on: the allowed ones, and with one of `ROOTS` that does
+    differ, what follows from it.
+
+    Raises:
+      ValueError: naming each kind that differs, its old and new values, and how to allow it.
+    """
+    changed = differences(saved, now)
+    may_differ = {*allowed, TOLD_ONLY}
+    if changed.keys() & may_differ & ROOTS:
+        may_differ |= FOLLOWING
+    for kind in [kind for kind in changed if kind in may_differ]:
+        log(f"changed since {where}: {kind} ({'; '.join(changed[kind])})")
+    if TOLD_ONLY in changed:
+        log("on other devices results agree to rounding, not to the bit")
+    refused = {kind: lines for kind, lines in changed.items() if kind not in may_differ}
+    if not refused:
+        return may_differ
+    listed = "".join(f"\n  {kind}: {line}" for kind, lines in refused.items() for line in lines)
+    to_allow = [kind for kind in refused if kind not in FOLLOWING] or list(refused)
+    raise ValueError(
+        f"{where} belongs to a run with other {', '.join(refused)}:{listed}\n"
+        "give another run_dir, delete the checkpoints, or go on all the same with "
+        + " ".join(f"--allow-changed {kind}" for kind in to_allow)
+    )
+
+
+def take_probe(score: Score, batch: Batch) -> dict[str, Any]:
+    """Log-probs of the first few rows, to be found again when the parameters are restored."""
+    index = np.asarray(batch.index)
+    logps = np.where(np.asarray(batch.present), np.asarray(score(batch)["logps"], np.float32), 0)
+    return {"rows": index.tolist(), "logps": logps.tolist()}
+
+
+def check_probe(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> str:
+    """Compare the restored policy's log-probs with those at the time of saving; returns what was found.
+
+    Raises:
+      ValueError: when one differs by more than rounding.
+    """
+    then, again = np.asarray(saved["logps"]), np.asarray(now["logps"])
+    if saved["rows"] != now["rows"] or then.shape != again.shape:
+        return (
+            "the probe's rows are not the same rows now: log-probs of the restored policy were not compared"
+        )
+    difference = np.abs(again - then)
+    if not (difference <= PROBE_ABSOLUTE + PROBE_RELATIVE * np.abs(then)).all():
+        p, k = np.unravel_index(np.nanargmax(np.where(np.isnan(difference), np.inf, difference)), then.shape)
+        raise ValueError(
+            f"{where} does not give the log-probs that it was saved with: row {saved['rows'][p]}, response "
+            f"{k} had {then[p, k]:.4f} and has {again[p, k]:.4f} now; the model's code or its frozen parts "
+            "are not what they were"
+        )
+    return f"its log-probs of {len(then)} rows are as they were (largest difference {difference.max():.1g})"
+
+
+def _fingerprint_preferences(preferences: Iterable[Preference]) -> str:
+    """Over what the rows say, not over where they stand."""
+    digest = hashlib.sha256()
+    for preference in preferences:
+        content = [preference.prompt, preference.responses, preference.ranks, preference.scores]
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _fingerprint_rows(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(rows.items()):
+        digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "(not there)"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,179 @@
+"""Runs of a tiny model, each forked from this process, which has imported everything: a start costs little.
+
+One JSON object a line comes in on standard input:
+
+    config    a run's config.yaml, or a list of them to run one after the other
+    log       file for what the runs print
+    hooks     list of {"where", "count", "do"}: at the count-th (from 1) step, save, evaluation or export, do
+              "SIGTERM", "hang" (until a signal ends it) or "lock" (nobody may write checkpoints any more)
+    obey      true: give up root's right to write where permissions forbid it
+    measure   file for memory, threads, open files and compilations, at some steps and after each run
+    clock     "jumps": let the wall clock go back and forth
+
+Out come the number of the process that runs it and, when it has ended, how: "pid 123", "exit 75" (negative:
+by that signal).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 (transformers loads late what is not named)
+
+from dpo.command_line import load_config
+from dpo.training import loop
+from dpo.training.checkpoint import Checkpoints
+from dpo.training.reference import fingerprint_parameters
+from dpo.training.validation import Validation
+
+EXIT_CODES = {"finished": 0, "already finished": 0, "interrupted": 75}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        command = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run(command))
+        print(f"pid {pid}", flush=True)
+        _, status, used = os.wait4(pid, 0)
+        print(f"{command['log']}: {used.ru_utime + used.ru_stime:.1f} CPU seconds", file=sys.stderr)
+        print(f"exit {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+def run(command: dict) -> int:
+    """In the child: the runs of one command; the last one's exit code."""
+    log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if command.get("obey"):
+        obey_permissions()
+    if command.get("clock") == "jumps":
+        jumps = itertools.cycle([0.0, 86_400.0, -86_400.0])
+        now = time.time
+        time.time = lambda: now() + next(jumps)
+    measure = Measure(command["measure"]) if command.get("measure") else None
+    hooks = list(command.get("hooks", []))
+    paths = command["config"] if isinstance(command["config"], list) else [command["config"]]
+    code = 1
+    try:
+        for path in paths:
+            config = load_config(path)
+            put_hooks(hooks, Path(config.run_dir), measure)
+            result = loop.train(config)
+            code = EXIT_CODES[result.status]
+            if measure is not None:
+                measure.take(f"after {config.run_dir}")
+            if code == 0:
+                write_digest(Path(config.run_dir))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def obey_permissions() -> None:
+    """Drop the capabilities CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, whoever this is."""
+    version_3 = 0x20080522
+    header, data = (ctypes.c_uint32 * 2)(version_3, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.capget(header, data) == 0, os.strerror(ctypes.get_errno())
+    data[0] &= ~0b110  # effective; permitted and inheritable follow
+    data[1] &= ~0b110
+    assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
+
+
+def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None:
+    """Wrap what a run calls, so that things happen at an exact place."""
+    counts = dict.fromkeys(("step", "save", "evaluation", "export"), 0)
+
+    def reach(where: str) -> None:
+        counts[where] += 1
+        if where == "step" and measure is not None and counts[where] % measure.every == 0:
+            measure.take(counts[where])
+        for hook in hooks:
+            if (hook["where"], hook["count"]) == (where, counts[where]):
+                if hook["do"] == "hang":
+                    (run_dir / "hanging").touch()
+                    time.sleep(600)
+                elif hook["do"] == "lock":
+                    (run_dir / "checkpoints").chmod(0o500)
+                else:
+                    os.kill(os.getpid(), signal.Signals[hook["do"]])
+
+    def wrapped(function, where):
+        def call(*args, **kwargs):
+            reach(where)
+            return function(*args, **kwargs)
+
+        return call
+
+    make_train_step = original(loop, "make_train_step")
+    loop.make_train_step = lambda *args, **kwargs: wrapped(make_train_step(*args, **kwargs), "step")
+    loop.save_pretrained = wrapped(original(loop, "save_pretrained"), "export")
+    Checkpoints.save = wrapped(original(Checkpoints, "save"), "save")
+    Validation.evaluate = wrapped(original(Validation, "evaluate"), "evaluation")
+
+
+ORIGINALS: dict[tuple[int, str], object] = {}
+
+
+def original(owner, name):
+    """What was there before the first hook."""
+    return ORIGINALS.setdefault((id(owner), name), getattr(owner, name))
+
+
+def write_digest(run_dir: Path) -> None:
+    """SHA-256 of the newest checkpoint's parameters, optimiser state and step, as RUN/digest."""
+    import orbax.checkpoint as ocp
+
+    with Checkpoints(run_dir / "checkpoints", keep=1, read_only=True) as checkpoints:
+        state = ocp.StandardCheckpointer().restore(checkpoints.path(checkpoints.latest or 0) / "state")
+    (run_dir / "digest").write_text(fingerprint_parameters(state))
+
+
+class Measure:
+    """Resident memory, threads, open files and compilations, one JSON line each time."""
+
+    every = 100
+
+    def __init__(self, path: str):
+        import jax
+
+        self._path = Path(path)
+        self._compilations = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, duration: float, **_: object) -> None:
+        self._compilations += event.endswith("backend_compile_duration")
+
+    def take(self, when: int | str) -> None:
+        """Append what is in use now."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        now = {
+            "when": when,
+            "memory": pages * os.sysconf("SC_PAGE_SIZE"),
+            "threads": len(os.listdir("/proc/self/task")),
+            "python_threads": threading.active_count(),
+            "files": len(os.listdir("/proc/self/fd")),
+            "compilations": self._compilations,
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(now) + "\n")
+
+
+if __name__ == "__main__":
+    main()

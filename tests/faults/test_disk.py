@@ -1,0 +1,109 @@
+"""A disk that is full, read-only or locked: a clear error, and the last checkpoint intact.
+
+A small tmpfs stands for the disk, so these need the right to mount one; they skip without.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_run import outcome
+
+from dpo.files import damaged_files
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, of 8 MB, and a function that mounts it anew with other options."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options: str) -> None:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True, capture_output=True
+        )
+
+    try:
+        mount("size=8m,mode=777")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no tmpfs can be mounted here: {error}")
+    try:
+        yield path, lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def whole_checkpoints(run_dir: Path) -> list[int]:
+    """Steps of all checkpoints, after checking them."""
+    there = [path for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert not [problem for path in there for problem in damaged_files(path)]
+    return sorted(int(path.name) for path in there)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    server, make_config, unbroken, expected, disk
+):
+    path, remount = disk
+    config = make_config(path / "run", keep_checkpoints=100)
+    newest = Path(unbroken.run_dir, "checkpoints/9")
+    checkpoint_size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+    remount(f"size={int(3.5 * checkpoint_size) // 1024}k")
+    assert server.run(config) == 1
+    assert "could not be written to" in server.printed(config)
+    assert "No space left on device" in server.printed(config)
+    before = whole_checkpoints(path / "run")
+    assert before
+    assert not any((path / "run").glob("export*"))
+    remount("size=64m")
+    assert server.run(config) == 0, server.printed(config)
+    assert f"resumed after step {before[-1]}" in server.printed(config)
+    assert outcome(config) == expected
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_export_leaves_none_in_part(server, make_config, expected, disk):
+    path, remount = disk
+    config = make_config(path / "run", keep_checkpoints=1)
+    assert server.run(config, hooks=[{"where": "evaluation", "count": 3, "do": "SIGTERM"}]) == 75
+    used = shutil.disk_usage(path).used
+    remount(f"size={(used + 64 * 1024) // 1024}k")
+    assert server.run(config) == 1
+    assert "the model could not be written to" in server.printed(config)
+    assert not any((path / "run").glob("export*"))
+    assert not (path / "run" / "summary.json").exists()
+    remount("size=64m")
+    assert server.run(config) == 0, server.printed(config)
+    assert outcome(config) == expected
+
+
+def test_a_read_only_directory_is_named_before_anything_is_loaded(server, make_config, disk):
+    path, remount = disk
+    (path / "run").mkdir()
+    config = make_config(path / "run")
+    remount("ro")
+    assert server.run(config) == 1
+    assert (
+        f"the lock could not be written to {path / 'run' / 'lock'}: Read-only file system"
+        in server.printed(config)
+    )
+    assert "policy:" not in server.printed(config)
+
+
+@pytest.mark.slow
+def test_permission_that_is_lost_is_named_and_the_last_checkpoint_stays(
+    server, make_config, expected, tmp_path
+):
+    """In the middle of the fourth save nobody may write into the directory of checkpoints any more."""
+    config = make_config(tmp_path / "run")
+    hooks = [{"where": "save", "count": 4, "do": "lock"}]
+    assert server.run(config, obey=True, hooks=hooks) == 1
+    assert "the checkpoint of step 4 could not be written to" in server.printed(config)
+    assert "Permission denied" in server.printed(config)
+    assert whole_checkpoints(tmp_path / "run") == [2, 3]
+    (tmp_path / "run" / "checkpoints").chmod(0o700)
+    assert server.run(config, obey=True) == 0, server.printed(config)
+    assert outcome(config) == expected

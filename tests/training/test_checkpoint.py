@@ -1,0 +1,99 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from dpo.files import WriteError
+from dpo.losses import RunningMean
+from dpo.training.checkpoint import Checkpoints
+from dpo.training.step import TrainState
+
+
+def state_of(value: float) -> TrainState:
+    return TrainState(
+        step=jnp.asarray(int(value), jnp.int32),
+        params={"a": {"kernel": jnp.full((3, 4), float(value))}, "b": jnp.arange(5.0) * value},
+        opt_state=(jnp.full(2, float(value)),),
+        shift=RunningMean.zero(),
+        reference={},
+    )
+
+
+def save(directory, *steps, keep=2, **options):
+    with Checkpoints(directory, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_of(step), {"settings": {"step": step}}, **options)
+
+
+def test_what_was_saved_is_restored_with_what_it_belongs_to(tmp_path):
+    save(tmp_path, 3)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(3, state_of(0))
+        assert checkpoints.identity(3)["settings"] == {"step": 3}
+    assert_array_equal(restored.params["a"]["kernel"], np.full((3, 4), 3.0))
+    assert_array_equal(restored.opt_state[0], np.full(2, 3.0))
+    assert int(restored.step) == 3
+
+
+def test_the_newest_stay_and_the_protected(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, protect=[2])
+    with Checkpoints(tmp_path, keep=2, read_only=True) as checkpoints:
+        assert checkpoints.steps == [2, 4, 5]
+        assert checkpoints.latest == 5
+
+
+def test_a_step_is_saved_once(tmp_path):
+    save(tmp_path, 1)
+    before = (tmp_path / "1" / "SHA256SUMS").stat().st_mtime_ns
+    save(tmp_path, 1)
+    assert (tmp_path / "1" / "SHA256SUMS").stat().st_mtime_ns == before
+
+
+def test_what_a_killed_process_was_writing_is_removed_but_by_readers(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "2.writing" / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=2, read_only=True) as checkpoints:
+        assert checkpoints.steps == [1]
+    assert (tmp_path / "2.writing").exists()
+    with Checkpoints(tmp_path, keep=2):
+        assert not (tmp_path / "2.writing").exists()
+
+
+def test_the_newest_whole_one_is_found_and_damaged_ones_are_set_aside(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "2" / "identity.json").write_text("{}")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.newest_whole() == (1, {2: ["identity.json: its checksum does not match"]})
+        assert checkpoints.set_aside(2) == tmp_path / "2.damaged"
+        assert checkpoints.steps == [1]
+
+
+def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch):
+    from dpo.training import checkpoint
+
+    save(tmp_path, 1)
+
+    def full(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+    expected = rf"of step 2 could not be written to {tmp_path}/2: No space .*; the newest there is step 1"
+    with pytest.raises(WriteError, match=expected):
+        save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+
+
+def test_other_shapes_are_refused(tmp_path):
+    save(tmp_path, 1)
+    other = state_of(0)._replace(params={"a": {"kernel": jnp.zeros((3, 5))}, "b": jnp.zeros(5)})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(
+            ValueError,
+            match=r"/1 does not fit these settings .*kernel.*float32\[3, 4\] → (float32\[3, 5\]|None)",
+        ):
+            checkpoints.restore(1, other)
+        with pytest.raises(
+            ValueError,
+            match=r"/1 does not fit these settings .*kernel.*float32\[3, 4\] → (float32\[3, 5\]|None)",
+        ):
+            checkpoints.restore(1, state_of(0)._replace(params={"a": {}}))

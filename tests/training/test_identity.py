@@ -1,0 +1,99 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from dpo.training.identity import check_probe, differences, require_same, settings_fingerprint
+
+SAVED = {
+    "settings": {"training.seed": 0, "optimizer.beta1": 0.9},
+    "data": {"train": "a"},
+    "tokens": {"train": "b"},
+    "versions": {"jax": "1"},
+    "devices": {"mesh": "data 1"},
+}
+OTHER_DATA = SAVED | {"data": {"train": "c"}, "tokens": {"train": "d"}}
+
+
+def allow(now, *kinds):
+    said: list[str] = []
+    may_differ = require_same(SAVED, now, allowed=kinds, where="it", log=said.append)
+    return may_differ, said
+
+
+def test_the_same_is_the_same():
+    assert differences(SAVED, SAVED) == {}
+    assert allow(SAVED)[1] == []
+
+
+def test_old_and_new_values_are_named():
+    now = SAVED | {"settings": {"training.seed": 1, "optimizer.beta2": None}}
+    assert differences(SAVED, now) == {
+        "settings": [
+            "training.seed: 0 → 1",
+            "optimizer.beta1: 0.9 → (not there)",
+            "optimizer.beta2: (not there) → null",
+        ]
+    }
+    with pytest.raises(
+        ValueError, match=r"it belongs to a run with other settings:\n  settings: training.seed"
+    ):
+        allow(now)
+
+
+def test_a_kind_that_is_allowed_allows_what_follows_from_it():
+    with pytest.raises(ValueError, match=r"(?s)other data, tokens.*--allow-changed data$") as caught:
+        allow(OTHER_DATA)
+    assert "--allow-changed tokens" not in str(caught.value)
+    may_differ, said = allow(OTHER_DATA, "data")
+    assert "reference" in may_differ
+    assert said == [
+        'changed since it: data (train: "a" → "c")',
+        'changed since it: tokens (train: "b" → "d")',
+    ]
+    with pytest.raises(ValueError, match="--allow-changed data"):
+        allow(OTHER_DATA, "settings")  # the settings are the same, so nothing follows from them
+
+
+def test_tokens_that_differ_alone_are_refused_as_such():
+    now = SAVED | {"tokens": {"train": "d"}}
+    with pytest.raises(ValueError, match=r"--allow-changed tokens$"):
+        allow(now, "data")
+    allow(now, "tokens")
+
+
+def test_versions_are_refused_and_devices_are_told():
+    with pytest.raises(ValueError, match=r'versions: jax: "1" → "2"'):
+        allow(SAVED | {"versions": {"jax": "2"}})
+    _, said = allow(SAVED | {"devices": {"mesh": "data 8"}})
+    assert said[-1] == "on other devices results agree to rounding, not to the bit"
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"run_dir": "elsewhere"}, True),
+        ({"mesh": MeshConfig(data=2)}, True),
+        ({"training": TrainingConfig(save_every=3, save_minutes=1.5, eval_every=7)}, True),
+        ({"training": TrainingConfig(seed=1)}, False),
+        ({"model": ModelConfig(reference_store="elsewhere")}, True),
+        ({"model": ModelConfig(compute_dtype="bfloat16")}, False),
+        ({"objective": {"name": "dpo", "beta": 0.2}}, False),
+    ],
+)
+def test_the_fingerprint_of_settings_sees_what_decides_numbers(changes, same):
+    before, after = Config(), dataclasses.replace(Config(), **changes)
+    assert (settings_fingerprint(before) == settings_fingerprint(after)) is same
+
+
+def test_a_probe_tells_rounding_from_another_policy():
+    saved = {"rows": [0, 1], "logps": [[-100.0, -50.0], [-7.0, 0.0]]}
+    near = {"rows": [0, 1], "logps": (np.asarray(saved["logps"]) * (1 + 1e-5)).tolist()}
+    assert check_probe(saved, saved, where="it").endswith("as they were (largest difference 0)")
+    assert check_probe(saved, near, where="it").endswith("as they were (largest difference 0.001)")
+    for wrong in (-7.5, float("nan")):
+        far = {"rows": [0, 1], "logps": [[-100.0, -50.0], [wrong, 0.0]]}
+        with pytest.raises(ValueError, match=r"row 1, response 0 had -7\.0000 and has"):
+            check_probe(saved, far, where="it")
+    assert "not compared" in check_probe(saved, {"rows": [5], "logps": [[0.0]]}, where="it")

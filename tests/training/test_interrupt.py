@@ -1,0 +1,91 @@
+"""Signals, in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo.training.interrupt import SAME_REQUEST, StopRequested, stop_requests, stoppable
+
+WAITING = """
+import time
+from dpo.training.interrupt import stop_requests
+with stop_requests() as stop_requested:
+    print("ready", flush=True)
+    while not stop_requested():
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(60)
+"""
+
+
+def start(*prefix: str) -> subprocess.Popen:
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-c", WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+    )
+
+
+def stop_twice(process: subprocess.Popen, pid: int, number: signal.Signals) -> tuple[int, str]:
+    """Both signals, each when the process is ready for it; returns how it ended and what it said of that."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.kill(pid, number)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(SAME_REQUEST + 0.1)
+    os.kill(pid, number)
+    _, said = process.communicate(timeout=30)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends_the_process(number):
+    process = start()
+    code, said = stop_twice(process, process.pid, number)
+    assert code == 130
+    assert f"second signal ({number.name})" in said
+
+
+def test_the_first_process_of_a_container_answers_too():
+    """The kernel ignores signals for process 1 unless it has handlers for them."""
+    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
+        pytest.skip("no namespace of processes can be made here")
+    process = start("unshare", "--pid", "--fork", "--kill-child")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text().split():
+        time.sleep(0.01)
+    code, _ = stop_twice(process, int(children.read_text().split()[0]), signal.SIGTERM)
+    assert code == 130
+
+
+def test_one_request_that_is_delivered_twice_is_one():
+    with stop_requests() as stop_requested:
+        assert not stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+
+
+def test_handlers_are_as_they_were_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_stoppable_function_does_not_begin_once_a_stop_was_asked_for():
+    asked = False
+    double = stoppable(lambda x: 2 * x, lambda: asked)
+    assert double(3) == 6
+    asked = True
+    with pytest.raises(StopRequested):
+        double(3)
