@@ -160,7 +160,11 @@ class TensorBoard:
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None)
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"),
+            purge_step=resume_step or None,
+            filename_suffix=f".{resume_step}",  # names go by the second: a quick resume is another file
+        )
         self._writer.add_text("config", "```\n" + json.dumps(config, indent=2) + "\n```", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
