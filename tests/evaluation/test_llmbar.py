@@ -22,12 +22,14 @@ def llmbar(shared_dir: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_shared_copy_is_llmbar(llmbar: Path) -> None:
     sources = Counter(json.loads(line)["source"] for line in llmbar.read_text().splitlines())
     assert sources["LLMBar/Natural"] == NUM_NATURAL
     assert sum(n for name, n in sources.items() if "Adversarial" in name) == NUM_ADVERSARIAL
 
 
+@pytest.mark.slow
 def test_llmbar_is_described_by_subset(
     llmbar: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
