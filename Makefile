@@ -12,7 +12,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate report data test test-all check format bench diffusion clean
+.PHONY: help setup train evaluate report data test test-all check format bench diffusion frontier clean
 
 help: ## Print this list
 	@echo "make TARGET [CONFIG=$(CONFIG)] [RUN=$(RUN)] [ARGS=\"--training.steps=20\"] [PYTHON=$(PYTHON)]"
@@ -59,6 +59,9 @@ format: setup ## Rewrite the files as `check` wants them
 diffusion: CONFIG = configs/diffusion_gaussian.yaml
 diffusion: setup ## Diffusion-DPO where the optimum is known (CONFIG=configs/diffusion_mixture.yaml: in two dimensions)
 	$(BIN)/dpo diffusion --config $(CONFIG) $(ARGS)
+
+frontier: setup ## True reward against KL for DPO, IPO and Plackett-Luce (hours; goes on where it was stopped)
+	$(BIN)/dpo frontier $(ARGS)
 
 bench: setup ## Measure speed and memory of training steps
 	$(BIN)/python -m benchmarks $(ARGS)

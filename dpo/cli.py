@@ -25,6 +25,7 @@ from dpo.config import (
     DiffusionConfig,
     EvaluateConfig,
     ExportConfig,
+    FrontierConfig,
     GenerateConfig,
     IdentityKind,
     InspectConfig,
@@ -180,6 +181,24 @@ def watch(arguments: list[str]) -> int:
     return 0 if finished or given.once else INTERRUPTED
 
 
+def frontier(arguments: list[str]) -> int:
+    """True reward against KL for several objectives and betas, and win-rates by temperature."""
+    given = read_settings(FrontierConfig, "frontier", arguments)
+    for name in ("train", "eval"):
+        _require_file(name, getattr(given, name))
+    sys.path.append(os.getcwd())  # where a reward given as module:function is looked for last
+    from dpo.evaluation.frontier import run
+    from dpo.training.setup import enable_compilation_cache
+
+    enable_compilation_cache()
+    result = run(given, log=print_plain)
+    if result is None:
+        print_plain("stopped; the same command goes on from there")
+        return INTERRUPTED
+    print_plain(f"figures, tables and frontier.json: {given.output}")
+    return 0
+
+
 def diffusion(arguments: list[str]) -> int:
     """Diffusion-DPO on data whose optimum is known: train, sample, compare."""
     config = read_settings(DiffusionConfig, "diffusion", arguments)
@@ -276,6 +295,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "report": report,
     "watch": watch,
+    "frontier": frontier,
     "diffusion": diffusion,
 }
 

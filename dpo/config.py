@@ -407,6 +407,66 @@ class WinrateConfig:
 
 
 @dataclass(frozen=True)
+class FrontierConfig:
+    """The DPO paper's controlled-sentiment experiment at the scale of a laptop: true reward against KL."""
+
+    output: str = "runs/frontier"
+    """Directory of all runs, figures and frontier.json; the same command goes on with what is there."""
+    model: str = "embedded:smollm2-135m-instruct"
+    """Reference, and where every policy starts."""
+    train: str = "data/sentiment_train.jsonl"
+    """Rankings to train on, the same for all objectives."""
+    eval: str = "data/sentiment_eval.jsonl"
+    """Held-out rankings, whose prompts are answered."""
+    reward: str = "vader"
+    """The true reward: vader or module:function."""
+    objectives: list[str] = field(default_factory=lambda: ["dpo", "ipo", "plackett_luce"])
+    """Objectives, by name."""
+    betas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.5, 1.0])
+    """Values of beta, each with a run of every objective."""
+    steps: int = 40
+    """Optimiser steps of a run."""
+    eval_every: int = 10
+    """Steps between two points of a run's line."""
+    batch_size: int = 8
+    """Prompts a step."""
+    learning_rate: float = 4e-5
+    """Peak learning rate (linear decay)."""
+    prompts: int | None = None
+    """Use only the first so many held-out prompts."""
+    max_length: int = 256
+    """Longest prompt plus response in training, in tokens."""
+    max_new_tokens: int = 48
+    """Longest sampled response."""
+    best_of: int = 16
+    """Responses of the reference to each prompt; best-of-n is drawn for n up to this."""
+    temperatures: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Sampling temperatures of the win-rates."""
+    temperature_beta: float = 0.1
+    """The beta whose policies' win-rates are drawn against temperature; one of betas."""
+    opponent: str = "data:best"
+    """Opponent in these win-rates: data:best, data:worst or a model."""
+    seed: int = 0
+    """Of data order and sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("objectives", "betas", "temperatures"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is []; allowed is one or more")
+        for name in ("steps", "eval_every", "batch_size", "prompts", "max_new_tokens", "best_of"):
+            _check_range(name, getattr(self, name), low=1)
+        for beta in self.betas:
+            _check_range("betas", beta, above=0.0)
+        for temperature in self.temperatures:
+            _check_range("temperatures", temperature, low=0.0)
+        if self.temperature_beta not in self.betas:
+            raise ValueError(f"temperature_beta is {self.temperature_beta}; allowed are betas: {self.betas}")
+        _check_range("learning_rate", self.learning_rate, above=0.0)
+        _check_range("max_length", self.max_length, low=2)
+        _check_range("seed", self.seed, low=0, high=2**31 - 1)
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Responses of a model, printed as they are drawn."""
 

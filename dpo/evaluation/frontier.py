@@ -1,0 +1,290 @@
+"""`dpo frontier`: true reward against KL, the DPO paper's controlled sentiment (Rafailov et al. 2023, 6.1).
+
+Every objective is trained at every β on the same sampled rankings, whose true reward is known. Now and then
+each policy answers the held-out prompts at temperature 1; a point is the mean reward of its answers and the
+mean of log π/ρ over them, which estimates KL(π‖ρ) of whole responses. Best-of-n of the reference's own
+samples is the line to reach. Then win-rates over a fixed opponent, by sampling temperature.
+
+Everything is kept as it is made (points.jsonl, reference_samples.jsonl, one run directory a policy), under
+keys of all that it depends on: the same command goes on where it was stopped. A finished run's checkpoint,
+which is three times its weights, is deleted; its export stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from math import comb, log
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dpo.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    FrontierConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    WinrateConfig,
+    heldout_settings,
+)
+from dpo.evaluation.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
+from dpo.evaluation.journal import Journal
+from dpo.evaluation.judges import reward_judge
+from dpo.evaluation.match import play, read_prompts
+from dpo.evaluation.rewards import Prompt, Reward
+from dpo.evaluation.samples import Player, Request, model_identity, sample_responses
+from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.losses import make_objective
+from dpo.models.pretrained import load_pretrained, stop_tokens
+from dpo.models.sampling import SamplingConfig
+from dpo.training.loop import settings_fingerprint, train
+from dpo.training.on_policy import OnPolicy, prompt_ids
+from dpo.training.setup import Policy, load_policy
+from dpo.training.sharding import make_mesh
+from dpo.training.step import Params
+
+RESULT_FILE = "frontier.json"
+Log = Callable[[str], None]
+
+
+def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
+    """Train, sample and judge all that is missing; write figures, tables and frontier.json.
+
+    None where a signal asked to stop: everything is saved, and the same settings go on from there.
+    """
+    output = Path(given.output)
+    configs = {
+        (name, beta): run_config(given, name, beta) for name in given.objectives for beta in given.betas
+    }
+    reward = reward_judge(given.reward)
+    prompts = [row.prompt for row in read_prompts(next(iter(configs.values())), log)]
+    with Journal(output / "points.jsonl") as points:
+        observers = _Observers(given, prompts, reward.reward, points)
+        for number, ((name, beta), config) in enumerate(configs.items(), start=1):
+            log(f"run {number} of {len(configs)}: {name}, beta {beta:g} ({config.run_dir})")
+            if train(config, observe=observers.of(name, beta, config)).status == "interrupted":
+                return None
+            shutil.rmtree(Path(config.run_dir) / "checkpoints", ignore_errors=True)
+            jax.clear_caches()
+        lines = {key: observers.line(*key, config) for key, config in configs.items()}
+    del observers
+    result = {
+        "settings": asdict(given),
+        "reward": reward.identity,
+        "prompts": len(prompts),
+        "best_of_n": best_of_n(given, prompts, reward.reward, output, log),
+        "lines": [
+            {"objective": name, "beta": beta, "points": points} for (name, beta), points in lines.items()
+        ],
+        "temperatures": temperatures(given, configs, output, log),
+    }
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    (output / RESULT_FILE).write_text(text, encoding="utf-8")
+    draw_frontier(output / "frontier.svg", result)
+    draw_temperatures(output / "temperatures.svg", result)
+    (output / "frontier.md").write_text(frontier_as_markdown(result), encoding="utf-8")
+    return result
+
+
+def run_config(given: FrontierConfig, name: str, beta: float) -> Config:
+    """Settings of one policy's run."""
+    config = Config(
+        run_dir=str(Path(given.output) / f"{name}_beta{beta:g}"),
+        model=ModelConfig(source=given.model),
+        data=DataConfig(
+            train=given.train, eval=given.eval, max_eval=given.prompts, max_length=given.max_length
+        ),
+        objective={"name": name, "beta": beta},
+        optimizer=OptimizerConfig(learning_rate=given.learning_rate, schedule="linear", warmup_fraction=0.1),
+        training=TrainingConfig(
+            seed=given.seed, batch_size=given.batch_size, steps=given.steps, eval_every=given.eval_every
+        ),
+    )
+    make_objective(config.objective)
+    return config
+
+
+class _Observers:
+    """What a run is asked for at each evaluation: answers to the held-out prompts, kept in a journal."""
+
+    def __init__(
+        self, given: FrontierConfig, prompts: Sequence[Prompt], reward: Reward, points: Journal
+    ) -> None:
+        self._given, self._prompts, self._reward, self._points = given, prompts, reward, points
+        self._loaded: tuple[Policy, OnPolicy] | None = None
+
+    def of(self, name: str, beta: float, config: Config) -> Callable[[int, Params], Mapping[str, float]]:
+        """The observer of one run."""
+
+        def observe(step: int, params: Params) -> Mapping[str, float]:
+            key = self._key(name, beta, config, step)
+            if key not in self._points.lines:
+                self._points.append(
+                    {"key": key, "objective": name, "beta": beta, "step": step} | self._draw(params)
+                )
+            line = self._points.lines[key]
+            return {
+                "samples/reward": float(np.mean(self._rewards(line))),
+                "samples/kl": float(np.mean(line["log_ratio"])),
+                "samples/length": float(np.mean(line["length"])),
+            }
+
+        return observe
+
+    def line(self, name: str, beta: float, config: Config) -> list[dict[str, Any]]:
+        """The points of a finished run: reward and KL with their intervals.
+
+        Raises:
+          ValueError: where a finished run was not asked for these answers.
+        """
+        every, steps = self._given.eval_every, self._given.steps
+        keys = [
+            self._key(name, beta, config, step)
+            for step in dict.fromkeys([*range(every, steps + 1, every), steps])
+        ]
+        if not self._points.lines.keys() >= set(keys):
+            raise ValueError(
+                f"{config.run_dir} is finished, but {self._points.path} lacks some of its answers: prompts, "
+                "max_new_tokens or eval_every are others now; give another output, or delete the run"
+            )
+        lines = [self._points.lines[key] for key in keys]
+        names = np.array([json.dumps(prompt) for prompt in self._prompts])
+        return [
+            {
+                "step": line["step"],
+                "reward": list(cluster_bootstrap(self._rewards(line), names, seed=self._given.seed)),
+                "kl": list(cluster_bootstrap(np.array(line["log_ratio"]), names, seed=self._given.seed)),
+                "length": float(np.mean(line["length"])),
+            }
+            for line in lines
+        ]
+
+    def _key(self, name: str, beta: float, config: Config, step: int) -> str:
+        sampling = (self._given.max_new_tokens, list(map(repr, self._prompts)))
+        digest = hashlib.sha256(repr((settings_fingerprint(config), sampling)).encode()).hexdigest()
+        return f"{name} {beta:g} {step} {digest[:16]}"
+
+    def _rewards(self, line: dict[str, Any]) -> Float[np.ndarray, " n"]:
+        pairs = zip(self._prompts, line["texts"], strict=True)
+        return np.array([self._reward(prompt, text) for prompt, text in pairs], np.float64)
+
+    def _draw(self, params: Params) -> dict[str, Any]:
+        policy, on_policy = self._open()
+        drawn = on_policy.draw(params)
+        decode = policy.pretrained.tokenizer.decode
+        texts = [str(decode(ids, skip_special_tokens=True)).strip() for ids in drawn.responses]
+        return {
+            "log_ratio": drawn.log_ratio.round(4).tolist(),
+            "length": [len(response) for response in drawn.responses],
+            "texts": texts,
+        }
+
+    def _open(self) -> tuple[Policy, OnPolicy]:
+        """The reference, loaded with the first draw and kept for all runs."""
+        if self._loaded is None:
+            config = run_config(self._given, self._given.objectives[0], self._given.betas[0])
+            mesh = make_mesh(config.mesh)
+            reference = load_policy(config.model, mesh)
+            on_policy = OnPolicy(
+                reference,
+                prompt_ids(config, self._prompts, reference, None),
+                mesh=mesh,
+                max_new_tokens=self._given.max_new_tokens,
+                stop_tokens=stop_tokens(reference.pretrained),
+                chunk=config.model.log_prob_chunk,
+                seed=self._given.seed,
+            )
+            self._loaded = reference, on_policy
+        return self._loaded
+
+
+def best_of_n(
+    given: FrontierConfig, prompts: Sequence[Prompt], reward: Reward, output: Path, log: Log
+) -> list[dict[str, Any]]:
+    """Mean reward of the best of n of the reference's samples, n = 1, 2, 4, … up to `best_of`, and its KL."""
+    sampling = SamplingConfig(max_new_tokens=given.max_new_tokens)
+    requests = [Request(prompt, number, sampling) for prompt in prompts for number in range(given.best_of)]
+    with Journal(output / "reference_samples.jsonl") as journal:
+        samples = sample_responses(
+            Player("reference", given.model, f"{model_identity(given.model)} float32"),
+            requests,
+            journal=journal,
+            load=lambda: load_pretrained(given.model, compute_dtype=jnp.dtype("float32")),
+            seed=given.seed,
+            batch_size=96,
+            log=log,
+        )
+    rewards = np.array([reward(r.prompt, s.text) for r, s in zip(requests, samples, strict=True)], np.float64)
+    rewards = rewards.reshape(len(prompts), given.best_of)
+    counts = [n for n in (2**k for k in range(given.best_of.bit_length())) if n <= given.best_of]
+    names = np.arange(len(prompts))
+    return [
+        {
+            "n": n,
+            "reward": list(cluster_bootstrap(expected_best(rewards, n), names, seed=given.seed)),
+            "kl": best_of_n_kl(n),
+        }
+        for n in dict.fromkeys([*counts, given.best_of])
+    ]
+
+
+def expected_best(rewards: Float[np.ndarray, "P m"], n: int) -> Float[np.ndarray, " P"]:
+    """Mean of the best reward over all subsets of n of each prompt's m samples: unbiased for best-of-n.
+
+    The i-th smallest is the best of C(i − 1, n − 1) of the C(m, n) subsets.
+    """
+    m = rewards.shape[1]
+    weights = np.array([comb(i, n - 1) / comb(m, n) for i in range(m)])
+    return np.sort(rewards, axis=1) @ weights
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n − (n − 1)/n: KL of best-of-n from what it draws from; an upper bound where rewards tie.
+
+    (Beirami et al. 2024, arXiv:2401.01879, who show that the usual formula is a bound.)
+    """
+    return log(n) - (n - 1) / n
+
+
+def temperatures(
+    given: FrontierConfig, configs: Mapping[tuple[str, float], Config], output: Path, log: Log
+) -> list[dict[str, Any]]:
+    """Win-rates over the opponent by sampling temperature: the reference, and each objective at one β."""
+    players = {"reference": given.model} | {
+        name: str(Path(configs[name, given.temperature_beta].run_dir) / "export") for name in given.objectives
+    }
+    found = []
+    for name, source in players.items():
+        log(f"win-rate over {given.opponent} by temperature: {name}")
+        directory = output / "temperatures" / name
+        settings = WinrateConfig(
+            policy=source,
+            opponent=given.opponent,
+            data=given.eval,
+            output=str(directory),
+            judge=given.reward,
+            limit=given.prompts,
+            temperatures=given.temperatures,
+            max_new_tokens=given.max_new_tokens,
+            batch_size=96,
+            kl=False,
+            seed=given.seed,
+        )
+        compared = EvaluateConfig(
+            policy=source, reference=given.opponent, data=given.eval, limit=given.prompts
+        )
+        result = play(settings, heldout_settings(compared, None), output=directory, log=log)
+        win_rates = {t: figures["win_rate"] for t, figures in result["temperatures"].items()}
+        found.append({"policy": name, "beta": None if name == "reference" else given.temperature_beta})
+        found[-1]["win_rates"] = win_rates
+    return found

@@ -1,0 +1,148 @@
+"""The controlled-sentiment experiment on a tiny model: all parts, and a second start that repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from math import log
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo.cli import INTERRUPTED, main
+from dpo.evaluation import frontier
+from dpo.evaluation.frontier import best_of_n_kl, expected_best
+from dpo.training import loop
+
+
+def test_best_of_n_is_the_mean_over_all_subsets() -> None:
+    rewards = np.random.default_rng(0).normal(size=(3, 6))
+    for n in range(1, 7):
+        brute = [np.mean([max(row[list(subset)]) for subset in combinations(range(6), n)]) for row in rewards]
+        np.testing.assert_allclose(expected_best(rewards, n), brute)
+
+
+def test_the_kl_of_best_of_n_is_that_of_the_maximum_of_uniforms() -> None:
+    """Best-of-n of a continuous reward has density n u^(n−1) in the reward's quantile u."""
+    u = (np.arange(200_000) + 0.5) / 200_000
+    for n in (1, 2, 16):
+        density = n * u ** (n - 1)
+        assert best_of_n_kl(n) == pytest.approx(np.mean(density * np.log(density)), abs=1e-3)
+    assert best_of_n_kl(2) == pytest.approx(log(2) - 0.5)
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One objective at one β, four steps, three held-out prompts; the reward counts letters e."""
+    (tmp_path / "letters.py").write_text("def e(prompt, response): return response.count('e')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    make_mesh = loop.make_mesh
+    for module in (loop, frontier):
+        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    for name, count in (("train", 8), ("eval", 4)):
+        rows = [
+            {"prompt": f"{name} {i}", "responses": ["eee", "e then", "no"], "scores": [3.0, 2.0, 0.0]}
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "frontier",
+        f"--output={tmp_path / 'out'}",
+        f"--model={tiny_model_dir}",
+        f"--train={tmp_path / 'train.jsonl'}",
+        f"--eval={tmp_path / 'eval.jsonl'}",
+        "--reward=letters:e",
+        "--objectives=[plackett_luce]",
+        "--betas=[0.5]",
+        "--temperature_beta=0.5",
+        "--temperatures=[0,1]",
+        "--steps=4",
+        "--eval_every=3",
+        "--batch_size=4",
+        "--learning_rate=0.01",
+        "--prompts=3",
+        "--max_new_tokens=6",
+        "--best_of=3",
+    ]
+
+
+def files_of(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_the_experiment_is_whole_and_resumable(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(command) == 0
+    result = json.loads((out / "frontier.json").read_text())
+    assert [(line["objective"], line["beta"]) for line in result["lines"]] == [("plackett_luce", 0.5)]
+    for line in result["lines"]:
+        assert [point["step"] for point in line["points"]] == [3, 4]
+        for point in line["points"]:
+            for name in ("reward", "kl"):
+                estimate, low, high = point[name]
+                assert low <= estimate <= high
+        assert line["points"][-1]["kl"][0] != 0
+    assert [point["n"] for point in result["best_of_n"]] == [1, 2, 3]
+    rewards = [point["reward"][0] for point in result["best_of_n"]]
+    assert rewards == sorted(rewards)
+    assert [one["policy"] for one in result["temperatures"]] == ["reference", "plackett_luce"]
+    assert all(set(one["win_rates"]) == {"0.0", "1.0"} for one in result["temperatures"])
+    for figure in ("frontier.svg", "temperatures.svg"):
+        assert (out / figure).read_text().startswith("<?xml")
+    table = (out / "frontier.md").read_text()
+    assert "| Plackett-Luce | 0.5 | 4 |" in table
+    assert "| reference |" in table
+
+    # the curves of a run have its samples' KL and reward; its checkpoint is gone, its export stays
+    run = out / "plackett_luce_beta0.5"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held = [row for row in rows if "eval/samples/kl" in row]
+    assert [row["step"] for row in held] == [3, 4]
+    assert held[1]["eval/samples/kl"] == pytest.approx(result["lines"][0]["points"][1]["kl"][0], abs=1e-3)
+    assert not (run / "checkpoints").exists()
+    assert (run / "export" / "model.safetensors").is_file()
+
+    # a second start trains, samples and judges nothing
+    before = files_of(out)
+    monkeypatch.setattr("dpo.models.sampling._run", None)
+    monkeypatch.setattr("dpo.training.loop._train", None)
+    assert main(command) == 0
+    assert before == files_of(out)
+
+    # other prompts of a finished run can't be answered any more
+    capsys.readouterr()
+    assert main([*command, "--max_new_tokens=5"]) == 2
+    assert "lacks some of its answers" in capsys.readouterr().err
+
+
+def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = loop.RunResult(Path("."), "interrupted", {})
+    monkeypatch.setattr(frontier, "train", lambda config, observe: stopped)
+    assert main(command) == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--betas=[]"], "betas is []; allowed is one or more"),
+        (["--betas=[0.5,-1]"], "betas is -1.0; allowed is more than 0"),
+        (["--temperature_beta=0.3"], "temperature_beta is 0.3; allowed are betas: [0.5]"),
+        (["--objectives=[dpoo]"], "name is 'dpoo'; allowed"),
+        (["--train=none.jsonl"], "train is 'none.jsonl': there is no such file"),
+        (["--reward=nonsense"], "judge is 'nonsense'; allowed: vader"),
+    ],
+)
+def test_wrong_settings_are_named(
+    command: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    try:
+        code = main([*command, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
