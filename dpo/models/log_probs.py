@@ -2,7 +2,8 @@
 
 Only scored positions come here, and `[tokens, vocabulary]` never exists: a chunk's logits are made, reduced
 and dropped. The derivative is written by hand so that the backward pass does the same, from the saved
-log-normaliser: with p = softmax(logits), ∂ log p[target] / ∂ logits = onehot(target) − p.
+log-normaliser: with p = softmax(logits), ∂ log p[target] / ∂ logits = onehot(target) − p. A gradient that
+nobody asks for (the embedding's, under adapters) is not computed.
 
 Chunks run along N, so rows that are split over a mesh stay where they are; a flat list of tokens is the same
 thing without the row axis. Logits, normalisers and results are float32 whatever the inputs are.
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jaxtyping import Array, Float, Float32, Int
 
 
@@ -73,12 +76,30 @@ def token_entropies(
     return _reduce_logits(reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("hidden", "embedding", "bias"))
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are asked for; known while tracing."""
+
+    hidden: bool
+    embedding: bool
+    bias: bool
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _token_log_probs(chunk, softcap, keep_logits, hidden, embedding, bias, target):
-    return _forward(chunk, softcap, False, hidden, embedding, bias, target)[0]
+    return _compute(chunk, softcap, False, hidden, embedding, bias, target)[0]
 
 
 def _forward(chunk, softcap, keep_logits, hidden, embedding, bias, target):
+    """Every argument comes as its value, and whether it is differentiated."""
+    wanted = _Wanted(hidden.perturbed, embedding.perturbed, bias is not None and bias.perturbed)
+    values = custom_vjp_primal_tree_values((hidden, embedding, bias, target))
+    log_probs, saved = _compute(chunk, softcap, keep_logits, *values)
+    return log_probs, (wanted, saved)
+
+
+def _compute(chunk, softcap, keep_logits, hidden, embedding, bias, target):
     chunks = _Chunks(hidden.shape[:-1], chunk)
 
     def one_chunk(_, inputs):
@@ -95,7 +116,7 @@ def _forward(chunk, softcap, keep_logits, hidden, embedding, bias, target):
 
 
 def _backward(chunk, softcap, keep_logits, saved, cotangent):
-    hidden, embedding, bias, target, normaliser, kept = saved
+    wanted, (hidden, embedding, bias, target, normaliser, kept) = saved
     chunks = _Chunks(hidden.shape[:-1], chunk)
 
     def one_chunk(gradients, inputs):
@@ -106,28 +127,30 @@ def _backward(chunk, softcap, keep_logits, saved, cotangent):
         slope = cotangent[..., None] * (picked - jnp.exp(logits - normaliser[..., None]))
         if softcap is not None:
             slope = slope * (1 - jnp.square(logits / softcap))
-        if bias is not None:
-            gradients = (gradients[0], gradients[1] + slope.sum(axis=0))
+        by_embedding, by_bias = gradients
+        if wanted.bias:
+            by_bias = by_bias + slope.sum(axis=0)
         slope = slope.astype(hidden.dtype)
-        by_embedding = _product(slope, hidden, 0, 0)
-        by_hidden = _product(slope, embedding, 1, 0)
-        return (gradients[0] + by_embedding, gradients[1]), by_hidden.astype(hidden.dtype)
+        if wanted.embedding:
+            by_embedding = by_embedding + _product(slope, hidden, 0, 0)
+        by_hidden = _product(slope, embedding, 1, 0).astype(hidden.dtype) if wanted.hidden else None
+        return (by_embedding, by_bias), by_hidden
 
     zeros = (
-        jnp.zeros(embedding.shape, jnp.float32),
-        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+        jnp.zeros(embedding.shape, jnp.float32) if wanted.embedding else None,
+        jnp.zeros(bias.shape, jnp.float32) if wanted.bias else None,
     )
     inputs = (chunks.split(hidden), chunks.split(target), chunks.split(cotangent), normaliser, kept)
     (by_embedding, by_bias), by_hidden = jax.lax.scan(one_chunk, zeros, inputs)
     return (
-        chunks.join(by_hidden),
-        by_embedding.astype(embedding.dtype),
-        None if bias is None or by_bias is None else by_bias.astype(bias.dtype),
+        None if by_hidden is None else chunks.join(by_hidden),
+        None if by_embedding is None else by_embedding.astype(embedding.dtype),
+        None if by_bias is None else by_bias.astype(bias.dtype),
         None,
     )
 
 
-_token_log_probs.defvjp(_forward, _backward)
+_token_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _reduce_logits(
