@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 
 class Linear(nnx.Linear):
@@ -16,3 +17,8 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    @property
+    def full_kernel(self) -> Float32[Array, "*L D F"]:
+        """W in float32."""
+        return self.kernel[...].astype(jnp.float32)

@@ -17,6 +17,7 @@ from flax import nnx
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
+from dpo.models.adapter_files import AdapterDirectory, MergedTensors, is_adapter
 from dpo.models.attention import Implementation
 from dpo.models.binding import Binding, bind, canonical_names, check_tensors
 from dpo.models.decoder import Decoder, DecoderConfig, Remat
@@ -136,7 +137,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_gguf(fetch_embedded(text), text)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_directory(path, str(path.resolve()))
+        return _open_adapter(path) if is_adapter(path) else _open_directory(path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, str(path.resolve()))
     if path.is_file():
@@ -217,6 +218,21 @@ def _open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"{directory}: its tokenizer cannot be opened: {error}") from error
+
+
+def _open_adapter(directory: Path) -> Checkpoint:
+    """The model that an adapter was trained on, with the adapter merged as weights are read."""
+    adapter = AdapterDirectory(directory)
+    try:
+        base = open_checkpoint(adapter.base)
+    except ValueError as error:
+        raise ValueError(f"{directory} is an adapter of {adapter.base!r}: {error}") from error
+    own_tokenizer = (directory / "tokenizer_config.json").is_file()
+    return base._replace(
+        tensors=lambda family, names: MergedTensors(base.tensors(family, names), adapter),
+        tokenizer=(lambda: _open_tokenizer(directory)) if own_tokenizer else base.tokenizer,
+        source=f"{directory.resolve()} on {base.source}",
+    )
 
 
 def _open_gguf(path: Path, source: str) -> Checkpoint:

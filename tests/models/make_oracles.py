@@ -135,6 +135,11 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
             "|---|---|---|---|",
             *rows,
             "",
+            "## LoRA",
+            "",
+            "LoRA, rsLoRA and DoRA on any linear of these families, peft's adapters in and out, frozen",
+            "weights in bfloat16 or int8: see [lora.md](lora.md).",
+            "",
         ]
     )
 

@@ -1,0 +1,336 @@
+"""Adapters as peft stores them: a directory with adapter_config.json and adapter_model.safetensors.
+
+Read strictly: what this project does not compute (adapters on embeddings, trained biases, initialisations
+that change the base) is an error that lists all of it. peft has an A and a B a layer, of ranks that may
+differ; stacked, the smaller ones are padded with zeros, which training does not move, and α is scaled so that
+s stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from dpo.models.binding import Binding
+from dpo.models.lora import Adapter, Method, linear_bindings, module_names
+from dpo.models.weights import SafetensorsDirectory, Tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class AdapterWeights(NamedTuple):
+    """The adapter of one of Hugging Face's linears in one layer, as peft shapes it."""
+
+    a: np.ndarray
+    """[r, in]."""
+    b: np.ndarray
+    """[out, r]."""
+    magnitude: np.ndarray | None
+    """[out]."""
+    alpha: float
+
+
+class AdapterDirectory:
+    """An opened adapter, of which no tensor was read yet."""
+
+    def __init__(self, directory: str | Path):
+        """Raises `ValueError` when there is no adapter, or for all in it that is not supported."""
+        self.directory = Path(directory).expanduser()
+        if not (self.directory / CONFIG_FILE).is_file():
+            raise ValueError(f"{directory} is no adapter: it has no {CONFIG_FILE}")
+        self._config = _read_config(self.directory / CONFIG_FILE)
+        self._tensors = SafetensorsDirectory(self.directory)
+        self.method = Method(bool(self._config.get("use_rslora")), bool(self._config.get("use_dora")))
+        self.modules = self._find_modules()
+        """Names of the adapted linears, such as model.layers.0.self_attn.q_proj."""
+
+    @property
+    def base(self) -> str:
+        """Source of the model that the adapter was trained on.
+
+        Raises:
+          ValueError: when the adapter does not say.
+        """
+        base = self._config.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{self.directory / CONFIG_FILE} has no base_model_name_or_path")
+        return base
+
+    def read(self, module: str) -> AdapterWeights:
+        """The adapter of one module in float32."""
+        a, b = (self._read(f"{module}.lora_{letter}.weight") for letter in "AB")
+        magnitude = self._read(self._magnitude_name(module)) if self.method.use_dora else None
+        pattern = self._config.get("alpha_pattern") or {}
+        key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+        alpha = float(self._config["lora_alpha"] if key is None else pattern[key])
+        if a.shape[0] != b.shape[1] or alpha <= 0:
+            raise ValueError(
+                f"{self.directory}: {module} has A {list(a.shape)} and B {list(b.shape)}, alpha {alpha}; "
+                "allowed are A [r, in], B [out, r] and an alpha above 0"
+            )
+        return AdapterWeights(a, b, magnitude, alpha)
+
+    def merge(self, module: str, weight: np.ndarray) -> np.ndarray:
+        """One linear's weight as Hugging Face stores it, with its adapter merged, in float32."""
+        a, b, magnitude, alpha = self.read(module)
+        transposed = bool(self._config.get("fan_in_fan_out"))
+        kernel = np.asarray(weight.T if transposed else weight, np.float32)
+        if kernel.shape != (b.shape[0], a.shape[1]):
+            raise ValueError(
+                f"{self.directory}: {module} is [{b.shape[0]}, {a.shape[1]}] there (fan_in_fan_out "
+                f"{transposed}) and {list(kernel.shape)} in the base model"
+            )
+        kernel = kernel + np.float32(alpha / self.method.divisor(a.shape[0])) * (b @ a)
+        if magnitude is not None:
+            norms = np.linalg.norm(kernel, axis=1)
+            kernel = kernel * (magnitude / np.where(norms > 0, norms, 1))[:, None]
+        return kernel.T if transposed else kernel
+
+    def _find_modules(self) -> tuple[str, ...]:
+        """The modules, each with exactly the tensors that it needs."""
+        modules = dict.fromkeys(
+            found[1] for name in self._tensors.shapes if (found := _TENSOR_NAME.fullmatch(name))
+        )
+        expected = {
+            _PREFIX + name
+            for module in modules
+            for name in (
+                f"{module}.lora_A.weight",
+                f"{module}.lora_B.weight",
+                *([self._magnitude_name(module)] if self.method.use_dora else []),
+            )
+        }
+        there = set(self._tensors.shapes)
+        if not modules or there != expected:
+            raise ValueError(
+                f"{self.directory / WEIGHTS_FILE}: missing {sorted(expected - there)}, left over "
+                f"{sorted(there - expected)}; allowed are lora_A and lora_B (and lora_magnitude_vector with "
+                "use_dora) of linears"
+            )
+        return tuple(modules)
+
+    def _magnitude_name(self, module: str) -> str:
+        """Some versions of peft end the name with .weight."""
+        name = f"{module}.lora_magnitude_vector"
+        return f"{name}.weight" if f"{_PREFIX}{name}.weight" in self._tensors.shapes else name
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._tensors.read(_PREFIX + name).astype(np.float32)
+
+
+class MergedTensors:
+    """A model's tensors with an adapter merged into them as they are read."""
+
+    def __init__(self, base: Tensors, adapter: AdapterDirectory):
+        unknown = [name for name in adapter.modules if f"{name}.weight" not in base.shapes]
+        if unknown:
+            raise ValueError(f"{adapter.directory} adapts what the base model does not have: {unknown}")
+        self.shapes = base.shapes
+        self._base, self._adapter = base, adapter
+        self._adapted = set(adapter.modules)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; float32 where it has an adapter."""
+        weight, module = self._base.read(name), name.removesuffix(".weight")
+        return self._adapter.merge(module, weight) if module in self._adapted else weight
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, and no model."""
+    return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file()
+
+
+def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> list[Adapter]:
+    """A stored adapter, stacked over layers, for a decoder with these parameters.
+
+    Raises:
+      ValueError: when it adapts modules that are no linears of the decoder, or of other sizes, listing them.
+    """
+    linears = linear_bindings(bindings)
+    places = {
+        name: (binding, layer) for binding in linears for layer, name in enumerate(module_names(binding))
+    }
+    unknown = [name for name in directory.modules if name not in places]
+    if unknown:
+        raise ValueError(
+            f"{directory.directory} adapts what is no linear of this model: {_ends(unknown)} (such as "
+            f"{unknown[0]}); allowed are {_ends(places)}"
+        )
+    found: dict[str, dict[int, AdapterWeights]] = {}
+    for name in directory.modules:
+        binding, layer = places[name]
+        weights = directory.read(name)
+        sizes = (weights.b.shape[0], weights.a.shape[1])
+        expected = binding.shape if binding.rule.transposed else binding.shape[::-1]
+        if sizes != expected:
+            raise ValueError(
+                f"{directory.directory}: {name} is {list(sizes)} there and {list(expected)} in this model"
+            )
+        found.setdefault(binding.rule.theirs, {})[layer] = weights
+    return [
+        _stack(binding, found[binding.rule.theirs], directory.method)
+        for binding in linears
+        if binding.rule.theirs in found
+    ]
+
+
+def save_adapters(
+    directory: str | Path,
+    adapters: Sequence[Adapter],
+    method: Method,
+    *,
+    bindings: Sequence[Binding],
+    base: str,
+) -> Path:
+    """Write adapters as peft does, whole or not at all; an adapter that is there is replaced.
+
+    `bindings` are of the whole model, so that short names in target_modules mean nothing else in it.
+    """
+    directory = Path(directory)
+    if directory.exists() and not is_adapter(directory) and (directory.is_file() or any(directory.iterdir())):
+        raise ValueError(
+            f"{directory} holds something that is no adapter; allowed is a new, empty or adapter directory"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
+        target = Path(scratch) / "new"
+        target.mkdir()
+        safetensors.numpy.save_file(_tensors(adapters), target / WEIGHTS_FILE, metadata={"format": "pt"})
+        (target / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable by its owner only
+        config = _describe(adapters, method, bindings, base)
+        (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if directory.exists():
+            os.replace(directory, Path(scratch) / "old")
+        os.replace(target, directory)
+    return directory
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    problems = [
+        f"{name} is {config.get(name)!r}; supported: {', '.join(map(repr, allowed))}"
+        for name, allowed in _SUPPORTED.items()
+        if config.get(name, allowed[0]) not in allowed
+    ]
+    problems += [
+        f"{name} is {value!r}; supported: not set"
+        for name, value in config.items()
+        if value and name not in _SUPPORTED and name not in _READ
+    ]
+    if "lora_alpha" not in config:
+        problems.append("lora_alpha is missing")
+    if problems:
+        raise ValueError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _ends(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _stack(binding: Binding, layers: dict[int, AdapterWeights], method: Method) -> Adapter:
+    """One layer after another, with zeros where a layer has no adapter or one of smaller rank."""
+    rank = max(weights.a.shape[0] for weights in layers.values())
+    some = next(iter(layers.values()))
+    num_layers, size_in, size_out = len(binding.names), some.a.shape[1], some.b.shape[0]
+    a = np.zeros((num_layers, size_in, rank), np.float32)
+    b = np.zeros((num_layers, rank, size_out), np.float32)
+    magnitude = np.ones((num_layers, size_out), np.float32)
+    alpha = np.zeros(num_layers, np.float32)
+    for layer, weights in layers.items():
+        own = weights.a.shape[0]
+        a[layer, :, :own], b[layer, :own] = weights.a.T, weights.b.T
+        alpha[layer] = weights.alpha * (method.divisor(rank) / method.divisor(own))
+        if weights.magnitude is not None:
+            magnitude[layer] = weights.magnitude
+    return Adapter(binding, a, b, magnitude if method.use_dora else None, alpha)
+
+
+def _tensors(adapters: Iterable[Adapter]) -> dict[str, np.ndarray]:
+    tensors = {}
+    for adapter in adapters:
+        for layer, module in _adapted(adapter):
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.asarray(adapter.a[layer]).T
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.asarray(adapter.b[layer]).T
+            if adapter.magnitude is not None:
+                tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = np.asarray(adapter.magnitude[layer])
+    return {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+
+
+def _adapted(adapter: Adapter) -> list[tuple[int, str]]:
+    """Layers that have one, with their modules."""
+    names = module_names(adapter.binding)
+    return [(layer, name) for layer, name in enumerate(names) if adapter.alpha[layer] != 0]
+
+
+def _describe(
+    adapters: Sequence[Adapter], method: Method, bindings: Sequence[Binding], base: str
+) -> dict[str, Any]:
+    ranks = {module: adapter.a.shape[-1] for adapter in adapters for _, module in _adapted(adapter)}
+    alphas = {
+        module: float(adapter.alpha[layer]) for adapter in adapters for layer, module in _adapted(adapter)
+    }
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != rank},
+        "lora_alpha": alpha,
+        "alpha_pattern": {re.escape(name): own for name, own in alphas.items() if own != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": not adapters[0].binding.rule.transposed,
+        "init_lora_weights": True,
+        "target_modules": _short_names(list(ranks), bindings),
+        **method._asdict(),
+    }
+
+
+def _short_names(modules: Sequence[str], bindings: Iterable[Binding]) -> list[str]:
+    """Ends of names (q_proj, attn.c_proj) that mean these modules and no others, or else whole names."""
+    others = {name for binding in bindings for name in module_names(binding)} - set(modules)
+    names: dict[str, None] = {}
+    for module in modules:
+        ends = [module.rpartition(".")[2], re.split(r"\.\d+\.", module)[-1]]
+        names[next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), module)] = None
+    return list(names)
+
+
+_PREFIX = "base_model.model."
+_TENSOR_NAME = re.compile(
+    re.escape(_PREFIX) + r"(.+)\.lora_(?:A\.weight|B\.weight|magnitude_vector(?:\.weight)?)"
+)
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    # Those that leave the base model's weights alone; dropout has no effect on a trained adapter.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+"""Values with which peft computes what is computed here."""
+_READ = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
+    *("base_model_name_or_path", "target_modules", "lora_dropout"),
+    *("revision", "inference_mode", "auto_mapping", "peft_version"),
+    # Which modules have an adapter is read off the tensors.
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    # Settings of initialisations and of other methods, without effect here.
+    *("loftq_config", "eva_config", "runtime_config", "qalora_group_size", "megatron_core"),
+)
+"""Fields that are understood, or that do not matter."""

@@ -1,0 +1,60 @@
+"""A frozen model in less memory: kernels in bfloat16, or in int8 with one scale an output.
+
+Norms and biases stay float32, and embeddings are bfloat16 in both, because the output projection reads the
+table as it is. Int8 is weight-only and symmetric: W ≈ Q · s with s = max |W| / 127 over the inputs of an
+output. The scale commutes with the product, x W = (x Q) · s, so no float kernel of all layers ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from dpo.models.decoder import Decoder, Embedding
+from dpo.models.linear import Linear
+
+BaseDtype = Literal["float32", "bfloat16", "int8"]
+
+
+class Int8Linear(nnx.Module):
+    """x (Q · s) + b with an int8 Q; never trained."""
+
+    def __init__(self, linear: Linear):
+        kernel = linear.full_kernel
+        largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
+        scale = jnp.where(largest > 0, largest, 1.0) / 127
+        self.dtype: Any = linear.dtype
+        self.kernel = nnx.Param(jnp.round(kernel / scale).astype(jnp.int8))
+        self.kernel_scale = nnx.Param(scale)
+        self.bias = linear.bias
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = (flat @ self.kernel[...].astype(self.dtype)) * self.kernel_scale[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)[None, :]
+        return y.reshape(*x.shape[:-1], -1)
+
+    @property
+    def full_kernel(self) -> Float32[Array, "*L D F"]:
+        """Q · s."""
+        return self.kernel[...].astype(jnp.float32) * self.kernel_scale[...]
+
+
+def hold(model: Decoder, dtype: BaseDtype) -> None:
+    """Change how a model's kernels and embeddings are held, in place and one after another."""
+    if dtype == "float32":
+        return
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Embedding):
+            module.embedding = nnx.Param(module.embedding[...].astype(jnp.bfloat16))
+        for name, child in list(vars(module).items()):
+            if not isinstance(child, Linear):
+                continue
+            if dtype == "int8":
+                setattr(module, name, Int8Linear(child))
+            else:
+                child.kernel = nnx.Param(child.kernel[...].astype(jnp.bfloat16))

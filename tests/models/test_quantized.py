@@ -1,0 +1,60 @@
+"""A model held in less memory is the model up to the rounding of its weights."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose
+from tiny_models import TOKENS, batch_arrays, load_case
+
+from dpo.models.linear import Linear
+from dpo.models.lora import merge_adapters
+from dpo.models.quantized import Int8Linear, hold
+
+
+def make_linear(*, zero_output=False):
+    linear = Linear(24, 10, rngs=nnx.Rngs(0), bias_init=nnx.initializers.normal(1.0))
+    if zero_output:
+        linear.kernel = nnx.Param(linear.kernel[...].at[:, 3].set(0.0))
+    return linear
+
+
+def test_int8_weights_are_within_half_a_step_of_their_outputs_scale():
+    linear = make_linear()
+    held = Int8Linear(linear)
+    step = np.abs(linear.kernel[...]).max(0) / 127
+    assert held.kernel[...].dtype == jnp.int8
+    assert (np.abs(held.full_kernel - linear.kernel[...]) <= 0.501 * step[None]).all()
+
+
+@pytest.mark.parametrize("zero_output", [False, True])
+def test_int8_multiplies_by_its_full_kernel(zero_output):
+    linear = make_linear(zero_output=zero_output)
+    held, x = Int8Linear(linear), np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
+    expected = x @ np.asarray(held.full_kernel) + np.asarray(linear.bias[...])
+    assert_allclose(held(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("int8", 0.2)])
+def test_a_held_model_is_the_model_but_for_rounding(dtype, tolerance, tmp_path):
+    model, held = (
+        load_case(tmp_path, "gpt_neox", attention="plain"),
+        load_case(tmp_path, "gpt_neox", attention="plain"),
+    )
+    hold(held, dtype)
+    dtypes = {leaf[...].dtype.name for _, leaf in nnx.to_flat_state(nnx.state(held, nnx.Param))}
+    assert dtypes == {"float32", "bfloat16"} | {dtype}
+    assert held.norm.scale[...].dtype == jnp.float32
+    ours, theirs = (one.hidden(*batch_arrays(TOKENS)) for one in (held, model))
+    assert 0 < np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_held_model_exports_what_it_computes(dtype, tmp_path):
+    held = load_case(tmp_path, "llama", attention="plain")
+    hold(held, dtype)
+    plain = merge_adapters(held)
+    assert {leaf[...].dtype for _, leaf in nnx.to_flat_state(nnx.state(plain))} == {jnp.dtype("float32")}
+    assert_allclose(
+        plain.hidden(*batch_arrays(TOKENS)), held.hidden(*batch_arrays(TOKENS)), rtol=1e-3, atol=1e-4
+    )
