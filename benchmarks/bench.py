@@ -2,6 +2,7 @@
 
     python -m benchmarks --rounds 3 --steps 6
     python -m benchmarks --only dpo_float32,trl_float32 --data rankings.jsonl
+    python -m benchmarks --only dpo_float32,dpo_lora,dpo_lora_bfloat16_base,dpo_lora_int8_base
 
 Only ratios within one round are compared: every round runs every contestant once, and a ratio is the median
 over rounds with the least and the greatest beside it. A ranking is expanded to its pairs for TRL. Results go
@@ -41,12 +42,18 @@ class Contestant(NamedTuple):
     tool: str
     options: tuple[str, ...]
     one_micro_batch_a_pair: bool = False
+    is_default: bool = True
 
 
 CONTESTANTS = {
     "dpo_float32": Contestant("dpo", ("--dtype", "float32")),
     "dpo_float32_full": Contestant("dpo", ("--dtype", "float32", "--remat", "full")),
     "dpo_bfloat16": Contestant("dpo", ("--dtype", "bfloat16")),
+    "dpo_lora": Contestant("dpo", ("--lora-rank", "16"), is_default=False),
+    "dpo_lora_bfloat16_base": Contestant(
+        "dpo", ("--lora-rank", "16", "--base-dtype", "bfloat16"), is_default=False
+    ),
+    "dpo_lora_int8_base": Contestant("dpo", ("--lora-rank", "16", "--base-dtype", "int8"), is_default=False),
     "trl_float32": Contestant("trl", ("--dtype", "float32")),
     "trl_float32_precomputed": Contestant("trl", ("--dtype", "float32", "--precompute")),
     "trl_float32_micro": Contestant("trl", ("--dtype", "float32"), one_micro_batch_a_pair=True),
@@ -57,7 +64,8 @@ CONTESTANTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    names = list(CONTESTANTS) if options.only is None else options.only.split(",")
+    names = [name for name, one in CONTESTANTS.items() if one.is_default]
+    names = names if options.only is None else options.only.split(",")
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
         raise SystemExit(f"--only names {', '.join(unknown)}; allowed: {', '.join(CONTESTANTS)}")
@@ -181,6 +189,7 @@ def summarise(names: list[str], rounds: list[dict], options: argparse.Namespace)
         "tokens_per_second",
         "seconds_per_step",
         "peak_rss_gib",
+        "trained_parameters",
         "fill",
         "mfu",
         "mfu_with_reference",
@@ -212,7 +221,7 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     head = (
         "| contestant | real tokens/s, reference included | a CPU-second | without reference | pairs/s "
-        "| fill | peak RSS GiB | MFU | ours over this: tokens/s | a CPU-second | RSS |"
+        "| fill | peak RSS GiB | trained M | MFU | ours over this: tokens/s | a CPU-second | RSS |"
     )
     lines = [
         f"{report['date']}, {report['machine']}; {report['options']['rounds']} rounds of "
@@ -231,6 +240,7 @@ def table(report: dict[str, Any]) -> str:
             _cell(entry["pairs_per_second"], 3),
             _cell(entry["fill"], 2),
             _cell(entry["peak_rss_gib"], 2),
+            _cell(_in_millions(entry["trained_parameters"]), 2),
             _cell(entry["mfu"], 2),
             _cell(ratios.get("tokens_per_second_with_reference"), 2),
             _cell(ratios.get("tokens_per_cpu_second_with_reference"), 2),
@@ -244,6 +254,10 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     if not values:
         return None
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def _in_millions(spread: dict[str, float] | None) -> dict[str, float] | None:
+    return None if spread is None else {name: value / 1e6 for name, value in spread.items()}
 
 
 def _cell(spread: dict[str, float] | None, digits: int) -> str:

@@ -46,6 +46,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chunk", type=int, default=1024, help="scored tokens that meet the vocabulary at a time"
     )
+    parser.add_argument(
+        "--lora-rank", type=int, default=None, help="train adapters of this rank, not the model"
+    )
+    parser.add_argument("--dora", action="store_true", help="adapters are DoRA's")
+    parser.add_argument("--base-dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--device", choices=("default", "cpu", "gpu", "tpu"), default="default")
     return parser.parse_args(arguments)
 
@@ -57,13 +62,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from benchmarks.work import count_work, matmul_rate, num_pairs, pair_tokens
-    from dpo.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+    from dpo.config import (
+        Config,
+        DataConfig,
+        LoraConfig,
+        MeshConfig,
+        ModelConfig,
+        OptimizerConfig,
+        TrainingConfig,
+    )
     from dpo.losses import make_objective
+    from dpo.training.adapted import open_policy
     from dpo.training.optimizer import make_optimizer, make_schedule
     from dpo.training.reference import ReferenceStore, score_rows
     from dpo.training.setup import (
         enable_compilation_cache,
-        load_policy,
         make_loader,
         make_score,
         read_dataset,
@@ -91,7 +104,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     optimizer_config = OptimizerConfig(learning_rate=5e-7, schedule="constant", warmup_fraction=0.0)
 
     mesh = make_mesh(MeshConfig())
-    policy = load_policy(model, mesh)
+    lora = LoraConfig(rank=options.lora_rank, use_dora=options.dora, base_dtype=options.base_dtype)
+    policy = open_policy(Config(model=model, lora=lora), mesh)
+    num_trained, num_frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (policy.params, policy.frozen)
+    )
     config = policy.pretrained.model.config
     dataset = read_dataset(data, policy.pretrained.tokenizer).tokens
     epoch = len(dataset) // options.batch
@@ -101,7 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batches = [loader.batch(step) for step in range(num_steps)]
 
     # Reference: the steps' rows once, without a gradient. The first batch of each shape compiles.
-    score = make_score(policy, mesh, chunk=options.chunk)(policy.params)
+    reference_policy = policy.base or policy
+    score = make_score(reference_policy, mesh, chunk=options.chunk)(reference_policy.params)
     scoring = scoring_loader(data, dataset, mesh)
     scored = range(-(-num_steps * options.batch // len(scoring.indices(0))))
     compiling = time.perf_counter()
@@ -163,7 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     reference_cpu = reference_time[1] / num_scored * options.batch * options.steps
     work = [count_work(config, batches[step]) for step in timed]
     rate = matmul_rate(config, shapes[0].rows * shapes[0].row_length)
-    useful = sum(one.training for one in work)
+    useful = sum(one.training if lora.rank is None else one.adapter_training for one in work)
     device = jax.devices()[0]
     return {
         "tool": "dpo",
@@ -172,6 +190,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "remat": options.remat,
         "layout": options.layout,
+        "lora_rank": options.lora_rank,
+        "base_dtype": options.base_dtype,
+        "trained_parameters": num_trained,
+        "frozen_parameters": num_frozen,
         "micro_batches": options.micro_batches,
         "batch": options.batch,
         "pairs_per_step": sum(num_pairs(dataset, rows) for rows in indices) / options.steps,
@@ -188,11 +210,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "shapes": [list(shape) for shape in sorted(set(shapes))],
         "useful_flops_per_step": useful / options.steps,
         "work_parts": {
-            part: 3 * sum(getattr(one, part) for one in work) / useful for part in work[0]._fields
+            part: sum(getattr(one, part) for one in work) / sum(one.forward for one in work)
+            for part in work[0]._fields
         },
         "matmul_flops_per_second": rate,
         "mfu": useful / seconds / rate / len(jax.devices()),
-        "mfu_with_reference": (useful * 4 / 3) / (seconds + reference_seconds) / rate / len(jax.devices()),
+        "mfu_with_reference": (useful + sum(one.forward for one in work))
+        / (seconds + reference_seconds)
+        / rate
+        / len(jax.devices()),
         "peak_rss_gib": peak_rss,
         "device_peak_gib": _device_peak(device),
         "program_gib": max(memory.values()) / 2**30,

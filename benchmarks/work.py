@@ -32,6 +32,11 @@ class Work(NamedTuple):
         """A product's derivative is two products. What is computed again to save memory does not count."""
         return 3 * self.forward
 
+    @property
+    def adapter_training(self) -> float:
+        """Of a frozen weight's product the derivative is one product; what adapters add is left out."""
+        return 2 * (self.body + self.output) + 3 * self.attention
+
 
 def count_work(config: DecoderConfig, batch: Batch) -> Work:
     """Two operations a multiplication, real tokens, visible (query, key) pairs and scored tokens only."""

@@ -139,15 +139,14 @@ def inspect(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Write a checkpoint of a run as a directory that `transformers` opens."""
+    """Write a checkpoint of a run as a directory that `transformers` opens, or its adapters for `peft`."""
     given = read_settings(ExportConfig, "export", arguments)
     config = load_config(Path(given.run) / "config.yaml")
     from dpo.training.export import export_checkpoint
     from dpo.training.setup import enable_compilation_cache
 
     enable_compilation_cache()
-    output = given.output or str(Path(given.run) / "export")
-    path, step = export_checkpoint(given.run, config, output, step=given.step, dtype=given.dtype)
+    path, step = export_checkpoint(given, config)
     print_plain(f"the policy after {step} steps: {path}")
     return 0
 
@@ -341,6 +340,8 @@ def check_settings(config: Config) -> None:
 
     make_objective(config.objectives or config.objective)
     require_trackers(config.training.trackers)
+    if config.lora.init is not None:
+        _require_file("lora.init", f"{config.lora.init}/adapter_config.json")
     if config.data.chat_template is not None:
         _require_file("data.chat_template", config.data.chat_template)
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -426,6 +427,7 @@ def _is_newer(path: Path, other: Path) -> bool:
 
 RESULTS = {
     "export": "policy",
+    "adapter": "adapters",
     "report.html": "report",
     "evaluation.json": "figures",
     "metrics.jsonl": "metrics",

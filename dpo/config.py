@@ -7,7 +7,7 @@ Range checks live in `__post_init__`, so that a bad value stops a command before
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ class ModelConfig:
     """The policy, and by default the reference."""
 
     source: str = "embedded:smollm2-135m-instruct"
-    """Hugging Face hub id, local directory, GGUF file, or embedded:smollm2-135m-instruct."""
+    """Hugging Face hub id, directory (a peft adapter too), GGUF file, or embedded:smollm2-135m-instruct."""
     reference: str | None = None
     """Source of the frozen reference; the policy's starting weights when not given."""
     reference_store: str | None = None
@@ -38,6 +38,50 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters on a frozen model instead of the model; off unless rank or init is given."""
+
+    rank: int | None = None
+    """Columns of A and rows of B in x W + s (x A) B; LoRA is off when not given."""
+    alpha: float | None = None
+    """s is alpha / rank; twice the rank when not given."""
+    target_modules: list[str] | str = "all-linear"
+    """Linears with an adapter, as in peft: all-linear, a list of ends of names, or a regular expression."""
+    use_rslora: bool = False
+    """s is alpha / sqrt(rank) instead."""
+    use_dora: bool = False
+    """DoRA: the length of every output's weights is trained besides."""
+    init: str | None = None
+    """Directory of a peft adapter that the policy starts from, with its rank, alpha, modules and kind."""
+    base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How frozen kernels are held (embeddings are bfloat16 with int8 too); adapters are float32."""
+
+    def __post_init__(self) -> None:
+        _check_range("lora.rank", self.rank, low=1)
+        _check_range("lora.alpha", self.alpha, above=0.0)
+        if self.rank is not None and self.init is not None:
+            raise ValueError(
+                f"lora.rank is {self.rank} and lora.init is {self.init!r}; allowed is one of "
+                "them: an adapter has a rank"
+            )
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty; allowed: all-linear, names, a regular expression")
+        owned = ["alpha", "target_modules", "use_rslora", "use_dora", *([] if self.is_on else ["base_dtype"])]
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in owned if self.rank is None else []:
+            if getattr(self, name) != defaults[name]:
+                reason = "LoRA is off" if self.init is None else "the adapter in lora.init has its own"
+                raise ValueError(
+                    f"lora.{name} is {getattr(self, name)!r}, but {reason}; allowed where lora.rank is given"
+                )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are trained, and not the model."""
+        return self.rank is not None or self.init is not None
 
 
 @dataclass(frozen=True)
@@ -199,6 +243,7 @@ class Config:
     run_dir: str = "runs/sentiment_pairs"
     """Everything the run writes goes here."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
     """Name of an objective and its hyper-parameters, such as {name: dpo, beta: 0.1}."""
@@ -275,11 +320,13 @@ class ExportConfig:
     run: str
     """Run directory."""
     output: str | None = None
-    """Directory to write: new, empty or a model to replace; RUN/export when not given."""
+    """Directory to write: new, empty or of the same kind; RUN/export (or RUN/adapter) when not given."""
     step: int | None = None
     """Checkpoint of so many updates; the newest when not given."""
+    format: Literal["merged", "adapter"] = "merged"
+    """A model that transformers opens, or the adapters of a LoRA run as peft stores them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the written weights."""
+    """Dtype of the written weights of a merged model (adapters are float32)."""
 
 
 @dataclass(frozen=True)
@@ -579,8 +626,12 @@ class DiffusionConfig:
 
 
 def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
-    """The settings of a run (or the defaults) with what was given on the command line in their place."""
+    """The settings of a run (or the defaults) with what was given on the command line in their place.
+
+    `lora` is kept where the reference is the model that the run had adapters on: it says how that is held.
+    """
     base = Config() if run is None else run
+    is_own_reference = given.reference is None and base.model.reference is None
     data = {
         "eval": given.data,
         "eval_split": given.split,
@@ -597,6 +648,7 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
     }
     return replace(
         base,
+        lora=base.lora if is_own_reference else LoraConfig(),
         data=replace(base.data, **{name: value for name, value in data.items() if value is not None}),
         model=replace(base.model, **{name: value for name, value in model.items() if value is not None}),
     )

@@ -15,6 +15,7 @@ from dpo.command_line import load_config
 from dpo.config import (
     Config,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -25,6 +26,7 @@ from dpo.config import (
 UNUSUAL = Config(
     run_dir="runs/ärger",
     model=ModelConfig(source="2026", reference="true"),  # strings that YAML would read as something else
+    lora=LoraConfig(rank=8, target_modules=["q_proj", "v_proj"], base_dtype="int8"),
     data=DataConfig(eval=None, max_train=7, row_length=96, shuffle=False),
     objective={"name": "dpo", "beta": 1e-6, "label_smoothing": 0.1},
     objectives=[{"name": "dpo", "weight": 0.8}, {"name": "sft", "weight": 1e-30}],
@@ -56,6 +58,16 @@ def test_a_saved_configuration_is_complete_and_reads_back_equal(tmp_path: Path, 
         ("optimizer: {learning_rate: .nan}", r"optimizer\.learning_rate.*nan"),
         ("optimizer: {epsilon: 0.0}", r"optimizer\.epsilon is 0\.0; allowed is more than 0\.0"),
         ("optimizer: {beta2: 1.5}", r"optimizer\.beta2 is 1\.5; allowed is from 0\.0 to 1\.0"),
+        ("lora: {rank: 0}", r"lora\.rank is 0; allowed is at least 1"),
+        ("lora: {alpha: 8}", r"lora\.alpha is 8\.0, but LoRA is off; allowed where lora\.rank is given"),
+        ("lora: {base_dtype: int8}", r"lora\.base_dtype is 'int8', but LoRA is off"),
+        (
+            "lora: {init: a, use_dora: true}",
+            r"lora\.use_dora is True, but the adapter in lora\.init has its own",
+        ),
+        ("lora: {rank: 4, init: a}", r"lora\.rank is 4 and lora\.init is 'a'; allowed is one of them"),
+        ("lora: {rank: 4, target_modules: []}", r"lora\.target_modules is empty"),
+        ("lora: {rank: 4, base_dtype: int4}", r"lora\.base_dtype: Expected one of .*int8"),
         ("mesh: {data: 0}", r"mesh\.data is 0; allowed is at least 1 or -1"),
         ("run_dir: null", r"run_dir: Expected a string. Got value: null"),
         ("training: {seed: null}", r"training\.seed: Expected an integer. Got value: null"),

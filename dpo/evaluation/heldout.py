@@ -39,7 +39,9 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
     """
     mesh = make_mesh(config.mesh)
     policy_logps, dataset = _score_policy(config, mesh)
-    reference = load_policy(config.model, mesh, source=config.model.reference)
+    reference = load_policy(
+        config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype
+    )
     theirs = read_dataset(config.data, reference.pretrained.tokenizer, heldout=True)
     if not _same_tokens(dataset.tokens, theirs.tokens):
         raise ValueError(

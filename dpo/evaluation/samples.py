@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dpo.data.tokenization import tokenize_prompts
 from dpo.evaluation.journal import Journal
 from dpo.evaluation.rewards import Prompt
+from dpo.models.adapter_files import AdapterDirectory, is_adapter
 from dpo.models.pretrained import Pretrained, open_checkpoint, stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
 
@@ -96,7 +97,8 @@ def sample_responses(
 def model_identity(source: str) -> str:
     """A text that changes when the weights or the tokenizer do, without loading them.
 
-    The hash of a directory's or a GGUF file's content; elsewhere the pinned name (with the hub's commit).
+    The hash of a directory's or a GGUF file's content, and of the model under an adapter; elsewhere the
+    pinned name (with the hub's commit).
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -108,6 +110,8 @@ def model_identity(source: str) -> str:
         digest.update(file.name.encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
+    if path.is_dir() and is_adapter(path):
+        digest.update(model_identity(AdapterDirectory(path).base).encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -9,9 +9,7 @@ s stays.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
+from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
 from dpo.models.binding import Binding
 from dpo.models.lora import Adapter, Method, linear_bindings, module_names
 from dpo.models.weights import SafetensorsDirectory, Tensors
@@ -48,6 +47,11 @@ class AdapterDirectory:
         self.directory = Path(directory).expanduser()
         if not (self.directory / CONFIG_FILE).is_file():
             raise ValueError(f"{directory} is no adapter: it has no {CONFIG_FILE}")
+        if (self.directory / CHECKSUMS_FILE).is_file() and (problems := damaged_files(self.directory)):
+            raise ValueError(
+                f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was "
+                "meant, or export it again"
+            )
         self._config = _read_config(self.directory / CONFIG_FILE)
         self._tensors = SafetensorsDirectory(self.directory)
         self.method = Method(bool(self._config.get("use_rslora")), bool(self._config.get("use_dora")))
@@ -201,17 +205,11 @@ def save_adapters(
         raise ValueError(
             f"{directory} holds something that is no adapter; allowed is a new, empty or adapter directory"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        target = Path(scratch) / "new"
-        target.mkdir()
+    with new_directory("the adapters", directory) as target:
         safetensors.numpy.save_file(_tensors(adapters), target / WEIGHTS_FILE, metadata={"format": "pt"})
         (target / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable by its owner only
         config = _describe(adapters, method, bindings, base)
         (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if directory.exists():
-            os.replace(directory, Path(scratch) / "old")
-        os.replace(target, directory)
     return directory
 
 

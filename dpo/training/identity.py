@@ -45,7 +45,7 @@ NOT_IDENTITY = (
 )
 """Settings, or whole sections, that may change between the parts of one run: no number depends on them."""
 
-PLACES = ("model.source", "model.reference", "data.train", "data.eval", "data.chat_template")
+PLACES = ("model.source", "model.reference", "lora.init", "data.train", "data.eval", "data.chat_template")
 """Settings that say where something is; what is there is compared instead, so that it may be moved."""
 
 ROOTS = frozenset({"settings", "data", "tokenizer", "template", "weights"})

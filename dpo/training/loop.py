@@ -27,6 +27,7 @@ from dpo.data.loader import Loader
 from dpo.files import replace_text, writing
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.pretrained import save_pretrained
+from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.identity import Identity, reference_identity, run_identity, settings_fingerprint, take_probe
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
@@ -239,7 +240,7 @@ def prepare(config: Config) -> Run:
         save_config(settings, run_dir / "config.yaml")
     enable_compilation_cache()
 
-    policy = load_policy(config.model, mesh)
+    policy = open_policy(config, mesh)
     tokenizer = policy.pretrained.tokenizer
     names = [entry["name"] for entry in config.objectives or [config.objective]]
     dataset = fit_to_objective(read_dataset(config.data, tokenizer), objective, names=names)
@@ -361,12 +362,15 @@ def _finish(
     """Export the policy and write the summary, last: a run that has one is finished."""
     pretrained = run.policy.pretrained
     export = save_pretrained(
-        run.policy.merge(state.params),
+        plain_model(run.policy, state.params),
         run.run_dir / "export",
         hf_config=pretrained.config,
         tokenizer=pretrained.tokenizer,
         generation_config=pretrained.generation_config,
     )
+    if run.config.lora.is_on:
+        directory = run.run_dir / ADAPTER_DIRECTORY
+        export_adapters(run.policy, state.params, directory, source=run.config.model.source)
     summary = {
         "settings": settings,
         "steps": run.num_steps,
@@ -420,10 +424,11 @@ def check_first_loss(loss: float, expected: float, compute_dtype: str) -> None:
 def _expected_first_loss(run: Run, reference: Callable[[Batch], Sums]) -> float | None:
     """The objective at log-ratio zero on the first batch: ln 2 for dpo, log K! for plackett_luce.
 
-    None where the reference's log-probs alone don't say: another reference, a reference-free objective,
-    WPO's weights.
+    None where the reference's log-probs alone don't say: another reference, a start from an adapter, a
+    reference-free objective, WPO's weights.
     """
-    if run.config.model.reference is not None or "log_collision" in run.objective.needs:
+    model, lora = run.config.model, run.config.lora
+    if (model.reference, lora.init) != (None, None) or "log_collision" in run.objective.needs:
         return None
     batch = run.loader.batch(0)
     sums = reference(batch)
@@ -456,13 +461,17 @@ def _score_references(
 ) -> tuple[ReferenceStore | None, Validation | None]:
     """Reference log-probs of the training and the held-out data, by the policy's start or another model.
 
+    Under adapters the other model is the frozen one without them, on the same arrays.
+
     A moving reference has no store for the training data: its log-probs hold for a few steps only. Held-out
     preferences are always measured against the reference as it was at the start.
     """
     config, needs = run.config, run.objective.needs
     weights, score = run.policy.fingerprint, score_with(run.policy.params)
+    other = run.policy.base
     if config.model.reference is not None:
         other = load_policy(config.model, run.mesh, source=config.model.reference)
+    if other is not None:
         chunk = config.model.log_prob_chunk
         weights = other.fingerprint
         score = make_score(other, run.mesh, chunk=chunk, needs=needs & {"head"})(other.params)
@@ -589,7 +598,11 @@ def _describe(run: Run, tracker: Tracker) -> None:
     """Say what is about to happen, in a few lines."""
     config, tokens, report = run.config, run.dataset.tokens, run.loader.report()
     num_params = sum(leaf.size for leaf in jax.tree.leaves(run.policy.params))
-    tracker.message(f"policy: {run.policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters")
+    num_frozen = sum(leaf.size for leaf in jax.tree.leaves(run.policy.frozen))
+    tracker.message(
+        f"policy: {run.policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters"
+        + (f" on {num_frozen / 1e6:.1f} M in {config.lora.base_dtype}" if num_frozen else "")
+    )
     left_out = {**run.dataset.read.skipped, **tokens.dropped}
     tracker.message(
         f"data: {len(tokens)} prompts, {int(tokens.num_responses.sum())} responses from {config.data.train}"

@@ -21,6 +21,7 @@ from dpo.data.packing import Shape, pack
 from dpo.data.tokenization import make_dataset, tokenize_prompts
 from dpo.models.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
+from dpo.training.reference import Score
 from dpo.training.setup import Dataset, Policy, given_chat_template, load_policy, make_score
 from dpo.training.step import Params
 
@@ -54,26 +55,35 @@ class OnPolicy:
         stop_tokens: Sequence[int],
         chunk: int,
         seed: int = 0,
+        policy: Policy | None = None,
     ) -> None:
-        """`prompts` are token ids; `reference` keeps its parameters in memory."""
+        """`prompts` are token ids; `reference` keeps its parameters in memory.
+
+        `policy` says what given parameters are of, where that is not another `reference`: adapters, say.
+        """
         self._reference, self._prompts, self._stop = reference, list(prompts), list(stop_tokens)
+        self._policy = (policy or reference)._replace(params=None)
         self._sampling = SamplingConfig(max_new_tokens=max_new_tokens)
         self._seeds = np.random.SeedSequence(seed).generate_state(len(prompts)).tolist()
-        self._score_with = make_score(reference, mesh, chunk=chunk)
+        self._score_with = make_score(self._policy, mesh, chunk=chunk)
+        self._score_reference = self._score_with
+        if self._policy.graphdef != reference.graphdef:
+            self._score_reference = make_score(reference, mesh, chunk=chunk)
         longest = max(map(len, prompts)) + max_new_tokens
         self._shape = Shape(ROWS, -(-longest // _MULTIPLE) * _MULTIPLE, max_new_tokens)
 
     def draw(self, params: Params) -> Drawn:
         """One response a prompt from the policy with these parameters."""
         responses = generate(
-            self._reference.merge(params),
+            self._policy.merge(params),
             self._prompts,
             sampling=self._sampling,
             seeds=self._seeds,
             stop_tokens=self._stop,
             batch_size=len(self._prompts),
         )
-        ours, theirs = (self._logps(responses, p) for p in (params, self._reference.params))
+        ours = self._logps(responses, self._score_with(params))
+        theirs = self._logps(responses, self._score_reference(self._reference.params))
         return Drawn(responses, ours - theirs)
 
     def __call__(self, step: int, params: Params) -> Mapping[str, float]:
@@ -85,10 +95,9 @@ class OnPolicy:
             "samples/length": float(np.mean([len(response) for response in drawn.responses])),
         }
 
-    def _logps(self, responses: Sequence[list[int]], params: Params) -> Float[np.ndarray, " n"]:
+    def _logps(self, responses: Sequence[list[int]], score: Score) -> Float[np.ndarray, " n"]:
         """Summed log-probs, in batches of one static shape."""
         dataset = make_dataset(self._prompts, [[response] for response in responses])
-        score = self._score_with(params)
         found = np.zeros(len(responses))
         for start in range(0, len(responses), ROWS):
             index = np.arange(start, start + ROWS)
@@ -101,7 +110,7 @@ class OnPolicy:
 def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh: Mesh) -> OnPolicy | None:
     """What `training.eval_samples` asks for; None where it is 0.
 
-    The reference is another model, or a copy of the policy as it is now.
+    The reference is another model, the one under the adapters, or a copy of the policy as it is now.
 
     Raises:
       ValueError: when there are no held-out prompts.
@@ -115,6 +124,8 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
         )
     if config.model.reference is not None:
         reference = load_policy(config.model, mesh, source=config.model.reference)
+    elif policy.base is not None:
+        reference = policy.base
     else:
         reference = policy._replace(params=jax.tree.map(jnp.copy, policy.params))
     return OnPolicy(
@@ -127,6 +138,7 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
         stop_tokens=stop_tokens(policy.pretrained),
         chunk=config.model.log_prob_chunk,
         seed=config.training.seed,
+        policy=policy,
     )
 
 

@@ -10,7 +10,7 @@ import optax
 
 from dpo.config import OptimizerConfig
 
-_NOT_DECAYED = re.compile(r"norm|bias|scale")
+_NOT_DECAYED = re.compile(r"norm|bias|scale|magnitude")
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -29,6 +29,7 @@ from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
 from dpo.models.embedded import cache_directory
 from dpo.models.pretrained import Pretrained, load_pretrained
+from dpo.models.quantized import BaseDtype, hold
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
 from dpo.training.sharding import parameter_sharding, place_batch, row_multiple
 from dpo.training.step import Params, make_eval_step
@@ -49,6 +50,8 @@ class Policy(NamedTuple):
     frozen: Params
     fingerprint: str
     """SHA-256 of the weights as loaded."""
+    base: Policy | None = None
+    """The same weights without adapters, where `params` are adapters: the reference."""
 
     def merge(self, params: Params) -> Any:
         """The model with these parameters."""
@@ -69,13 +72,19 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def load_policy(config: ModelConfig, mesh: Mesh, *, source: str | None = None) -> Policy:
-    """Load a model, `config.source` when no other source is given, and place it on the mesh."""
+def load_policy(
+    config: ModelConfig, mesh: Mesh, *, source: str | None = None, base_dtype: BaseDtype = "float32"
+) -> Policy:
+    """Load a model, `config.source` when no other source is given, and place it on the mesh.
+
+    A model that is not trained may be held in a smaller `base_dtype`.
+    """
     pretrained = load_pretrained(
         source or config.source,
         compute_dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
     )
+    hold(pretrained.model, base_dtype)
     graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     params = jax.device_put(params, parameter_sharding(mesh, params))

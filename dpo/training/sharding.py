@@ -22,8 +22,11 @@ AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # The order is important: the first match wins. Specs are of the last dimensions; leading ones (the stacked
-# layer axis) are not split.
+# layer axis) are not split. Adapters are small: they are split only where their linear's heads or units are.
 PARAMETER_RULES: Rules = (
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)'?\]?.*lora_b", PartitionSpec(None, "tensor")),
+    (r"(o|down)_proj.*lora_a", PartitionSpec("tensor", None)),
+    (r"lora_", PartitionSpec()),
     (
         r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv_proj|gate_up_proj)'?\]?.*kernel",
         PartitionSpec("fsdp", "tensor"),

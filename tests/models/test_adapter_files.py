@@ -11,6 +11,7 @@ from lora_cases import COMBINATIONS, METHODS, bindings_of, hidden, random_adapte
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, case_config, load_case, write_checkpoint
 
+from dpo.files import CHECKSUMS_FILE
 from dpo.models.adapter_files import AdapterDirectory, load_adapters, save_adapters
 from dpo.models.lora import Method
 from dpo.models.pretrained import load_decoder, open_checkpoint
@@ -168,6 +169,7 @@ def adapter(tmp_path):
 
 
 def change(adapter, *, config=None, tensors=None):
+    (adapter / CHECKSUMS_FILE).unlink(missing_ok=True)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
     path = adapter / "adapter_model.safetensors"
@@ -189,6 +191,14 @@ def change(adapter, *, config=None, tensors=None):
 def test_adapters_that_compute_something_else_are_refused_by_field(adapter, config, message):
     change(adapter, config=config)
     with pytest.raises(ValueError, match=message):
+        AdapterDirectory(adapter)
+
+
+def test_a_damaged_adapter_is_refused(adapter):
+    with (adapter / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"is damaged \(adapter_model\.safetensors: its checksum"):
         AdapterDirectory(adapter)
 
 

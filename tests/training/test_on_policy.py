@@ -53,6 +53,6 @@ def test_more_prompts_than_a_batch_are_all_scored(tiny_model_dir: Path, monkeypa
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     reference = load_policy(ModelConfig(source=str(tiny_model_dir)), mesh)
     sampler = OnPolicy(reference, PROMPTS, mesh=mesh, max_new_tokens=4, stop_tokens=[0], chunk=64)
-    logps = sampler._logps([[7, 8], [9], [10, 11, 12]], reference.params)
+    logps = sampler._logps([[7, 8], [9], [10, 11, 12]], sampler._score_with(reference.params))
     expected = sequence_log_probs(str(tiny_model_dir), PROMPTS, [[7, 8], [9], [10, 11, 12]])
     np.testing.assert_allclose(logps, expected, atol=1e-4)

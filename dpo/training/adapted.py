@@ -1,0 +1,107 @@
+"""The policy that a run trains: a whole model, or adapters on a frozen one, as the settings say.
+
+With adapters, `Policy.params` are theirs alone, so that optimiser, state and checkpoints hold nothing else;
+the frozen weights are arguments of the step. The reference is the model without adapters, on the same arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dpo.config import Config, LoraConfig
+from dpo.models.adapter_files import AdapterDirectory, load_adapters, save_adapters
+from dpo.models.binding import Binding
+from dpo.models.decoder import Decoder
+from dpo.models.lora import (
+    Adapter,
+    Method,
+    add_adapters,
+    choose_linears,
+    get_adapters,
+    merge_adapters,
+    model_bindings,
+    new_adapters,
+)
+from dpo.models.pretrained import open_checkpoint, read_config
+from dpo.training.reference import fingerprint_parameters
+from dpo.training.setup import Policy, load_policy
+from dpo.training.sharding import parameter_sharding
+from dpo.training.step import Params
+
+ADAPTER_DIRECTORY = "adapter"
+"""Where a finished run leaves its adapters as peft's files, in the run directory."""
+
+
+def open_policy(config: Config, mesh: Mesh) -> Policy:
+    """The policy before its first update. Names and files of adapters are checked before weights are read.
+
+    Raises:
+      ValueError: when the adapters do not fit the model, or the settings do not fit adapters.
+    """
+    lora = config.lora
+    if not lora.is_on:
+        return load_policy(config.model, mesh)
+    alpha = config.training.reference_alpha
+    if config.training.reference_every is not None and alpha != 1:
+        raise ValueError(
+            f"training.reference_alpha is {alpha} and lora is on; allowed is 1, because the mean of two "
+            "adapters' factors is not the mean of their weights"
+        )
+    adapters, method = _starting_adapters(lora, config.model.source, seed=config.training.seed)
+    base = load_policy(config.model, mesh, base_dtype=lora.base_dtype)
+    model = base.merge(base.params)
+    add_adapters(model, adapters, method)
+    graphdef, params, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    params, frozen = (_place(mesh, nnx.to_pure_dict(part)) for part in (params, frozen))
+    adapted = f"{base.fingerprint} {method} {fingerprint_parameters(params)} {_alphas(adapters)}"
+    return Policy(
+        base.pretrained, graphdef, params, frozen, hashlib.sha256(adapted.encode()).hexdigest(), base
+    )
+
+
+def plain_model(policy: Policy, params: Params) -> Decoder:
+    """The policy with these parameters as a model without adapters, for export."""
+    model = policy.merge(params)
+    return model if policy.base is None else merge_adapters(model)
+
+
+def export_adapters(policy: Policy, params: Params, directory: str | Path, *, source: str) -> Path:
+    """Write the adapters of a policy as a directory that peft loads onto `source`."""
+    model = policy.merge(params)
+    bindings = _bindings(policy.pretrained.config)
+    path = Path(source).expanduser()
+    base = str(path.resolve()) if path.exists() else source
+    return save_adapters(directory, *get_adapters(model, bindings), bindings=bindings, base=base)
+
+
+def _starting_adapters(lora: LoraConfig, source: str, *, seed: int) -> tuple[list[Adapter], Method]:
+    bindings = _bindings(open_checkpoint(source).config)
+    if lora.init is not None:
+        directory = AdapterDirectory(lora.init)
+        return load_adapters(directory, bindings), directory.method
+    assert lora.rank is not None
+    chosen = choose_linears(bindings, lora.target_modules)
+    alpha = float(2 * lora.rank) if lora.alpha is None else lora.alpha
+    return new_adapters(chosen, rank=lora.rank, alpha=alpha, seed=seed), Method(
+        lora.use_rslora, lora.use_dora
+    )
+
+
+def _bindings(hf_config: dict[str, Any]) -> list[Binding]:
+    return model_bindings(*read_config(hf_config))
+
+
+def _place(mesh: Mesh, params: Params) -> Params:
+    """On the mesh; what is there already is not copied."""
+    return jax.device_put(params, parameter_sharding(mesh, params))
+
+
+def _alphas(adapters: list[Adapter]) -> list[list[float]]:
+    return [np.asarray(adapter.alpha).tolist() for adapter in adapters]

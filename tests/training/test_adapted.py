@@ -1,0 +1,288 @@
+"""Runs that train adapters: what is trained, what it is measured against, what comes out."""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file
+
+from dpo.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    heldout_settings,
+)
+from dpo.evaluation import heldout
+from dpo.evaluation.heldout import load_heldout, score_heldout
+from dpo.evaluation.samples import model_identity
+from dpo.training import export, loop
+from dpo.training.adapted import open_policy
+from dpo.training.checkpoint import Checkpoints
+from dpo.training.export import export_checkpoint
+from dpo.training.loop import train
+from dpo.training.optimizer import make_optimizer
+from dpo.training.setup import load_policy
+from dpo.training.sharding import make_mesh
+from dpo.training.step import init_state
+
+KINDS = [
+    pytest.param(LoraConfig(rank=4, use_dora=True, base_dtype="int8"), id="dora, int8"),
+    pytest.param(
+        LoraConfig(rank=4, use_rslora=True, base_dtype="bfloat16"),
+        id="rslora, bfloat16",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Runs use one device, although tests see eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loop, export, heldout):
+            patch.setattr(module, "make_mesh", lambda config: mesh())
+        yield
+
+
+def mesh():
+    return make_mesh(Config().mesh, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_model_dir):
+    """Six steps of four pairs."""
+    directory = tmp_path_factory.mktemp("adapted")
+    train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
+    for path, num_rows in ((train_file, 12), (eval_file, 5)):
+        rows = [
+            {"prompt": f"{path.stem} number {i}", "chosen": "yes, very good", "rejected": "no"}
+            for i in range(num_rows)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Config(
+        run_dir=str(directory / "run"),
+        model=ModelConfig(source=str(tiny_model_dir), reference_store=str(directory / "reference")),
+        lora=LoraConfig(rank=4),
+        data=DataConfig(train=str(train_file), eval=str(eval_file), max_length=128),
+        objective={"name": "dpo", "beta": 0.5},
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.2, schedule="constant"),
+        training=TrainingConfig(batch_size=4, steps=6, save_every=3),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config):
+    """The configuration of a run that is finished."""
+    assert train(config).status == "finished"
+    return config
+
+
+def replace(config, **sections):
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+            for name, value in sections.items()
+        },
+    )
+
+
+def lines(config):
+    """Metric lines without what the clock decides."""
+    with open(f"{config.run_dir}/metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens/s")} for row in rows]
+
+
+def adapters(config):
+    return load_file(f"{config.run_dir}/adapter/adapter_model.safetensors")
+
+
+def check_run(config):
+    """It starts at ln 2 and learns, and `dpo evaluate --run` finds what the run itself measured."""
+    losses = [row["loss"] for row in lines(config) if "loss" in row]
+    assert_allclose(losses[0], np.log(2), rtol=1e-6)
+    assert losses[-1] < losses[2] < losses[0]
+    kept = load_heldout(config.run_dir, config).rows
+    scored = score_heldout(heldout_settings(EvaluateConfig(run=config.run_dir), config), log=print).rows
+    assert (kept.policy[:, 0] - kept.reference[:, 0] > kept.policy[:, 1] - kept.reference[:, 1]).all()
+    assert_allclose(scored.policy, kept.policy, rtol=1e-4)
+    assert_allclose(scored.reference, kept.reference, rtol=1e-6)
+
+
+def test_a_run_learns_and_its_merged_export_is_the_policy(finished):
+    check_run(finished)
+
+
+@pytest.mark.parametrize("lora", KINDS)
+def test_other_kinds_and_smaller_bases_do_too(config, lora, tmp_path):
+    config = replace(config, run_dir=str(tmp_path), lora=lora)
+    train(config)
+    check_run(config)
+
+
+def test_only_adapters_are_trained_and_saved(finished):
+    policy = open_policy(finished, mesh())
+    optimizer = make_optimizer(finished.optimizer, lambda step: 0.1)
+    start = jax.jit(lambda params: init_state(params, optimizer))(policy.params)
+    with Checkpoints(Path(finished.run_dir) / "checkpoints", keep=1, read_only=True) as checkpoints:
+        state = checkpoints.restore(6, start)  # which refuses other trees
+    arrays = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    names = {jax.tree_util.keystr(path).rpartition("['")[2] for path, leaf in arrays if leaf.ndim}
+    assert names == {"lora_a']", "lora_b']"}
+
+
+def test_the_reference_is_the_frozen_model_on_the_same_arrays(config):
+    policy, whole = open_policy(config, mesh()), load_policy(config.model, mesh())
+    assert policy.base is not None
+    assert policy.base.fingerprint == whole.fingerprint != policy.fingerprint
+    frozen = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy.frozen)}
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy.base.params)} <= frozen
+
+
+def stop_after(num_steps, monkeypatch):
+    """SIGTERM arrives in the step of that number, counted over all runs of the test."""
+    make_train_step, numbers = loop.make_train_step, itertools.count(1)
+
+    def make(*args, **kwargs):
+        train_step = make_train_step(*args, **kwargs)
+
+        def step(*args):
+            if next(numbers) == num_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args)
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
+    config = replace(finished, run_dir=str(tmp_path))
+    stop_after(2, monkeypatch)
+    assert train(config).status == "interrupted"
+    assert train(config).status == "finished"
+    assert lines(config) == lines(finished)
+    for name, array in adapters(finished).items():
+        assert_array_equal(adapters(config)[name], array, err_msg=name)
+
+
+def test_micro_batches_train_alike(finished, tmp_path):
+    """Four prompts a step against two parts of two."""
+    other = replace(finished, run_dir=str(tmp_path), training={"micro_batches": 2})
+    train(other)
+    for ours, theirs in zip(lines(finished), lines(other), strict=True):
+        for name in {"loss", "grad_norm", "logps/chosen"} & ours.keys():
+            assert_allclose(theirs[name], ours[name], rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", KINDS)
+def test_meshes_train_alike(config, lora, tmp_path, monkeypatch):
+    """data, fsdp and tensor of two each against one device."""
+    config = replace(config, run_dir=str(tmp_path / "one"), lora=lora)
+    train(config)
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)
+    other = replace(config, run_dir=str(tmp_path / "eight"), mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    train(other)
+    for ours, theirs in zip(lines(config), lines(other), strict=True):
+        for name in ours.keys() - {"fill", "rewards/accuracies"}:  # the first δ are 0 up to rounding
+            assert_allclose(theirs[name], ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+def test_a_run_may_start_from_an_adapter_and_be_measured_against_it(finished, tmp_path):
+    start = f"{finished.run_dir}/adapter"
+    one_step = replace(finished, lora=LoraConfig(init=start), training={"steps": 1})
+    off = replace(one_step, run_dir=str(tmp_path / "off"))
+    train(off)
+    assert lines(off)[0]["rewards/margins"] > 0.01  # without adapters it is another model
+    against_itself = replace(one_step, run_dir=str(tmp_path / "on"), model={"reference": start})
+    train(against_itself)
+    assert abs(lines(against_itself)[0]["rewards/margins"]) < 1e-3
+
+
+def test_the_adapters_of_any_checkpoint_are_exported(finished, tmp_path):
+    given = ExportConfig(run=finished.run_dir, output=str(tmp_path / "out"), format="adapter", step=3)
+    path, step = export_checkpoint(given, finished)
+    early, late = load_file(path / "adapter_model.safetensors"), adapters(finished)
+    assert step == 3
+    assert early.keys() == late.keys()
+    assert any((early[name] != late[name]).any() for name in late)
+    path, _ = export_checkpoint(dataclasses.replace(given, step=6), finished)
+    for name, array in load_file(path / "adapter_model.safetensors").items():
+        assert_array_equal(array, late[name])
+
+
+def test_a_run_without_adapters_has_none_to_export(config):
+    with pytest.raises(ValueError, match=r"has none: its config has no lora\.rank"):
+        export_checkpoint(
+            ExportConfig(run=config.run_dir, format="adapter"), replace(config, lora=LoraConfig())
+        )
+
+
+def test_what_does_not_fit_adapters_is_refused_before_weights_are_read(config, monkeypatch):
+    def unread(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("dpo.training.adapted.load_policy", unread)
+    with pytest.raises(ValueError, match="'query' is no linear of this model"):
+        open_policy(replace(config, lora={"target_modules": ["query"]}), mesh())
+    with pytest.raises(ValueError, match=r"reference_alpha is 0\.6 and lora is on; allowed is 1"):
+        open_policy(replace(config, training={"reference_every": 2}), mesh())
+    with pytest.raises(ValueError, match="is no adapter"):
+        open_policy(replace(config, lora=LoraConfig(init=config.model.source)), mesh())
+
+
+def test_samples_of_adapters_are_measured_against_the_model_under_them(finished, tmp_path):
+    training = {"steps": 2, "eval_every": 1, "eval_samples": 3, "eval_max_new_tokens": 4}
+    config = replace(finished, run_dir=str(tmp_path), training=training, optimizer={"warmup_fraction": 0.5})
+    train(config)
+    first, last = [row["eval/samples/kl"] for row in lines(config) if "eval/samples/kl" in row]
+    assert abs(first) < 1e-4  # a warm-up's first update does nothing
+    assert abs(last) > 1e-3
+
+
+def test_a_reference_may_move_to_the_adapters(config, tmp_path):
+    """TR-DPO with α = 1 and period 1: the policy is its own reference whenever a step begins."""
+    training = {"reference_every": 1, "reference_alpha": 1.0, "steps": 3}
+    config = replace(config, run_dir=str(tmp_path), training=training)
+    train(config)
+    losses = [row["loss"] for row in lines(config) if "loss" in row]
+    assert_allclose(losses, np.log(2), rtol=1e-4)
+
+
+def test_the_seed_draws_the_adapters(config):
+    first, again, other = (
+        nnx.to_flat_state(nnx.State(open_policy(replace(config, training={"seed": seed}), mesh()).params))
+        for seed in (0, 0, 1)
+    )
+    for (_, a), (_, b) in zip(first, again, strict=True):
+        assert_array_equal(a, b)
+    assert any((np.asarray(a) != np.asarray(b)).any() for (_, a), (_, b) in zip(first, other, strict=True))
+
+
+def test_an_adapters_identity_is_also_that_of_the_model_under_it(finished, tiny_model_dir, tmp_path):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    adapter = shutil.copytree(f"{finished.run_dir}/adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "SHA256SUMS").unlink()
+    before = model_identity(str(adapter))
+    assert model_identity(str(adapter)) == before
+    (base / "generation_config.json").write_text("{}")
+    assert model_identity(str(adapter)) != before
