@@ -126,7 +126,7 @@ def lipo_lambda(beta: Strength = 0.05, gains: Literal["ranks", "scores"] = "rank
         return jnp.sum(jnp.where(better, weights * negative_log_sigmoid(gap), 0.0), axis=(1, 2))
 
     needs = frozenset({"scores"}) if gains == "scores" else frozenset()
-    return Objective(loss, needs=needs, admits=_OF_LISTS)
+    return Objective(loss, needs=needs, ordered=True, admits=_OF_LISTS)
 
 
 def infonca(beta: Strength = 0.1, alpha: Strength = 1.0) -> Objective:

@@ -163,4 +163,5 @@ def _weighted_sum(terms: list[tuple[float, Objective]]) -> Objective:
         needs=frozenset().union(*(objective.needs for objective in objectives)),
         whole_batch=any(objective.whole_batch for objective in objectives),
         reference_free=all(objective.reference_free for objective in objectives),
+        ordered=any(objective.ordered for objective in objectives),
     )

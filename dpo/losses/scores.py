@@ -72,6 +72,8 @@ class Objective:
     """A prompt's loss depends on the other prompts: call it once, on the scores of the whole batch."""
     reference_free: bool = False
     """`Scores.reference` is not read: no reference log-probs are needed."""
+    ordered: bool = False
+    """It jumps where two implicit rewards change places, so rounding decides its value at log-ratio zero."""
     admits: frozenset[str] = frozenset()
     """Modifiers that make sense with it: "divergence", "ld_alpha", "wpo" (see `weighting`, `divergences`)."""
 
@@ -83,7 +85,7 @@ class Objective:
 
         ln 2 for `dpo`, log K! for `plackett_luce`, 1/(4β²) for `ipo`: the loss at log-ratio zero.
         """
-        if self.reference_free:
+        if self.reference_free or self.ordered:
             return None
         return self.loss(scores._replace(policy=scores.reference, policy_head=scores.reference_head))
 

@@ -266,7 +266,18 @@ def test_expected_initial_loss_is_the_loss_of_the_reference(spec):
     scores = _scores(spec, seed=9)
     objective = make_objective(spec)
     expected = jax.eval_shape(objective.expected_initial_loss, scores)
-    assert (expected is None) == objective.reference_free
+    assert (expected is None) == (objective.reference_free or objective.ordered)
+
+
+@every
+def test_rounding_at_log_ratio_zero_moves_the_loss_only_where_the_objective_says_so(spec):
+    scores = _scores(spec, seed=10)
+    objective = make_objective(spec)
+    noise = 1e-6 * np.random.default_rng(0).normal(size=scores.policy.shape)
+    at_start = scores._replace(policy=scores.reference, policy_head=scores.reference_head)
+    exact, _ = evaluate(spec, at_start)
+    rounded, _ = evaluate(spec, at_start._replace(policy=at_start.policy + noise.astype(exact.dtype)))
+    assert np.allclose(exact, rounded, rtol=1e-3, atol=1e-3) != objective.ordered
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
