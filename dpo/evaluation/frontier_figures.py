@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,7 +32,7 @@ _STYLE: Any = {
 
 
 def draw_frontier(path: Path, result: dict[str, Any]) -> None:
-    """Reward against KL: a line for each objective and β through its training, and best-of-n."""
+    """Reward against the root of KL: a line for each objective and β through its training, and best-of-n."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axes = figure.subplots()
@@ -53,7 +54,10 @@ def draw_frontier(path: Path, result: dict[str, Any]) -> None:
             axes.errorbar(
                 point["kl"], point["reward"][0], yerr=_bars(point["reward"]), color="black", linewidth=0.8
             )
-        axes.set_xlabel("KL(policy ‖ reference) of a response, nats (sampled)")
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_xlim(left=0)
+        axes.set_xticks([x for x in (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if x <= axes.get_xlim()[1]])
+        axes.set_xlabel("KL(policy ‖ reference) of a response, nats, sampled (square-root scale)")
         axes.set_ylabel(f"mean true reward ({result['settings']['reward']})")
         axes.set_title(f"Reward against KL, {result['prompts']} held-out prompts, 95% intervals", loc="left")
         _add_legend(axes, result)
@@ -63,7 +67,7 @@ def draw_frontier(path: Path, result: dict[str, Any]) -> None:
 def draw_temperatures(path: Path, result: dict[str, Any]) -> None:
     """Win-rate against sampling temperature."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        figure = Figure(figsize=(7, 3.8), layout="constrained")
         axes = figure.subplots()
         objectives = result["settings"]["objectives"]
         for place, line in enumerate(result["temperatures"]):
@@ -89,7 +93,7 @@ def draw_temperatures(path: Path, result: dict[str, Any]) -> None:
         axes.set_title(
             f"Win-rate by temperature, {result['prompts']} held-out prompts, 95% intervals", loc="left"
         )
-        axes.legend()
+        figure.legend(loc="outside right upper")
         _save(figure, path)
 
 
