@@ -55,11 +55,16 @@ def _load_yaml(text: str) -> Any:
 
 
 def _measure(value: Any, measured: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values inside, each as often as it is there, and the depth; what holds itself is beyond any limit."""
+    """Values inside, each as often as it is there, and the depth; what holds itself is beyond any limit.
+
+    Raises `ValueError` for a mapping whose names are no strings.
+    """
     if not isinstance(value, (dict, list)):
         return 1, 0
     if id(value) not in measured:
         measured[id(value)] = MAX_YAML_VALUES + 1, MAX_YAML_DEPTH + 1
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"the name of a value is {next(k for k in value if not isinstance(k, str))!r}")
         inner = value.values() if isinstance(value, dict) else value
         parts = [_measure(part, measured) for part in inner]
         depth = 1 + max((depth for _, depth in parts), default=0)

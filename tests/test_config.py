@@ -76,6 +76,7 @@ def test_a_saved_configuration_is_complete_and_reads_back_equal(tmp_path: Path, 
         ("training: {steps: [1", "while parsing"),
         ("training: {steps: " + "9" * 5000 + "}", "Exceeds the limit"),
         ("a: &a [*a]", "more than 100000 values"),
+        ("objectives: [{1: dpo}]", "the name of a value is 1"),
         (
             "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0]\n"
             + "".join(
