@@ -162,6 +162,31 @@ def tokenize_prompts(
     return [encoder.bos + ids for ids in _ids(tokenizer, texts)]
 
 
+def tokenize_answers(
+    prompts: Sequence[str | Sequence[Message]],
+    responses: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts with one response each, the assistant's turn closed: what a reward model reads.
+
+    Without a chat template that is BOS (where the tokenizer puts one), prompt and response as they are, EOS.
+
+    Raises:
+      ValueError: for a conversation where there is no chat template, or one that the template refuses.
+    """
+    encoder = _make_encoder(tokenizer, "template", chat_template)
+    texts: list[str] = []
+    for number, (given, response) in enumerate(zip(prompts, responses, strict=True), start=1):
+        prompt, place = given if isinstance(given, str) else tuple(given), f"prompt {number}"
+        rendered = _render(Preference(prompt, (response,), (0,), None, "", place), encoder)
+        if isinstance(rendered, _Drop):
+            raise ValueError(f"{place}: {rendered.detail}")
+        texts.append(rendered[-1])
+    return [encoder.bos + ids + encoder.ending for ids in _ids(tokenizer, texts)]
+
+
 def make_dataset(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[Sequence[int]]],
