@@ -177,12 +177,16 @@ def tokenize_answers(
       ValueError: for a conversation where there is no chat template, or one that the template refuses.
     """
     encoder = _make_encoder(tokenizer, "template", chat_template)
+    pairs = [
+        Preference(
+            given if isinstance(given, str) else tuple(given), (text,), (0,), None, "", f"prompt {number}"
+        )
+        for number, (given, text) in enumerate(zip(prompts, responses, strict=True), start=1)
+    ]
     texts: list[str] = []
-    for number, (given, response) in enumerate(zip(prompts, responses, strict=True), start=1):
-        prompt, place = given if isinstance(given, str) else tuple(given), f"prompt {number}"
-        rendered = _render(Preference(prompt, (response,), (0,), None, "", place), encoder)
+    for preference, rendered in zip(pairs, _render(pairs, encoder), strict=True):
         if isinstance(rendered, _Drop):
-            raise ValueError(f"{place}: {rendered.detail}")
+            raise ValueError(f"{preference.location}: {rendered.detail}")
         texts.append(rendered[-1])
     return [encoder.bos + ids + encoder.ending for ids in _ids(tokenizer, texts)]
 
