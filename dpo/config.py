@@ -326,7 +326,7 @@ class ExportConfig:
     format: Literal["merged", "adapter"] = "merged"
     """A model that transformers opens, or the adapters of a LoRA run as peft stores them."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
-    """Dtype of a merged model's weights: float32 keeps every bit, base is that of the base model's weights."""
+    """Dtype of a merged model's weights: float32 keeps every bit, base is that of the base's own."""
     hub_id: str | None = None
     """OWNER/NAME on the Hugging Face hub to upload the directory to; nothing is uploaded when not given."""
     hub_private: bool = True
