@@ -87,7 +87,7 @@ def their_side(pretrained: Pretrained, dtype: str) -> Decode:
         directory = save_pretrained(
             pretrained.model, Path(scratch) / "model", hf_config=pretrained.config, tokenizer=None
         )
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 
     def decode(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         ids = torch.tensor(prompts)

@@ -122,15 +122,14 @@ def load_classifier(
 
     Raises `ValueError` for another architecture, and as `load_decoder` does.
     """
-    _require_classifier(checkpoint)
     family, config = read_config(checkpoint.config)
-    hf = _parse_config(checkpoint.config)
+    labels = count_labels(checkpoint)
 
     def make() -> SequenceClassifier:
         return SequenceClassifier(
             config,
-            num_labels=hf.num_labels,
-            pad_token_id=hf.pad_token_id,
+            num_labels=labels,
+            pad_token_id=_parse_config(checkpoint.config).pad_token_id,
             rngs=nnx.Rngs(0),
             compute_dtype=compute_dtype,
             param_dtype=param_dtype,
@@ -162,7 +161,9 @@ def count_labels(checkpoint: Checkpoint) -> int:
     Raises `ValueError` for another architecture.
     """
     _require_classifier(checkpoint)
-    return _parse_config(checkpoint.config).num_labels
+    labels = _parse_config(checkpoint.config).num_labels
+    assert labels is not None
+    return labels
 
 
 def _parse_config(config: dict[str, Any]) -> PreTrainedConfig:

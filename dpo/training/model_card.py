@@ -29,7 +29,10 @@ METRICS = {
 
 _LEFT_OUT = {
     "model": ("reference_store",),
-    "training": ("resume", "trackers", "keep_checkpoints", "save_every"),
+    "training": (
+        *("resume", "allow_changed", "trackers", "keep_checkpoints", "keep_best", "save_every"),
+        *("save_minutes", "eval_every", "eval_samples", "eval_max_new_tokens"),
+    ),
 }
 """Settings that do not change the model."""
 
