@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import linecache
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dpo: error: {name!r} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
     try:
-        return COMMANDS[name](rest)
+        return COMMANDS[name]([_with_underscores(argument) for argument in rest])
     except KeyboardInterrupt:
         print(f"dpo {name}: stopped at once", file=sys.stderr)
         return STOPPED
@@ -143,11 +144,17 @@ def export(arguments: list[str]) -> int:
     given = read_settings(ExportConfig, "export", arguments)
     config = load_config(Path(given.run) / "config.yaml")
     from dpo.training.export import export_checkpoint
+    from dpo.training.hub import check_hub_id, push_to_hub
     from dpo.training.setup import enable_compilation_cache
 
+    if given.hub_id is not None:
+        check_hub_id(given.hub_id)
     enable_compilation_cache()
     path, step = export_checkpoint(given, config)
     print_plain(f"the policy after {step} steps: {path}")
+    if given.hub_id is not None:
+        message = f"The policy after {step} steps"
+        print_plain(push_to_hub(path, given.hub_id, private=given.hub_private, message=message))
     return 0
 
 
@@ -359,6 +366,14 @@ def as_evaluation(given: WinrateConfig) -> EvaluateConfig:
         split=given.split,
         limit=given.limit,
     )
+
+
+def _with_underscores(argument: str) -> str:
+    """Settings have underscores; `--hub-id` is understood too."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}" if re.fullmatch(r"[a-z][\w.-]*", name) else argument
 
 
 def _require_file(key: str, path: str) -> None:

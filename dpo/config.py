@@ -325,8 +325,12 @@ class ExportConfig:
     """Checkpoint of so many updates; the newest when not given."""
     format: Literal["merged", "adapter"] = "merged"
     """A model that transformers opens, or the adapters of a LoRA run as peft stores them."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the written weights of a merged model (adapters are float32)."""
+    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    """Dtype of a merged model's weights: float32 keeps every bit, base is that of the base's own."""
+    hub_id: str | None = None
+    """OWNER/NAME on the Hugging Face hub to upload the directory to; nothing is uploaded when not given."""
+    hub_private: bool = True
+    """A hub repository that has to be made is private."""
 
 
 @dataclass(frozen=True)
@@ -409,7 +413,7 @@ class WinrateConfig:
     limit: int | None = None
     """Use only the first so many rows."""
     judge: str = "vader"
-    """vader, module:function (a reward), endpoint, local:MODEL, or a control: first, longer."""
+    """vader, module:function, reward_model:DIR, endpoint, local:MODEL, or a control: first, longer."""
     template: str | None = None
     """File with the jinja2 prompt of an endpoint or local judge; the shipped one when not given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from dpo import cli
 from dpo.cli import COMMANDS, INTERRUPTED, main
+from dpo.training import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -171,7 +172,7 @@ def settings(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_train_evaluate_and_export_from_the_command_line(
-    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     assert main(["train", "--config", str(settings), "--training.steps=3"]) == 0
@@ -202,6 +203,19 @@ def test_train_evaluate_and_export_from_the_command_line(
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     assert "no checkpoint of step 99; allowed are [3]" in refused(capsys, "export", str(run), "--step=99")
+
+    # both carry the same model card; a hub id, with a dash as it reads better, uploads the directory
+    cards = [(path / "README.md").read_text() for path in (other, run / "export")]
+    assert cards[0] == cards[1]
+    assert "(`rewards/accuracies`)" in cards[0]
+    pushed: list[tuple] = []
+    monkeypatch.setattr(hub, "check_hub_id", lambda name: None)
+    monkeypatch.setattr(
+        hub, "push_to_hub", lambda *args, **choices: pushed.append((args, choices)) or "address"
+    )
+    assert main(["export", str(run), "--output", str(other), "--dtype=bfloat16", "--hub-id=me/x"]) == 0
+    assert pushed == [((other, "me/x"), {"private": True, "message": "The policy after 3 steps"})]
+    assert json.loads((other / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_inspect_shows_the_report_and_an_example(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
 from dpo.models.pretrained import read_config, save_pretrained
 
@@ -22,7 +24,27 @@ CHAT_TEMPLATE = (
 def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
     """Weights, config and tokenizer; every byte is a token, <s> begins and </s> ends a message (and pads)."""
     tokenizer = byte_tokenizer()
-    hf_config = {
+    hf_config = tiny_config(tokenizer)
+    _, config = read_config(json.loads(json.dumps(hf_config)))
+    model = Decoder(config, rngs=nnx.Rngs(seed), compute_dtype=jnp.dtype("float32"))
+    return save_pretrained(model, directory / "model", hf_config=hf_config, tokenizer=tokenizer)
+
+
+def write_tiny_reward_model(directory: Path, *, seed: int = 0, num_labels: int = 1) -> Path:
+    """The same sizes with a head for sequence classification."""
+    tokenizer = byte_tokenizer()
+    labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    hf_config = tiny_config(tokenizer) | {"id2label": labels}
+    _, config = read_config(json.loads(json.dumps(hf_config)))
+    model = SequenceClassifier(
+        config, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, rngs=nnx.Rngs(seed)
+    )
+    return save_pretrained(model, directory / "reward", hf_config=hf_config, tokenizer=tokenizer)
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A Llama that is quick to compile."""
+    return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": len(tokenizer),
@@ -43,9 +65,6 @@ def write_tiny_model(directory: Path, *, seed: int = 0) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
     }
-    _, config = read_config(json.loads(json.dumps(hf_config)))
-    model = Decoder(config, rngs=nnx.Rngs(seed), compute_dtype=jnp.dtype("float32"))
-    return save_pretrained(model, directory / "model", hf_config=hf_config, tokenizer=tokenizer)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

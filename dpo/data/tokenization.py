@@ -162,6 +162,35 @@ def tokenize_prompts(
     return [encoder.bos + ids for ids in _ids(tokenizer, texts)]
 
 
+def tokenize_answers(
+    prompts: Sequence[str | Sequence[Message]],
+    responses: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts with one response each, the assistant's turn closed: what a reward model reads.
+
+    Without a chat template that is BOS (where the tokenizer puts one), prompt and response as they are, EOS.
+
+    Raises:
+      ValueError: for a conversation where there is no chat template, or one that the template refuses.
+    """
+    encoder = _make_encoder(tokenizer, "template", chat_template)
+    pairs = [
+        Preference(
+            given if isinstance(given, str) else tuple(given), (text,), (0,), None, "", f"prompt {number}"
+        )
+        for number, (given, text) in enumerate(zip(prompts, responses, strict=True), start=1)
+    ]
+    texts: list[str] = []
+    for preference, rendered in zip(pairs, _render(pairs, encoder), strict=True):
+        if isinstance(rendered, _Drop):
+            raise ValueError(f"{preference.location}: {rendered.detail}")
+        texts.append(rendered[-1])
+    return [encoder.bos + ids + encoder.ending for ids in _ids(tokenizer, texts)]
+
+
 def make_dataset(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[Sequence[int]]],

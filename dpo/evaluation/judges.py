@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,13 +79,16 @@ class RewardJudge:
         """Verdicts in order; a reward that is not a number makes its verdict invalid."""
         for index, (prompt, first, second) in enumerate(questions):
             rewards = float(self.reward(prompt, first)), float(self.reward(prompt, second))
-            answer = json.dumps(rewards)
-            if rewards[0] != rewards[0] or rewards[1] != rewards[1]:
-                yield index, Verdict(None, answer, "a reward is not a number")
-                continue
-            choice: Choice = "tie" if rewards[0] == rewards[1] else "first"
-            choice = "second" if rewards[1] > rewards[0] else choice
-            yield index, Verdict(choice, answer, details={"rewards": list(rewards)})
+            yield index, verdict_of_rewards(*rewards)
+
+
+def verdict_of_rewards(first: float, second: float) -> Verdict:
+    """The higher reward wins, equal ones tie; one that is not a number makes the verdict invalid."""
+    answer = json.dumps([first, second])
+    if math.isnan(first) or math.isnan(second):
+        return Verdict(None, answer, "a reward is not a number")
+    choice: Choice = "tie" if first == second else "first" if first > second else "second"
+    return Verdict(choice, answer, details={"rewards": [first, second]})
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def reward_judge(name: str) -> RewardJudge:
 def _import_reward(name: str) -> Reward:
     module, _, function = name.partition(":")
     if not function:
-        allowed = [*REWARDS, *CONTROLS, "endpoint", "local:MODEL", "module:function"]
+        allowed = [*REWARDS, *CONTROLS, "endpoint", "local:MODEL", "reward_model:DIR", "module:function"]
         raise ValueError(f"judge is {name!r}; allowed: {', '.join(allowed)}")
     try:
         found: Reward = getattr(importlib.import_module(module), function)

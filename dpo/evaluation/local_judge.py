@@ -110,6 +110,6 @@ def local_source(judge: str) -> str | None:
         if any(name.endswith("ForSequenceClassification") for name in architectures):
             raise ValueError(
                 f"judge {judge!r}: {architectures[0]} is a reward model; allowed here are causal language "
-                "models (a reward model can be wrapped as module:function)"
+                f"models (a reward model is the judge reward_model:{source})"
             )
     return source

@@ -29,6 +29,7 @@ from dpo.evaluation.judges import (
     reward_judge,
 )
 from dpo.evaluation.local_judge import LocalJudge, local_source, sequence_log_probs
+from dpo.evaluation.reward_model import RewardModelJudge, reward_model_source
 from dpo.evaluation.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.evaluation.winrate import Judged, describe_pairs
@@ -106,6 +107,11 @@ def open_judge(given: WinrateConfig) -> Judge:
     Raises:
       ValueError: when there is none of this name, or a template is given to a judge that reads none.
     """
+    reward_model = reward_model_source(given.judge)
+    if reward_model is not None:
+        _refuse_template(given)
+        identity = model_identity(reward_model)
+        return RewardModelJudge(reward_model, identity=identity, compute_dtype=given.compute_dtype)
     source = local_source(given.judge)
     if given.judge == "endpoint":
         from dpo.evaluation.endpoint import EndpointJudge
@@ -118,11 +124,15 @@ def open_judge(given: WinrateConfig) -> Judge:
         template = Template(given.template or default_template("local"))
         identity = model_identity(source)
         return LocalJudge(source, template, identity=identity, compute_dtype=given.compute_dtype)
+    _refuse_template(given)
+    return ControlJudge(given.judge) if given.judge in CONTROLS else reward_judge(given.judge)
+
+
+def _refuse_template(given: WinrateConfig) -> None:
     if given.template is not None:
         raise ValueError(
             f"template is {given.template!r}, but judge {given.judge} reads none; endpoint and local do"
         )
-    return ControlJudge(given.judge) if given.judge in CONTROLS else reward_judge(given.judge)
 
 
 def read_prompts(config: Config, log: Log) -> list[Preference]:

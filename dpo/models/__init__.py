@@ -6,8 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpo.models.classifier import SequenceClassifier, classify
     from dpo.models.decoder import Decoder, DecoderConfig
-    from dpo.models.pretrained import Pretrained, load_pretrained, load_tokenizer, save_pretrained
+    from dpo.models.pretrained import (
+        Pretrained,
+        load_classifier,
+        load_pretrained,
+        load_tokenizer,
+        save_pretrained,
+    )
     from dpo.models.sampling import SamplingConfig, generate
 
 __all__ = [
@@ -15,7 +22,10 @@ __all__ = [
     "DecoderConfig",
     "Pretrained",
     "SamplingConfig",
+    "SequenceClassifier",
+    "classify",
     "generate",
+    "load_classifier",
     "load_pretrained",
     "load_tokenizer",
     "save_pretrained",
@@ -25,6 +35,8 @@ _MODULES = {
     "Decoder": "decoder",
     "DecoderConfig": "decoder",
     "SamplingConfig": "sampling",
+    "SequenceClassifier": "classifier",
+    "classify": "classifier",
     "generate": "sampling",
 }
 

@@ -142,11 +142,16 @@ class MergedTensors:
         self.shapes = base.shapes
         self._base, self._adapter = base, adapter
         self._adapted = set(adapter.modules)
+        self._merged: tuple[str, np.ndarray] = "", np.zeros(0)
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor; float32 where it has an adapter."""
-        weight, module = self._base.read(name), name.removesuffix(".weight")
-        return self._adapter.merge(module, weight) if module in self._adapted else weight
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor or a run of its rows; float32 where it has an adapter."""
+        module = name.removesuffix(".weight")
+        if module not in self._adapted:
+            return self._base.read(name, rows)
+        if self._merged[0] != name:  # a large tensor is asked for run by run
+            self._merged = name, self._adapter.merge(module, self._base.read(name))
+        return self._merged[1][rows]
 
 
 def is_adapter(directory: Path) -> bool:

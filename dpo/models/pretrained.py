@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +14,21 @@ import numpy as np
 import safetensors.numpy
 import transformers
 from flax import nnx
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
 from dpo.models.adapter_files import AdapterDirectory, MergedTensors, is_adapter
 from dpo.models.attention import Implementation
 from dpo.models.binding import Binding, bind, canonical_names, check_tensors
+from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder, DecoderConfig, Remat
-from dpo.models.embedded import EMBEDDED_PREFIX, fetch_embedded
-from dpo.models.families import Family, decoder_config, find_family
+from dpo.models.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
+from dpo.models.families import Family, classifier_architecture, decoder_config, find_family
 from dpo.models.gguf_files import GgufFile
-from dpo.models.weights import SafetensorsDirectory, Tensors
-
-Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""Where a parameter lives, by its path (such as layers.mlp.up_proj.kernel) and shape."""
+from dpo.models.licences import read_licence
+from dpo.models.loading import Placement, load_parameters
+from dpo.models.weights import SafetensorsDirectory, Tensors, read_json_object
 
 
 class Pretrained(NamedTuple):
@@ -40,6 +41,10 @@ class Pretrained(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     source: str
     """What was loaded, with the hub's commit where there is one."""
+    licence: str | None = None
+    """What the source says of it: an SPDX name in lower case, as on the hub."""
+    hub_id: str | None = None
+    """The source's name on the hub, where that is known."""
 
 
 def load_pretrained(
@@ -62,7 +67,13 @@ def load_pretrained(
         placement=placement,
     )
     return Pretrained(
-        model, checkpoint.config, checkpoint.generation_config, checkpoint.tokenizer(), checkpoint.source
+        model,
+        checkpoint.config,
+        checkpoint.generation_config,
+        checkpoint.tokenizer(),
+        checkpoint.source,
+        checkpoint.licence,
+        checkpoint.hub_id,
     )
 
 
@@ -75,13 +86,19 @@ def load_decoder(
     attention: Implementation = "auto",
     placement: Placement | None = None,
 ) -> Decoder:
-    """The decoder of an opened checkpoint; weights are streamed, one module of all layers at a time.
+    """The decoder of an opened checkpoint; weights are streamed, straight into their shardings.
 
     Raises `ValueError` for an unsupported configuration and for tensors that do not fit it, listing all.
     """
     family, config = read_config(checkpoint.config)
-    abstract = nnx.eval_shape(
-        lambda: Decoder(
+    if _is_classifier(checkpoint.config):
+        raise ValueError(
+            f"{checkpoint.source} is a {checkpoint.config['architectures'][0]}; allowed here are causal "
+            "language models (a reward model serves as the judge reward_model:DIR of dpo winrate)"
+        )
+
+    def make() -> Decoder:
+        return Decoder(
             config,
             rngs=nnx.Rngs(0),
             compute_dtype=compute_dtype,
@@ -89,19 +106,37 @@ def load_decoder(
             remat=remat,
             attention=attention,
         )
-    )
-    graphdef, state = nnx.split(abstract)
-    shapes = {path: leaf.shape for path, leaf in _flatten(nnx.to_pure_dict(state)).items()}
-    bindings = bind(family, config, shapes)
-    tensors = checkpoint.tensors(family, [name for binding in bindings for name in binding.names])
-    check_tensors(family, bindings, tensors.shapes, checkpoint.source)
-    values = {
-        path: _place(path, array, placement)
-        for binding in bindings
-        for path, array in _read(binding, tensors, shapes, jnp.dtype(param_dtype))
-    }
-    nnx.replace_by_pure_dict(state, _unflatten(values))
-    return nnx.merge(graphdef, state)
+
+    return _load(make, checkpoint, family, dtype=jnp.dtype(param_dtype), placement=placement)
+
+
+def load_classifier(
+    checkpoint: Checkpoint,
+    *,
+    compute_dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    attention: Implementation = "auto",
+    placement: Placement | None = None,
+) -> SequenceClassifier:
+    """The sequence classifier (or reward model) of an opened checkpoint.
+
+    Raises `ValueError` for another architecture, and as `load_decoder` does.
+    """
+    family, config = read_config(checkpoint.config)
+    labels = count_labels(checkpoint)
+
+    def make() -> SequenceClassifier:
+        return SequenceClassifier(
+            config,
+            num_labels=labels,
+            pad_token_id=_parse_config(checkpoint.config).pad_token_id,
+            rngs=nnx.Rngs(0),
+            compute_dtype=compute_dtype,
+            param_dtype=param_dtype,
+            attention=attention,
+        )
+
+    return _load(make, checkpoint, family, dtype=jnp.dtype(param_dtype), placement=placement)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -111,13 +146,31 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 def read_config(config: dict[str, Any]) -> tuple[Family, DecoderConfig]:
     """The family and the decoder that a `config.json` describes."""
-    family = find_family(config.get("model_type", "(none)"))
+    family = find_family(str(config.get("model_type", "(none)")))
     if config.get("quantization_config"):
         raise ValueError(
             f"quantization_config is {config['quantization_config']!r}; supported are weights in float32, "
             "bfloat16 and float16, and GGUF files"
         )
-    return family, decoder_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+    return family, decoder_config(_parse_config(config))
+
+
+def count_labels(checkpoint: Checkpoint) -> int:
+    """How many numbers a sequence classifier gives; a reward model gives one.
+
+    Raises `ValueError` for another architecture.
+    """
+    _require_classifier(checkpoint)
+    labels = _parse_config(checkpoint.config).num_labels
+    assert labels is not None
+    return labels
+
+
+def _parse_config(config: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"the configuration of a {config['model_type']} is not valid: {error}") from error
 
 
 class Checkpoint(NamedTuple):
@@ -128,13 +181,16 @@ class Checkpoint(NamedTuple):
     tensors: Callable[[Family, Iterable[str]], Tensors]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     source: str
+    licence: str | None
+    hub_id: str | None
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Find out what a source is; hub models and the embedded one are fetched when not cached."""
     text = str(source)
     if text.startswith(EMBEDDED_PREFIX):
-        return _open_gguf(fetch_embedded(text), text)
+        model = find_embedded(text)
+        return _open_gguf(fetch_embedded(text), text)._replace(licence=model.licence, hub_id=model.hub_id)
     path = Path(source).expanduser()
     if path.is_dir():
         return _open_adapter(path) if is_adapter(path) else _open_directory(path, str(path.resolve()))
@@ -180,8 +236,12 @@ def save_pretrained(
     _check_replaceable(directory)
     with new_directory("the model", directory) as target:
         dtype = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
-        _save_weights(model, target, find_family(hf_config["model_type"]), dtype, max_shard_size)
-        _save_configs(target, hf_config, generation_config, dtype)
+        family = find_family(hf_config["model_type"])
+        _save_weights(model, target, family, dtype, max_shard_size)
+        architecture = family.architecture
+        if isinstance(model, SequenceClassifier):
+            architecture = classifier_architecture(hf_config["model_type"])
+        _save_configs(target, hf_config, generation_config, architecture=architecture, dtype=dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         if model_card is not None:
@@ -204,11 +264,13 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
         return _Renamed(family, SafetensorsDirectory(directory))
 
     return Checkpoint(
-        config=json.loads(config_file.read_text()),
-        generation_config=json.loads(generation_file.read_text()) if generation_file.is_file() else {},
+        config=_read_json(config_file),
+        generation_config=_read_json(generation_file) if generation_file.is_file() else {},
         tensors=tensors,
         tokenizer=lambda: _open_tokenizer(directory),
         source=source,
+        licence=read_licence(directory),
+        hub_id=None,
     )
 
 
@@ -235,6 +297,10 @@ def _open_adapter(directory: Path) -> Checkpoint:
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path, path.read_bytes())
+
+
 def _open_gguf(path: Path, source: str) -> Checkpoint:
     file = GgufFile(path)
     return Checkpoint(
@@ -243,20 +309,22 @@ def _open_gguf(path: Path, source: str) -> Checkpoint:
         tensors=lambda family, names: file.tensors(names),
         tokenizer=file.tokenizer,
         source=source,
+        licence=file.licence,
+        hub_id=None,
     )
 
 
 def _open_hub(hub_id: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin.index.json"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin.index.json", "README.md"]
     try:
         path = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
         ) from error
-    return _open_directory(path, f"{hub_id}@{path.name}")
+    return _open_directory(path, f"{hub_id}@{path.name}")._replace(hub_id=hub_id)
 
 
 class _Renamed:
@@ -266,31 +334,47 @@ class _Renamed:
         self._names, self._tensors = canonical_names(family, tensors.shapes), tensors
         self.shapes = {name: tensors.shapes[own] for name, own in self._names.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        return self._tensors.read(self._names[name])
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._tensors.read(self._names[name], rows)
 
 
-def _read(
-    binding: Binding, tensors: Tensors, shapes: dict[str, tuple[int, ...]], dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters of one binding, filled layer by layer."""
-    arrays = [np.empty(shapes[leaf], dtype) for leaf in binding.leaves]
-    stacks = _stacks(binding, arrays)
-    for index, name in enumerate(binding.names):
-        for stack, part in zip(stacks, binding.to_ours(tensors.read(name)), strict=True):
-            stack[index] = part
-    while arrays:
-        yield binding.leaves[-len(arrays)], arrays.pop(0)
+def _load(
+    make: Callable[[], Decoder],
+    checkpoint: Checkpoint,
+    family: Family,
+    *,
+    dtype: np.dtype,
+    placement: Placement | None,
+) -> Any:
+    """A model of which only shapes are made, filled with the checkpoint's tensors."""
+    abstract = nnx.eval_shape(make)
+    graphdef, state = nnx.split(abstract)
+    shapes = {path: leaf.shape for path, leaf in _flatten(nnx.to_pure_dict(state)).items()}
+    bindings = bind(family, abstract.config, shapes)
+    tensors = checkpoint.tensors(family, [name for binding in bindings for name in binding.names])
+    check_tensors(family, bindings, tensors.shapes, checkpoint.source)
+    values = load_parameters(bindings, tensors, shapes, dtype=dtype, placement=placement)
+    nnx.replace_by_pure_dict(state, _unflatten(values))
+    return nnx.merge(graphdef, state)
+
+
+def _require_classifier(checkpoint: Checkpoint) -> None:
+    model_type = str(checkpoint.config.get("model_type", "(none)"))
+    allowed, found = classifier_architecture(model_type), checkpoint.config.get("architectures")
+    if allowed is None or allowed not in (found or []):
+        raise ValueError(
+            f"{checkpoint.source}: architectures is {found}; allowed for a classifier or reward model of "
+            f"model_type {model_type} is {allowed or 'none: transformers has none'}"
+        )
+
+
+def _is_classifier(config: dict[str, Any]) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
 
 
 def _stacks(binding: Binding, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Views with one leading axis that counts the binding's tensors."""
-    num_leading = binding.rule.theirs.count("{")
-    return [array.reshape(len(binding.names), *array.shape[num_leading:]) for array in arrays]
-
-
-def _place(path: str, array: np.ndarray, placement: Placement | None) -> jax.Array:
-    return jnp.asarray(array) if placement is None else jax.device_put(array, placement(path, array.shape))
+    return [array.reshape(len(binding.names), *array.shape[binding.num_leading :]) for array in arrays]
 
 
 def _save_weights(model: Decoder, target: Path, family: Family, dtype: np.dtype, max_shard_size: int) -> None:
@@ -343,13 +427,18 @@ def _save_shard(
 
 
 def _save_configs(
-    target: Path, hf_config: dict[str, Any], generation_config: dict[str, Any] | None, dtype: np.dtype
+    target: Path,
+    hf_config: dict[str, Any],
+    generation_config: dict[str, Any] | None,
+    *,
+    architecture: str | None,
+    dtype: np.dtype,
 ) -> None:
     config = {
         key: value for key, value in hf_config.items() if key != "torch_dtype" and not key.startswith("_")
     }
     config |= {
-        "architectures": [find_family(hf_config["model_type"]).architecture],
+        "architectures": [architecture],
         "dtype": dtype.name,
         "transformers_version": transformers.__version__,
     }

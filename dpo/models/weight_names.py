@@ -96,6 +96,8 @@ _POST_NORMS = _rules(
     attention_output_norm="post_attention_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
 )
+SCORE_RULES = _rules("", score="score")
+"""The head of a sequence classifier, the same in all families."""
 HEAD_NORM_RULES = _rules(_LAYER + "self_attn.", q_head_norm="q_norm", k_head_norm="k_norm")
 LLAMA_RULES = (*_ENDS, *_PROJECTIONS, *_GATED_MLP, *_PRE_NORMS)
 GEMMA2_RULES = (

@@ -1,18 +1,22 @@
-"""Named tensors in files: validated safetensors and GGUF, read one tensor at a time."""
+"""Named tensors in safetensors files: all headers are checked before any data is read, and read by rows."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000
-"""Longest safetensors header that is read; the format's own limit."""
+"""Longest safetensors header, or index of a sharded model, that is read; the format's own limit."""
+MAX_AXES = 8
+MAX_SIZE = 2**48
+"""Longest axis of a tensor."""
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -20,6 +24,14 @@ SAFETENSORS_DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+"""Dtypes of weights that are read."""
+
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
+_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16)
+_BITS |= dict.fromkeys(("I32", "U32", "F32"), 32)
+_BITS |= dict.fromkeys(("I64", "U64", "F64"), 64)
+"""Bits of an element of every dtype of the format."""
 
 
 @runtime_checkable
@@ -28,7 +40,9 @@ class Tensors(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or a run of its rows (indices of the first axis)."""
+        ...
 
 
 class _Entry(NamedTuple):
@@ -46,15 +60,27 @@ class SafetensorsDirectory:
         self._entries = _read_directory(directory)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file; `ValueError` for a dtype that is not floating."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor or a run of its rows, in the dtype of the file.
+
+        Raises:
+          ValueError: for a dtype that is not floating, or a file that was cut since its header was read.
+        """
         path, begin, _, dtype, shape = self._entries[name]
         if dtype not in SAFETENSORS_DTYPES:
             raise ValueError(
                 f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(SAFETENSORS_DTYPES)}"
             )
+        stored = SAFETENSORS_DTYPES[dtype]
+        if shape:
+            start, stop, _ = rows.indices(shape[0])
+            begin += start * math.prod(shape[1:]) * stored.itemsize
+            shape = (max(stop - start, 0), *shape[1:])
         count = math.prod(shape)
-        return np.fromfile(path, SAFETENSORS_DTYPES[dtype], count=count, offset=begin).reshape(shape)
+        values = np.fromfile(path, stored, count=count, offset=begin)
+        if values.size != count:
+            raise ValueError(f"{path}: tensor {name} ends after {values.size} of {count} elements")
+        return values.reshape(shape)
 
 
 def read_safetensors_header(path: Path) -> dict[str, _Entry]:
@@ -62,6 +88,8 @@ def read_safetensors_header(path: Path) -> dict[str, _Entry]:
 
     The data must be exactly covered by the tensors, none overlapping, before any of it is read.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -70,12 +98,31 @@ def read_safetensors_header(path: Path) -> dict[str, _Entry]:
                 f"{path}: header of {length} bytes in a file of {size}; allowed is up to "
                 f"{min(MAX_HEADER_BYTES, max(size - 8, 0))}"
             )
-        header = _parse_header(path, file.read(length))
-    header.pop("__metadata__", None)
+        header = read_json_object(path, file.read(length))
+    _check_metadata(path, header.pop("__metadata__", {}))
     start = 8 + length
     entries = {name: _check_entry(path, name, value, start, size) for name, value in header.items()}
     _check_cover(path, entries, start, size)
     return entries
+
+
+def read_json_object(path: Path, content: bytes) -> dict[str, Any]:
+    """A JSON object; `ValueError` for anything else, and for a name that is there twice."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = sorted(name for name, count in Counter(names).items() if count > 1)
+            raise ValueError(f"duplicate names {twice}")
+        return dict(pairs)
+
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be a JSON object, not {type(found).__name__}")
+    return found
 
 
 def _read_directory(directory: Path) -> dict[str, _Entry]:
@@ -104,7 +151,9 @@ def _read_directory(directory: Path) -> dict[str, _Entry]:
 
 def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
     """All tensors named by an index, each from the file that the index says."""
-    weight_map = _parse_header(index, index.read_bytes()).get("weight_map")
+    if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
+        raise ValueError(f"{index} must be a file of at most {MAX_HEADER_BYTES} bytes")
+    weight_map = read_json_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: weight_map must map tensor names to file names")
     entries: dict[str, _Entry] = {}
@@ -126,42 +175,31 @@ def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _parse_header(path: Path, content: bytes) -> dict:
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"duplicate names {sorted({name for name in names if names.count(name) > 1})}")
-        return dict(pairs)
-
-    try:
-        header = json.loads(content, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a valid JSON header: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: the header must be a JSON object, not {type(header).__name__}")
-    return header
+def _check_metadata(path: Path, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ must map names to texts")
 
 
 def _check_entry(path: Path, name: str, value: object, start: int, size: int) -> _Entry:
     def natural(item: object) -> bool:
-        return type(item) is int and item >= 0
+        return type(item) is int and 0 <= item <= MAX_SIZE
 
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
-            if all(map(natural, [*shape, begin, end])) and begin <= end and start + end <= size:
-                width = SAFETENSORS_DTYPES[dtype].itemsize if dtype in SAFETENSORS_DTYPES else None
-                if width is None or math.prod(shape) * width == end - begin:
-                    return _Entry(path, start + begin, start + end, dtype, tuple(shape))
+            fits = len(shape) <= MAX_AXES and all(map(natural, [*shape, begin, end]))
+            fits = fits and dtype in _BITS and begin <= end and start + end <= size
+            if fits and math.prod(shape) * _BITS[dtype] == 8 * (end - begin):
+                return _Entry(path, start + begin, start + end, dtype, tuple(shape))
     raise ValueError(
-        f"{path}: tensor {name} is {value!r}; allowed is a dtype, a shape and data_offsets that agree and "
-        f"lie in the {size - start} bytes of data"
+        f"{path}: tensor {name} is {str(value)[:200]}; allowed is a dtype of the format, at most {MAX_AXES} "
+        f"axes, and data_offsets that agree with them and lie in the {size - start} bytes of data"
     )
 
 
 def _check_cover(path: Path, entries: dict[str, _Entry], start: int, size: int) -> None:
     """Tensors follow one another without gap or overlap and end with the file."""
     position = start
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             kind = "overlaps" if entry.begin < position else "leaves a gap after"
             raise ValueError(f"{path}: tensor {name} at byte {entry.begin} {kind} the tensor before it")

@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
-from dpo.models.pretrained import save_pretrained
+from dpo.models.pretrained import Pretrained, save_pretrained
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
+from dpo.training.model_card import count_parameters, model_card
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.sharding import make_mesh
 from dpo.training.step import init_state
+from dpo.training.tracking import METRICS_FILE, read_metrics
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
@@ -42,15 +46,57 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     if given.format == "adapter":
         output = given.output or Path(given.run) / ADAPTER_DIRECTORY
         return export_adapters(policy, state.params, output, source=config.model.source), step
+    pretrained, model = policy.pretrained, plain_model(policy, state.params)
+    dtype = choose_dtype(given.dtype, pretrained)
     path = save_pretrained(
-        plain_model(policy, state.params),
+        model,
         given.output or Path(given.run) / "export",
-        hf_config=policy.pretrained.config,
-        tokenizer=policy.pretrained.tokenizer,
-        generation_config=policy.pretrained.generation_config,
-        dtype=jnp.dtype(given.dtype),
+        hf_config=pretrained.config,
+        tokenizer=pretrained.tokenizer,
+        generation_config=pretrained.generation_config,
+        dtype=jnp.dtype(dtype),
+        model_card=model_card(
+            config,
+            pretrained,
+            num_steps=step,
+            num_parameters=count_parameters(model),
+            dtype=dtype,
+            metrics=heldout_metrics(given.run, step),
+        ),
     )
     return path, step
+
+
+def choose_dtype(dtype: str, base: Pretrained) -> str:
+    """The dtype of the written weights; `base` is what the base model's configuration says of its own.
+
+    Raises:
+      ValueError: when it says nothing, or nothing that is supported.
+    """
+    if dtype != "base":
+        return dtype
+    found = base.config.get("dtype") or base.config.get("torch_dtype")
+    if found not in DTYPES:
+        raise ValueError(
+            f"dtype is base, but the configuration of {base.source} has dtype {found!r}; allowed: "
+            + ", ".join(DTYPES)
+        )
+    return found
+
+
+def heldout_metrics(run_dir: str | Path, step: int) -> dict[str, float] | None:
+    """What metrics.jsonl has of the held-out data after `step` updates."""
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        return None
+    found = {
+        name.removeprefix("eval/"): float(value)
+        for line in read_metrics(path)
+        if line["step"] == step
+        for name, value in line.items()
+        if name.startswith("eval/")
+    }
+    return found or None
 
 
 def _choose_step(checkpoints: Checkpoints, directory: Path, step: int | None) -> int:

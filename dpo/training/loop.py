@@ -33,6 +33,7 @@ from dpo.training.identity import Identity, reference_identity, run_identity, se
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
 from dpo.training.lock import exclusive
 from dpo.training.metrics import Metrics
+from dpo.training.model_card import count_parameters, model_card
 from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.reference import ReferenceStore, Score
@@ -360,13 +361,21 @@ def _finish(
     best: int | None,
 ) -> RunResult:
     """Export the policy and write the summary, last: a run that has one is finished."""
-    pretrained = run.policy.pretrained
+    pretrained, model = run.policy.pretrained, plain_model(run.policy, state.params)
     export = save_pretrained(
-        plain_model(run.policy, state.params),
+        model,
         run.run_dir / "export",
         hf_config=pretrained.config,
         tokenizer=pretrained.tokenizer,
         generation_config=pretrained.generation_config,
+        model_card=model_card(
+            run.config,
+            pretrained,
+            num_steps=run.num_steps,
+            num_parameters=count_parameters(model),
+            dtype="float32",
+            metrics=metrics,
+        ),
     )
     if run.config.lora.is_on:
         directory = run.run_dir / ADAPTER_DIRECTORY

@@ -31,7 +31,7 @@ from dpo.models.embedded import cache_directory
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.quantized import BaseDtype, hold
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
-from dpo.training.sharding import parameter_sharding, place_batch, row_multiple
+from dpo.training.sharding import parameter_placement, parameter_sharding, place_batch, row_multiple
 from dpo.training.step import Params, make_eval_step
 
 SINGLE_RESPONSE = frozenset({*UNPAIRED, "sft"})
@@ -75,7 +75,7 @@ def enable_compilation_cache() -> None:
 def load_policy(
     config: ModelConfig, mesh: Mesh, *, source: str | None = None, base_dtype: BaseDtype = "float32"
 ) -> Policy:
-    """Load a model, `config.source` when no other source is given, and place it on the mesh.
+    """Load a model, `config.source` when no other source is given, straight into its places on the mesh.
 
     A model that is not trained may be held in a smaller `base_dtype`.
     """
@@ -83,11 +83,12 @@ def load_policy(
         source or config.source,
         compute_dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
+        placement=parameter_placement(mesh),
     )
     hold(pretrained.model, base_dtype)
     graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-    params = jax.device_put(params, parameter_sharding(mesh, params))
+    params = jax.device_put(params, parameter_sharding(mesh, params))  # what `hold` made anew
     return Policy(pretrained, graphdef, params, frozen, fingerprint_parameters(params))
 
 

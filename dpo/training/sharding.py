@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.config import MeshConfig
 from dpo.data.batch import ROW_FIELDS, Batch
+from dpo.models.loading import Placement
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -67,13 +68,20 @@ def parameter_sharding(mesh: Mesh, params: Any, rules: Rules = PARAMETER_RULES) 
 
     A dimension that its axis does not divide is left whole.
     """
+    place = parameter_placement(mesh, rules)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: place(jax.tree_util.keystr(path), leaf.shape), params
+    )
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path)
-        spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+def parameter_placement(mesh: Mesh, rules: Rules = PARAMETER_RULES) -> Placement:
+    """The same for one parameter, by its path and shape: what `load_pretrained` puts it into."""
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        spec = next(spec for pattern, spec in rules if re.search(pattern, path))
+        return NamedSharding(mesh, _fit(spec, shape, mesh))
+
+    return place
 
 
 def place_batch(mesh: Mesh, batch: Batch) -> Batch:

@@ -53,7 +53,7 @@ def test_any_importable_function_is_a_reward(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vadr", "judge is 'vadr'; allowed: vader, first, longer, endpoint, local:MODEL, module:function"),
+        ("vadr", "judge is 'vadr'; allowed: vader, first, longer, endpoint, local:MODEL, reward_model:DIR, "),
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("json:no_such", "has no attribute 'no_such'"),
         ("sys:version", "is not a function"),

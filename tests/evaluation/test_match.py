@@ -197,7 +197,7 @@ def test_without_a_run_all_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_reward_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
-    with pytest.raises(ValueError, match=r"is a reward model; allowed here .* wrapped as module:function"):
+    with pytest.raises(ValueError, match="a reward model is the judge reward_model:"):
         match.local_source(f"local:{tmp_path}")
 
 

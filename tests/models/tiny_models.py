@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,22 @@ import safetensors.numpy
 from flax import nnx
 
 from dpo.models.binding import bind
-from dpo.models.decoder import Decoder
+from dpo.models.classifier import SequenceClassifier
+from dpo.models.decoder import Decoder, DecoderConfig
+from dpo.models.families import FAMILIES, classifier_architecture
 from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
 
 ORACLES = Path(__file__).with_name("oracles.json")
-TOKENS = (np.arange(48).reshape(2, 24) * 29 + 5) % 89
-"""Two prompts; longer than the windows and the original lengths of the cases."""
+
+
+def tokens_of(seed: int) -> np.ndarray:
+    """Two prompts; longer than the windows and the original lengths of the cases."""
+    return (np.arange(48).reshape(2, 24) * (29 + seed) + 5 * (seed + 1)) % 89
+
+
+TOKENS = tokens_of(0)
+SEQUENCES = [TOKENS[0].tolist(), TOKENS[1, :17].tolist(), [*TOKENS[0, :20].tolist(), 0, 0]]
+"""For classifiers; the last ends with what most cases call padding, as a response does where that is EOS."""
 
 _SIZES = {
     "vocab_size": 89,
@@ -165,29 +176,52 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 """Name, `model_type` and optionally a variant, → configuration."""
+CLASSIFIERS = [name for name in FAMILIES if classifier_architecture(name) is not None]
+"""Families with a sequence classifier."""
 
 
 def case_config(case: str) -> dict[str, Any]:
     return {"model_type": case.split("-")[0], **CASES[case]}
 
 
-def tensor_values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def tensor_values(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Weights large enough that attention is far from uniform and every part matters."""
-    noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
+    noise = np.random.default_rng(zlib.crc32(name.encode()) + seed).normal(size=shape).astype(np.float32)
     if name.endswith("bias"):
         return 0.1 * noise
     return 1 + 0.2 * noise if len(shape) == 1 else 0.25 * noise
 
 
-def write_checkpoint(directory: Path, case: str) -> Path:
-    """A model directory of the case, by our own weight-name table."""
-    config = case_config(case)
+def write_checkpoint(directory: Path, case: str | dict[str, Any], seed: int = 0, **choices: Any) -> Path:
+    """A model directory of a case (or configuration), by our own weight-name table; `choices` change it."""
+    config = (case_config(case) if isinstance(case, str) else case) | choices
+    return _write(directory, config, lambda decoder: Decoder(decoder, rngs=nnx.Rngs(0)), seed)
+
+
+def write_classifier(directory: Path, case: str, num_labels: int = 1) -> Path:
+    """The same decoder with a head for sequence classification."""
+    config = case_config(case) | {
+        "architectures": [classifier_architecture(case.split("-")[0])],
+        "id2label": {str(i): f"LABEL_{i}" for i in range(num_labels)},
+    }
+
+    def make(decoder: DecoderConfig) -> SequenceClassifier:
+        return SequenceClassifier(decoder, num_labels=num_labels, pad_token_id=None, rngs=nnx.Rngs(0))
+
+    return _write(directory, config, make)
+
+
+def _write(
+    directory: Path, config: dict[str, Any], make: Callable[[DecoderConfig], Decoder], seed: int = 0
+) -> Path:
     family, decoder = read_config(config)
-    state = nnx.state(nnx.eval_shape(lambda: Decoder(decoder, rngs=nnx.Rngs(0))), nnx.Param)
-    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    model = nnx.eval_shape(lambda: make(decoder))
+    shapes = {
+        ".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
     tensors = {
-        name: tensor_values(name, binding.shape)
-        for binding in bind(family, decoder, shapes)
+        name: tensor_values(name, binding.shape, seed)
+        for binding in bind(family, model.config, shapes)
         for name in binding.names
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -202,5 +236,5 @@ def batch_arrays(tokens: np.ndarray) -> tuple[jnp.ndarray, ...]:
     return jnp.asarray(tokens), positions, jnp.ones_like(positions), jnp.zeros_like(positions)
 
 
-def load_case(directory: Path, case: str, **choices: Any) -> Decoder:
-    return load_decoder(open_checkpoint(write_checkpoint(directory, case)), **choices)
+def load_case(directory: Path, case: str, seed: int = 0, **choices: Any) -> Decoder:
+    return load_decoder(open_checkpoint(write_checkpoint(directory, case, seed)), **choices)

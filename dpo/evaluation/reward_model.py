@@ -1,0 +1,97 @@
+"""A reward model as judge: a sequence classifier with one label, through our own decoders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from dpo.data.tokenization import tokenize_answers
+from dpo.evaluation.judges import Question, Verdict, verdict_of_rewards
+from dpo.models.classifier import classify
+from dpo.models.pretrained import count_labels, load_classifier, open_checkpoint
+
+PREFIX = "reward_model:"
+
+
+class RewardModelJudge:
+    """Prefers the response whose conversation, chat template applied, has the higher score."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        identity: str,
+        compute_dtype: str = "float32",
+        batch_size: int = 16,
+    ) -> None:
+        """`identity` stands for the weights at `source`, which are loaded with the first question.
+
+        Raises:
+          ValueError: for a classifier that does not have one label.
+        """
+        labels = count_labels(open_checkpoint(source))
+        if labels != 1:
+            raise ValueError(f"judge {PREFIX}{source}: the model has {labels} labels; a reward model has 1")
+        self._source, self._weights = source, identity
+        self._compute_dtype, self._batch_size = compute_dtype, batch_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights (tokenizer and chat template among them) and dtype."""
+        return {
+            "judge": "reward_model",
+            "model": self._source,
+            "weights": self._weights,
+            "compute_dtype": self._compute_dtype,
+        }
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        """A verdict as soon as both rewards are there; a text that stands in several questions is read once.
+
+        Raises:
+          ValueError: where the chat template refuses a conversation, or a text is too long for the model.
+        """
+        place: dict[str, int] = {}
+        pairs: list[list[int]] = []
+        for prompt, *responses in questions:
+            keys = [json.dumps([prompt, response]) for response in responses]
+            pairs.append([place.setdefault(key, len(place)) for key in keys])
+        waiting: dict[int, list[int]] = {i: [] for i in place.values()}
+        for number, pair in enumerate(pairs):
+            for i in set(pair):
+                waiting[i].append(number)
+        rewards: dict[int, float] = {}
+        prompts, responses = zip(*map(json.loads, place), strict=True) if place else ((), ())
+        for i, reward in self._score(prompts, responses):
+            rewards[i] = reward
+            for number in waiting[i]:
+                first, second = pairs[number]
+                if first in rewards and second in rewards:
+                    yield number, verdict_of_rewards(rewards[first], rewards[second])
+
+    def _score(
+        self, prompts: Sequence[str | Sequence[Mapping[str, str]]], responses: Sequence[str]
+    ) -> Iterator[tuple[int, float]]:
+        checkpoint = open_checkpoint(self._source)
+        model = load_classifier(checkpoint, compute_dtype=jnp.dtype(self._compute_dtype))
+        sequences = tokenize_answers(prompts, responses, checkpoint.tokenizer())
+        scored = classify(model, sequences, batch_size=self._batch_size)
+        yield from ((i, float(logits[0])) for i, logits in scored)
+
+
+def reward_model_source(judge: str) -> str | None:
+    """The DIR of `reward_model:DIR`, or None for another judge.
+
+    Raises:
+      ValueError: where nothing follows the colon.
+    """
+    if not judge.startswith(PREFIX):
+        return None
+    source = judge.removeprefix(PREFIX)
+    if not source:
+        raise ValueError(f"judge is {judge!r}; allowed: {PREFIX}DIR, a directory or hub id of a reward model")
+    return str(Path(source).expanduser()) if Path(source).expanduser().exists() else source

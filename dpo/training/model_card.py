@@ -1,0 +1,200 @@
+"""The model card (README.md) of an export: what it is, how to load it, how it was made, what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from flax import nnx
+
+from dpo.config import Config
+from dpo.losses import reward_scale
+from dpo.models.decoder import Decoder
+from dpo.models.pretrained import Pretrained
+
+METRICS = {
+    "rewards/accuracies": "share of pairs that the implicit reward orders as the data do",
+    "rewards/margins": "implicit reward of the better response minus the worse one's",
+    "rewards/chosen": "implicit reward of the better response",
+    "rewards/rejected": "implicit reward of the worse response",
+    "logps/chosen": "log-prob of the better response, nats",
+    "logps/rejected": "log-prob of the worse response, nats",
+}
+"""Held-out metrics on the card, and what they are."""
+
+_LEFT_OUT = {
+    "model": ("reference_store",),
+    "training": (
+        *("resume", "allow_changed", "trackers", "keep_checkpoints", "keep_best", "save_every"),
+        *("save_minutes", "eval_every", "eval_samples", "eval_max_new_tokens"),
+    ),
+}
+"""Settings that do not change the model."""
+
+
+def model_card(
+    config: Config,
+    base: Pretrained,
+    *,
+    num_steps: int,
+    num_parameters: int,
+    dtype: str,
+    metrics: Mapping[str, float] | None,
+) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    `metrics` are those of the held-out data after `num_steps` updates, if they were evaluated then.
+    """
+    name = _base_name(config, base)
+    objectives = config.objectives or [config.objective]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(_front_matter(config, base), sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# {name.rpartition('/')[2]}, {' + '.join(objective['name'] for objective in objectives)}",
+            "",
+            f"A causal language model ({base.config['model_type']}, {num_parameters / 1e6:.1f} M parameters, "
+            f"{dtype}), fine-tuned from {name} on preferences with `dpo`.",
+            "",
+            *_how_to_load(),
+            *_how_it_was_made(config, base, name, num_steps),
+            *_heldout(config, metrics),
+            *_settings(config),
+        ]
+    )
+
+
+def count_parameters(model: Decoder) -> int:
+    """How many numbers a model has; a tied output projection counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _front_matter(config: Config, base: Pretrained) -> dict[str, Any]:
+    objectives = config.objectives or [config.objective]
+    matter: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": base.licence or "unknown",
+        "tags": [
+            "preference-optimization",
+            *dict.fromkeys(objective["name"] for objective in objectives),
+        ],
+    }
+    if base.hub_id is not None:
+        matter |= {"base_model": base.hub_id, "base_model_relation": "finetune"}
+    return matter
+
+
+def _base_name(config: Config, base: Pretrained) -> str:
+    """The hub's name for it, or the name of its directory or file; never a path on this machine."""
+    return base.hub_id or Path(config.model.source).name
+
+
+def _how_to_load() -> list[str]:
+    return [
+        "## How to load it",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY OR HUB ID")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY OR HUB ID")',
+        "```",
+        "",
+        'or `dpo generate DIRECTORY "…"`.',
+        "",
+    ]
+
+
+def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int) -> list[str]:
+    data, training, optimizer = config.data, config.training, config.optimizer
+    specification = config.objectives or config.objective
+    rows = {
+        "base model": name,
+        "loaded from": _data(config.model.source),
+        "licence of the base": base.licence or "not stated where it was loaded from",
+        "reference": _data(config.model.reference or "the base model"),
+        "trained": _trained(config),
+        "objective": "; ".join(map(_objective, config.objectives or [config.objective])),
+        "beta": f"{reward_scale(specification):g}",
+        "training data": _data(data.train),
+        "held-out data": "none" if data.eval is None else _data(data.eval),
+        "steps": f"{num_steps} of {training.batch_size} prompts",
+        "optimiser": f"AdamW, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}",
+        "longest prompt plus response": f"{data.max_length} tokens ({data.truncation})",
+        "seed": str(training.seed),
+        "software": ", ".join(f"{package} {version(package)}" for package in ("dpo", "jax", "transformers")),
+    }
+    return [
+        "## How it was made",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+    ]
+
+
+def _trained(config: Config) -> str:
+    lora = config.lora
+    if not lora.is_on:
+        return "all weights"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    start = f"of rank {lora.rank}" if lora.init is None else f"starting as {_data(lora.init)}"
+    return f"{kind} adapters {start}, merged into the weights"
+
+
+def _data(source: str) -> str:
+    """A hub id, or the name of a file or directory here."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def _objective(specification: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in specification.items() if key != "name")
+    return specification["name"] + (f" ({settings})" if settings else "")
+
+
+def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:
+    if not metrics:
+        return ["## Held-out metrics", "", "Not evaluated at this step.", ""]
+    assert config.data.eval is not None
+    rows = [f"| {METRICS[name]} (`{name}`) | {metrics[name]:.4f} |" for name in METRICS if name in metrics]
+    return [
+        "## Held-out metrics",
+        "",
+        f"On {_data(config.data.eval)}, against the reference. Rewards are β (log policy − log reference).",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *rows,
+        "",
+        "They say how the policy ranks given responses, not whether its own are good, safe or true.",
+        "",
+    ]
+
+
+def _settings(config: Config) -> list[str]:
+    """What `dpo train --config FILE` needs to do it again."""
+    settings = asdict(config)
+    del settings["run_dir"], settings["mesh"]
+    for section, names in _LEFT_OUT.items():
+        for name in names:
+            del settings[section][name]
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
+    return [
+        "## Settings",
+        "",
+        "`dpo train --config FILE` with this file repeats it:",
+        "",
+        "```yaml",
+        text,
+        "```",
+        "",
+    ]

@@ -1,0 +1,165 @@
+"""A GGUF file is the model that it was made from; a damaged one is an error."""
+
+import contextlib
+import json
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from gguf_checkpoints import BEYOND, CASES, write_gguf, write_pair
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+from tiny_models import TOKENS, batch_arrays, write_checkpoint
+
+from dpo.models import loading
+from dpo.models.gguf_files import ARCHITECTURES, GgufFile
+from dpo.models.gguf_reader import GgufContainer
+from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
+
+KINDS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+
+
+def parameters(source):
+    model = load_decoder(open_checkpoint(source))
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+@pytest.mark.parametrize("case", [*CASES, *BEYOND])
+def test_a_file_is_the_model_it_was_made_from(case, tmp_path):
+    """The same parameters (but for Gemma's scales, stored as 1 + scale) and the same computation."""
+    source, path = write_pair(tmp_path, case)
+    configs = [read_config(open_checkpoint(where).config)[1] for where in (source, path)]
+    assert configs[0] == configs[1]
+    expected, found = parameters(source), parameters(path)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert_allclose(found[name], expected[name], rtol=0, atol=3e-7 if "gemma" in case else 0)
+
+
+def test_every_architecture_has_a_case():
+    assert {case.removesuffix("_text") for case in CASES} == set(ARCHITECTURES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_torch_reads_the_same_from_a_quantised_file(case, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    _, path = write_pair(tmp_path, case, kind="Q8_0")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    model = load_decoder(open_checkpoint(path))
+    assert_allclose(model.logits(model.hidden(*batch_arrays(TOKENS))), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_decoded_by_rows_as_whole(kind, tmp_path):
+    source, path = write_pair(tmp_path, "llama", kind=kind)
+    container = GgufContainer(path)
+    tensor = container.tensors["blk.0.ffn_up.weight"]
+    original = open_checkpoint(source).tensors(read_config(open_checkpoint(source).config)[0], [])
+    quantised = gguf.quantize(original.read("model.layers.0.mlp.up_proj.weight"), tensor.kind)
+    whole = container.read(tensor)
+    assert_array_equal(whole, gguf.dequantize(quantised, tensor.kind))
+    pieces = [container.read(tensor, slice(start, start + 7)) for start in range(0, tensor.shape[0], 7)]
+    assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_small_pieces_make_the_same_model(tmp_path, monkeypatch):
+    _, path = write_pair(tmp_path, "llama", kind="Q8_0")
+    expected = parameters(path)
+    monkeypatch.setattr(loading, "MAX_PIECE_BYTES", 1000)
+    for name, values in parameters(path).items():
+        assert_array_equal(values, expected[name])
+
+
+def test_an_output_projection_that_repeats_the_embedding_is_tied(tmp_path):
+    source = write_checkpoint(
+        tmp_path / "in", {"model_type": "gpt2", **CASES["gpt2"], "tie_word_embeddings": False}
+    )
+    import safetensors.numpy
+
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+    safetensors.numpy.save_file(tensors, source / "model.safetensors")
+    write_gguf(source, tmp_path / "x.gguf")
+    assert GgufFile(tmp_path / "x.gguf").config()["tie_word_embeddings"] is True
+    assert ("lm_head", "embedding") not in parameters(tmp_path / "x.gguf")
+
+
+def test_what_is_missing_is_named(tmp_path):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    with pytest.raises(ValueError, match=r"llama.attention.head_count is None; allowed is a number from 1"):
+        GgufFile(path).config()
+    with pytest.raises(ValueError, match="no tokenizer"):
+        GgufFile(path).tokenizer()
+    writer = gguf.GGUFWriter(path, "clip")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file):
+        step()
+    writer.close()
+    with pytest.raises(ValueError, match="'clip' is not supported; supported: llama, qwen2, qwen3"):
+        GgufFile(path)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("gguf"), "qwen2", kind="Q8_0")[1].read_bytes()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cut=st.integers(0, 3000) | st.just(0),
+    flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=4),
+)
+def test_damage_is_an_error_or_harmless(tmp_path, small_file, cut, flips):
+    """Truncations and changed bytes: a `ValueError`, or a configuration and tensors inside the file."""
+    path = tmp_path / "x.gguf"
+    content = bytearray(small_file)
+    for position, byte in flips:
+        content[position % len(content)] = byte
+    path.write_bytes(content[: len(content) - cut])
+    with contextlib.suppress(ValueError):
+        file = GgufFile(path)
+        json.dumps(file.config())
+        tensors = file.tensors([])
+        for name in tensors.shapes:
+            with np.errstate(all="ignore"):
+                assert tensors.read(name).shape == tensors.shapes[name]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200))
+def test_no_bytes_after_the_magic_are_more_than_an_error(tmp_path, content):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF\3\0\0\0" + content)
+    with contextlib.suppress(ValueError):
+        GgufFile(path)
+
+
+def test_counts_beyond_the_file_are_refused_at_once(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 16)
+    with pytest.raises(ValueError, match="not a readable GGUF file: 8 bytes at byte 24"):
+        GgufFile(path)
+    huge_array = b"\1\0\0\0\0\0\0\0k" + b"\x09\0\0\0" + b"\4\0\0\0" + b"\xff\xff\xff\xff\0\0\0\0"
+    path.write_bytes(b"GGUF\3\0\0\0" + b"\0" * 8 + b"\1" + b"\0" * 7 + huge_array)
+    with pytest.raises(ValueError, match="17179869180 bytes at byte"):
+        GgufFile(path)
+
+
+def test_parameters_have_the_dtype_that_was_asked_for(tmp_path):
+    _, path = write_pair(tmp_path, "qwen2", kind="F16")
+    model = load_decoder(open_checkpoint(path), param_dtype=jnp.bfloat16)
+    assert model.embed_tokens.embedding[...].dtype == jnp.bfloat16

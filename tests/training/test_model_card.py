@@ -1,0 +1,115 @@
+"""A model card says what was done, in terms that hold elsewhere, and the hub can read its front matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo.command_line import load_config
+from dpo.config import Config, DataConfig, ModelConfig
+from dpo.models.licences import read_front_matter, read_licence
+from dpo.models.pretrained import Pretrained
+from dpo.training.export import choose_dtype, heldout_metrics
+from dpo.training.model_card import model_card
+
+METRICS = {"rewards/accuracies": 0.75, "rewards/margins": 0.5, "lengths/chosen": 12.0}
+
+
+def base(**changes) -> Pretrained:
+    fields = {
+        "config": {"model_type": "llama", "dtype": "bfloat16"},
+        "licence": "apache-2.0",
+        "hub_id": "them/Base-1B",
+    }
+    fields |= {"model": None, "generation_config": {}, "tokenizer": None, "source": "them/Base-1B@abc"}
+    return Pretrained(**fields | changes)
+
+
+def card(config: Config, pretrained: Pretrained, metrics=METRICS) -> str:
+    return model_card(
+        config, pretrained, num_steps=41, num_parameters=134_500_000, dtype="float32", metrics=metrics
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    data = tmp_path / "private" / "pairs.jsonl"
+    data.parent.mkdir()
+    data.write_text("")
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(source="them/Base-1B"),
+        data=DataConfig(train=str(data), eval="hub/preferences"),
+        objective={"name": "ipo", "beta": 0.3},
+    )
+
+
+def test_the_card_is_filled_from_the_run(config: Config, tmp_path: Path) -> None:
+    text = card(config, base())
+    (tmp_path / "README.md").write_text(text)
+    assert read_front_matter(tmp_path / "README.md") == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "tags": ["preference-optimization", "ipo"],
+        "base_model": "them/Base-1B",
+        "base_model_relation": "finetune",
+    }
+    for part in (
+        "# Base-1B, ipo",
+        "llama, 134.5 M parameters, float32",
+        "| objective | ipo (beta 0.3) |",
+        "| beta | 0.3 |",
+        "| training data | pairs.jsonl |",
+        "| held-out data | hub/preferences |",
+        "| steps | 41 of 8 prompts |",
+        "| share of pairs that the implicit reward orders as the data do (`rewards/accuracies`) | 0.7500 |",
+        "AutoModelForCausalLM.from_pretrained",
+    ):
+        assert part in text, part
+
+
+def test_its_settings_repeat_the_run(config: Config, tmp_path: Path) -> None:
+    text = card(config, base())
+    (tmp_path / "config.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert load_config(tmp_path / "config.yaml").objective == config.objective
+    assert "run_dir" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+def test_what_is_not_known_is_said_so(config: Config) -> None:
+    text = card(config, base(licence=None, hub_id=None), metrics=None)
+    assert "license: unknown" in text
+    assert "| licence of the base | not stated where it was loaded from |" in text
+    assert "base_model:" not in text
+    assert "Not evaluated at this step." in text
+
+
+def test_a_licence_is_read_from_front_matter_only(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    assert read_licence(tmp_path) is None
+    readme.write_text("---\nlicense: mit\ntags: [x]\n---\n# Model\nlicense: other")
+    assert read_licence(tmp_path) == "mit"
+    for text in ("license: mit", "---\n[unclosed\n---\n", "---\n- a list\n---\n", "---\nlicense: 4\n---\n"):
+        readme.write_text(text)
+        assert read_licence(tmp_path) is None
+
+
+def test_the_dtype_of_the_base_is_kept_where_asked() -> None:
+    assert choose_dtype("base", base()) == "bfloat16"
+    assert choose_dtype("float16", base()) == "float16"
+    with pytest.raises(ValueError, match=r"dtype None; allowed: float32, bfloat16, float16"):
+        choose_dtype("base", base(config={"model_type": "llama"}))
+
+
+def test_heldout_metrics_are_those_of_the_step(tmp_path: Path) -> None:
+    assert heldout_metrics(tmp_path, 2) is None
+    lines = [
+        '{"step": 2, "loss": 0.5}',
+        '{"step": 2, "eval/rewards/accuracies": 0.7}',
+        '{"step": 4, "eval/x": 1.0}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert heldout_metrics(tmp_path, 2) == {"rewards/accuracies": 0.7}
+    assert heldout_metrics(tmp_path, 3) is None
