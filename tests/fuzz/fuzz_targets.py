@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import shutil
 import struct
 import tempfile
@@ -22,10 +23,11 @@ MESSAGES = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "co
 
 @cache
 def folder(name: str) -> Path:
-    """A scratch folder, in memory where there is such a place."""
+    """A scratch folder, in memory where there is such a place; a forked child leaves it to its maker."""
+    owner = os.getpid()
     memory = Path("/dev/shm")
     root = tempfile.mkdtemp(prefix="dpo-fuzz-", dir=memory if memory.is_dir() else None)
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(root, ignore_errors=True))
     path = Path(root) / name
     path.mkdir()
     return path
