@@ -20,7 +20,7 @@ from dpo.data.preferences import Preference
 from dpo.data.tokenization import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
-from dpo.training.setup import load_policy, scoring_loader, tokenize_preferences
+from dpo.training.setup import Policy, load_policy, scoring_loader, tokenize_preferences
 from dpo.training.sharding import make_mesh, place_batch
 from dpo.training.step import make_token_step
 
@@ -75,8 +75,13 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     rows = list(dict.fromkeys(pair.row for pair in wanted))
     preferences = [heldout.preferences[row] for row in rows]
     mesh = make_mesh(config.mesh)
-    policy, tokens, tokenizer = _score(config, config.model.source, preferences, mesh)
-    reference, _, _ = _score(config, config.model.reference, preferences, mesh)
+    policy, tokens, tokenizer = _score(config, load_policy(config.model, mesh), preferences, mesh)
+    reference, _, _ = _score(
+        config,
+        load_policy(config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype),
+        preferences,
+        mesh,
+    )
 
     def side(row: int, place: int) -> dict[str, Any]:
         ids = tokens.responses(row)[place]
@@ -136,10 +141,9 @@ def _one_a_row(pairs: Sequence[OrderedPair], taken: set[int]) -> list[OrderedPai
 
 
 def _score(
-    config: Config, source: str, preferences: Sequence[Preference], mesh: Mesh
+    config: Config, policy: Policy, preferences: Sequence[Preference], mesh: Mesh
 ) -> tuple[list[list[list[float]]], TokenizedDataset, Any]:
     """Log-probs by row, response and token; the tokens; the tokenizer."""
-    policy = load_policy(config.model, mesh, source=source)
     tokenizer = policy.pretrained.tokenizer
     dataset = tokenize_preferences(config.data, preferences, tokenizer)
     assert len(dataset) == len(preferences), "rows that were kept once are kept again"
