@@ -324,6 +324,8 @@ def _open_hub(hub_id: str) -> Checkpoint:
         raise ValueError(
             f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
         ) from error
+    if is_adapter(path):
+        return _open_adapter(path)
     return _open_directory(path, f"{hub_id}@{path.name}")._replace(hub_id=hub_id)
 
 

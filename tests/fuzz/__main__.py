@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jaxtyping import install_import_hook
 install_import_hook("dpo", "beartype.beartype")  # a value of the wrong type inside is a crash, too
 
 from fuzz_run import run  # noqa: E402
-from fuzz_targets import targets  # noqa: E402
+from fuzz_targets import folder, targets  # noqa: E402
 
 
 def main() -> int:
@@ -29,8 +30,11 @@ def main() -> int:
     print("| reader | inputs | read | refused | ways | crashes | seconds | slowest |", flush=True)
     print("|---|---|---|---|---|---|---|---|", flush=True)
     failed = 0
+    given.failures.mkdir(exist_ok=True)
+    print(f"the input that is being read: {folder('last') / 'input'}", file=sys.stderr, flush=True)
+    faulthandler.enable()
     for name in given.reader or targets():
-        outcome = run(targets()[name], given.inputs, seed=given.seed)
+        outcome = run(targets()[name], given.inputs, seed=given.seed, last=folder("last") / "input")
         counts = (outcome.inputs, outcome.accepted, outcome.refused, outcome.ways, len(outcome.failures))
         cells = [
             name,
@@ -40,7 +44,6 @@ def main() -> int:
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
         for number, failure in enumerate(outcome.failures):
-            given.failures.mkdir(exist_ok=True)
             path = given.failures / f"{name.replace(' ', '_')}.{given.seed}.{number}"
             path.write_bytes(failure.data)
             print(f"\n{path}\n{failure.what}", file=sys.stderr)

@@ -81,8 +81,13 @@ def is_own_value_error(error: BaseException) -> bool:
     return last.filename.startswith(PACKAGE) and line.startswith("raise")
 
 
-def run(target: Target, inputs: int, *, seed: int = 0, stop_after: int = 20) -> Outcome:
-    """Read the seeds and then so many mutated inputs; ends early after `stop_after` failures."""
+def run(
+    target: Target, inputs: int, *, seed: int = 0, stop_after: int = 20, last: Path | None = None
+) -> Outcome:
+    """Read the seeds and then so many mutated inputs; ends early after `stop_after` failures.
+
+    Each input is in the file `last` while it is read: there it is when the whole process crashes.
+    """
     random = Random(f"{target.name} {seed}")
     pool, seen = list(target.seeds), set[str]()
     counts = {"accepted": 0, "refused": 0}
@@ -91,6 +96,8 @@ def run(target: Target, inputs: int, *, seed: int = 0, stop_after: int = 20) -> 
     done = 0
     with ignoring_warnings(), _watchdog():
         for data in _inputs(target, pool, inputs, random):
+            if last is not None:
+                last.write_bytes(data)
             begun = time.monotonic()
             what, way = _outcome(target, data)
             slowest = max(slowest, time.monotonic() - begun)
