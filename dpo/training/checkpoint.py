@@ -52,6 +52,7 @@ class Checkpoints:
         self._orbax = ocp.StandardCheckpointer()
         self._finisher: threading.Thread | None = None
         self._failure: WriteError | None = None
+        self._newest = self.latest
         if not read_only and jax.process_index() == 0:
             with writing("checkpoints", self._directory):
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -100,12 +101,21 @@ class Checkpoints:
             damage[step] = problems
         return None, damage
 
+    def is_saved(self, step: int) -> bool:
+        """Whether a step is saved, or being saved; remembered, as processes may not see a file at once."""
+        return self._newest is not None and step <= self._newest
+
+    def go_on_from(self, step: int) -> None:
+        """Take the checkpoint of `step` for the newest; what comes after it will be saved again."""
+        self._newest = step
+
     def set_aside(self, step: int) -> Path:
         """Give a damaged checkpoint a name under which it is never read; returns where it is."""
         target = self._directory / f"{step}{DAMAGED}"
-        with writing("a damaged checkpoint's new name", target):
-            shutil.rmtree(target, ignore_errors=True)
-            self.path(step).rename(target)
+        if jax.process_index() == 0:
+            with writing("a damaged checkpoint's new name", target):
+                shutil.rmtree(target, ignore_errors=True)
+                self.path(step).rename(target)
         return target
 
     def save(
@@ -119,8 +129,9 @@ class Checkpoints:
           WriteError: when this save can't begin, or the one before it failed.
         """
         self.wait()
-        if step in self.steps:
+        if self.is_saved(step):
             return
+        self._newest = step
         beside = self._directory / f"{step}{UNFINISHED}"
         try:
             with self._writing(step):

@@ -67,7 +67,7 @@ class Saver:
           WriteError: when this save, or the one before it, could not be written.
         """
         self._saved_at = self._clock()
-        if step in self._checkpoints.steps:
+        if self._checkpoints.is_saved(step):
             return
         identity = {**self._identity, "probe": self.probe(state)}
         protect = () if self.best is None else (self.best,)
@@ -135,6 +135,7 @@ def find_resume(
     may_differ = require_same(saved, identity, allowed=settings.allow_changed, where=where, log=log)
     if step > num_steps:
         raise ValueError(f"{where} is beyond the {num_steps} steps of this run; {advice}")
+    checkpoints.go_on_from(step)
     for text, damaged in zip(listed, damage, strict=True):
         log(f"damaged checkpoint: {text}; kept as {checkpoints.set_aside(damaged)}, not used")
     if damage:

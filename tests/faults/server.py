@@ -121,8 +121,13 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
 
         return call
 
-    make_train_step = original(loop, "make_train_step")
-    loop.make_train_step = lambda *args, **kwargs: wrapped(make_train_step(*args, **kwargs), "step")
+    make = original(loop, "_make_state_and_step")
+
+    def make_state_and_step(run):
+        state, train_step, schedule = make(run)
+        return state, wrapped(train_step, "step"), schedule
+
+    loop._make_state_and_step = make_state_and_step
     loop.save_pretrained = wrapped(original(loop, "save_pretrained"), "export")
     Checkpoints.save = wrapped(original(Checkpoints, "save"), "save")
     Validation.evaluate = wrapped(original(Validation, "evaluate"), "evaluation")

@@ -97,3 +97,14 @@ def test_other_shapes_are_refused(tmp_path):
             match=r"/1 does not fit these settings .*kernel.*float32\[3, 4\] → (float32\[3, 5\]|None)",
         ):
             checkpoints.restore(1, state_of(0)._replace(params={"a": {}}))
+
+
+def test_steps_after_the_one_that_a_run_goes_on_from_are_saved_again(tmp_path):
+    save(tmp_path, 1, 2)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert [checkpoints.is_saved(step) for step in (1, 2, 3)] == [True, True, False]
+        checkpoints.set_aside(2)
+        checkpoints.go_on_from(1)
+        checkpoints.save(2, state_of(2), {})
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 2]
