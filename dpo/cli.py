@@ -493,8 +493,10 @@ def _line(name: str, interval: list[float], *, note: str = "") -> str:
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Plain numbers and texts as an indented file."""
-    Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Plain numbers and texts as an indented file, whole or not at all."""
+    from dpo.files import replace_text
+
+    replace_text(Path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n", what="figures")
 
 
 def print_plain(text: str) -> None:
