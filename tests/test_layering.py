@@ -17,12 +17,13 @@ MODULES = {
 BELOW = {
     "losses": set(),
     "files": set(),
+    "intervals": set(),
     "models": {"losses", "files"},
-    "data": {"models", "losses", "files"},
+    "data": {"models", "losses", "files", "intervals"},
     "diffusion": {"losses", "config"},
     "config": set(),
     "training": {"data", "models", "losses", "config", "files"},
-    "evaluation": {"training", "data", "models", "losses", "config", "files"},
+    "evaluation": {"training", "data", "models", "losses", "config", "files", "intervals"},
     "command_line": {"config"},
     "cli": {
         "command_line",

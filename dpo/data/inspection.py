@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data.control_characters import show_controls
 from dpo.data.preferences import Message, Preference, ReadPreferences
 from dpo.data.tokenization import TokenizedDataset
+from dpo.intervals import wilson
 
 Report = dict[str, Any]
 """Numbers, strings, lists and dicts with string keys only, so that `json.dumps` takes it."""
@@ -62,14 +61,14 @@ def longer_is_better(dataset: TokenizedDataset) -> Report:
     """How often the best response has more tokens than the worst, with Wilson's 95% interval.
 
     One comparison a prompt: its first response against its last, unless their ranks are equal. Comparisons of
-    equal length are counted apart and are not part of the rate.
+    equal length are counted apart and are not part of the rate. Without a comparison the interval is [0, 1].
     """
     lengths = np.diff(dataset.response_offsets)
     best, worst = dataset.row_offsets[:-1], dataset.row_offsets[1:] - 1
     untied = dataset.ranks[best] != dataset.ranks[worst]
     difference = (lengths[best] - lengths[worst])[untied]
     longer, unequal = int((difference > 0).sum()), int((difference != 0).sum())
-    low, high = wilson_interval(longer, unequal)
+    _, low, high = wilson(longer, unequal) if unequal else (None, 0.0, 1.0)
     return {
         "rate": longer / unequal if unequal else None,
         "low": low,
@@ -77,17 +76,6 @@ def longer_is_better(dataset: TokenizedDataset) -> Report:
         "comparisons": unequal,
         "equal_length": int((difference == 0).sum()),
     }
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927); [0, 1] without a trial."""
-    if trials == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    rate, spread = successes / trials, z * z / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = math.sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def prompt_overlap(preferences: Sequence[Preference], heldout: Sequence[Preference]) -> Report:

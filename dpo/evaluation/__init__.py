@@ -2,7 +2,8 @@
 
 from dpo.evaluation.accuracy import Rows, describe
 from dpo.evaluation.rewards import REWARDS, Reward
-from dpo.evaluation.statistics import Interval, cluster_bootstrap, num_needed, sign_test, wilson
+from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
+from dpo.intervals import Interval, wilson
 
 __all__ = [
     "REWARDS",

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dpo.evaluation.statistics import Interval, cluster_bootstrap, wilson
+from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.intervals import Interval, wilson
 from dpo.losses import Scores, make_objective
 
 NUM_BINS = 10
@@ -267,8 +268,7 @@ def _by_source(rows: Rows, name: str, seed: int) -> dict[str, Any]:
     part = rows.take(rows.sources == name)
     pairs = make_pairs(part)
     interval = accuracy(part, pairs, part.log_ratio, seed=seed)
-    longer = accuracy(part, pairs, part.lengths, seed=seed)
-    return {"pairs": len(pairs.row), "accuracy": list(interval), "longer": list(longer)}
+    return {"pairs": len(pairs.row), "accuracy": list(interval)} | baselines(part, pairs, seed=seed)
 
 
 def _mean_discount(

@@ -18,7 +18,8 @@ from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.page import percent, percents, render, with_interval, write_page
 from dpo.evaluation.report import describe_steps, objective_name, require_metrics
 from dpo.evaluation.report_match import read_match
-from dpo.evaluation.statistics import Interval, cluster_bootstrap
+from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.intervals import Interval
 from dpo.losses import reward_scale
 from dpo.training.tracking import METRICS_FILE, read_metrics
 from dpo.training.validation import HELDOUT_FILE

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from dpo.evaluation.statistics import Interval
+from dpo.intervals import Interval
 
 RIDGE = 0.01
 """λ in the penalty λ/2 (quality² + length²) on the summed log-loss: scikit-learn's C = 100."""

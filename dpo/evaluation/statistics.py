@@ -1,37 +1,12 @@
-"""Intervals and tests for means of few, clustered outcomes. Everything that draws takes a seed."""
+"""Bootstrap intervals and tests for means of few, clustered outcomes. Everything that draws takes a seed."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
-
-class Interval(NamedTuple):
-    """An estimate between the ends of its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def wilson(successes: float | int, count: int, *, confidence: float = 0.95) -> Interval:
-    """Score interval of a proportion of independent outcomes (Wilson 1927); a tie may count as ½.
-
-    Unlike the normal approximation it stays inside [0, 1] and works at 0 and at `count` successes.
-    """
-    if not 0 <= successes <= count or count < 1:
-        raise ValueError(f"{successes} successes of {count}; allowed is 0 to count, count at least 1")
-    z = _quantile(confidence)
-    rate = successes / count
-    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * np.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return Interval(rate, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)))
+from dpo.intervals import Interval, normal_quantile
 
 
 def cluster_bootstrap(
@@ -69,16 +44,9 @@ def num_needed(rate: float, *, baseline: float = 0.5, power: float = 0.8, confid
     """Independent outcomes needed to tell `rate` from `baseline` with this power (normal approximation)."""
     if not (0 < baseline < 1 and 0 <= rate <= 1) or rate == baseline:
         raise ValueError(f"rate {rate} and baseline {baseline}; allowed are two different rates in [0, 1]")
-    spread = _quantile(confidence) * np.sqrt(baseline * (1 - baseline))
+    spread = normal_quantile(confidence) * np.sqrt(baseline * (1 - baseline))
     spread += stats.norm.ppf(power) * np.sqrt(rate * (1 - rate))
     return int(np.ceil((spread / (rate - baseline)) ** 2))
-
-
-def _quantile(confidence: float) -> float:
-    """z with this probability between −z and z."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; allowed is between 0 and 1")
-    return float(stats.norm.ppf((1 + confidence) / 2))
 
 
 def _resampled_ratios(

@@ -15,7 +15,8 @@ from jaxtyping import Float, Shaped
 
 from dpo.evaluation.judges import Choice
 from dpo.evaluation.length_control import length_controlled
-from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test, wilson
+from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
+from dpo.intervals import wilson
 
 POLICY_FIRST = {"first": 1.0, "tie": 0.5, "second": 0.0}
 

@@ -1,7 +1,6 @@
 import io
 import json
 
-import numpy as np
 import pytest
 from rich.console import Console
 from toy_tokenizer import make_tokenizer
@@ -12,7 +11,6 @@ from dpo.data.inspection import (
     prompt_overlap,
     render_example,
     render_report,
-    wilson_interval,
 )
 from dpo.data.preferences import Preference, Problem, ReadPreferences
 from dpo.data.tokenization import make_dataset, tokenize
@@ -74,13 +72,8 @@ def test_longer_is_better_compares_best_with_worst_of_untied_prompts():
     ranks = [[0, 1], [0, 1, 2], [0, 1], [0, 0]]
     longer = longer_is_better(make_dataset([[1]] * 4, responses, ranks=ranks))
     assert (longer["rate"], longer["comparisons"], longer["equal_length"]) == (0.5, 2, 1)
-
-
-def test_wilson_interval_is_published_values():
-    """R's prop.test(81, 263, correct = FALSE), Newcombe 1998, Table I (a)."""
-    np.testing.assert_allclose(wilson_interval(81, 263), (0.2553, 0.3662), atol=5e-5)
-    np.testing.assert_allclose(wilson_interval(0, 20), (0.0, 0.1611), atol=5e-5)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
+    none = longer_is_better(make_dataset([[1]], [[[1], [1]]], ranks=[[0, 1]]))
+    assert (none["rate"], none["low"], none["high"]) == (None, 0.0, 1.0)
 
 
 def test_the_report_is_json_and_renders_with_every_count():

@@ -164,6 +164,8 @@ def test_subsets_are_described_apart() -> None:
     result = describe(rows, beta=0.1)["by_source"]
     assert set(result) == {"a", "b"}
     assert result["a"]["pairs"] + result["b"]["pairs"] == len(make_pairs(rows).row)
+    alone = describe(rows.take(rows.sources == "a"), beta=0.1)
+    assert result["a"] == {name: alone[name] for name in ("pairs", "accuracy")} | alone["baselines"]
 
 
 def test_everything_is_plain_json_and_does_not_depend_on_rubbish_where_absent() -> None:

@@ -6,24 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test, wilson
-
-
-@pytest.mark.parametrize(("successes", "count"), [(0, 10), (7, 10), (10, 10), (412, 900)])
-def test_wilson_is_scipys(successes: int, count: int) -> None:
-    expected = stats.binomtest(successes, count).proportion_ci(0.95, method="wilson")
-    assert wilson(successes, count)[1:] == pytest.approx((expected.low, expected.high))
-
-
-@pytest.mark.parametrize("count", [50, 200, 1000])
-def test_wilson_covers_19_of_20_on_average_over_the_true_rate(count: int) -> None:
-    """Exact: over all outcomes with their binomial probability, no sampling."""
-    outcomes = np.arange(count + 1)
-    low, high = np.array([wilson(int(k), count)[1:] for k in outcomes]).T
-    rates = np.linspace(0.05, 0.95, 181)
-    covered = (low[None] <= rates[:, None]) & (rates[:, None] <= high[None])
-    probability = stats.binom.pmf(outcomes[None], count, rates[:, None])
-    assert np.sum(probability * covered, axis=1).mean() == pytest.approx(0.95, abs=0.006)
+from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
 
 
 @pytest.mark.parametrize(("clusters", "rows"), [(100, 1), (150, 4)])
@@ -73,8 +56,6 @@ def test_the_n_asked_for_gives_the_power_asked_for() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: wilson(3, 2), "3 successes of 2"),
-        (lambda: wilson(1, 2, confidence=1.0), "confidence is 1.0"),
         (lambda: cluster_bootstrap(np.zeros(0), np.zeros(0)), "no value to average"),
         (lambda: num_needed(0.5), "two different rates"),
     ],

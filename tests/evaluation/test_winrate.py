@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dpo.evaluation.judges import CONTROLS, Question
-from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test, wilson
+from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
 from dpo.evaluation.winrate import Judged, describe_pairs, figures_as_text, read_votes, warnings_of
+from dpo.intervals import wilson
 
 # (verdict with the policy first, verdict with the opponent first): what the pair counts, whether it flips
 ORDERS = [
