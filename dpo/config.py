@@ -475,6 +475,8 @@ class FrontierConfig:
     """Objectives, by name."""
     betas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.5, 1.0])
     """Values of beta, each with a run of every objective."""
+    only: list[str] = field(default_factory=list)
+    """Of these runs, those to train, in this order, such as [dpo:0.1,ipo:0.1]; all when empty."""
     steps: int = 40
     """Optimiser steps of a run."""
     eval_every: int = 10
@@ -512,6 +514,10 @@ class FrontierConfig:
             _check_range("temperatures", temperature, low=0.0)
         if self.temperature_beta not in self.betas:
             raise ValueError(f"temperature_beta is {self.temperature_beta}; allowed are betas: {self.betas}")
+        names = [f"{name}:{beta:g}" for name in self.objectives for beta in self.betas]
+        for name in self.only:
+            if name not in names:
+                raise ValueError(f"only has {name!r}; allowed are {', '.join(names)}")
         _check_range("learning_rate", self.learning_rate, above=0.0)
         _check_range("max_length", self.max_length, low=2)
         _check_range("seed", self.seed, low=0, high=2**31 - 1)

@@ -63,9 +63,7 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
     None where a signal asked to stop: everything is saved, and the same settings go on from there.
     """
     output = Path(given.output)
-    configs = {
-        (name, beta): run_config(given, name, beta) for name in given.objectives for beta in given.betas
-    }
+    configs = run_configs(given)
     reward = reward_judge(given.reward)
     prompts = [row.prompt for row in read_prompts(next(iter(configs.values())), log)]
     with Journal(output / "points.jsonl") as points:
@@ -94,6 +92,13 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
     draw_temperatures(output / "temperatures.svg", result)
     (output / "frontier.md").write_text(frontier_as_markdown(result), encoding="utf-8")
     return result
+
+
+def run_configs(given: FrontierConfig) -> dict[tuple[str, float], Config]:
+    """Settings of all runs, by objective and β, in the order in which they are trained."""
+    every = {f"{name}:{beta:g}": (name, beta) for name in given.objectives for beta in given.betas}
+    wanted = [every[name] for name in given.only] if given.only else list(every.values())
+    return {(name, beta): run_config(given, name, beta) for name, beta in wanted}
 
 
 def run_config(given: FrontierConfig, name: str, beta: float) -> Config:
@@ -261,7 +266,9 @@ def temperatures(
 ) -> list[dict[str, Any]]:
     """Win-rates over the opponent by sampling temperature: the reference, and each objective at one β."""
     players = {"reference": given.model} | {
-        name: str(Path(configs[name, given.temperature_beta].run_dir) / "export") for name in given.objectives
+        name: str(Path(config.run_dir) / "export")
+        for (name, beta), config in configs.items()
+        if beta == given.temperature_beta
     }
     found = []
     for name, source in players.items():

@@ -142,11 +142,14 @@ def _draw_line(axes: Axes, start: float, line: dict[str, Any], colour: str, mark
 
 
 def _add_legend(axes: Axes, result: dict[str, Any]) -> None:
-    """Colours stand for objectives, markers for β."""
+    """Colours stand for objectives, markers for β; only what is drawn."""
+    drawn = {line["objective"] for line in result["lines"]} | {line["beta"] for line in result["lines"]}
     for index, name in enumerate(result["settings"]["objectives"]):
-        axes.plot([], [], color=COLOURS[index % len(COLOURS)], linewidth=2, label=_name(name))
+        if name in drawn:
+            axes.plot([], [], color=COLOURS[index % len(COLOURS)], linewidth=2, label=_name(name))
     for index, beta in enumerate(result["settings"]["betas"]):
-        axes.plot([], [], MARKERS[index % len(MARKERS)], color="grey", label=f"β {beta:g}")
+        if beta in drawn:
+            axes.plot([], [], MARKERS[index % len(MARKERS)], color="grey", label=f"β {beta:g}")
     axes.legend(loc="lower right")
 
 

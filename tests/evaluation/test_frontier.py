@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from math import log
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from dpo.cli import INTERRUPTED, main
+from dpo.config import FrontierConfig
 from dpo.evaluation import frontier
-from dpo.evaluation.frontier import best_of_n_kl, expected_best
+from dpo.evaluation.frontier import best_of_n_kl, expected_best, run_configs
 from dpo.training import loop
 
 
@@ -120,6 +122,14 @@ def test_the_experiment_is_whole_and_resumable(
     assert "lacks some of its answers" in capsys.readouterr().err
 
 
+def test_some_of_the_runs_in_the_order_asked_for() -> None:
+    given = FrontierConfig(objectives=["dpo", "ipo"], betas=[0.1, 0.5])
+    assert list(run_configs(given)) == [("dpo", 0.1), ("dpo", 0.5), ("ipo", 0.1), ("ipo", 0.5)]
+    some = replace(given, only=["ipo:0.1", "dpo:0.5"])
+    assert list(run_configs(some)) == [("ipo", 0.1), ("dpo", 0.5)]
+    assert run_configs(some)["dpo", 0.5] == run_configs(given)["dpo", 0.5]
+
+
 def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = loop.RunResult(Path("."), "interrupted", {})
     monkeypatch.setattr(frontier, "train", lambda config, observe: stopped)
@@ -132,6 +142,7 @@ def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pyt
         (["--betas=[]"], "betas is []; allowed is one or more"),
         (["--betas=[0.5,-1]"], "betas is -1.0; allowed is more than 0"),
         (["--temperature_beta=0.3"], "temperature_beta is 0.3; allowed are betas: [0.5]"),
+        (["--only=[dpo:0.5]"], "only has 'dpo:0.5'; allowed are plackett_luce:0.5"),
         (["--objectives=[dpoo]"], "name is 'dpoo'; allowed"),
         (["--train=none.jsonl"], "train is 'none.jsonl': there is no such file"),
         (["--reward=nonsense"], "judge is 'nonsense'; allowed: vader"),
