@@ -114,8 +114,35 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small_file(tmp_path_factory):
-    return write_pair(tmp_path_factory.mktemp("gguf"), "qwen2", kind="Q8_0")[1].read_bytes()
+def small_path(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("gguf"), "qwen2", kind="Q8_0")[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", "gpt1", r"tokenizer\.ggml\.model is 'gpt1'; allowed: gemma4, gpt2, llama, t5"),
+        ("model", ["gpt2"], r"tokenizer\.ggml\.model is \['gpt2'\]; allowed: str"),
+        ("tokens", ["a", 3], r"tokenizer\.ggml\.tokens\[1\] is 3; allowed: str"),
+        ("eos_token_id", 4096, r"tokenizer\.ggml\.eos_token_id is 4096; allowed is 0 to 2"),
+        ("eos_token_id", -1, r"eos_token_id is -1; allowed is 0 to"),
+        ("eos_token_id", "</s>", r"eos_token_id is '</s>'; allowed: int"),
+        ("merges", ["a b", "nothing"], "no tokenizer can be built from its metadata"),
+    ],
+)
+def test_a_tokenizer_that_can_not_be_built_is_refused_by_its_field(small_path, key, value, message):
+    file = GgufFile(small_path)
+    file._fields["tokenizer.ggml.tokens"] = ["a", "b", "ab"]
+    file._fields["tokenizer.ggml.merges"] = ["a b"]
+    assert file.tokenizer()("ab").input_ids == [2]
+    file._fields[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(ValueError, match=message):
+        file.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def small_file(small_path):
+    return small_path.read_bytes()
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
