@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from tiny_run import outcome, replace
+
+from dpo.config import save_config
 
 STOPS = {
     "after one step": [1],
@@ -73,6 +77,36 @@ def test_a_second_signal_ends_the_process_at_once(server, make_config, expected,
     assert server.wait() == 130
     assert server.run(config) == 0, server.printed(config)
     assert outcome(config) == expected
+
+
+@pytest.mark.slow
+def test_the_command_as_process_1_is_stopped_and_goes_on(server, make_config, expected, tmp_path):
+    """`dpo train` itself, without a shell, as the first process of a container under a grace period."""
+    if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
+        pytest.skip("no namespace of processes can be made here")
+    config = make_config(tmp_path / "run")
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "dpo", "train", "--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--kill-child", *command],
+        env=server.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.001)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped as asked; the same command goes on from there" in said
+    assert server.run(config) == 0, server.printed(config)
+    assert outcome(config) == expected
+    again = subprocess.run(command, env=server.environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "is finished: nothing to do" in again.stdout
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ class Server:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        environment = os.environ | {
+        self.environment = os.environ | {
             "XLA_FLAGS": "",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
@@ -39,7 +39,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=self.environment,
         )
 
     def start(self, config: Config | list[Config], **command) -> int:

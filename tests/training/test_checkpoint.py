@@ -1,3 +1,6 @@
+import threading
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,6 +69,29 @@ def test_the_newest_whole_one_is_found_and_damaged_ones_are_set_aside(tmp_path):
         assert checkpoints.newest_whole() == (1, {2: ["identity.json: its checksum does not match"]})
         assert checkpoints.set_aside(2) == tmp_path / "2.damaged"
         assert checkpoints.steps == [1]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The state is copied by `save`; what becomes of it afterwards changes nothing that is on its way."""
+    from dpo.training import checkpoint
+
+    go_on = threading.Event()
+    write_checksums = checkpoint.write_checksums
+
+    def slow_disk(directory):
+        assert go_on.wait(60)
+        write_checksums(directory)
+
+    monkeypatch.setattr(checkpoint, "write_checksums", slow_disk)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        state = state_of(1)
+        checkpoints.save(1, state, {})
+        jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)(state)
+        assert checkpoints.steps == []
+        go_on.set()
+        checkpoints.wait()
+        assert checkpoints.steps == [1]
+        assert_array_equal(checkpoints.restore(1, state_of(0)).params["a"]["kernel"], np.ones((3, 4)))
 
 
 def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from numpy.testing import assert_allclose
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
 
 from dpo.data.batch import Batch
 from dpo.losses import Objective, make_objective
-from dpo.training.step import loss_and_gradient
+from dpo.training import step as step_module
+from dpo.training.step import init_state, loss_and_gradient, make_train_step
 
 NUM_PROMPTS, NUM_RESPONSES, NUM_ROWS, NUM_TOKENS, VOCAB = 8, 3, 8, 12, 20
 
@@ -120,3 +122,47 @@ def test_one_step_of_descent_lowers_the_loss(batch):
     loss, _, gradient, _ = step(params)
     assert_allclose(loss, np.log(2), rtol=1e-6)
     assert step(optax.apply_updates(params, -0.5 * gradient))[0] < loss
+
+
+class Unigram(nnx.Module):
+    """The policy of these tests as a module."""
+
+    def __init__(self):
+        self.logits = nnx.Param(jax.random.normal(jax.random.key(1), (VOCAB,)))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(batch, monkeypatch, bad, micro_batches):
+    """Decided inside the compiled step: nothing in it calls the host."""
+    monkeypatch.setattr(
+        step_module,
+        "response_sums",
+        lambda model, rows, *, chunk, needs: sum_rows(model.logits[...], rows),
+    )
+    graphdef, params, frozen = nnx.split(Unigram(), nnx.Param, ...)
+    optimizer = optax.adam(0.1)
+    train_step = make_train_step(
+        graphdef,
+        make_objective({"name": "dpo"}),
+        optimizer=optimizer,
+        beta=0.1,
+        micro_batches=micro_batches,
+        chunk=8,
+    )
+    whole = sum_rows(jnp.zeros(VOCAB), batch)
+    broken = {"logps": whole["logps"].at[2, 0].set(bad)}
+    assert "callback" not in train_step.lower(init_state(params, optimizer), frozen, batch, whole).as_text()
+    state, metrics = train_step(init_state(params, optimizer), frozen, batch, whole)
+    assert metrics["skipped"] == 0
+    before = [np.array(leaf) for leaf in jax.tree.leaves(state._replace(step=0))]
+    state, metrics = train_step(state, frozen, batch, broken)
+    assert metrics["skipped"] == 1
+    assert int(state.step) == 2
+    for leaf, old in zip(jax.tree.leaves(state._replace(step=0)), before, strict=True):
+        assert_array_equal(leaf, old)
+    kept = [np.array(leaf) for leaf in jax.tree.leaves(state.params)]
+    state, metrics = train_step(state, frozen, batch, whole)
+    assert metrics["skipped"] == 0
+    for leaf, old in zip(jax.tree.leaves(state.params), kept, strict=True):
+        assert (np.array(leaf) != old).any()
