@@ -222,7 +222,14 @@ class GgufFile:
         kind = _kind(tensor.name)
         if self._table.restore is None or not self._table.is_restored(kind):
             return self.container.read(tensor, rows)
-        return self._table.restore(self, kind, self.container.read(tensor))[rows]
+        values = self.container.read(tensor)
+        try:
+            return self._table.restore(self, kind, values)[rows]
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"{self.path}: tensor {tensor.name} of shape {list(tensor.shape)} does not fit the number of "
+                f"heads in the metadata: {error}"
+            ) from error
 
     def shape(self, tensor: GgufTensor) -> tuple[int, ...]:
         """A tensor's shape as Hugging Face has it."""

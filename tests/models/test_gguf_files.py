@@ -113,6 +113,16 @@ def test_what_is_missing_is_named(tmp_path):
         GgufFile(path)
 
 
+def test_a_tensor_that_does_not_fit_its_heads_is_named(tmp_path):
+    file = GgufFile(write_pair(tmp_path, "llama")[1])
+    file._fields["llama.attention.head_count"] = 7
+    tensors = file.tensors(["model.layers.0.self_attn.q_proj.weight"])
+    with pytest.raises(
+        ValueError, match=r"tensor blk\.0\.attn_q\.weight of shape .* does not fit the number"
+    ):
+        tensors.read("model.layers.0.self_attn.q_proj.weight")
+
+
 @pytest.fixture(scope="module")
 def small_path(tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("gguf"), "qwen2", kind="Q8_0")[1]
