@@ -313,7 +313,10 @@ def read_settings(settings: type[Settings], command: str, arguments: list[str]) 
 
 
 def read_train_settings(arguments: list[str]) -> Config:
-    """The settings of a run; `--allow-changed KIND …` adds to training.allow_changed for this start only."""
+    """The settings of a run; `--allow-changed KIND …` adds to training.allow_changed for this start only.
+
+    `--resume` is short for `--training.resume`.
+    """
     parser = command_parser("train", Config)
     kinds = get_args(IdentityKind)
     parser.add_argument(
@@ -324,10 +327,19 @@ def read_train_settings(arguments: list[str]) -> Config:
         metavar="KIND",
         help=f"What may differ from the checkpoint that is continued: {', '.join(kinds)}.",
     )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default=None,
+        help="Go on from the newest checkpoint in run_dir (the default), or refuse a directory that has one.",
+    )
     values = parser.parse_args(arguments)
     config = build(Config, values, parser)
     allowed = list(dict.fromkeys([*config.training.allow_changed, *values.allow_changed]))
-    return replace(config, training=replace(config.training, allow_changed=allowed))
+    training = replace(config.training, allow_changed=allowed)
+    if values.resume is not None:
+        training = replace(training, resume=values.resume)
+    return replace(config, training=training)
 
 
 def command_parser(command: str, *settings: type) -> SettingsParser:

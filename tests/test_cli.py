@@ -279,6 +279,19 @@ def test_evaluate_refuses_models_with_different_tokens(
     assert "make different tokens" in refused(capsys, *arguments, f"--data={tmp_path / 'eval.jsonl'}")
 
 
+def test_going_on_is_the_default_and_what_may_differ_is_for_one_start() -> None:
+    from dpo.cli import read_train_settings
+
+    assert read_train_settings([]).training.resume == "auto"
+    assert read_train_settings(["--resume", "never"]).training.resume == "never"
+    assert read_train_settings(["--training.resume=never", "--resume", "auto"]).training.resume == "auto"
+    assert read_train_settings(["--training.resume=never"]).training.resume == "never"
+    assert read_train_settings(["--allow-changed", "data", "versions"]).training.allow_changed == [
+        "data",
+        "versions",
+    ]
+
+
 def test_an_interrupted_run_has_its_own_exit_code(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import contextmanager
 
