@@ -37,6 +37,8 @@ from dpo.training.step import TrainState
 
 DAMAGED = ".damaged"
 STATE, IDENTITY_FILE = "state", "identity.json"
+CENTURY = 100 * 365 * 24 * 3600
+"""Seconds."""
 
 
 class Checkpoints:
@@ -49,7 +51,7 @@ class Checkpoints:
           WriteError: when the directory can't be made or written.
         """
         self._directory, self._keep = directory.absolute(), keep
-        self._orbax = ocp.StandardCheckpointer()
+        self._orbax = ocp.StandardCheckpointer(async_options=_async_options())
         self._finisher: threading.Thread | None = None
         self._failure: WriteError | None = None
         self._newest = self.latest
@@ -229,3 +231,10 @@ def _shapes(state: TrainState) -> dict[str, str]:
     """Type and shape of every array of a state, by its place."""
     leaves = jax.tree_util.tree_leaves_with_path(state._asdict())
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _async_options() -> ocp.options.AsyncOptions:
+    """Orbax measures how long it waited on the wall clock, which may be set: one process waits for ever."""
+    if jax.process_count() > 1:
+        return ocp.options.AsyncOptions()
+    return ocp.options.AsyncOptions(timeout_secs=CENTURY, create_directories_asynchronously=False)

@@ -110,6 +110,8 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
                     (run_dir / "hanging").touch()
                     time.sleep(600)
                 elif hook["do"] == "lock":
+                    while any((run_dir / "checkpoints").glob("*.writing")):  # the save before
+                        time.sleep(0.01)
                     (run_dir / "checkpoints").chmod(0o500)
                 else:
                     os.kill(os.getpid(), signal.Signals[hook["do"]])

@@ -1,4 +1,6 @@
+import itertools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         checkpoints.wait()
         assert checkpoints.steps == [1]
         assert_array_equal(checkpoints.restore(1, state_of(0)).params["a"]["kernel"], np.ones((3, 4)))
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_clock_that_is_set_while_a_checkpoint_is_written_does_not_stop_it(tmp_path, monkeypatch, jump):
+    """Each look at the wall clock finds it a day further on than the last one, or a day back."""
+    days, now = itertools.count(), time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + next(days) * jump)
+        save(tmp_path, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch):
