@@ -37,7 +37,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="prompts a step")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
+    parser.add_argument("--round-products", choices=("neither", "backward", "both"), default=None)
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument("--layout", choices=("padded", "packed", "shared"), default="shared")
     parser.add_argument("--micro-batches", type=int, default=1)
@@ -90,6 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = ModelConfig(
         source=options.source,
         compute_dtype=options.dtype,
+        round_products=options.round_products,
         remat=options.remat,
         log_prob_chunk=options.chunk,
     )

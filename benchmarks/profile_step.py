@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default, help="preferences, JSONL")
     parser.add_argument("--source", default="embedded:smollm2-135m-instruct", help="model")
     parser.add_argument("--batch", type=int, default=8, help="prompts a step")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations")
+    parser.add_argument("--round-products", choices=("neither", "backward", "both"), default=None)
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument(
         "--chunk", type=int, default=1024, help="scored tokens that meet the vocabulary at a time"
@@ -56,7 +57,13 @@ def profile(options: argparse.Namespace) -> None:
     enable_compilation_cache()
     mesh = make_mesh(MeshConfig())
     policy = load_policy(
-        ModelConfig(source=options.source, compute_dtype=options.dtype, remat=options.remat), mesh
+        ModelConfig(
+            source=options.source,
+            compute_dtype=options.dtype,
+            round_products=options.round_products,
+            remat=options.remat,
+        ),
+        mesh,
     )
     model = policy.merge(policy.params)
     config = model.config

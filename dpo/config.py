@@ -30,7 +30,10 @@ class ModelConfig:
     reference_store: str | None = None
     """Directory of stored reference log-probs; reference/ in DPO_CACHE (~/.cache/dpo) when not given."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and matrix products; parameters, softmax and sums of log-probs stay float32."""
+    """Dtype of activations; parameters, softmax and sums of log-probs stay float32."""
+    round_products: Literal["neither", "backward", "both"] | None = None
+    """Passes in which linears round the operands of their products to bfloat16 and sum in float32: neither,
+    backward (losses stay exact) or both; when not given, both if compute_dtype is bfloat16, else neither."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: nothing, all but matrix products, or (least memory) whole layers."""
     log_prob_chunk: int = 1024
@@ -38,6 +41,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
+        if self.compute_dtype == "bfloat16" and self.round_products not in (None, "both"):
+            raise ValueError(
+                f"model.round_products is {self.round_products} with model.compute_dtype bfloat16; allowed "
+                "there: both, because operands that are bfloat16 already cannot be exact"
+            )
+
+    @property
+    def forward_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The coarsest dtype that log-probs go through."""
+        return "bfloat16" if self.round_products == "both" else self.compute_dtype
 
 
 @dataclass(frozen=True)

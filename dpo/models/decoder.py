@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo.models.attention import NO_WINDOW, Implementation, attend, attend_cached, visible_in_cache
 from dpo.models.attention_blocked import SAVED_NAMES
-from dpo.models.linear import Linear
+from dpo.models.linear import PRODUCT, Linear
 from dpo.models.rotary import Rope, cos_sin, rotate
 
 Remat = Literal["none", "dots", "full"]
@@ -477,7 +477,8 @@ def _rematerialised(block: Callable, remat: Remat) -> Callable:
     """
     if remat == "none":
         return block
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+    names = SAVED_NAMES if remat == "full" else (*SAVED_NAMES, PRODUCT)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
     if remat == "dots":
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = jax.checkpoint_policies.save_from_both_policies(dots, policy)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
+
+from dpo.models.products import rounded_product
+
+Rounds = Literal["neither", "backward", "both"]
+"""Passes in which the operands of a product are rounded to bfloat16."""
+
+PRODUCT = "product"
+"""Name of a rounded product for remat policies, which do not see the product inside a custom gradient."""
 
 
 class Linear(nnx.Linear):
@@ -13,12 +24,38 @@ class Linear(nnx.Linear):
     The gradient of W sums over all positions. Over two axes [R T], XLA's CPU backend first writes both
     operands out transposed, fused into whatever made them: a third of the backward pass. Over one axis it is
     a plain product.
+
+    `rounds` is "both" with bfloat16 activations; `round_products` sets it when activations stay float32.
     """
 
+    def __init__(self, dim_in: int, dim_out: int, **options: Any):
+        super().__init__(dim_in, dim_out, **options)
+        self.rounds: Rounds = "both" if self.dtype == jnp.bfloat16 else "neither"
+
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.rounds == "neither":
+            return super().__call__(flat).reshape(*x.shape[:-1], -1)
+        y = product(flat, self.kernel[...], self.rounds)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)[None, :]
+        return y.astype(self.dtype).reshape(*x.shape[:-1], -1)
 
     @property
     def full_kernel(self) -> Float32[Array, "*L D F"]:
         """W in float32."""
         return self.kernel[...].astype(jnp.float32)
+
+
+def product(x: Float[Array, "n D"], w: Float[Array, "D F"], rounds: Rounds) -> Float[Array, "n F"]:
+    """x W, rounded in some passes; float32 where it is."""
+    if rounds == "neither":
+        return x @ w
+    return checkpoint_name(rounded_product(x, w, rounds == "backward"), PRODUCT)
+
+
+def round_products(model: nnx.Module, rounds: Rounds) -> None:
+    """Set in which passes a model's linears round, in place."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.rounds = rounds

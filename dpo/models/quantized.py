@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dpo.models.decoder import Decoder, Embedding
-from dpo.models.linear import Linear
+from dpo.models.linear import Linear, Rounds, product
 
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -27,16 +27,18 @@ class Int8Linear(nnx.Module):
         largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
         scale = jnp.where(largest > 0, largest, 1.0) / 127
         self.dtype: Any = linear.dtype
+        self.rounds: Rounds = linear.rounds
         self.kernel = nnx.Param(jnp.round(kernel / scale).astype(jnp.int8))
         self.kernel_scale = nnx.Param(scale)
         self.bias = linear.bias
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = (flat @ self.kernel[...].astype(self.dtype)) * self.kernel_scale[...].astype(self.dtype)
+        y = product(flat, self.kernel[...].astype(self.dtype), self.rounds)
+        y = y * self.kernel_scale[...].astype(y.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)[None, :]
-        return y.reshape(*x.shape[:-1], -1)
+            y = y + self.bias[...].astype(y.dtype)[None, :]
+        return y.astype(self.dtype).reshape(*x.shape[:-1], -1)
 
     @property
     def full_kernel(self) -> Float32[Array, "*L D F"]:

@@ -308,7 +308,7 @@ def _optimise(
             state = move(state, training.reference_alpha)
         record.add(step - 1, batch, metrics)
         if step == 1 and expected is not None:
-            check_first_loss(float(metrics["loss"]), expected, run.config.model.compute_dtype)
+            check_first_loss(float(metrics["loss"]), expected, run.config.model.forward_dtype)
         stopping = stop_requested()
         if evaluation_due() and not stopping:
             record.flush()
@@ -415,18 +415,19 @@ def count_steps(config: Config, num_prompts: int) -> int:
     return num_steps
 
 
-def check_first_loss(loss: float, expected: float, compute_dtype: str) -> None:
+def check_first_loss(loss: float, expected: float, forward_dtype: str) -> None:
     """Refuse to go on when the policy, which still is the reference, does not score like it.
 
     Raises:
       ValueError: with the values and what usually causes it.
     """
-    tolerance = PREFLIGHT_TOLERANCE[compute_dtype] * max(1.0, abs(expected))
+    tolerance = PREFLIGHT_TOLERANCE[forward_dtype] * max(1.0, abs(expected))
     if not abs(loss - expected) <= tolerance:
         raise ValueError(
             f"the first loss is {loss:.6f}, but the policy still is the reference, so it must be "
             f"{expected:.6f} (± {tolerance:.1g}). The policy and the stored reference log-probs differ: look "
-            "for non-finite values, or for a model.compute_dtype too coarse for this data (try float32)"
+            "for non-finite values, or for a model.compute_dtype or model.round_products too coarse for this "
+            "data (try float32 and neither)"
         )
 
 

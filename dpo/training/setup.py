@@ -28,6 +28,7 @@ from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
 from dpo.models.embedded import cache_directory
+from dpo.models.linear import round_products
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.quantized import BaseDtype, hold
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
@@ -85,6 +86,8 @@ def load_policy(
         remat=config.remat,
         placement=parameter_placement(mesh),
     )
+    if config.round_products is not None:
+        round_products(pretrained.model, config.round_products)
     hold(pretrained.model, base_dtype)
     graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
@@ -219,7 +222,9 @@ def open_reference(
     identity = {
         "weights": weights,
         "data": dataset.tokens.fingerprint,
-        "dtype": model.compute_dtype,
+        "dtype": model.compute_dtype
+        if model.forward_dtype == model.compute_dtype
+        else "float32, rounded products",
         "sums": ",".join(sorted({"logps", *(needs & {"head"})})),
     }
     loader = scoring_loader(data, dataset.tokens, mesh)

@@ -1,0 +1,59 @@
+"""Matrix products whose operands are rounded to bfloat16 and whose sums stay float32.
+
+Tensor cores, TPUs and CPUs with AVX512-BF16 multiply bfloat16 at two or more times float32's rate and add in
+float32 anyway. Weights are kept in float32, so that small updates are not lost; only what enters a product is
+rounded, to 8 significant bits.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_product(
+    x: Float[Array, "n D"], w: Float[Array, "D F"], only_backward: bool = False
+) -> Float[Array, "n F"]:
+    """x W of operands rounded to bfloat16, float32; in the backward pass dy is rounded before both products.
+
+    With `only_backward` the value is the plain product, and the gradient that of rounded operands.
+    """
+    return x @ w if only_backward else _product(_round(x), _round(w))
+
+
+def _forward(
+    x: Float[Array, "n D"], w: Float[Array, "D F"], only_backward: bool
+) -> tuple[Array, tuple[Any, ...]]:
+    return rounded_product(x, w, only_backward), (_round(x), w, jnp.zeros((), x.dtype))
+
+
+def _backward(
+    only_backward: bool, residuals: tuple[Any, ...], cotangent: Float[Array, "n F"]
+) -> tuple[Float[Array, "n D"], Float[Array, "D F"]]:
+    x, w, like_x = residuals
+    dy = _round(cotangent)
+    dx = jax.lax.dot_general(dy, _round(w), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dw = _product(jax.lax.platform_dependent(x, cpu=_written_transposed, default=jnp.transpose), dy)
+    return dx.astype(like_x.dtype), dw.astype(w.dtype)
+
+
+def _written_transposed(x: Float[Array, "n D"]) -> Float[Array, "D n"]:
+    """xᵀ as rows in memory: XLA's CPU backend has no quick kernel for a transposed left operand."""
+    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+
+
+def _round(x: Array) -> Array:
+    return x.astype(jnp.bfloat16)
+
+
+def _product(x: Array, w: Array) -> Array:
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+rounded_product.defvjp(_forward, _backward)
