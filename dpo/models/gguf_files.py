@@ -194,7 +194,7 @@ class GgufFile:
         value = self.find(key, default)
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is a number")
-        return value
+        return float(value)
 
     def find(self, key: str, default: Any = None) -> Any:
         """A value of the architecture's metadata, or the default; a list of equal values is one value."""

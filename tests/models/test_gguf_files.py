@@ -113,6 +113,12 @@ def test_what_is_missing_is_named(tmp_path):
         GgufFile(path)
 
 
+def test_a_whole_number_stands_for_a_number(small_path):
+    file = GgufFile(small_path)
+    file._fields["qwen2.rope.freq_base"] = 1_000_000
+    assert type(file.number("rope.freq_base")) is float
+
+
 def test_a_tensor_that_does_not_fit_its_heads_is_named(tmp_path):
     file = GgufFile(write_pair(tmp_path, "llama")[1])
     file._fields["llama.attention.head_count"] = 7
