@@ -86,6 +86,12 @@ class SettingsParser(ArgumentParser):
         print(f"(all settings: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except RecursionError:
+            self.error(f"a value holds more than {MAX_YAML_DEPTH} lists or mappings in each other")
+
     def setting_names(self) -> list[str]:
         """Dotted names of all that can be set here; groups are not among them."""
         names = [action.dest for action in self._actions if action.dest not in _NOT_SETTINGS]

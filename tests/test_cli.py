@@ -98,6 +98,10 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--training.steps=-1"], "training.steps is -1; allowed is at least 1"),
         (["train", "--data.layout=dense"], "data.layout: Expected one of 'padded', 'packed', 'shared'"),
         (["train", "--config=none.yaml"], "/none.yaml'"),
+        (
+            ["train", f"--mesh.fsdp={'- ' * 2000}"],
+            "a value holds more than 50 lists or mappings in each other",
+        ),
         (["train", "--objective.name=dppo"], "name is 'dppo'; allowed: dpo"),
         (["train", "--objective.beta='1e-3'"], "(str); allowed: a number > 0"),
         (["train", "--objective.gamma=1"], "unknown hyper-parameter 'gamma'"),

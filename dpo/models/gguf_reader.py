@@ -202,10 +202,10 @@ def _place(
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     num_bytes = math.prod(shape) // block * block_bytes
     begin = start + offset
-    if not shape or shape[-1] % block or offset % alignment or begin + num_bytes > size:
+    if not shape or 0 in shape or shape[-1] % block or offset % alignment or begin + num_bytes > size:
         raise ValueError(
-            f"{path}: tensor {name} of shape {list(shape)}, {kind.name}, at byte {begin}: allowed are whole "
-            f"blocks of {block}, aligned to {alignment} bytes, within the file's {size}"
+            f"{path}: tensor {name} of shape {list(shape)}, {kind.name}, at byte {begin}: allowed are one or "
+            f"more blocks of {block}, aligned to {alignment} bytes, within the file's {size}"
         )
     return GgufTensor(name, kind, shape, begin, num_bytes)
 

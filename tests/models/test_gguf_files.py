@@ -113,6 +113,18 @@ def test_what_is_missing_is_named(tmp_path):
         GgufFile(path)
 
 
+def test_a_tensor_without_elements_is_refused(tmp_path):
+    """Its other axes could be of any length: no file holds what they would need."""
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((0, 32), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+    with pytest.raises(ValueError, match=r"token_embd\.weight of shape \[0, 32\].* allowed are one or more"):
+        GgufFile(path)
+
+
 def test_a_whole_number_stands_for_a_number(small_path):
     file = GgufFile(small_path)
     file._fields["qwen2.rope.freq_base"] = 1_000_000
