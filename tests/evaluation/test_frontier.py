@@ -16,6 +16,7 @@ from dpo.cli import INTERRUPTED, main
 from dpo.config import FrontierConfig
 from dpo.evaluation import frontier
 from dpo.evaluation.frontier import best_of_n_kl, expected_best, run_configs
+from dpo.evaluation.frontier_figures import draw_frontier
 from dpo.training import loop
 
 
@@ -128,6 +129,22 @@ def test_some_of_the_runs_in_the_order_asked_for() -> None:
     some = replace(given, only=["ipo:0.1", "dpo:0.5"])
     assert list(run_configs(some)) == [("ipo", 0.1), ("dpo", 0.5)]
     assert run_configs(some)["dpo", 0.5] == run_configs(given)["dpo", 0.5]
+
+
+def test_the_legend_names_only_what_is_drawn(tmp_path: Path) -> None:
+    point = {"step": 1, "reward": [0.5, 0.4, 0.6], "kl": [2.0, 1.0, 3.0], "length": 9.0}
+    result = {
+        "settings": {"objectives": ["dpo", "ipo"], "betas": [0.1, 0.5], "reward": "vader"},
+        "prompts": 3,
+        "best_of_n": [{"n": n, "reward": [0.3, 0.2, 0.4], "kl": best_of_n_kl(n)} for n in (1, 2)],
+        "lines": [{"objective": "ipo", "beta": 0.5, "points": [point]}],
+    }
+    draw_frontier(tmp_path / "frontier.svg", result)
+    text = (tmp_path / "frontier.svg").read_text()
+    assert "IPO" in text
+    assert "β 0.5" in text
+    assert "DPO" not in text
+    assert "β 0.1" not in text
 
 
 def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
