@@ -54,6 +54,8 @@ from dpo.training.sharding import make_mesh
 from dpo.training.step import Params
 
 RESULT_FILE = "frontier.json"
+SAMPLED_TOGETHER = 96
+"""Responses that are sampled together at most; a batch is padded to this number."""
 Log = Callable[[str], None]
 
 
@@ -84,7 +86,7 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
         "lines": [
             {"objective": name, "beta": beta, "points": points} for (name, beta), points in lines.items()
         ],
-        "temperatures": temperatures(given, configs, output, log),
+        "temperatures": temperatures(given, configs, len(prompts), output, log),
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     (output / RESULT_FILE).write_text(text, encoding="utf-8")
@@ -226,7 +228,7 @@ def best_of_n(
             journal=journal,
             load=lambda: load_pretrained(given.model, compute_dtype=jnp.dtype("float32")),
             seed=given.seed,
-            batch_size=96,
+            batch_size=min(SAMPLED_TOGETHER, len(requests)),
             log=log,
         )
     rewards = np.array([reward(r.prompt, s.text) for r, s in zip(requests, samples, strict=True)], np.float64)
@@ -262,7 +264,11 @@ def best_of_n_kl(n: int) -> float:
 
 
 def temperatures(
-    given: FrontierConfig, configs: Mapping[tuple[str, float], Config], output: Path, log: Log
+    given: FrontierConfig,
+    configs: Mapping[tuple[str, float], Config],
+    num_prompts: int,
+    output: Path,
+    log: Log,
 ) -> list[dict[str, Any]]:
     """Win-rates over the opponent by sampling temperature: the reference, and each objective at one β."""
     players = {"reference": given.model} | {
@@ -283,7 +289,7 @@ def temperatures(
             limit=given.prompts,
             temperatures=given.temperatures,
             max_new_tokens=given.max_new_tokens,
-            batch_size=96,
+            batch_size=min(SAMPLED_TOGETHER, num_prompts),
             kl=False,
             seed=given.seed,
         )
