@@ -30,6 +30,7 @@ from dpo.config import (
     GenerateConfig,
     IdentityKind,
     InspectConfig,
+    PlanConfig,
     ReportConfig,
     WatchConfig,
     WinrateConfig,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from dpo.training.setup import Dataset
 
 FAILED = 1
-"""Exit code of a command that could not do its work, though what it was given is right."""
+"""Exit code of a command that could not do its work, or a plan that does not fit; what was given is right."""
 STOPPED = 130
 """Exit code after a second signal, or one that came when there was nothing to save."""
 DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv", ".arrow")
@@ -80,6 +81,10 @@ def train(arguments: list[str]) -> int:
     from dpo.training.loop import train as run
 
     result = run(config)
+    from dpo.training.distributed import is_main
+
+    if not is_main():
+        return INTERRUPTED if result.status == "interrupted" else 0
     if result.status == "interrupted":
         print_plain(f"{config.run_dir}: stopped as asked; the same command goes on from there")
         return INTERRUPTED
@@ -137,6 +142,36 @@ def inspect(arguments: list[str]) -> int:
     if given.output is not None:
         write_json(given.output, report)
     return 0
+
+
+def plan(arguments: list[str]) -> int:
+    """Memory, traffic and time of a training step on devices that need not be there."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    parser = command_parser("plan", Config, PlanConfig)
+    values = parser.parse_args(arguments)
+    config, given = build(Config, values, parser), build(PlanConfig, values, parser)
+    from dpo.training.chips import parse_topology
+
+    topology = parse_topology(given.topology or "cpu:1")
+    prepare_compiler(topology.num_devices)
+    from dpo.training.plan_text import plan_as_numbers, plan_as_text
+    from dpo.training.planner import choose_lengths, make_plan, open_target, read_decoder, search_meshes
+
+    lengths = choose_lengths(
+        config, prompt=given.prompt_tokens, response=given.response_tokens, responses=given.num_responses
+    )
+    decoder, target = read_decoder(config.model.source), open_target(topology)
+    print_plain(f"plan of {config.model.source}")
+    if given.search:
+        tried = search_meshes(config, target, decoder=decoder, lengths=lengths, log=print_plain)
+        result = tried[0][1]
+    else:
+        result = make_plan(config, target, decoder=decoder, lengths=lengths)
+    print_plain(plan_as_text(result, target, compute_dtype=config.model.compute_dtype))
+    if given.output is not None:
+        write_json(given.output, plan_as_numbers(result, target))
+    return 0 if result.fits else FAILED
 
 
 def export(arguments: list[str]) -> int:
@@ -298,6 +333,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "winrate": winrate,
     "generate": generate,
     "inspect": inspect,
+    "plan": plan,
     "export": export,
     "report": report,
     "watch": watch,
@@ -366,6 +402,19 @@ def check_settings(config: Config) -> None:
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if source is not None and source.endswith(DATA_FILES):
             _require_file(key, source)
+
+
+def prepare_compiler(num_devices: int) -> None:
+    """Let JAX, not yet started, see so many CPU devices and no others, and find the TPU's compiler."""
+    from dpo.models.embedded import cache_directory
+
+    flag = "--xla_force_host_platform_device_count"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={num_devices}".strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    library = cache_directory() / "libtpu" / "libtpu" / "libtpu.so"
+    if library.is_file():
+        os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
 
 
 def as_evaluation(given: WinrateConfig) -> EvaluateConfig:

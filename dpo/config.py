@@ -7,6 +7,7 @@ Range checks live in `__post_init__`, so that a bad value stops a command before
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: nothing, all but matrix products, or (least memory) whole layers."""
     log_prob_chunk: int = 1024
-    """Scored tokens that meet the vocabulary at a time (bounds memory to chunk x V floats)."""
+    """Scored tokens of a device that meet the vocabulary at a time (bounds memory to chunk x V floats)."""
 
     def __post_init__(self) -> None:
         _check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
@@ -241,12 +242,43 @@ class MeshConfig:
     fsdp: int = 1
     """Rows, parameters and optimiser state are split over this axis."""
     tensor: int = 1
-    """Heads and hidden units are split over this axis."""
+    """Heads, hidden units and vocabulary are split over this axis."""
+    rules: dict[str, list[Any]] = field(default_factory=dict)
+    """Regex of parameter names to axes of their last dimensions; tried before the rules of the code."""
 
     def __post_init__(self) -> None:
         for axis, size in (("data", self.data), ("fsdp", self.fsdp), ("tensor", self.tensor)):
             if size != -1:
                 _check_range(f"mesh.{axis}", size, low=1, also="-1 (the rest of the devices)")
+        for pattern, spec in self.rules.items():
+            _check_rule(pattern, spec)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes of one run, on one or several hosts; a single process needs nothing here."""
+
+    cluster: Literal["auto", "none", "slurm", "openmpi", "kubernetes", "gke-tpu", "tpu"] = "auto"
+    """Whose variables say where the processes are: the launcher's that is found, none's, or this one's."""
+    coordinator: str | None = None
+    """host:port of process 0, where all meet; the launcher's or JAX_COORDINATOR_ADDRESS when not given."""
+    num_processes: int | None = None
+    """Processes of the run; the launcher's when not given."""
+    process_id: int | None = None
+    """Which of them this is, from 0; the launcher's when not given."""
+    start_timeout: float = 300.0
+    """Seconds to wait for all processes at the start."""
+    heartbeat_timeout: float = 60.0
+    """Seconds without a sign of life after which a process is given up, and all end."""
+    step_timeout: float | None = None
+    """Seconds that a step may take before the process writes its stacks and ends; no limit when not given."""
+
+    def __post_init__(self) -> None:
+        _check_range("distributed.num_processes", self.num_processes, low=1)
+        _check_range("distributed.process_id", self.process_id, low=0)
+        for name in ("start_timeout", "heartbeat_timeout"):
+            _check_range(f"distributed.{name}", getattr(self, name), low=1.0)
+        _check_range("distributed.step_timeout", self.step_timeout, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -265,6 +297,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)
@@ -280,6 +313,28 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         _check_range("example", self.example, low=0)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What to compile a step of a run's settings for, without running it."""
+
+    topology: str | None = None
+    """Devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8 or cpu:2; cpu:1 when not given."""
+    search: bool = False
+    """Try several meshes and show the best."""
+    prompt_tokens: int | None = None
+    """Assume prompts of so many tokens; the training data's lengths count when not given."""
+    response_tokens: int | None = None
+    """Assume responses of so many tokens."""
+    num_responses: int = 2
+    """Assume so many responses a prompt."""
+    output: str | None = None
+    """JSON file for all figures."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "response_tokens", "num_responses"):
+            _check_range(name, getattr(self, name), low=1)
 
 
 @dataclass(frozen=True)
@@ -683,6 +738,22 @@ def save_config(config: Config | DiffusionConfig, path: str | Path) -> None:
     beside = Path(f"{path}.writing")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+def _check_rule(pattern: str, spec: list[Any]) -> None:
+    """Raise unless `pattern` is a regex and every entry of `spec` names axes of the mesh or is null."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"mesh.rules has {pattern!r}, which is no regular expression: {error}") from error
+    names = [name for entry in spec for name in (entry if isinstance(entry, list) else [entry])]
+    unknown = [name for name in names if name not in ("data", "fsdp", "tensor", None)]
+    twice = {name for name in names if name is not None and names.count(name) > 1}
+    if unknown or twice:
+        raise ValueError(
+            f"mesh.rules has {pattern!r}: {spec}; allowed are data, fsdp, tensor, a list of them, or null "
+            "for each of the last dimensions, and each axis once"
+        )
 
 
 def _check_range(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo.models.attention_blocked import attend_blocked
+from dpo.models.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 Implementation = Literal["auto", "plain", "blocked"]
 Window = int | Int[Array, ""] | None
@@ -29,9 +30,9 @@ _HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row of padding has no NaN in value or gradient."""
 
 
-def skips_blocks() -> bool:
+def skips_blocks(partition: Partition = ONE_DEVICE) -> bool:
     """Whether `auto` visits only what some query may see: a long row then costs no more than short ones."""
-    return jax.default_backend() == "cpu"
+    return partition.platform == "cpu"
 
 
 def visible(
@@ -68,13 +69,17 @@ def attend(
     softcap: float | None = None,
     key_bias: Float[Array, "R T H"] | None = None,
     implementation: Implementation = "auto",
+    partition: Partition = ONE_DEVICE,
 ) -> Float[Array, "R T H C"]:
     """Attention within rows; `auto` is blocked on a CPU and plain elsewhere. Both give the same result.
 
-    `key_bias` is added to a key's scores (ALiBi); only `plain` has it.
+    `key_bias` is added to a key's scores (ALiBi); only `plain` has it. On a mesh rows stay on their devices,
+    and so do heads where both kinds of them can be split.
     """
+    heads = partition.divides(TENSOR, q.shape[2], k.shape[2])
+    q, k, v = (partition.constrain(x, ROWS, None, heads) for x in (q, k, v))
     if implementation == "auto":
-        implementation = "blocked" if skips_blocks() else "plain"
+        implementation = "blocked" if skips_blocks(partition) else "plain"
     if implementation == "blocked" and key_bias is None:
         return attend_blocked(
             q,
@@ -86,9 +91,11 @@ def attend(
             scale=scale,
             window=window,
             softcap=softcap,
+            partition=partition,
         )
     mask = visible(positions, group, branch, window)
-    return attend_plain(q, k, v, mask, scale=scale, softcap=softcap, key_bias=key_bias)
+    out = attend_plain(q, k, v, mask, scale=scale, softcap=softcap, key_bias=key_bias)
+    return partition.constrain(out, ROWS, None, heads)
 
 
 def attend_plain(

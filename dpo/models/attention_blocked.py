@@ -19,13 +19,17 @@ inputs' dtype and sum in float32, where softmax and accumulators stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from dpo.models.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 BLOCK = 64
 """Slots a block: the quickest of 32, 64, 128 and 256 for heads of 64 on AVX-512 (docs/performance.md)."""
@@ -50,8 +54,12 @@ def attend_blocked(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
     block: int = BLOCK,
+    partition: Partition = ONE_DEVICE,
 ) -> Float[Array, "R T H C"]:
-    """The attention of `attention.attend`; padding slots give zeros and get no gradient."""
+    """The attention of `attention.attend`; padding slots give zeros and get no gradient.
+
+    On a mesh every device attends to its own rows and heads: the compiler would gather them for a loop.
+    """
     length = q.shape[1]
     block = min(block, length)
     slots = ((0, 0), (0, -length % block))
@@ -60,7 +68,7 @@ def attend_blocked(
         *(jnp.pad(x, slots).astype(jnp.int32) for x in (positions, group, branch)),
         window=None if window is None else jnp.asarray(window, jnp.int32),
     )
-    out: Array = _attend(scale, softcap, block, q, k, v, layout)
+    out: Array = _attend(scale, softcap, block, partition, q, k, v, layout)
     return out[:, :length]
 
 
@@ -73,12 +81,19 @@ class _Layout(NamedTuple):
     window: Int[Array, ""] | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(scale, softcap, block, q, k, v, layout) -> Array:
-    return _forward(scale, softcap, block, q, k, v, layout)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(scale, softcap, block, partition, q, k, v, layout) -> Array:
+    return _forward(scale, softcap, block, partition, q, k, v, layout)[0]
 
 
-def _forward(scale, softcap, block, q, k, v, layout):
+def _forward(scale, softcap, block, partition, q, k, v, layout):
+    local = partial(_forward_local, scale, softcap, block)
+    saved = _on_own_rows_and_heads(partition, local, q, k, v, layout)
+    out, normaliser = (checkpoint_name(x, n) for x, n in zip(saved, SAVED_NAMES, strict=True))
+    return out, (q, k, v, layout, out, normaliser)
+
+
+def _forward_local(scale, softcap, block, q, k, v, layout):
     tiles = _Tiles(q.shape, k.shape[2], block)
     keys, values = _heads_first(k), _heads_first(v)
     order, count = _schedule(layout, block)
@@ -112,14 +127,16 @@ def _forward(scale, softcap, block, q, k, v, layout):
         )
 
     empty = (jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32))
-    out, normaliser = jax.lax.fori_loop(0, tiles.steps, query_block, empty)
-    out, normaliser = (checkpoint_name(x, n) for x, n in zip((out, normaliser), SAVED_NAMES, strict=True))
-    return out, (q, k, v, layout, out, normaliser)
+    return jax.lax.fori_loop(0, tiles.steps, query_block, empty)
 
 
-def _backward(scale, softcap, block, saved, cotangent):
+def _backward(scale, softcap, block, partition, saved, cotangent):
+    local = partial(_backward_local, scale, softcap, block)
+    return *_on_own_rows_and_heads(partition, local, *saved, cotangent), None
+
+
+def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cotangent):
     """With P the probabilities and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP − Σ dO O), dQ = dS K, dK = dSᵀ Q."""
-    q, k, v, layout, out, normaliser = saved
     tiles = _Tiles(q.shape, k.shape[2], block)
     keys, values = _heads_first(k), _heads_first(v)
     order, count = _schedule(layout, block)
@@ -151,10 +168,30 @@ def _backward(scale, softcap, block, saved, cotangent):
 
     empty = (jnp.zeros_like(q), jnp.zeros(keys.shape, jnp.float32), jnp.zeros(keys.shape, jnp.float32))
     by_q, by_keys, by_values = jax.lax.fori_loop(0, tiles.steps, query_block, empty)
-    return by_q, _heads_first(by_keys).astype(k.dtype), _heads_first(by_values).astype(v.dtype), None
+    return by_q, _heads_first(by_keys).astype(k.dtype), _heads_first(by_values).astype(v.dtype)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _on_own_rows_and_heads(partition: Partition, function: Callable, q: Array, k: Array, *rest: Any) -> Any:
+    """`function(q, k, *rest)` by every device, on its rows and heads of [R T H ...] and [R T] arrays."""
+    if not partition.is_split:
+        return function(q, k, *rest)
+    leaves, tree = jax.tree.flatten((q, k, *rest))
+    rows = partition.divides(ROWS, q.shape[0])
+    heads = partition.divides(TENSOR, q.shape[2], k.shape[2])
+
+    def spec(x: Any) -> PartitionSpec:
+        return PartitionSpec(*(rows, None, heads)[: 3 if x.ndim > 2 else x.ndim])
+
+    return jax.shard_map(
+        lambda *leaves: function(*tree.unflatten(leaves)),
+        mesh=partition.mesh,
+        in_specs=tuple(spec(leaf) for leaf in leaves),
+        out_specs=jax.tree.map(spec, jax.eval_shape(function, q, k, *rest)),
+        check_vma=False,
+    )(*leaves)
 
 
 class _Index(NamedTuple):

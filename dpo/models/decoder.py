@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from dpo.models.attention import NO_WINDOW, Implementation, attend, attend_cached, visible_in_cache
 from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.linear import PRODUCT, Linear
+from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 from dpo.models.rotary import Rope, cos_sin, rotate
 
 Remat = Literal["none", "dots", "full"]
@@ -105,8 +106,10 @@ class Decoder(nnx.Module):
         param_dtype: Any = jnp.float32,
         remat: Remat = "full",
         attention: Implementation = "auto",
+        partition: Partition = ONE_DEVICE,
     ):
         self.config = config
+        self.partition = partition
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat: Remat = remat
         self.attention: Implementation = attention
@@ -139,7 +142,8 @@ class Decoder(nnx.Module):
 
         def block(h: Array, layer: _Layer) -> tuple[Array, None]:
             core = partial(self._attend, **layout, key_bias=key_bias, window=layer.window)
-            return nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0], None
+            h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
+            return self.partition.constrain(h, ROWS), None
 
         h, _ = jax.lax.scan(
             _rematerialised(block, self.remat), self._embed(tokens, positions), self._xs(layers)
@@ -161,10 +165,9 @@ class Decoder(nnx.Module):
         """An empty cache for positions below `length`."""
         config = self.config
         stack = (config.num_layers, rows, config.num_kv_heads)
-        return Cache(
-            keys=jnp.zeros((*stack, config.head_dim, length), self.compute_dtype),
-            values=jnp.zeros((*stack, length, config.head_dim), self.compute_dtype),
-        )
+        keys = jnp.zeros((*stack, config.head_dim, length), self.compute_dtype)
+        values = jnp.zeros((*stack, length, config.head_dim), self.compute_dtype)
+        return Cache(*(self.partition.constrain(x, None, ROWS, TENSOR) for x in (keys, values)))
 
     def decode(
         self,
@@ -215,13 +218,23 @@ class Decoder(nnx.Module):
         return bias.astype(jnp.float32) * alibi.scale
 
     def _attend(self, q: Array, k: Array, v: Array, **layout: Any) -> tuple[Array, None]:
-        return attend(q, k, v, **layout, **self._scoring, implementation=self.attention), None
+        how = {"implementation": self.attention, "partition": self.partition}
+        return attend(q, k, v, **layout, **self._scoring, **how), None
 
     def _embed(self, tokens: Int[Array, "R T"], positions: Int[Array, "R T"]) -> Float[Array, "R T D"]:
-        h = self.embed_tokens(tokens) * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
+        h = self._look_up(self.embed_tokens, tokens)
+        h = h * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
         if self.config.position == "learned":
-            h = h + self.embed_positions(positions + self.config.position_offset)
+            h = h + self._look_up(self.embed_positions, positions + self.config.position_offset)
         return h
+
+    def _look_up(self, table: Embedding, index: Int[Array, "R T"]) -> Float[Array, "R T D"]:
+        """On a mesh every device looks up its columns for the rows of its whole `fsdp` group, and then
+        columns are exchanged for rows: the table itself is never gathered.
+        """
+        index = self.partition.constrain(index, DATA)
+        columns = self.partition.constrain(table(index), DATA, None, FSDP)
+        return self.partition.constrain(columns, ROWS)
 
     def _final(self, h: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
         return self.norm(h) * jnp.asarray(self.config.logit_scale, self.compute_dtype)

@@ -5,21 +5,26 @@ and dropped. The derivative is written by hand so that the backward pass does th
 log-normaliser: with p = softmax(logits), ∂ log p[target] / ∂ logits = onehot(target) − p. A gradient that
 nobody asks for (the embedding's, under adapters) is not computed.
 
-Chunks run along N, so rows that are split over a mesh stay where they are; a flat list of tokens is the same
-thing without the row axis. Logits, normalisers and results are float32 whatever the inputs are.
+Chunks run along N. On a mesh the vocabulary is split and hidden states travel, which are small: `_Shard` says
+how. A flat list of tokens is the same thing without the row axis. Logits, normalisers and results are float32
+whatever the inputs are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
+
+from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
 
 
 def token_log_probs(
@@ -31,16 +36,20 @@ def token_log_probs(
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
     keep_logits: bool | None = None,
+    partition: Partition = ONE_DEVICE,
 ) -> Float32[Array, "*R N"]:
     """log p(target) at each position, differentiable in `hidden`, `embedding` and `bias`.
 
-    `chunk` bounds how many positions meet the vocabulary at a time, all rows together. `keep_logits` saves
-    the logits for the backward pass (positions x V floats) instead of making them again: a quarter fewer
-    products. When not given they are kept where all positions are one chunk, which holds them all anyway.
+    `chunk` bounds how many positions of a device meet the vocabulary at a time, all its rows together.
+    `keep_logits` saves the logits for the backward pass (positions x V floats) instead of making them again:
+    a quarter fewer products. When not given they are kept where all positions of a device are one chunk,
+    which holds them all anyway.
     """
     if keep_logits is None:
-        keep_logits = _Chunks(hidden.shape[:-1], chunk).steps == 1
-    return _token_log_probs(chunk, softcap, keep_logits, hidden, embedding, bias, target)
+        keep_logits = _Chunks(hidden.shape[:-1], chunk * partition.size(ROWS)).steps == 1
+    arrays = {"hidden": hidden, "embedding": embedding, "target": target}
+    arrays |= {} if bias is None else {"bias": bias}
+    return _token_log_probs(_Settings(chunk, softcap, keep_logits), partition, arrays)
 
 
 def collision_log_probs(
@@ -50,13 +59,16 @@ def collision_log_probs(
     chunk: int,
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
+    partition: Partition = ONE_DEVICE,
 ) -> Float32[Array, "*R N"]:
     """log Σ_v p_v² at each position: how likely two samples agree. Carries no gradient."""
 
     def reduce(logits: Array) -> Array:
         return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
-    return _reduce_logits(reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias)
+    return _reduce_logits(
+        reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias, partition=partition
+    )
 
 
 def token_entropies(
@@ -66,6 +78,7 @@ def token_entropies(
     chunk: int,
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
+    partition: Partition = ONE_DEVICE,
 ) -> Float32[Array, "*R N"]:
     """−Σ_v p_v log p_v at each position, in nats. Carries no gradient."""
 
@@ -73,95 +86,249 @@ def token_entropies(
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
-    return _reduce_logits(reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias)
+    return _reduce_logits(
+        reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias, partition=partition
+    )
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("hidden", "embedding", "bias"))
+class _Settings(NamedTuple):
+    """What the derivative does not see."""
+
+    chunk: int
+    softcap: float | None
+    keep_logits: bool
+
+
+_Arrays = dict[str, Array]
+"""Inputs or results by name; "bias" and "logits" only where there are any."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("names",))
 @dataclass(frozen=True)
 class _Wanted:
     """Which gradients are asked for; known while tracing."""
 
-    hidden: bool
-    embedding: bool
-    bias: bool
+    names: tuple[str, ...]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_log_probs(chunk, softcap, keep_logits, hidden, embedding, bias, target):
-    return _compute(chunk, softcap, False, hidden, embedding, bias, target)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_log_probs(settings: _Settings, partition: Partition, arrays: _Arrays) -> Array:
+    return _compute(settings._replace(keep_logits=False), partition, arrays)[0]
 
 
-def _forward(chunk, softcap, keep_logits, hidden, embedding, bias, target):
-    """Every argument comes as its value, and whether it is differentiated."""
-    wanted = _Wanted(hidden.perturbed, embedding.perturbed, bias is not None and bias.perturbed)
-    values = custom_vjp_primal_tree_values((hidden, embedding, bias, target))
-    log_probs, saved = _compute(chunk, softcap, keep_logits, *values)
-    return log_probs, (wanted, saved)
+def _forward(settings: _Settings, partition: Partition, arrays: dict[str, Any]) -> tuple[Array, tuple]:
+    """Every array comes as its value, and whether it is differentiated."""
+    wanted = _Wanted(tuple(name for name, array in arrays.items() if array.perturbed))
+    log_probs, saved = _compute(settings, partition, custom_vjp_primal_tree_values(arrays))
+    return log_probs, (wanted, *saved)
 
 
-def _compute(chunk, softcap, keep_logits, hidden, embedding, bias, target):
-    chunks = _Chunks(hidden.shape[:-1], chunk)
+def _compute(settings: _Settings, partition: Partition, arrays: _Arrays) -> tuple[Array, tuple]:
+    shard = _Shard(partition, arrays)
+    names = ("log_probs", "normaliser", *(("logits",) if settings.keep_logits else ()))
+    results = shard.map(partial(_forward_local, settings, shard), arrays, names)
+    return results["log_probs"], (arrays, {name: results[name] for name in names[1:]})
+
+
+def _forward_local(settings: _Settings, shard: _Shard, arrays: _Arrays) -> _Arrays:
+    """Log-probs and normalisers of a device's own positions; the logits, if they are to be kept."""
+    embedding, bias = arrays["embedding"], arrays.get("bias")
+    chunks = _Chunks(arrays["target"].shape, settings.chunk)
+    first, size = shard.first_column(len(embedding)), len(embedding)
 
     def one_chunk(_, inputs):
-        hidden, target = inputs
-        logits = _logits(hidden, embedding, bias, softcap)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        log_prob = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - normaliser
-        return None, (log_prob, normaliser, logits if keep_logits else None)
+        hidden, target = (shard.gather(x) for x in inputs)
+        logits = shard.hide_padding(_logits(hidden, embedding, bias, settings.softcap))
+        maximum = shard.max_over_vocabulary(logits.max(axis=-1))
+        total = shard.own_sum(jnp.exp(logits - maximum[:, None]).sum(axis=-1))
+        normaliser = shard.own(maximum) + jnp.log(total)
+        place = target - first
+        picked = jnp.take_along_axis(logits, place.clip(0, size - 1)[:, None], axis=-1)[:, 0]
+        here = (place >= 0) & (place < shard.num_columns(size))
+        log_probs = shard.own_sum(jnp.where(here, picked, 0)) - normaliser
+        results = {"log_probs": log_probs, "normaliser": normaliser}
+        return None, results | ({"logits": logits} if settings.keep_logits else {})
 
-    _, (log_probs, normaliser, logits) = jax.lax.scan(
-        one_chunk, None, (chunks.split(hidden), chunks.split(target))
-    )
-    return chunks.join(log_probs), (hidden, embedding, bias, target, normaliser, logits)
+    inputs = (chunks.split(arrays["hidden"]), chunks.split(arrays["target"]))
+    results = jax.lax.scan(one_chunk, None, inputs)[1]
+    return results | {"log_probs": chunks.join(results["log_probs"])}
 
 
-def _backward(chunk, softcap, keep_logits, saved, cotangent):
-    wanted, (hidden, embedding, bias, target, normaliser, kept) = saved
-    chunks = _Chunks(hidden.shape[:-1], chunk)
+def _backward(settings: _Settings, partition: Partition, saved: tuple, cotangent: Array) -> tuple:
+    wanted, arrays, kept = saved
+    shard = _Shard(partition, arrays)
+    local = partial(_backward_local, settings, shard, wanted.names)
+    gradients = shard.map(local, arrays | kept | {"cotangent": cotangent}, wanted.names)
+    known = {name: gradients[name].astype(arrays[name].dtype) for name in wanted.names}
+    return ({name: known.get(name) for name in arrays},)
+
+
+def _backward_local(settings: _Settings, shard: _Shard, names: Sequence[str], arrays: _Arrays) -> _Arrays:
+    """Gradients of a device's own hidden states and of its part of the vocabulary, as far as asked for."""
+    embedding, bias = arrays["embedding"], arrays.get("bias")
+    chunks = _Chunks(arrays["target"].shape, settings.chunk)
+    columns = shard.first_column(len(embedding)) + jnp.arange(len(embedding))
 
     def one_chunk(gradients, inputs):
-        hidden, target, cotangent, normaliser, logits = inputs
+        *own, logits = inputs
+        hidden, target, cotangent, normaliser = (shard.gather(x) for x in own)
         if logits is None:
-            logits = _logits(hidden, embedding, bias, softcap)
-        picked = target[..., None] == jnp.arange(logits.shape[1])[None, :]
-        slope = cotangent[..., None] * (picked - jnp.exp(logits - normaliser[..., None]))
-        if softcap is not None:
-            slope = slope * (1 - jnp.square(logits / softcap))
-        by_embedding, by_bias = gradients
-        if wanted.bias:
-            by_bias = by_bias + slope.sum(axis=0)
+            logits = _logits(hidden, embedding, bias, settings.softcap)
+        picked = target[:, None] == columns[None, :]
+        slope = cotangent[:, None] * (picked - jnp.exp(logits - normaliser[:, None]))
+        if settings.softcap is not None:
+            slope = slope * (1 - jnp.square(logits / settings.softcap))
+        slope = shard.hide_padding(slope, 0.0)
+        if "bias" in names:
+            gradients |= {"bias": gradients["bias"] + slope.sum(axis=0)}
         slope = slope.astype(hidden.dtype)
-        if wanted.embedding:
-            by_embedding = by_embedding + _product(slope, hidden, 0, 0)
-        by_hidden = _product(slope, embedding, 1, 0).astype(hidden.dtype) if wanted.hidden else None
-        return (by_embedding, by_bias), by_hidden
+        if "embedding" in names:
+            gradients |= {"embedding": gradients["embedding"] + _product(slope, hidden, 0, 0)}
+        if "hidden" not in names:
+            return gradients, None
+        return gradients, shard.own_sum(_product(slope, embedding, 1, 0)).astype(hidden.dtype)
 
-    zeros = (
-        jnp.zeros(embedding.shape, jnp.float32) if wanted.embedding else None,
-        jnp.zeros(bias.shape, jnp.float32) if wanted.bias else None,
-    )
-    inputs = (chunks.split(hidden), chunks.split(target), chunks.split(cotangent), normaliser, kept)
-    (by_embedding, by_bias), by_hidden = jax.lax.scan(one_chunk, zeros, inputs)
-    return (
-        None if by_hidden is None else chunks.join(by_hidden),
-        None if by_embedding is None else by_embedding.astype(embedding.dtype),
-        None if by_bias is None else by_bias.astype(bias.dtype),
-        None,
-    )
+    zeros = {
+        name: jnp.zeros(arrays[name].shape, jnp.float32) for name in ("embedding", "bias") if name in names
+    }
+    own = (chunks.split(arrays[name]) for name in ("hidden", "target", "cotangent"))
+    inputs = (*own, arrays["normaliser"], arrays.get("logits"))
+    gradients, by_hidden = jax.lax.scan(one_chunk, zeros, inputs)
+    gradients = {name: shard.sum_over_data(x) for name, x in gradients.items()}
+    return gradients | ({} if by_hidden is None else {"hidden": chunks.join(by_hidden)})
 
 
 _token_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+class _Shard:
+    """How positions and vocabulary lie on a mesh, and what a device must ask of the others.
+
+    The rows of positions are split over data and fsdp, the vocabulary over tensor and fsdp. The devices of an
+    fsdp group share their positions with one another, and each makes the logits of all of them in its part
+    of the vocabulary: neither the matrix nor logits ever travel whole. The matrix is kept with its columns
+    split over fsdp; one exchange makes rows of them. On one device, and for positions without rows, nothing
+    is shared.
+    """
+
+    def __init__(self, partition: Partition, arrays: _Arrays):
+        hidden, (vocab_size, dim) = arrays["hidden"], arrays["embedding"].shape
+        rows = hidden.ndim == 3 and partition.divides(ROWS, len(hidden)) is not None
+        self._is_split = partition.is_split and rows and partition.divides(FSDP, dim) is not None
+        self._mesh = partition.mesh
+        self._group = partition.size(FSDP)
+        self._tensor = TENSOR if partition.divides(TENSOR, vocab_size) else None
+        self._rows = vocab_size // partition.size(self._tensor)
+        """Of the matrix, on the devices of one fsdp group."""
+
+    def map(self, function: Callable[[_Arrays], _Arrays], arrays: _Arrays, names: Sequence[str]) -> _Arrays:
+        """The results `names` of `function`, called by every device with its part of the arrays."""
+        if not self._is_split:
+            return function(arrays)
+
+        def on_a_device(arrays: _Arrays) -> _Arrays:
+            results = function({name: self._to_rows(name, array) for name, array in arrays.items()})
+            return {name: self._from_rows(name, results[name]) for name in names}
+
+        return jax.shard_map(
+            on_a_device,
+            mesh=self._mesh,
+            in_specs=({name: self._spec(name) for name in arrays},),
+            out_specs={name: self._spec(name) for name in names},
+            check_vma=False,
+        )(arrays)
+
+    def gather(self, x: Array) -> Array:
+        """The positions of all devices of the fsdp group."""
+        return jax.lax.all_gather(x, FSDP, tiled=True) if self._is_split else x
+
+    def own(self, x: Array) -> Array:
+        """A device's own among the group's positions."""
+        if not self._is_split:
+            return x
+        size = len(x) // self._group
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * size, size)
+
+    def own_sum(self, x: Array) -> Array:
+        """The sum over all parts of the vocabulary, of a device's own positions."""
+        if not self._is_split:
+            return x
+        x = x if self._tensor is None else jax.lax.psum(x, self._tensor)
+        return jax.lax.psum_scatter(x, FSDP, tiled=True)
+
+    def max_over_vocabulary(self, x: Array) -> Array:
+        """The largest of all parts of the vocabulary, of the group's positions."""
+        axes = (FSDP,) if self._tensor is None else (self._tensor, FSDP)
+        return jax.lax.pmax(x, axes) if self._is_split else x
+
+    def sum_over_data(self, x: Array) -> Array:
+        """The sum over positions that other groups have."""
+        return jax.lax.psum(x, DATA) if self._is_split else x
+
+    def first_column(self, size: int) -> Array | int:
+        """Number of the first token of a device's part of the vocabulary, which has `size`."""
+        if not self._is_split:
+            return 0
+        of_group = 0 if self._tensor is None else jax.lax.axis_index(self._tensor) * self._rows
+        return of_group + jax.lax.axis_index(FSDP) * size
+
+    def num_columns(self, size: int) -> Array | int:
+        """How many of these are tokens; the others only make the parts equal."""
+        return jnp.minimum(size, self._rows - jax.lax.axis_index(FSDP) * size) if self._is_split else size
+
+    def hide_padding(self, x: Float[Array, "M v"], value: float = -1e30) -> Float[Array, "M v"]:
+        """`value` in the columns that are no tokens."""
+        if not self._is_split or self._rows % self._group == 0:
+            return x
+        return jnp.where((jnp.arange(x.shape[1]) < self.num_columns(x.shape[1]))[None, :], x, value)
+
+    def _to_rows(self, name: str, array: Array) -> Array:
+        """A device's rows of the matrix and entries of the bias, from its columns and all entries."""
+        if name not in ("embedding", "bias"):
+            return array
+        padding = -self._rows % self._group
+        array = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
+        return self.own(array) if name == "bias" else jax.lax.all_to_all(array, FSDP, 0, 1, tiled=True)
+
+    def _from_rows(self, name: str, array: Array) -> Array:
+        """The way back."""
+        if name == "bias":
+            return self.gather(array)[: self._rows]
+        return (
+            jax.lax.all_to_all(array, FSDP, 1, 0, tiled=True)[: self._rows] if name == "embedding" else array
+        )
+
+    def _spec(self, name: str) -> PartitionSpec:
+        """Where an array lies on the mesh."""
+        known = {
+            "embedding": PartitionSpec(self._tensor, FSDP),
+            "bias": PartitionSpec(self._tensor),
+            "normaliser": PartitionSpec(None, ROWS),
+            "logits": PartitionSpec(None, DATA, (FSDP,) if self._tensor is None else VOCABULARY),
+        }
+        return known.get(name, PartitionSpec(ROWS))
+
+
 def _reduce_logits(
-    reduce: Callable[[Array], Array], hidden: Array, embedding: Array, *, chunk: int, softcap, bias
+    reduce: Callable[[Array], Array],
+    hidden: Array,
+    embedding: Array,
+    *,
+    chunk: int,
+    softcap: float | None,
+    bias: Array | None,
+    partition: Partition,
 ) -> Array:
     """`reduce` applied to every position's logits, chunk by chunk, without derivative."""
     hidden, embedding, bias = jax.lax.stop_gradient((hidden, embedding, bias))
-    chunks = _Chunks(hidden.shape[:-1], chunk)
-    return chunks.join(
-        jax.lax.map(lambda h: reduce(_logits(h, embedding, bias, softcap)), chunks.split(hidden))
-    )
+    embedding = partition.constrain(embedding, VOCABULARY)
+    chunks = _Chunks(hidden.shape[:-1], chunk * partition.size(ROWS))
+
+    def reduce_chunk(hidden: Array) -> Array:
+        logits = _logits(partition.constrain(hidden, DATA), embedding, bias, softcap)
+        return reduce(partition.constrain(logits, DATA, VOCABULARY))
+
+    return chunks.join(jax.lax.map(reduce_chunk, chunks.split(hidden)))
 
 
 class _Chunks:

@@ -28,6 +28,7 @@ from dpo.models.families import Family, classifier_architecture, decoder_config,
 from dpo.models.gguf_files import GgufFile
 from dpo.models.licences import read_licence
 from dpo.models.loading import Placement, load_parameters
+from dpo.models.partition import ONE_DEVICE, Partition
 from dpo.models.weights import SafetensorsDirectory, Tensors, read_json_object
 
 
@@ -55,6 +56,7 @@ def load_pretrained(
     remat: Remat = "full",
     attention: Implementation = "auto",
     placement: Placement | None = None,
+    partition: Partition = ONE_DEVICE,
 ) -> Pretrained:
     """Load a causal language model with its tokenizer; raises what `load_decoder` raises."""
     checkpoint = open_checkpoint(source)
@@ -65,6 +67,7 @@ def load_pretrained(
         remat=remat,
         attention=attention,
         placement=placement,
+        partition=partition,
     )
     return Pretrained(
         model,
@@ -85,6 +88,7 @@ def load_decoder(
     remat: Remat = "full",
     attention: Implementation = "auto",
     placement: Placement | None = None,
+    partition: Partition = ONE_DEVICE,
 ) -> Decoder:
     """The decoder of an opened checkpoint; weights are streamed, straight into their shardings.
 
@@ -105,6 +109,7 @@ def load_decoder(
             param_dtype=param_dtype,
             remat=remat,
             attention=attention,
+            partition=partition,
         )
 
     return _load(make, checkpoint, family, dtype=jnp.dtype(param_dtype), placement=placement)

@@ -10,7 +10,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -32,7 +31,7 @@ from dpo.models.lora import (
 from dpo.models.pretrained import open_checkpoint, read_config
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy
-from dpo.training.sharding import parameter_sharding
+from dpo.training.sharding import Rules, parameter_rules, parameter_sharding, place
 from dpo.training.step import Params
 
 ADAPTER_DIRECTORY = "adapter"
@@ -45,9 +44,9 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
     Raises:
       ValueError: when the adapters do not fit the model, or the settings do not fit adapters.
     """
-    lora = config.lora
+    lora, rules = config.lora, parameter_rules(config.mesh.rules)
     if not lora.is_on:
-        return load_policy(config.model, mesh)
+        return load_policy(config.model, mesh, rules=rules)
     alpha = config.training.reference_alpha
     if config.training.reference_every is not None and alpha != 1:
         raise ValueError(
@@ -55,11 +54,11 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
             "adapters' factors is not the mean of their weights"
         )
     adapters, method = _starting_adapters(lora, config.model.source, seed=config.training.seed)
-    base = load_policy(config.model, mesh, base_dtype=lora.base_dtype)
+    base = load_policy(config.model, mesh, base_dtype=lora.base_dtype, rules=rules)
     model = base.merge(base.params)
     add_adapters(model, adapters, method)
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam, ...)
-    params, frozen = (_place(mesh, nnx.to_pure_dict(part)) for part in (params, frozen))
+    params, frozen = (_place(mesh, nnx.to_pure_dict(part), rules) for part in (params, frozen))
     adapted = f"{base.fingerprint} {method} {fingerprint_parameters(params)} {_alphas(adapters)}"
     return Policy(
         base.pretrained, graphdef, params, frozen, hashlib.sha256(adapted.encode()).hexdigest(), base
@@ -98,9 +97,9 @@ def _bindings(hf_config: dict[str, Any]) -> list[Binding]:
     return model_bindings(*read_config(hf_config))
 
 
-def _place(mesh: Mesh, params: Params) -> Params:
+def _place(mesh: Mesh, params: Params, rules: Rules) -> Params:
     """On the mesh; what is there already is not copied."""
-    return jax.device_put(params, parameter_sharding(mesh, params))
+    return place(params, parameter_sharding(mesh, params, rules))
 
 
 def _alphas(adapters: list[Adapter]) -> list[list[float]]:

@@ -30,6 +30,7 @@ Identity = dict[str, dict[str, Any]]
 NOT_IDENTITY = (
     "run_dir",
     "mesh",
+    "distributed",
     "model.reference_store",
     "training.allow_changed",
     "training.eval_every",

@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +30,14 @@ from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.pretrained import save_pretrained
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
+from dpo.training.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
 from dpo.training.identity import Identity, reference_identity, run_identity, settings_fingerprint, take_probe
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
 from dpo.training.lock import exclusive
 from dpo.training.metrics import Metrics
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.on_policy import Observe, open_on_policy
-from dpo.training.optimizer import make_optimizer, make_schedule
+from dpo.training.program import make_program
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.saving import Saver, find_resume
 from dpo.training.setup import (
@@ -50,15 +52,13 @@ from dpo.training.setup import (
     read_dataset,
     scoring_loader,
 )
-from dpo.training.sharding import make_mesh, parameter_sharding, place_batch
+from dpo.training.sharding import make_mesh, parameter_rules, place_batch
 from dpo.training.step import (
     Params,
     Sums,
     TrainState,
     TrainStep,
-    init_state,
     make_scores,
-    make_train_step,
     move_reference,
 )
 from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
@@ -107,12 +107,14 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
       ValueError: for anything wrong with settings, data, weights or stores, before the first update.
       OSError: when something can't be written; what was written before is whole.
     """
-    run_dir = Path(config.run_dir)
-    with exclusive(run_dir), stop_requests() as stop_requested:
-        settings = settings_fingerprint(config)
-        finished = _already_finished(run_dir, settings)
-        if finished is not None:
-            return finished
+    run_dir, settings = Path(config.run_dir), settings_fingerprint(config)
+    with ExitStack() as stack:
+        stack.enter_context(joined(config.distributed))
+        on_main(lambda: stack.enter_context(exclusive(run_dir)))
+        stop_requested = stack.enter_context(stop_requests())
+        summary = on_main(lambda: _summary_of(run_dir, settings))
+        if summary is not None:
+            return RunResult(run_dir, "already finished", summary)
         try:
             return _train(config, settings, stop_requested, observe)
         except StopRequested:
@@ -124,6 +126,7 @@ def _train(
 ) -> RunResult:
     started = time.monotonic()
     run = prepare(config)
+    stop_requested = shared_vote(stop_requested, run.mesh)
     with Checkpoints(run.run_dir / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
         notes: list[str] = []
         resume = find_resume(
@@ -135,13 +138,13 @@ def _train(
             log=notes.append,
         )
         trackers = open_trackers(
-            run.run_dir,
+            run.run_dir if is_main() else None,
             config.training.trackers,
             total_steps=run.num_steps,
             resume_step=resume.step,
             config=asdict(config),
         )
-        with trackers as tracker:
+        with trackers as tracker, Deadline(config.distributed.step_timeout) as deadline:
             _describe(run, tracker)
             for note in notes:
                 tracker.message(note)
@@ -160,12 +163,13 @@ def _train(
             # Step: the policy's parameters become the state, which is donated from step to step.
             state, train_step, schedule = _make_state_and_step(run)
             run = run._replace(policy=run.policy._replace(params=None))
-            earlier = read_metrics(run.run_dir / METRICS_FILE)
+            earlier = on_main(lambda: read_metrics(run.run_dir / METRICS_FILE))
             saver = Saver(
                 checkpoints,
                 run.identity,
                 settings=config.training,
                 probe=_make_probe(run, score_with),
+                share=lambda asked: shared_vote(asked, run.mesh),
                 evaluations=[line for line in earlier if "loss" not in line],
             )
             if resume.step:
@@ -189,6 +193,7 @@ def _train(
                     earlier=[line for line in earlier if "loss" in line],
                 ),
                 stop_requested=stop_requested,
+                deadline=deadline,
                 evaluate=lambda state, step: _evaluate(
                     run,
                     validation,
@@ -235,10 +240,12 @@ def prepare(config: Config) -> Run:
             "since the best checkpoint is the best on held-out data"
         )
     mesh = make_mesh(config.mesh)
+    agree({"version of jax": jax.__version__, "settings": settings_fingerprint(config), "mesh": config.mesh})
     run_dir = Path(config.run_dir)
-    with writing("the settings", run_dir / "config.yaml"):  # what may differ is allowed for one start only
-        settings = replace(config, training=replace(config.training, allow_changed=[]))
-        save_config(settings, run_dir / "config.yaml")
+    if is_main():
+        with writing("the settings", run_dir / "config.yaml"):  # what may differ is so for one start only
+            start = replace(config, training=replace(config.training, allow_changed=[]))
+            save_config(start, run_dir / "config.yaml")
     enable_compilation_cache()
 
     policy = open_policy(config, mesh)
@@ -251,30 +258,23 @@ def prepare(config: Config) -> Run:
     identity = run_identity(
         config, policy=policy, dataset=dataset, heldout=heldout, mesh=mesh, num_steps=num_steps
     )
+    agree({**identity, "shapes": [loader.shape(step) for step in range(num_steps)]})
     return Run(config, run_dir, mesh, objective, beta, policy, dataset, heldout, loader, num_steps, identity)
 
 
 def _make_state_and_step(run: Run) -> tuple[TrainState, TrainStep, optax.Schedule]:
     """The state before the first update, placed on the mesh, and the compiled step that keeps it there."""
-    config = run.config
-    schedule = make_schedule(config.optimizer, run.num_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-
-    def init(params: Params) -> TrainState:
-        return init_state(params, optimizer, moving=config.training.reference_every is not None)
-
-    sharding = parameter_sharding(run.mesh, jax.eval_shape(init, run.policy.params))
-    train_step = make_train_step(
-        run.policy.graphdef,
+    program = make_program(
+        run.config,
         run.objective,
-        optimizer=optimizer,
         beta=run.beta,
-        micro_batches=config.training.micro_batches,
-        chunk=config.model.log_prob_chunk,
-        state_sharding=sharding,
+        graphdef=run.policy.graphdef,
+        params=run.policy.params,
+        mesh=run.mesh,
+        num_steps=run.num_steps,
     )
-    state = jax.jit(init, donate_argnums=0, out_shardings=sharding)(run.policy.params)
-    return state, train_step, schedule
+    state = jax.jit(program.init, donate_argnums=0, out_shardings=program.sharding)(run.policy.params)
+    return state, program.step, program.schedule
 
 
 def _optimise(
@@ -287,6 +287,7 @@ def _optimise(
     saver: Saver,
     record: _Record,
     stop_requested: Callable[[], bool],
+    deadline: Deadline,
     evaluate: Callable[[TrainState, int], Any],
 ) -> tuple[TrainState, int]:
     """Steps first_step … num_steps − 1, or until a stop is requested; the state and the steps done."""
@@ -302,6 +303,7 @@ def _optimise(
         saver.judge(step, evaluate(state, step))
         record.restart_clock()
     for step, batch in enumerate(run.loader.batches(first_step, run.num_steps), start=first_step + 1):
+        deadline.step(batch.tokens.shape)
         sums = reference(state, batch)
         state, metrics = train_step(state, policy.frozen, place_batch(run.mesh, batch), sums)
         if _due(step, training.reference_every):
@@ -312,17 +314,20 @@ def _optimise(
         stopping = stop_requested()
         if evaluation_due() and not stopping:
             record.flush()
+            deadline.pause()
             try:
                 saver.judge(step, evaluate(state, step))
             except StopRequested:
                 stopping = True
             record.restart_clock()
-        if stopping or saver.due(step):
+        if saver.due(step) or stopping:
             record.flush()  # a checkpoint's metrics are written before it is
+            deadline.pause()
             saver.save(step, state)
         if stopping:
             break
     record.flush()
+    deadline.pause()
     return state, step
 
 
@@ -342,7 +347,7 @@ def _evaluate(
     rows, metrics = validation.evaluate(score, run.beta)
     metrics |= observed
     tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-    if path is not None:
+    if path is not None and is_main():
         validation.save(path, rows)
     return metrics
 
@@ -361,25 +366,29 @@ def _finish(
     best: int | None,
 ) -> RunResult:
     """Export the policy and write the summary, last: a run that has one is finished."""
-    pretrained, model = run.policy.pretrained, plain_model(run.policy, state.params)
-    export = save_pretrained(
-        model,
-        run.run_dir / "export",
-        hf_config=pretrained.config,
-        tokenizer=pretrained.tokenizer,
-        generation_config=pretrained.generation_config,
-        model_card=model_card(
-            run.config,
-            pretrained,
-            num_steps=run.num_steps,
-            num_parameters=count_parameters(model),
-            dtype="float32",
-            metrics=metrics,
-        ),
-    )
-    if run.config.lora.is_on:
-        directory = run.run_dir / ADAPTER_DIRECTORY
-        export_adapters(run.policy, state.params, directory, source=run.config.model.source)
+    pretrained, export = run.policy.pretrained, run.run_dir / "export"
+    params, frozen = on_this_host((state.params, run.policy.frozen))
+    if is_main():
+        policy = run.policy._replace(frozen=frozen)
+        model = plain_model(policy, params)
+        save_pretrained(
+            model,
+            export,
+            hf_config=pretrained.config,
+            tokenizer=pretrained.tokenizer,
+            generation_config=pretrained.generation_config,
+            model_card=model_card(
+                run.config,
+                pretrained,
+                num_steps=run.num_steps,
+                num_parameters=count_parameters(model),
+                dtype="float32",
+                metrics=metrics,
+            ),
+        )
+        if run.config.lora.is_on:
+            directory = run.run_dir / ADAPTER_DIRECTORY
+            export_adapters(policy, params, directory, source=run.config.model.source)
     summary = {
         "settings": settings,
         "steps": run.num_steps,
@@ -391,9 +400,9 @@ def _finish(
         "layout": run.loader.report(),
         "versions": versions(),
     }
-    replace_text(
-        run.run_dir / "summary.json", json.dumps(summary, indent=1, sort_keys=True), what="the summary"
-    )
+    if is_main():
+        text = json.dumps(summary, indent=1, sort_keys=True)
+        replace_text(run.run_dir / "summary.json", text, what="the summary")
     return RunResult(run.run_dir, "finished", summary)
 
 
@@ -480,7 +489,8 @@ def _score_references(
     weights, score = run.policy.fingerprint, score_with(run.policy.params)
     other = run.policy.base
     if config.model.reference is not None:
-        other = load_policy(config.model, run.mesh, source=config.model.reference)
+        rules = parameter_rules(config.mesh.rules)
+        other = load_policy(config.model, run.mesh, source=config.model.reference, rules=rules)
     if other is not None:
         chunk = config.model.log_prob_chunk
         weights = other.fingerprint
@@ -596,12 +606,11 @@ class _Record:
             )
 
 
-def _already_finished(run_dir: Path, settings: str) -> RunResult | None:
+def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
+    """What a finished run with these settings came to."""
     path = run_dir / "summary.json"
-    if not path.exists():
-        return None
-    summary = json.loads(path.read_text())
-    return RunResult(run_dir, "already finished", summary) if summary["settings"] == settings else None
+    summary = json.loads(path.read_text()) if path.exists() else None
+    return summary if summary is not None and summary["settings"] == settings else None
 
 
 def _describe(run: Run, tracker: Tracker) -> None:

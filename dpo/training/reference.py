@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo.data.batch import Batch
 from dpo.files import damaged_files, new_directory, unlisted_files, writing
+from dpo.training.distributed import fetch, from_main, on_main
 
 FORMAT = 2
 RELATIVE_TOLERANCE = 1e-3
@@ -42,7 +43,7 @@ def fingerprint_parameters(params: Any) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of every leaf."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(fetch(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -100,7 +101,8 @@ def open_or_compute(
     """Open the store of this identity under `directory`, or compute and write it.
 
     `copy_in` is a second directory, looked in first and given a copy: a run that is moved with it finds the
-    same bits where there is no `directory`, or another one.
+    same bits where there is no `directory`, or another one. Of several processes the main one reads and
+    writes.
 
     `identity` names all that determines the numbers: weights, tokenised data (ids, template, truncation),
     dtype and which sums. `make_batches()` yields the data set in order, `make_probe()` any of its batches.
@@ -111,20 +113,32 @@ def open_or_compute(
     name, shape = _fingerprint(identity), (num_rows, num_responses)
     copy = None if copy_in is None else copy_in / name
     path = directory / name if copy is None or not copy.exists() else copy
-    if path.exists():
-        store = ReferenceStore(_read(path, identity, shape))
+    if on_main(path.exists):
+        store = ReferenceStore(_shared(lambda: _read(path, identity, shape), shape))
         probe = make_probe()
         _verify_rows(store, path, score, probe)
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
     else:
         log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
         rows = score_rows(score, make_batches(), num_rows=num_rows, num_responses=num_responses)
-        store = ReferenceStore(_write(path, identity, rows))
+        store = ReferenceStore(_shared(lambda: _write(path, identity, rows), shape))
         log(f"reference log-probs: stored in {path}")
-    if copy is not None and not copy.exists():
+    if copy is not None:
+        on_main(lambda: _copy(path, copy))
+    return store
+
+
+def _shared(get: Callable[[], Rows], shape: tuple[int, int]) -> Rows:
+    """The main process's rows on every process."""
+    found: Rows = {}
+    names = on_main(lambda: found.update(get()) or sorted(found))
+    return from_main({name: found.get(name, np.zeros(shape, np.float32)) for name in names})
+
+
+def _copy(path: Path, copy: Path) -> None:
+    if not copy.exists():
         with new_directory("reference log-probs", copy) as beside:
             shutil.copytree(path, beside, dirs_exist_ok=True)
-    return store
 
 
 def _fingerprint(identity: dict[str, str]) -> str:

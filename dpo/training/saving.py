@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from dpo.config import TrainingConfig
 from dpo.training.checkpoint import Checkpoints
+from dpo.training.distributed import on_main
 from dpo.training.identity import FOLLOWING, ROOTS, Identity, check_probe, differences, require_same
 from dpo.training.step import TrainState
 
@@ -28,14 +29,19 @@ class Saver:
         probe: Callable[[TrainState], Probe],
         evaluations: Iterable[Mapping[str, int | float]] = (),
         clock: Callable[[], float] = time.monotonic,
+        share: Callable[[Callable[[], bool]], Callable[[], bool]] = lambda asked: asked,
     ):
-        """`probe` scores a few rows with a state; `evaluations` are held-out lines of the parts before."""
+        """`probe` scores a few rows with a state; `evaluations` are held-out lines of the parts before.
+
+        `share` turns a question to this process into one to all of them, whose clocks differ.
+        """
         self.probe = probe
         self._checkpoints, self._identity = checkpoints, identity
         self._settings, self._clock, self._saved_at = settings, clock, clock()
+        self._minutes_are_over = share(self._minutes_are_over_here)
         self._best: tuple[float, int] | None = None
         self._is_best = False
-        there = set(checkpoints.steps)
+        there = set(on_main(lambda: checkpoints.steps))
         for row in evaluations:
             if row["step"] in there:
                 self.judge(int(row["step"]), row)
@@ -55,9 +61,9 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether to save after `step` updates: by steps, by minutes, or because it is the best so far."""
-        every, minutes = self._settings.save_every, self._settings.save_minutes
+        every = self._settings.save_every
+        by_time = self._settings.save_minutes is not None and self._minutes_are_over()
         by_steps = every is not None and step % every == 0
-        by_time = minutes is not None and self._clock() - self._saved_at >= 60 * minutes
         return by_steps or by_time or (self._is_best and self.best == step)
 
     def save(self, step: int, state: TrainState) -> None:
@@ -72,6 +78,10 @@ class Saver:
         identity = {**self._identity, "probe": self.probe(state)}
         protect = () if self.best is None else (self.best,)
         self._checkpoints.save(step, state, identity, protect=protect)
+
+    def _minutes_are_over_here(self) -> bool:
+        minutes = self._settings.save_minutes
+        return minutes is not None and self._clock() - self._saved_at >= 60 * minutes
 
 
 class Resume(NamedTuple):
@@ -117,12 +127,32 @@ def find_resume(
 ) -> Resume:
     """The newest checkpoint whose files are whole and which belongs to this run; damaged ones are set aside.
 
+    Of several processes the main one looks.
+
     Raises:
       ValueError: when there is one and resume is "never", when all are damaged, or when it belongs to a run
         with other settings, data, tokenizer, template, weights or versions.
     """
+    step, saved, may_differ = on_main(
+        lambda: _find_resume(
+            checkpoints, identity, settings=settings, run_dir=run_dir, num_steps=num_steps, log=log
+        )
+    )
+    checkpoints.go_on_from(step)
+    return Resume(step, saved, may_differ)
+
+
+def _find_resume(
+    checkpoints: Checkpoints,
+    identity: Identity,
+    *,
+    settings: TrainingConfig,
+    run_dir: Path,
+    num_steps: int,
+    log: Callable[[str], None],
+) -> tuple[int, Identity | None, list[str]]:
     if not checkpoints.steps:
-        return Resume(0, None, ())
+        return 0, None, []
     advice = "give another run_dir, or delete the checkpoints"
     if settings.resume == "never":
         raise ValueError(f"{run_dir} has checkpoints and training.resume is 'never'; {advice}")
@@ -135,12 +165,11 @@ def find_resume(
     may_differ = require_same(saved, identity, allowed=settings.allow_changed, where=where, log=log)
     if step > num_steps:
         raise ValueError(f"{where} is beyond the {num_steps} steps of this run; {advice}")
-    checkpoints.go_on_from(step)
     for text, damaged in zip(listed, damage, strict=True):
         log(f"damaged checkpoint: {text}; kept as {checkpoints.set_aside(damaged)}, not used")
     if damage:
         log(f"going on from step {step}, the newest checkpoint that is whole")
-    return Resume(step, saved, may_differ)
+    return step, saved, sorted(may_differ)
 
 
 def _heldout(metrics: Mapping[str, int | float], name: str) -> float:

@@ -29,10 +29,19 @@ from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
+from dpo.models.partition import Partition
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.quantized import BaseDtype, hold
+from dpo.training.distributed import from_main
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
-from dpo.training.sharding import parameter_placement, parameter_sharding, place_batch, row_multiple
+from dpo.training.sharding import (
+    PARAMETER_RULES,
+    Rules,
+    parameter_placement,
+    parameter_sharding,
+    place_batch,
+    row_multiple,
+)
 from dpo.training.step import Params, make_eval_step
 
 SINGLE_RESPONSE = frozenset({*UNPAIRED, "sft"})
@@ -74,7 +83,12 @@ def enable_compilation_cache() -> None:
 
 
 def load_policy(
-    config: ModelConfig, mesh: Mesh, *, source: str | None = None, base_dtype: BaseDtype = "float32"
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    source: str | None = None,
+    base_dtype: BaseDtype = "float32",
+    rules: Rules = PARAMETER_RULES,
 ) -> Policy:
     """Load a model, `config.source` when no other source is given, straight into its places on the mesh.
 
@@ -84,14 +98,15 @@ def load_policy(
         source or config.source,
         compute_dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
-        placement=parameter_placement(mesh),
+        placement=parameter_placement(mesh, rules),
+        partition=Partition(mesh),
     )
     if config.round_products is not None:
         round_products(pretrained.model, config.round_products)
     hold(pretrained.model, base_dtype)
     graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-    params = jax.device_put(params, parameter_sharding(mesh, params))  # what `hold` made anew
+    params = jax.device_put(params, parameter_sharding(mesh, params, rules))  # what `hold` made anew
     return Policy(pretrained, graphdef, params, frozen, fingerprint_parameters(params))
 
 
@@ -171,7 +186,7 @@ def make_loader(
         row_length=data.row_length,
         micro_batches=training.micro_batches,
         rows_multiple=row_multiple(mesh),
-        long_rows=skips_blocks(),
+        long_rows=skips_blocks(Partition(mesh)),
     )
 
 
@@ -183,7 +198,7 @@ def scoring_loader(data: DataConfig, tokens: TokenizedDataset, mesh: Mesh) -> Lo
         layout=data.layout,
         row_length=data.row_length,
         rows_multiple=row_multiple(mesh),
-        long_rows=skips_blocks(),
+        long_rows=skips_blocks(Partition(mesh)),
     )
 
 
@@ -191,7 +206,7 @@ def make_score(
     policy: Policy, mesh: Mesh, *, chunk: int, needs: frozenset[str] = frozenset()
 ) -> Callable[[Params], Score]:
     """Of parameters, the function from a batch to its responses' sums on the host."""
-    eval_step = make_eval_step(policy.graphdef, chunk=chunk, needs=needs)
+    eval_step = make_eval_step(policy.graphdef, chunk=chunk, needs=needs, mesh=mesh)
 
     def score_with(params: Params) -> Score:
         def score(batch: Batch) -> dict[str, np.ndarray]:
@@ -233,7 +248,7 @@ def open_reference(
         identity,
         score=score,
         make_batches=loader.batches,
-        make_probe=lambda: loader.batch(random.randrange(loader.num_steps)),
+        make_probe=lambda: loader.batch(int(from_main(np.asarray(random.randrange(loader.num_steps))))),
         num_rows=len(dataset.tokens),
         num_responses=dataset.tokens.max_responses,
         log=log,

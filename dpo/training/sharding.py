@@ -1,39 +1,40 @@
-"""Where arrays live: a mesh, ordered (regex → PartitionSpec) rules for parameters, rows of a batch.
+"""Where parameters and batches live: a mesh, ordered (regex → PartitionSpec) rules, rows of a batch.
 
 Axes: `data` splits rows and copies parameters, `fsdp` splits rows and parameters, `tensor` splits heads and
-hidden units. One device is the mesh (1, 1, 1): the same code, no special case.
+hidden units. One device is the mesh (1, 1, 1): the same code, no special case. What is between parameters and
+batch is in `dpo.models.partition`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.config import MeshConfig
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.models.loading import Placement
-
-AXES = ("data", "fsdp", "tensor")
+from dpo.models.partition import AXES, FSDP, ROWS, TENSOR, Partition
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # The order is important: the first match wins. Specs are of the last dimensions; leading ones (the stacked
 # layer axis) are not split. Adapters are small: they are split only where their linear's heads or units are.
 PARAMETER_RULES: Rules = (
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)'?\]?.*lora_b", PartitionSpec(None, "tensor")),
-    (r"(o|down)_proj.*lora_a", PartitionSpec("tensor", None)),
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)'?\]?.*lora_b", PartitionSpec(None, TENSOR)),
+    (r"(o|down)_proj.*lora_a", PartitionSpec(TENSOR, None)),
     (r"lora_", PartitionSpec()),
     (
         r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv_proj|gate_up_proj)'?\]?.*kernel",
-        PartitionSpec("fsdp", "tensor"),
+        PartitionSpec(FSDP, TENSOR),
     ),
-    (r"(o|down)_proj.*kernel", PartitionSpec("tensor", "fsdp")),
-    (r"(embed_tokens|lm_head)", PartitionSpec("tensor", "fsdp")),
+    (r"(o|down)_proj.*kernel", PartitionSpec(TENSOR, FSDP)),
+    (r"(embed_tokens|embed_positions|lm_head)", PartitionSpec(TENSOR, FSDP)),
     (r".*", PartitionSpec()),
 )
 
@@ -55,12 +56,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dict(zip(AXES, sizes, strict=True))} has {int(np.prod(sizes))} places "
             f"for {len(devices)} devices; the product must be equal"
         )
+    if len(devices) > 1 and devices[0].platform == "tpu":  # neighbours of an axis are neighbours in the torus
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
 def row_multiple(mesh: Mesh) -> int:
     """A batch's row count must be a multiple of this."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return Partition(mesh).size(ROWS)
+
+
+def parameter_rules(given: Mapping[str, Sequence[Any]]) -> Rules:
+    """The rules of the settings (`mesh.rules`), before the ones that hold without them."""
+    own = [
+        (pattern, PartitionSpec(*(tuple(axes) if isinstance(axes, list) else axes for axes in spec)))
+        for pattern, spec in given.items()
+    ]
+    return (*own, *PARAMETER_RULES)
 
 
 def parameter_sharding(mesh: Mesh, params: Any, rules: Rules = PARAMETER_RULES) -> Any:
@@ -84,16 +96,32 @@ def parameter_placement(mesh: Mesh, rules: Rules = PARAMETER_RULES) -> Placement
     return place
 
 
+def batch_sharding(mesh: Mesh) -> Any:
+    """Rows over data and fsdp, per-prompt arrays on every device; a `Batch` of shardings."""
+    rows, everywhere = NamedSharding(mesh, PartitionSpec(ROWS)), replicated(mesh)
+    return Batch._make(rows if name in ROW_FIELDS else everywhere for name in Batch._fields)
+
+
 def place_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Rows over data and fsdp, per-prompt arrays on every device."""
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return Batch(
-        **{
-            name: jax.device_put(array, rows if name in ROW_FIELDS else everywhere)
-            for name, array in batch._asdict().items()
-        }
-    )
+    """The batch on the mesh; of several hosts, each places the rows of its own devices."""
+    return place(batch, batch_sharding(mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(arrays: Any, shardings: Any) -> Any:
+    """Host arrays, the same on every host, to a tree of shardings: each host sends what its devices hold."""
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+            return jax.device_put(array, sharding)
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, arrays, shardings)
 
 
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -101,9 +129,4 @@ def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     if len(shape) < len(spec):
         return PartitionSpec()
     axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
-    return PartitionSpec(
-        *(
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        )
-    )
+    return Partition(mesh).spec(axes, shape)

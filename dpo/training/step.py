@@ -15,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.losses import Objective, RunningMean, Scores
 from dpo.losses.weighting import in_head
 from dpo.models.log_probs import collision_log_probs, token_log_probs
+from dpo.models.partition import ONE_DEVICE, ROWS, Partition
 from dpo.training.metrics import Metrics, preference_metrics
+from dpo.training.sharding import replicated
 
 Params = Any
 """A pure dict of arrays: the trainable (or the frozen) parameters of a model."""
@@ -75,7 +78,7 @@ def response_sums(model: Any, batch: Batch, *, chunk: int, needs: frozenset[str]
     Only the hidden states that predict a response token meet the vocabulary.
     """
     predicting = _predicting(model, batch)
-    projection = {"chunk": chunk, "softcap": model.config.logit_softcap}
+    projection = {"chunk": chunk, "softcap": model.config.logit_softcap, "partition": model.partition}
     log_probs = token_log_probs(predicting, model.output_embedding, jnp.asarray(batch.target), **projection)
     sums = {"logps": _sum_over_responses(log_probs, batch)}
     if "head" in needs:
@@ -108,13 +111,18 @@ def make_scores(policy: Sums, reference: Sums, batch: Batch, shift: Array | None
     )
 
 
-def make_eval_step(graphdef: nnx.GraphDef, *, chunk: int, needs: frozenset[str] = frozenset()) -> EvalStep:
-    """(parameters, frozen parameters, batch) → sums over its responses, without a gradient."""
+def make_eval_step(
+    graphdef: nnx.GraphDef, *, chunk: int, needs: frozenset[str] = frozenset(), mesh: Mesh | None = None
+) -> EvalStep:
+    """(parameters, frozen parameters, batch) → sums over its responses, without a gradient.
+
+    On a mesh every device, and so every host, gets all the sums.
+    """
 
     def eval_step(params: Params, frozen: Params, batch: Batch) -> Sums:
         return response_sums(nnx.merge(graphdef, params, frozen), batch, chunk=chunk, needs=needs)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def make_token_step(graphdef: nnx.GraphDef, *, chunk: int) -> TokenStep:
@@ -128,6 +136,7 @@ def make_token_step(graphdef: nnx.GraphDef, *, chunk: int) -> TokenStep:
             jnp.asarray(batch.target),
             chunk=chunk,
             softcap=model.config.logit_softcap,
+            partition=model.partition,
         )
 
     return jax.jit(token_step)
@@ -142,14 +151,20 @@ def make_train_step(
     micro_batches: int,
     chunk: int,
     state_sharding: Any = None,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """(state, frozen parameters, batch, the reference's sums) → (state, metrics). The state is donated.
 
     A step whose loss or gradient is not finite changes nothing but the step's number, and says so in the
     metric "skipped". `beta` scales the rewards/* metrics; the objective has its own. `state_sharding` is
     where the state comes from and returns to: left to the compiler, the second step could be another program
-    than the first.
+    than the first. It is also where the gradient is kept, part by part.
     """
+
+    def keep(gradient: Params) -> Params:
+        if state_sharding is None:
+            return gradient
+        return jax.lax.with_sharding_constraint(gradient, state_sharding.params)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch, reference: Sums):
         def sum_rows(params: Params, rows: Batch) -> Sums:
@@ -164,6 +179,8 @@ def make_train_step(
             objective=objective,
             micro_batches=micro_batches,
             shift=state.shift,
+            partition=Partition(mesh),
+            keep=keep,
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         new = TrainState(
@@ -176,7 +193,8 @@ def make_train_step(
         metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - finite}
         return kept._replace(step=new.step), metrics
 
-    out_shardings = None if state_sharding is None else (state_sharding, None)
+    metrics_sharding = None if mesh is None else replicated(mesh)
+    out_shardings = None if state_sharding is None else (state_sharding, metrics_sharding)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
@@ -189,11 +207,14 @@ def loss_and_gradient(
     objective: Objective,
     micro_batches: int,
     shift: RunningMean | None = None,
+    partition: Partition = ONE_DEVICE,
+    keep: Callable[[Params], Params] = lambda gradient: gradient,
 ) -> tuple[Float[Array, ""], Sums, Params, RunningMean]:
     """Mean loss over the step's P prompts, the policy's sums, the gradient, and the moved running mean.
 
     An objective that looks across prompts gets the whole batch's sums even when its rows are split: they are
-    computed part by part, the loss is differentiated in them, and each part is then pulled back.
+    computed part by part, the loss is differentiated in them, and each part is then pulled back. `keep` says
+    where on the mesh a gradient is accumulated.
     """
     shift = RunningMean.zero() if shift is None else shift
 
@@ -212,9 +233,9 @@ def loss_and_gradient(
             return loss, (policy, moved)
 
         (loss, (policy, moved)), gradient = jax.value_and_grad(loss_of_params, has_aux=True)(params)
-        return loss, policy, gradient, moved
+        return loss, policy, keep(gradient), moved
 
-    parts = _split_rows(batch, micro_batches)
+    parts = _split_rows(batch, micro_batches, partition)
     if objective.whole_batch or "shift" in objective.needs:
         by_part = jax.lax.map(lambda part: sum_rows(params, part), parts)
         policy = jax.tree.map(lambda sums: sums.sum(0), by_part)
@@ -224,7 +245,7 @@ def loss_and_gradient(
             products = jax.tree.map(jnp.vdot, sum_rows(params, part), cotangent)
             return sum(products.values(), start=jnp.zeros(())), None
 
-        _, gradient = _accumulate(pulled_back, params, parts)
+        _, gradient = _accumulate(pulled_back, params, parts, keep)
         return loss, policy, gradient, moved
 
     def part_loss(params: Params, part: Batch):
@@ -232,14 +253,15 @@ def loss_and_gradient(
         losses = objective(make_scores(policy, reference, part))
         return jnp.where(part.present[:, 0], losses, 0).sum() / losses.shape[0], policy
 
-    (loss, policy), gradient = _accumulate(part_loss, params, parts)
+    (loss, policy), gradient = _accumulate(part_loss, params, parts, keep)
     return loss, policy, gradient, shift
 
 
 def _predicting(model: Any, batch: Batch) -> Float[Array, "R N D"]:
     """Hidden states of the positions that predict a scored token."""
     hidden = model.hidden(batch.tokens, batch.positions, batch.group, batch.branch)
-    return jnp.take_along_axis(hidden, jnp.asarray(batch.source)[..., None], axis=1)
+    predicting = jnp.take_along_axis(hidden, jnp.asarray(batch.source)[..., None], axis=1)
+    return model.partition.constrain(predicting, ROWS)
 
 
 def _given(sums: Sums, name: str) -> Float[Array, "P K"] | None:
@@ -253,15 +275,18 @@ def _sum_over_responses(values: Float[Array, "R N"], batch: Batch) -> Float[Arra
     return sums[:-1].reshape(num_prompts, num_responses)
 
 
-def _split_rows(batch: Batch, micro_batches: int) -> Batch:
-    """Stack the parts, `[M, R/M, …]`; per-prompt arrays are repeated, `present` only in its part."""
+def _split_rows(batch: Batch, micro_batches: int, partition: Partition) -> Batch:
+    """Stack the parts, `[M, R/M, …]`; per-prompt arrays are repeated, `present` only in its part.
+
+    On a mesh the rows of every part are split over all devices.
+    """
     num_rows = batch.tokens.shape[0]
     if num_rows % micro_batches:
         raise ValueError(f"{num_rows} rows can't be split into {micro_batches} equal micro-batches")
     rows_per_part = num_rows // micro_batches
 
     def split(array: Array) -> Array:
-        return array.reshape(micro_batches, rows_per_part, *array.shape[1:])
+        return partition.constrain(array.reshape(micro_batches, rows_per_part, *array.shape[1:]), None, ROWS)
 
     def repeat(array: Array) -> Array:
         return jnp.broadcast_to(array[None], (micro_batches, *array.shape))
@@ -272,7 +297,7 @@ def _split_rows(batch: Batch, micro_batches: int) -> Batch:
     return parts._replace(present=parts.present & here)
 
 
-def _accumulate(function: Callable, params: Params, parts: Batch):
+def _accumulate(function: Callable, params: Params, parts: Batch, keep: Callable[[Params], Params]):
     """Sum over the parts of ((value, aux), gradient) of `function(params, part)`, one part at a time."""
     value_and_grad = jax.value_and_grad(function, has_aux=True)
     first = jax.tree.map(lambda array: array[0], parts)
@@ -281,6 +306,7 @@ def _accumulate(function: Callable, params: Params, parts: Batch):
     )
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+        value, gradient = jax.tree.map(jnp.add, total, value_and_grad(params, part))
+        return (value, keep(gradient)), None
 
     return jax.lax.scan(add, zeros, parts)[0]

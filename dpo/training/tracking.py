@@ -48,7 +48,7 @@ class Writer(Protocol):
 class Tracker:
     """What the loop sees: every `log` reaches all writers and the progress display."""
 
-    def __init__(self, writers: Sequence[Writer], progress: Terminal | PlainLines) -> None:
+    def __init__(self, writers: Sequence[Writer], progress: Terminal | PlainLines | Silence) -> None:
         self._writers = writers
         self._progress = progress
 
@@ -66,7 +66,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def open_trackers(
-    run_dir: str | Path,
+    run_dir: str | Path | None,
     names: Sequence[str],
     *,
     total_steps: int,
@@ -80,12 +80,16 @@ def open_trackers(
     A training step is logged as its number from 0, a held-out evaluation as the number of steps before it.
     `resume_step` is the first step that will be taken (again): what an interrupted run wrote from there on is
     dropped, a held-out evaluation at that point too, so that metrics.jsonl reads as if the run had never
-    stopped once both were done again. 0 starts afresh.
+    stopped once both were done again. 0 starts afresh. Without a `run_dir` (a process that is not the main
+    one) nothing is written.
 
     Raises:
       ValueError: for a tracker whose package is not installed.
     """
     require_trackers(names)
+    if run_dir is None:
+        yield Tracker([], Silence())
+        return
     console = console or Console()
     bar = Terminal if console.is_terminal else PlainLines
     with contextlib.ExitStack() as stack:
@@ -296,6 +300,19 @@ class PlainLines:
 
     def message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Silence:
+    """For processes whose main process speaks."""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
 
     def close(self) -> None:
         pass

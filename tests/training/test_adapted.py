@@ -29,7 +29,7 @@ from dpo.config import (
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
 from dpo.evaluation.samples import model_identity
-from dpo.training import export, loop
+from dpo.training import export, loop, program
 from dpo.training.adapted import open_policy
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.export import export_checkpoint
@@ -156,7 +156,7 @@ def test_the_reference_is_the_frozen_model_on_the_same_arrays(config):
 
 def stop_after(num_steps, monkeypatch):
     """SIGTERM arrives in the step of that number, counted over all runs of the test."""
-    make_train_step, numbers = loop.make_train_step, itertools.count(1)
+    make_train_step, numbers = program.make_train_step, itertools.count(1)
 
     def make(*args, **kwargs):
         train_step = make_train_step(*args, **kwargs)
@@ -168,7 +168,7 @@ def stop_after(num_steps, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(program, "make_train_step", make)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.files import write_checksums
-from dpo.training import loop
+from dpo.training import loop, program
 from dpo.training.loop import check_first_loss, count_steps, train
 from dpo.training.sharding import make_mesh
 
@@ -140,7 +140,7 @@ def test_micro_batches_train_alike(config, tmp_path):
 
 def stop_after(num_steps, monkeypatch):
     """SIGTERM arrives in the step of that number, counted over all runs of the test."""
-    make_train_step, numbers = loop.make_train_step, itertools.count(1)
+    make_train_step, numbers = program.make_train_step, itertools.count(1)
 
     def make(*args, **kwargs):
         train_step = make_train_step(*args, **kwargs)
@@ -152,7 +152,7 @@ def stop_after(num_steps, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(program, "make_train_step", make)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
@@ -337,13 +337,13 @@ def test_an_objective_that_needs_scores_names_the_row_without(config):
 
 
 def test_one_program_is_compiled_for_each_shape_that_was_announced(config, monkeypatch):
-    made, make_train_step = [], loop.make_train_step
+    made, make_train_step = [], program.make_train_step
 
     def remember(*args, **kwargs):
         made.append(make_train_step(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(loop, "make_train_step", remember)
+    monkeypatch.setattr(program, "make_train_step", remember)
     result = train(config)
     assert made[0]._cache_size() == len(result.summary["layout"]["shapes"])
 

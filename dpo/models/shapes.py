@@ -1,0 +1,24 @@
+"""Shapes of known models as `shape:NAME`: what their public config.json says of the decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPE_PREFIX = "shape:"
+
+
+def read_shape(source: str) -> dict[str, Any]:
+    """The Hugging Face configuration of `shape:NAME`.
+
+    Raises:
+      ValueError: for a name that is not known, with those that are.
+    """
+    known = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+    name = source.removeprefix(SHAPE_PREFIX)
+    if name not in known:
+        raise ValueError(
+            f"{source!r} is no known shape; allowed are {', '.join(SHAPE_PREFIX + n for n in known)}"
+        )
+    return known[name]

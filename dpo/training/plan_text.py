@@ -1,0 +1,118 @@
+"""A plan as lines of text, and as plain numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from dpo.training.chips import GIB
+from dpo.training.planner import Plan, Target
+
+_LISTED = 6
+"""Collectives that are listed one by one."""
+
+
+def plan_as_text(plan: Plan, target: Target, *, compute_dtype: str) -> str:
+    """What a step needs and how long it takes, in about twenty lines."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    shape, work = plan.workload.shape, plan.workload.work
+    fill = work.tokens / (shape.rows * shape.row_length)
+    lines = [
+        f"{target.topology.text}: {target.topology.num_devices} x {target.chip.name}, mesh {mesh}; "
+        f"{target.compiler} in {plan.compile_seconds:.0f} s",
+        f"lengths {plan.workload.source}",
+        f"step    {plan.workload.prompts} prompts in {shape.rows} rows of {shape.row_length} tokens "
+        f"({shape.scored} scored), {fill:.0%} filled; {compute_dtype}",
+        "",
+        *_memory_lines(plan),
+    ]
+    if plan.times is not None and plan.program is not None:
+        lines += ["", *_time_lines(plan, target, compute_dtype), "", *_collective_lines(plan)]
+    if plan.advice:
+        lines += ["", "to change:", *(f"  {what}" for what in plan.advice)]
+    return "\n".join(lines)
+
+
+def plan_as_numbers(plan: Plan, target: Target) -> dict[str, Any]:
+    """All of a plan as a tree of plain numbers and texts."""
+    program = plan.program
+    return {
+        "topology": target.topology.text,
+        "chip": target.chip._asdict(),
+        "compiler": target.compiler,
+        "mesh": plan.mesh,
+        "workload": {
+            **plan.workload._asdict(),
+            "shape": plan.workload.shape._asdict(),
+            "work": plan.workload.work._asdict(),
+        },
+        "memory": {**plan.memory._asdict(), "total": plan.memory.total, "free": plan.memory.free},
+        "fits": plan.fits,
+        "flops": plan.flops,
+        "useful_flops": plan.useful_flops,
+        "bytes_accessed": None if program is None else program.bytes_accessed,
+        "collectives": []
+        if program is None
+        else [{**c._asdict(), "wire_bytes": c.wire_bytes} for c in program.collectives],
+        "unknown_loops": None if program is None else program.unknown_loops,
+        "seconds": None
+        if plan.times is None
+        else {**plan.times._asdict(), "hidden": plan.times.hidden, "exposed": plan.times.exposed},
+        "compile_seconds": plan.compile_seconds,
+        "advice": plan.advice,
+    }
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory = plan.memory
+    parts = memory._asdict() | {"total": memory.total}
+    verdict = "fits" if plan.fits else f"does not fit: {-memory.free / GIB:.2f} GiB too much"
+    return [
+        f"memory of a device: {verdict}",
+        *(f"  {name:<13}{parts[name] / GIB:8.3f} GiB" for name in (*memory._fields[:-1], "total", "limit")),
+    ]
+
+
+def _time_lines(plan: Plan, target: Target, compute_dtype: str) -> list[str]:
+    assert plan.times is not None
+    assert plan.program is not None
+    times, devices = plan.times, target.topology.num_devices
+    rate = target.chip.float32_flops if compute_dtype == "float32" else target.chip.flops
+    tokens = plan.workload.work.sequence_tokens
+    quick, slow = times.hidden, times.exposed
+    useful = plan.useful_flops / devices / rate
+    return [
+        "a device and step:",
+        f"  arithmetic   {plan.flops / devices / 1e12:8.3f} TFLOP  {1e3 * times.compute:9.2f} ms "
+        f"({plan.useful_flops / plan.flops:.0%} of it must be done; the rest is padding and computed again)",
+        f"  memory       {plan.program.bytes_accessed / 1e9:8.3f} GB     {1e3 * times.memory:9.2f} ms",
+        f"  collectives  {_sent(plan) / 1e9:8.3f} GB     {1e3 * times.communication:9.2f} ms",
+        f"a step takes at least {1e3 * quick:.2f} ms, or {1e3 * slow:.2f} ms with no communication hidden",
+        f"  tokens/s {tokens / quick:,.0f} to {tokens / slow:,.0f}; "
+        f"MFU {useful / quick:.1%} to {useful / slow:.1%}",
+    ]
+
+
+def _collective_lines(plan: Plan) -> list[str]:
+    assert plan.program is not None
+    by_kind: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for c in plan.program.collectives:
+        sent, count = by_kind[c.kind]
+        by_kind[c.kind] = sent + c.wire_bytes, count + c.count
+    lines = [
+        f"  {kind:<19}{sent / 1e6:10.2f} MB sent in {count}"
+        for kind, (sent, count) in sorted(by_kind.items(), key=lambda item: -item[1][0])
+    ]
+    largest = [
+        f"  {c.wire_bytes / 1e6:10.2f} MB  {c.count} x {c.kind} of {c.arrays[:60]} among {c.group}"
+        for c in plan.program.collectives[:_LISTED]
+    ]
+    return [
+        "collectives of a device and step:",
+        *(lines or ["  none"]),
+        *(["the largest:", *largest] if largest else []),
+    ]
+
+
+def _sent(plan: Plan) -> float:
+    return sum(c.wire_bytes for c in plan.program.collectives) if plan.program else 0.0

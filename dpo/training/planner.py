@@ -1,0 +1,480 @@
+"""What a step of a run's settings needs on devices that need not be there: memory, traffic, time.
+
+The training program of the settings is compiled ahead of time with shapes in place of weights: for a TPU by
+the TPU's own compiler, for CPU devices by this machine's. For GPUs the CPU's compiler stands in: how arrays
+are split and what is communicated is the same, memory is near, and time is the roofline's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from dpo.config import Config, MeshConfig
+from dpo.data.batch import ROW_FIELDS, Batch
+from dpo.data.packing import Shape
+from dpo.data.planning import Step, plan_shapes
+from dpo.data.tokenization import TokenizedDataset
+from dpo.losses import Objective, make_objective, reward_scale
+from dpo.models.attention import Implementation
+from dpo.models.decoder import Decoder, DecoderConfig
+from dpo.models.embedded import cache_directory
+from dpo.models.partition import ROWS, TENSOR, Partition
+from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
+from dpo.models.shapes import SHAPE_PREFIX, read_shape
+from dpo.training.chips import CHIPS, Chip, Topology
+from dpo.training.hlo import Program, read_program
+from dpo.training.program import make_program
+from dpo.training.roofline import Times, Work, count_flops, forward_flops, step_times
+from dpo.training.sharding import batch_sharding, make_mesh, replicated, row_multiple
+
+
+def install_command() -> str:
+    """Puts the TPU's compiler where only `dpo plan` looks for it."""
+    return f"{sys.executable} -m pip install --no-deps --target {cache_directory() / 'libtpu'} libtpu"
+
+
+class Workload(NamedTuple):
+    """The shapes and the work of one step."""
+
+    prompts: int
+    responses: int
+    """Most responses of a prompt."""
+    shape: Shape
+    work: Work
+    source: str
+    """Where the lengths come from."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one device while a step runs."""
+
+    parameters: float
+    optimizer: float
+    """And all else of the state."""
+    batch: float
+    temporaries: float
+    """Gradient, activations and what the compiler needs."""
+    limit: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.optimizer + self.batch + self.temporaries
+
+    @property
+    def free(self) -> float:
+        """Negative where it does not fit."""
+        return self.limit - self.total
+
+
+class Plan(NamedTuple):
+    """What one step needs on one mesh."""
+
+    mesh: dict[str, int]
+    workload: Workload
+    memory: Memory
+    fits: bool
+    flops: float
+    """Operations of all devices, what is computed again included."""
+    useful_flops: float
+    """Operations of all devices that must be done."""
+    program: Program | None
+    """None where the compiler stopped because memory does not suffice."""
+    times: Times | None
+    compile_seconds: float
+    advice: list[str]
+    """What to change, where it does not fit or splits badly."""
+
+
+class Target(NamedTuple):
+    """Devices to compile for."""
+
+    topology: Topology
+    chip: Chip
+    devices: list[Any]
+    attention: Implementation
+    compiler: str
+
+
+Lengths = Callable[[Config, Mesh, bool], Workload]
+"""The step's shapes on a mesh, with or without long rows."""
+
+
+def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths: Lengths) -> Plan:
+    """Compile the step of the settings for the target and read what came out.
+
+    Raises:
+      ValueError: when the mesh does not fit the devices, or the lengths no row.
+    """
+    specification = config.objectives or config.objective
+    objective, beta = make_objective(specification), reward_scale(specification)
+    mesh = make_mesh(config.mesh, target.devices)
+    workload = lengths(config, mesh, target.chip.platform == "cpu")
+    traced, memory = trace_step(
+        config, objective, decoder, beta=beta, mesh=mesh, workload=workload, target=target
+    )
+    attention, body = forward_flops(decoder, workload.work)
+    flops = count_flops(traced.jaxpr)
+    if target.chip.platform == "cpu":  # its attention is a loop over as many blocks as some query sees
+        flops += _ATTENTION_PASSES * attention
+    began = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_memory(str(error))
+        if needed is None:
+            raise
+        program, times = None, None
+        memory = memory._replace(temporaries=max(0.0, needed - memory.total))
+    else:
+        memory = memory._replace(temporaries=_temporaries(compiled))
+        program = read_program(compiled.as_text() or "", target.topology.num_devices)
+        times = step_times(
+            program,
+            flops,
+            chip=target.chip,
+            topology=target.topology,
+            compute_dtype=config.model.compute_dtype,
+        )
+    plan = Plan(
+        mesh=dict(mesh.shape),
+        workload=workload,
+        memory=memory,
+        fits=program is not None and memory.free >= 0,
+        flops=flops,
+        useful_flops=3 * (attention + body),
+        program=program,
+        times=times,
+        compile_seconds=time.perf_counter() - began,
+        advice=[],
+    )
+    return plan._replace(advice=list(_advice(config, plan, decoder)))
+
+
+_ATTENTION_PASSES = 3.5
+"""Two products forward, five backward (scores are made again): 7 / 2 forward passes."""
+
+
+def trace_step(
+    config: Config,
+    objective: Objective,
+    decoder: DecoderConfig,
+    *,
+    beta: float,
+    mesh: Mesh,
+    workload: Workload,
+    target: Target,
+) -> tuple[Any, Memory]:
+    """The step traced with shapes and shardings alone, and the memory of its arguments on one device."""
+    abstract = nnx.eval_shape(
+        lambda: Decoder(
+            decoder,
+            rngs=nnx.Rngs(0),
+            compute_dtype=jnp.dtype(config.model.compute_dtype),
+            remat=config.model.remat,
+            attention=target.attention,
+            partition=Partition(mesh),
+        )
+    )
+    graphdef, params, frozen = nnx.split(abstract, nnx.Param, ...)
+    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    program = make_program(
+        config, objective, beta=beta, graphdef=graphdef, params=params, mesh=mesh, num_steps=1000
+    )
+    state = _with_sharding(jax.eval_shape(program.init, params), program.sharding)
+    batch = _with_sharding(abstract_batch(workload), batch_sharding(mesh))
+    sums = jax.ShapeDtypeStruct(
+        (workload.prompts, workload.responses), jnp.float32, sharding=replicated(mesh)
+    )
+    reference = dict.fromkeys(["logps", *(objective.needs & {"head"})], sums)
+    traced = program.step.trace(state, frozen, batch, reference)  # type: ignore[attr-defined]
+    parameters = _device_bytes(state.params)
+    memory = Memory(
+        parameters=parameters,
+        optimizer=_device_bytes(state) - parameters,
+        batch=_device_bytes((batch, reference)),
+        temporaries=0.0,
+        limit=target.chip.memory,
+    )
+    return traced, memory
+
+
+def abstract_batch(workload: Workload) -> Batch:
+    """Shapes and dtypes of a step's batch."""
+    R, T, N = workload.shape
+    P, K = workload.prompts, workload.responses
+    shapes = {
+        **dict.fromkeys(ROW_FIELDS, (R, T)),
+        **dict.fromkeys(("source", "target", "owner"), (R, N)),
+        "index": (P,),
+    }
+    dtypes = {"present": jnp.bool_, "scores": jnp.float32}
+    return Batch(
+        **{
+            name: jax.ShapeDtypeStruct(shapes.get(name, (P, K)), dtypes.get(name, jnp.int32))
+            for name in Batch._fields
+        }  # type: ignore[arg-type]
+    )
+
+
+def search_meshes(
+    config: Config, target: Target, *, decoder: DecoderConfig, lengths: Lengths, log: Callable[[str], None]
+) -> list[tuple[MeshConfig, Plan]]:
+    """A plan of every mesh worth trying, the best first: what fits, by time with no communication hidden."""
+    found = []
+    for mesh in candidate_meshes(target.topology.num_devices, decoder):
+        mesh = replace(mesh, rules=config.mesh.rules)
+        plan = make_plan(replace(config, mesh=mesh), target, decoder=decoder, lengths=lengths)
+        log(f"tried mesh {plan.mesh}: {describe_time(plan)}, compiled in {plan.compile_seconds:.0f} s")
+        found.append((mesh, plan))
+    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].times.exposed if pair[1].times else 0.0))
+
+
+def candidate_meshes(num_devices: int, decoder: DecoderConfig) -> Iterator[MeshConfig]:
+    """All fsdp, all data, both; the same with heads split in 2, 4 and 8 where they can be."""
+    for tensor in (1, 2, 4, 8):
+        if num_devices % tensor or decoder.num_heads % tensor or decoder.num_kv_heads % tensor:
+            continue
+        rest = num_devices // tensor
+        middle = 2 ** (max(0, rest.bit_length() - 1) // 2)
+        sizes = {1, rest} if tensor == 1 else {1}
+        sizes |= {middle} if rest % middle == 0 else set()
+        for data in sorted(sizes):
+            yield MeshConfig(data=data, fsdp=rest // data, tensor=tensor)
+
+
+def describe_time(plan: Plan) -> str:
+    """One phrase about how long a step takes."""
+    if plan.times is None:
+        return f"does not fit by {-plan.memory.free / 2**30:.2f} GiB"
+    return f"{1e3 * plan.times.hidden:.1f} to {1e3 * plan.times.exposed:.1f} ms a step"
+
+
+# ---- targets ----
+
+
+def open_target(topology: Topology) -> Target:
+    """Devices of a topology to compile for.
+
+    Raises:
+      ValueError: when the TPU's compiler is not there, or there are too few CPU devices to stand for others.
+    """
+    num_devices = topology.num_devices
+    if topology.kind != "cpu" and CHIPS[topology.kind].platform == "tpu":
+        chip = CHIPS[topology.kind]
+        return Target(topology, chip, _tpu_devices(topology), "auto", f"compiled for {chip.name} by libtpu")
+    devices = jax.devices("cpu")[:num_devices]
+    if len(devices) < num_devices:
+        raise ValueError(
+            f"{topology.text} needs {num_devices} CPU devices and there are {len(devices)}; set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
+        )
+    if topology.kind == "cpu":
+        chip = measure_cpu(num_devices)
+        return Target(
+            topology, chip, devices, "auto", "compiled for this machine's CPU, whose rates were measured"
+        )
+    chip = CHIPS[topology.kind]
+    how = f"no compiler for {chip.name} here: split as for it, compiled for CPU devices in its place"
+    return Target(topology, chip, devices, "plain", how)
+
+
+def _tpu_devices(topology: Topology) -> list[Any]:
+    size = "x".join(map(str, topology.axes))
+    options = {}
+    if topology.num_devices == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        described = topologies.get_topology_desc(f"{topology.kind}:{size}", platform="tpu", **options)
+    except (RuntimeError, jax.errors.JaxRuntimeError) as error:
+        if "TPU support not installed" in str(error):
+            raise ValueError(
+                f"topology {topology.text} needs the TPU's compiler, which is not there. Install it apart "
+                f"from this environment, where JAX would look for a TPU at every start: {install_command()} "
+                "(or set TPU_LIBRARY_PATH to a libtpu.so)"
+            ) from error
+        raise ValueError(f"topology {topology.text}: {error}") from error
+    return list(described.devices)
+
+
+def measure_cpu(num_devices: int) -> Chip:
+    """Rates of this machine's CPU, measured for half a second, and its memory; each device has its share."""
+    left, right = jnp.ones((2048, 1024), jnp.float32), jnp.ones((1024, 2048), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    rate = 2 * 2048 * 1024 * 2048 / _least_seconds(lambda: product(left, right))
+    array = jnp.ones(2**25, jnp.float32)
+    double = jax.jit(lambda x: 2 * x)
+    bandwidth = 2 * array.nbytes / _least_seconds(lambda: double(array))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shares = (x / num_devices for x in (rate, rate, memory, bandwidth, bandwidth))
+    return Chip("this CPU", "cpu", *shares, hop_seconds=1e-5)
+
+
+def _least_seconds(run: Callable[[], jax.Array]) -> float:
+    run().block_until_ready()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        run().block_until_ready()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+# ---- shapes ----
+
+
+def read_decoder(source: str) -> DecoderConfig:
+    """The decoder of a shipped shape (shape:NAME) or of any model source; weights are not read."""
+    if source.startswith(SHAPE_PREFIX):
+        return read_config(read_shape(source))[1]
+    return read_config(open_checkpoint(source).config)[1]
+
+
+def assumed_lengths(*, prompt: int, response: int, responses: int) -> Lengths:
+    """Every prompt and every response of the same length."""
+
+    def lengths(config: Config, mesh: Mesh, long_rows: bool) -> Workload:
+        P = config.training.batch_size
+        plan = plan_shapes(
+            [Step([prompt] * P, [[response] * responses] * P)],
+            layout=config.data.layout,
+            row_length=config.data.row_length,
+            micro_batches=config.training.micro_batches,
+            rows_multiple=row_multiple(mesh),
+            long_rows=long_rows,
+        )
+        sequences = P * responses * (prompt + response)
+        work = Work(
+            tokens=float(plan.tokens[0]),
+            sequence_tokens=sequences,
+            visible=P
+            * _visible(np.asarray([prompt]), np.asarray([[response] * responses]), config.data.layout),
+            scored=P * responses * response,
+        )
+        source = f"assumed: prompts of {prompt} tokens, {responses} responses of {response}"
+        return Workload(P, responses, plan.shapes[-1], work, source)
+
+    return lengths
+
+
+def data_lengths(tokens: TokenizedDataset) -> Lengths:
+    """The largest shape of a run over the data, and the mean work of its prompts."""
+
+    def lengths(config: Config, mesh: Mesh, long_rows: bool) -> Workload:
+        from dpo.training.loop import count_steps
+        from dpo.training.setup import make_loader
+
+        loader = make_loader(
+            config.data, config.training, tokens, mesh, num_steps=count_steps(config, len(tokens))
+        )
+        P, report = config.training.batch_size, loader.report()
+        responses = tokens.response_lengths
+        work = Work(
+            tokens=report["tokens"] / report["steps"],
+            sequence_tokens=report["tokens_unshared"] / report["steps"],
+            visible=P * _visible(tokens.prompt_lengths, responses, config.data.layout),
+            scored=P * float(responses.sum(1).mean()),
+        )
+        source = f"{config.data.train}, the largest of {len(loader.shapes)} shapes"
+        return Workload(P, tokens.max_responses, loader.shapes[-1], work, source)
+
+    return lengths
+
+
+def choose_lengths(config: Config, *, prompt: int | None, response: int | None, responses: int) -> Lengths:
+    """Assumed lengths where they are given, else those of the training data.
+
+    Raises:
+      ValueError: when only one is given, or none and the model is a shape without a tokenizer.
+    """
+    if prompt is not None and response is not None:
+        return assumed_lengths(prompt=prompt, response=response, responses=responses)
+    if prompt is not None or response is not None or config.model.source.startswith(SHAPE_PREFIX):
+        raise ValueError(
+            f"prompt_tokens is {prompt} and response_tokens is {response}; both are needed for a model that "
+            f"is a shape (model.source is {config.model.source!r}), or neither: then the data's lengths count"
+        )
+    from dpo.training.setup import read_dataset
+
+    return data_lengths(read_dataset(config.data, load_tokenizer(config.model.source)).tokens)
+
+
+def _visible(prompts: np.ndarray, responses: np.ndarray, layout: str) -> float:
+    """Mean number of (query, key) pairs of a prompt and its responses."""
+    prompts = prompts.astype(np.float64)[:, None]
+    own = np.where(responses > 0, prompts * responses + responses * (responses + 1) / 2, 0).sum(1)
+    repeats = 1 if layout == "shared" else (responses > 0).sum(1)
+    return float((own + repeats * (prompts * (prompts + 1) / 2)[:, 0]).mean())
+
+
+# ---- reading ----
+
+
+def _with_sharding(abstract: Any, sharding: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, sharding
+    )
+
+
+def _device_bytes(tree: Any) -> float:
+    return float(
+        sum(
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def _temporaries(compiled: Any) -> float:
+    """Bytes besides the arguments: temporaries, results that do not replace an argument, code."""
+    stats = compiled.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return float(stats.temp_size_in_bytes + max(0, results) + stats.generated_code_size_in_bytes)
+
+
+def _needed_memory(message: str) -> float | None:
+    """Bytes that the TPU's compiler says a program would need, or None for another error."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if found is None:
+        return None
+    return float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))
+
+
+def _advice(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]:
+    """What to change, the most useful first."""
+    partition = {axis: plan.mesh[axis] for axis in (*ROWS, TENSOR)}
+    tensor = partition[TENSOR]
+    if decoder.num_heads % tensor or decoder.num_kv_heads % tensor:
+        yield (
+            f"mesh.tensor {tensor} does not divide {decoder.num_heads} query and {decoder.num_kv_heads} key "
+            "heads: attention is computed by every device of the axis"
+        )
+    if plan.fits:
+        return
+    memory, parts = plan.memory, partition["data"] * partition["fsdp"]
+    held = memory.parameters + memory.optimizer
+    if held > 0.5 * memory.limit and partition["data"] > 1:
+        yield f"mesh.fsdp {parts} instead of {partition['fsdp']}: the state takes {held / 2**30:.2f} GiB"
+    if plan.workload.shape.rows > parts * config.training.micro_batches:
+        yield f"training.micro_batches {2 * config.training.micro_batches}: half the rows at a time"
+    if config.model.remat != "full":
+        yield "model.remat full: only a layer's input is kept"
+    if config.model.compute_dtype == "float32":
+        yield "model.compute_dtype bfloat16: half the activations"
+    chunk = min(config.model.log_prob_chunk, plan.workload.shape.rows * plan.workload.shape.scored)
+    if chunk * decoder.vocab_size * 8 / tensor > 0.1 * memory.limit:
+        yield f"model.log_prob_chunk {config.model.log_prob_chunk // 2}: half the logits at a time"
+    if held > 0.5 * memory.limit or plan.workload.shape.rows <= parts * config.training.micro_batches:
+        yield f"a larger topology: {int(np.ceil(memory.total / memory.limit))} times the devices would do"

@@ -1,0 +1,60 @@
+"""The training program of a run's settings, for `dpo train` to run and for `dpo plan` to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dpo.config import Config
+from dpo.losses import Objective
+from dpo.training.optimizer import make_optimizer, make_schedule
+from dpo.training.sharding import parameter_rules, parameter_sharding
+from dpo.training.step import Params, TrainState, TrainStep, init_state, make_train_step
+
+
+class Program(NamedTuple):
+    """A compiled step and the state that it starts from."""
+
+    init: Callable[[Params], TrainState]
+    """The state before the first update, from the policy's parameters."""
+    sharding: Any
+    """Where the state lives, a tree like it."""
+    step: TrainStep
+    schedule: optax.Schedule
+
+
+def make_program(
+    config: Config,
+    objective: Objective,
+    *,
+    beta: float,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    mesh: Mesh,
+    num_steps: int,
+) -> Program:
+    """Of `params` only shapes and names are used."""
+    schedule = make_schedule(config.optimizer, num_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+
+    def init(params: Params) -> TrainState:
+        return init_state(params, optimizer, moving=config.training.reference_every is not None)
+
+    rules = parameter_rules(config.mesh.rules)
+    sharding = parameter_sharding(mesh, jax.eval_shape(init, params), rules)
+    step = make_train_step(
+        graphdef,
+        objective,
+        optimizer=optimizer,
+        beta=beta,
+        micro_batches=config.training.micro_batches,
+        chunk=config.model.log_prob_chunk,
+        state_sharding=sharding,
+        mesh=mesh,
+    )
+    return Program(init, sharding, step, schedule)

@@ -1,0 +1,88 @@
+"""How long a step can take at best: arithmetic, memory traffic and communication against a chip's rates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from dpo.models.decoder import DecoderConfig
+from dpo.training.chips import Chip, Topology, ring_bandwidth
+from dpo.training.hlo import Program
+
+
+class Work(NamedTuple):
+    """Tokens of one step, without padding."""
+
+    tokens: float
+    """Laid out; a shared prompt once."""
+    sequence_tokens: float
+    """With the prompt counted once a response: what tokens/s counts."""
+    visible: float
+    """Pairs of a query and a key that it sees."""
+    scored: float
+    """Tokens of responses."""
+
+
+class Times(NamedTuple):
+    """Seconds that a step would take if it did nothing else."""
+
+    compute: float
+    memory: float
+    communication: float
+
+    @property
+    def hidden(self) -> float:
+        """All communication behind the rest: nothing can be quicker."""
+        return max(self)
+
+    @property
+    def exposed(self) -> float:
+        """No communication behind the rest."""
+        return max(self.compute, self.memory) + self.communication
+
+
+def forward_flops(config: DecoderConfig, work: Work) -> tuple[float, float]:
+    """Operations of one forward pass that must be done: in attention, and in everything else."""
+    D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+    products = 3 if config.gated_mlp else 2
+    kernels = 2 * D * H * C + 2 * D * G * C + products * D * config.intermediate_size
+    body = 2.0 * kernels * config.num_layers * work.tokens + 2.0 * config.vocab_size * D * work.scored
+    return 4.0 * H * C * config.num_layers * work.visible, body
+
+
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
+    """Operations of all products in a program for all devices; loops of unknown length are left out."""
+    return sum((_equation_flops(equation) for equation in jaxpr.eqns), start=0.0)
+
+
+def step_times(
+    program: Program, flops: float, *, chip: Chip, topology: Topology, compute_dtype: str
+) -> Times:
+    """Times of a step in which every device has an equal share of `flops`."""
+    rate = chip.float32_flops if compute_dtype == "float32" else chip.flops
+    bandwidth = ring_bandwidth(chip)
+    return Times(
+        compute=flops / topology.num_devices / rate,
+        memory=program.bytes_accessed / chip.bandwidth,
+        communication=sum(
+            c.wire_bytes / bandwidth + c.count * c.group / 2 * chip.hop_seconds for c in program.collectives
+        ),
+    )
+
+
+def _equation_flops(equation: Any) -> float:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        contracted, _ = parameters["dimension_numbers"][0]
+        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+    if name == "while":
+        return 0.0
+    if name == "cond":
+        return max(count_flops(branch) for branch in parameters["branches"])
+    times = parameters["length"] if name == "scan" else 1
+    times *= parameters["mesh"].size if name == "shard_map" else 1
+    inner = [value for value in parameters.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+    return float(times) * sum(map(count_flops, inner))

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# One run on all hosts of a Cloud TPU slice, with a bucket as the file system that they share.
+#
+#   launch/cloud_tpu.sh NAME ZONE TYPE BUCKET dpo-train-arguments ...
+#   launch/cloud_tpu.sh mine us-west4-a v5litepod-16 my-bucket --config configs/sentiment_pairs.yaml --mesh.fsdp=-1 \
+#     --mesh.data=1 --run_dir=/mnt/shared/runs/mine
+#
+# The processes find one another through the metadata server. The same command goes on with an interrupted run.
+set -euo pipefail
+name=${1:?NAME} zone=${2:?ZONE} type=${3:?TYPE} bucket=${4:?BUCKET}
+shift 4
+
+on_all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
+}
+
+gcloud compute tpus tpu-vm describe "$name" --zone="$zone" >/dev/null 2>&1 ||
+  gcloud compute tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" --version=tpu-ubuntu2204-base
+gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all . "$name:dpo"
+on_all_hosts "cd dpo && make setup PYTHON=python3.11 && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+on_all_hosts "sudo mkdir -p /mnt/shared && (mountpoint -q /mnt/shared ||
+  sudo gcsfuse --implicit-dirs -o allow_other --file-mode=666 --dir-mode=777 $bucket /mnt/shared)"
+on_all_hosts "cd dpo && DPO_CACHE=/mnt/shared/cache .venv/bin/dpo train --distributed.step_timeout=600 $(printf '%q ' "$@")"

@@ -1,0 +1,28 @@
+import pytest
+
+from dpo.training.chips import CHIPS, Topology, parse_topology, ring_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("text", "topology"),
+    [
+        ("v5e:4x4", Topology("v5e", (4, 4))),
+        ("V5P:2x2x4", Topology("v5p", (2, 2, 4))),
+        ("h100:8", Topology("h100", (8,))),
+        ("cpu:2", Topology("cpu", (2,))),
+    ],
+)
+def test_topologies_are_read(text, topology):
+    assert parse_topology(text) == topology
+    assert parse_topology(topology.text) == topology
+
+
+@pytest.mark.parametrize("text", ["v5e", "v7:4x4", "h100:2x4", "cpu:0", "v5e:4x", ""])
+def test_others_are_refused_with_what_is_allowed(text):
+    with pytest.raises(ValueError, match=r"topology is .*; allowed is"):
+        parse_topology(text)
+
+
+def test_a_ring_of_tpus_goes_both_ways():
+    assert ring_bandwidth(CHIPS["v5e"]) == 2 * CHIPS["v5e"].link
+    assert ring_bandwidth(CHIPS["h100"]) == CHIPS["h100"].link

@@ -1,0 +1,295 @@
+"""How processes find one another, and real processes on loopback."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from numpy.testing import assert_allclose
+from safetensors.numpy import load_file
+
+from dpo.config import DistributedConfig
+from dpo.training.distributed import PEER_LOST, Cluster, find_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SLURM = {
+    "SLURM_JOB_ID": "4099",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "node[007,010-012],other3",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+GKE = {"TPU_WORKER_HOSTNAMES": "slice-0.dpo,slice-1.dpo", "TPU_WORKER_ID": "1"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+
+
+def find(environment, **settings):
+    return find_cluster(DistributedConfig(**settings), environment)
+
+
+def test_alone_when_nothing_says_otherwise():
+    assert find({}) is None
+    assert find({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None  # the batch script
+    assert find(SLURM, cluster="none") is None
+    assert find({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
+
+
+def test_slurm_meets_at_its_first_node():
+    assert find(SLURM) == Cluster("node007:61443", 4, 2, "slurm")
+    one_host = SLURM | {"SLURM_STEP_NODELIST": "gpu1", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_LOCALID": "2"}
+    assert find(one_host) == Cluster("gpu1:61443", 4, 2, "slurm", local_device=2)
+
+
+def test_open_mpi_4_says_where_it_was_started_and_5_on_one_host_only():
+    uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+    cluster = find(OPENMPI | uri)
+    assert cluster is not None
+    assert str(cluster.coordinator).startswith("10.96.0.1:")
+    assert cluster[1:] == (4, 3, "openmpi", 1)
+    local = find(OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+    assert local is not None
+    assert str(local.coordinator).startswith("127.0.0.1:")
+    with pytest.raises(
+        ValueError, match=r"one of several processes \(openmpi\), but coordinator is not known"
+    ):
+        find(OPENMPI)
+
+
+def test_a_tpu_slice_of_gke_and_several_of_them():
+    assert find(GKE) == Cluster("slice-0.dpo:8482", 2, 1, "gke-tpu")
+    several = {
+        "MEGASCALE_NUM_SLICES": "3",
+        "MEGASCALE_SLICE_ID": "2",
+        "MEGASCALE_COORDINATOR_ADDRESS": "first.dpo:8080",
+    }
+    assert find(GKE | several) == Cluster("first.dpo:8482", 6, 5, "gke-tpu")
+
+
+def test_an_indexed_job_takes_the_rest_from_its_manifest():
+    environment = KUBERNETES | {"JAX_COORDINATOR_ADDRESS": "dpo-0.dpo:8476"}
+    assert find(environment, num_processes=2) == Cluster("dpo-0.dpo:8476", 2, 1, "kubernetes")
+    with pytest.raises(ValueError, match="num_processes is not known"):
+        find(environment)
+
+
+def test_settings_come_before_what_is_found():
+    given = {"coordinator": "here:1", "num_processes": 8, "process_id": 7}
+    assert find(SLURM, **given) == Cluster("here:1", 8, 7, "slurm")
+    assert find({}, **given) == Cluster("here:1", 8, 7, "settings")
+    with pytest.raises(ValueError, match="coordinator, process_id is not known"):
+        find({}, num_processes=2)
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        find({}, coordinator="here:1", num_processes=2, process_id=2)
+    with pytest.raises(ValueError, match="cluster is slurm, but its variables are not"):
+        find({}, cluster="slurm")
+
+
+# ---- processes ----
+
+
+def environment_of(devices, tmp_path):
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "DPO_CACHE": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    }
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Processes:
+    """`dpo train` in several processes that meet on loopback."""
+
+    def __init__(self, count, devices, config, tmp_path, *, extra=()):
+        port, self.logs = free_port(), []
+        self.all = []
+        for i in range(count):
+            self.logs.append(tmp_path / f"log-{count}-{i}.txt")
+            where = [] if count == 1 else [
+                f"--distributed.coordinator=127.0.0.1:{port}",
+                f"--distributed.num_processes={count}",
+                f"--distributed.process_id={i}",
+            ]  # fmt: skip
+            more = extra(i) if callable(extra) else extra
+            with self.logs[-1].open("w") as log:
+                self.all.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "dpo", "train", "--config", str(config), *where, *more],
+                        cwd=ROOT,
+                        env=environment_of(devices, tmp_path),
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def wait(self, seconds=240.0):
+        """Exit codes, after which none is left."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.all]
+        finally:
+            for process in self.all:
+                process.kill()
+
+    def text(self, i):
+        return self.logs[i].read_text()
+
+
+@pytest.fixture
+def make_config(tmp_path, tiny_model_dir):
+    data = tmp_path / "train.jsonl"
+    rows = [
+        {"prompt": f"number {i}", "responses": ["yes, very good", "perhaps", "no"][: 2 + i % 2]}
+        for i in range(24)
+    ]
+    rows = [row | {"ranks": list(range(1, 1 + len(row["responses"])))} for row in rows]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(name, **training):
+        settings = {
+            "run_dir": str(tmp_path / name),
+            "model": {"source": str(tiny_model_dir)},
+            "data": {"train": str(data), "eval": str(data), "max_eval": 5, "max_length": 128},
+            "objective": {"name": "plackett_luce", "beta": 0.5},
+            "optimizer": {
+                "learning_rate": 1e-2,
+                "epsilon": 1e-2,
+                "schedule": "constant",
+                "warmup_fraction": 0.0,
+            },
+            "training": {"batch_size": 8, "steps": 6} | training,
+            "mesh": {"data": -1, "fsdp": 2},
+            "distributed": {"start_timeout": 60.0, "heartbeat_timeout": 10.0, "step_timeout": 30.0},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return make
+
+
+def metrics_of(config):
+    run_dir = yaml.safe_load(config.read_text())["run_dir"]
+    rows = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens/s")} for row in rows]
+
+
+def weights_of(config):
+    return load_file(Path(yaml.safe_load(config.read_text())["run_dir"], "export", "model.safetensors"))
+
+
+def assert_same_run(config, other):
+    for ours, theirs in zip(metrics_of(config), metrics_of(other), strict=True):
+        for name in theirs.keys() - {"rewards/accuracies", "eval/rewards/accuracies"}:  # δ is 0 at first
+            assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for name, array in weights_of(other).items():
+        assert_allclose(weights_of(config)[name], array, atol=1e-4 * np.abs(array).max(), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_as_one(count, make_config, tmp_path):
+    alone, together = make_config("alone"), make_config("together")
+    assert Processes(1, 4, alone, tmp_path).wait() == [0]
+    processes = Processes(count, 4 // count, together, tmp_path)
+    assert processes.wait() == [0] * count, processes.text(0) + processes.text(1)
+    assert_same_run(together, alone)
+    assert "step 6/6" in processes.text(0)
+    assert "step" not in processes.text(1), "only the main process speaks"
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_stop_at_the_start_and_say_which(make_config, tmp_path):
+    config = make_config("run")
+    processes = Processes(2, 1, config, tmp_path, extra=lambda i: [f"--objective.beta=0.{1 + i}"])
+    assert processes.wait() == [2, 2]
+    for i in range(2):
+        assert "do not agree: settings of process 1" in processes.text(i)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_a_new_start_goes_on(make_config, tmp_path):
+    whole, config = (make_config(name, steps=60, save_every=5) for name in ("whole", "killed"))
+    assert Processes(2, 2, whole, tmp_path).wait() == [0, 0]
+    processes = Processes(2, 2, config, tmp_path)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (
+        not (metrics.exists() and len(metrics.read_text().splitlines()) > 12) and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+    processes.all[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    codes = processes.wait(90)
+    assert time.monotonic() - killed < 60
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] == PEER_LOST, processes.text(0)
+    assert (
+        "the same command goes on from the newest checkpoint" in " ".join(processes.text(0).split()).lower()
+    )
+    again = Processes(2, 2, config, tmp_path)
+    assert again.wait() == [0, 0], again.text(0)
+    assert "resumed after step" in again.text(0)
+    assert_same_run(config, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, tmp_path):
+    config = make_config("run", steps=2000)
+    processes = Processes(2, 1, config, tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes.all[1].send_signal(signal.SIGTERM)
+    assert processes.wait(90) == [75, 75], processes.text(0) + processes.text(1)
+    assert "goes on from there" in processes.text(0)
+
+
+def test_a_step_that_takes_too_long_ends_with_all_stacks(tmp_path):
+    program = (
+        "import time\n"
+        "from dpo.training.distributed import Deadline\n"
+        "def hang():\n    time.sleep(60)\n"
+        "with Deadline(0.3) as watch:\n"
+        "    watch.step(1)\n"  # a new shape, which has its time to compile
+        "    time.sleep(0.5)\n"
+        "    watch.pause()\n"
+        "    time.sleep(0.5)\n"
+        "    print('still here', flush=True)\n"
+        "    watch.step(1)\n"
+        "    hang()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment_of(1, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == PEER_LOST
+    assert "still here" in result.stdout
+    assert "a step took longer than 0.3 s (distributed.step_timeout)" in result.stderr
+    assert "in hang" in result.stderr

@@ -1,0 +1,215 @@
+"""Plans: what a step needs on devices that need not be there."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from dpo.models.pretrained import read_config
+from dpo.models.shapes import read_shape
+from dpo.training import planner
+from dpo.training.chips import CHIPS, Topology, parse_topology
+from dpo.training.plan_text import plan_as_numbers, plan_as_text
+from dpo.training.planner import (
+    Target,
+    assumed_lengths,
+    candidate_meshes,
+    choose_lengths,
+    make_plan,
+    open_target,
+    read_decoder,
+)
+from dpo.training.roofline import Work, count_flops, forward_flops
+from dpo.training.sharding import make_mesh
+
+SMALL = read_config(
+    read_shape("shape:smollm2-135m")
+    | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+)[1]
+LENGTHS = assumed_lengths(prompt=20, response=10, responses=2)
+
+
+def settings(**mesh):
+    return Config(
+        model=ModelConfig(log_prob_chunk=32, remat="full"),
+        training=TrainingConfig(batch_size=16),
+        mesh=MeshConfig(**mesh),
+    )
+
+
+def target(kind="h100", num_devices=8, memory=None):
+    chip = CHIPS[kind] if memory is None else CHIPS[kind]._replace(memory=memory)
+    return Target(Topology(kind, (num_devices,)), chip, jax.devices()[:num_devices], "plain", "compiled")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(settings(data=1, fsdp=8), target(), decoder=SMALL, lengths=LENGTHS)
+
+
+def test_parameters_and_optimizer_are_split_over_fsdp(plan):
+    """AdamW keeps two numbers a parameter; norms and counters are not split."""
+    config, D = SMALL, SMALL.hidden_size
+    kernels = 2 * D * 64 + 2 * D * 32 + 3 * D * 96
+    split = (config.num_layers * kernels + config.vocab_size * D) / 8
+    whole = (2 * config.num_layers + 1) * D
+    assert plan.memory.parameters == 4 * (split + whole)
+    assert plan.memory.optimizer == pytest.approx(2 * plan.memory.parameters, rel=1e-2)
+
+
+def test_the_arithmetic_is_that_of_forward_backward_and_rematerialisation(plan):
+    """Four forward passes over all positions, of attention too, which `plain` computes for all pairs."""
+    R, T, N = plan.workload.shape
+    everything = Work(tokens=R * T, sequence_tokens=0, visible=R * T * T, scored=R * N)
+    expected = 4 * sum(forward_flops(SMALL, everything))
+    assert plan.flops == pytest.approx(expected, rel=0.1)
+    assert plan.useful_flops < plan.flops
+
+
+def test_a_layer_is_gathered_forward_and_backward(plan):
+    """Every kernel's all-gather happens a layer at a time, at least once in each pass."""
+    assert plan.program is not None
+    gathered = sum(c.count for c in plan.program.collectives if c.kind == "all-gather" and c.group == 8)
+    assert gathered >= 2 * SMALL.num_layers * 7
+    largest = max(c.size for c in plan.program.collectives if c.kind == "all-gather")
+    assert largest < 4 * SMALL.vocab_size * SMALL.hidden_size
+
+
+@pytest.mark.slow
+def test_one_device_communicates_nothing():
+    plan = make_plan(settings(), target(num_devices=1), decoder=SMALL, lengths=LENGTHS)
+    assert plan.program is not None
+    assert plan.program.collectives == []
+    assert plan.times is not None
+    assert plan.times.hidden == plan.times.exposed
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_change(plan):
+    memory = plan.memory._replace(limit=plan.memory.total / 2, parameters=plan.memory.total)
+    result = plan._replace(memory=memory, fits=False, mesh={"data": 4, "fsdp": 2, "tensor": 1})
+    result = result._replace(advice=list(planner._advice(settings(), result, SMALL)))
+    text = plan_as_text(result, target(), compute_dtype="float32")
+    assert "does not fit" in text
+    assert "GiB too much" in text
+    for what in ("mesh.fsdp 8 instead of 2", "model.compute_dtype bfloat16", "a larger topology: 4 times"):
+        assert what in text
+
+
+def test_text_and_numbers_name_everything(plan):
+    text = plan_as_text(plan, target(), compute_dtype="float32")
+    for word in ("parameters", "optimizer", "temporaries", "limit", "TFLOP", "all-gather", "tokens/s", "MFU"):
+        assert word in text
+    numbers = plan_as_numbers(plan, target())
+    assert numbers["seconds"]["hidden"] <= numbers["seconds"]["exposed"]
+    assert numbers["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_candidates_fill_the_devices_and_divide_the_heads():
+    meshes = list(candidate_meshes(16, SMALL))
+    assert all(mesh.data * mesh.fsdp * mesh.tensor == 16 for mesh in meshes)
+    assert {mesh.tensor for mesh in meshes} == {1, 2}
+    assert MeshConfig(1, 16, 1) in meshes
+    assert MeshConfig(16, 1, 1) in meshes
+    assert list(candidate_meshes(1, SMALL)) == [MeshConfig(1, 1, 1)]
+
+
+def test_rows_are_a_multiple_of_the_devices_that_they_are_split_over():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
+    workload = LENGTHS(settings(), mesh, False)
+    assert workload.shape.rows % 8 == 0
+    assert workload.work.tokens == 16 * 40
+    assert workload.work.sequence_tokens == 16 * 60
+    assert workload.work.visible == 16 * (20 * 21 / 2 + 2 * (10 * 20 + 10 * 11 / 2))
+
+
+def test_a_loop_s_products_count_every_time():
+    def program(x):
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(program)(np.zeros((4, 4), np.float32))
+    assert count_flops(jaxpr) == 5 * 2 * 4**3
+
+
+def test_lengths_are_both_given_or_neither():
+    with pytest.raises(ValueError, match="prompt_tokens is 5 and response_tokens is None"):
+        choose_lengths(Config(), prompt=5, response=None, responses=2)
+    shape = dataclasses.replace(Config(), model=ModelConfig(source="shape:qwen3-0.6b"))
+    with pytest.raises(ValueError, match="both are needed for a model that is a shape"):
+        choose_lengths(shape, prompt=None, response=None, responses=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("smollm2-135m", 134.5), ("smollm2-360m", 361.8), ("smollm2-1.7b", 1711.4), ("qwen3-0.6b", 596.0),
+        ("qwen3-1.7b", 1720.6), ("qwen3-8b", 8190.7), ("llama-3.2-1b", 1235.8), ("llama-3.1-8b", 8030.3),
+    ],
+)  # fmt: skip
+def test_known_shapes_have_the_published_number_of_parameters(name, millions):
+    from flax import nnx
+
+    from dpo.models.decoder import Decoder
+
+    decoder = read_decoder(f"shape:{name}")
+    abstract = nnx.eval_shape(lambda: Decoder(decoder, rngs=nnx.Rngs(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_an_unknown_shape_names_the_known():
+    with pytest.raises(
+        ValueError, match=r"'shape:llama-9' is no known shape; allowed are shape:smollm2-135m"
+    ):
+        read_shape("shape:llama-9")
+
+
+def test_a_tpu_without_its_compiler_says_how_to_install_it(monkeypatch):
+    def missing(*args, **kwargs):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(planner.topologies, "get_topology_desc", missing)
+    with pytest.raises(
+        ValueError, match=r"needs the TPU's compiler.*pip install --no-deps --target .*libtpu"
+    ):
+        open_target(parse_topology("v5e:4x4"))
+
+
+def test_too_few_devices_to_stand_for_others_is_said():
+    with pytest.raises(
+        ValueError, match=r"h100:9999 needs 9999 CPU devices and there are \d+; set XLA_FLAGS"
+    ):
+        open_target(parse_topology("h100:9999"))
+
+
+@pytest.mark.slow
+def test_a_tpu_slice_is_compiled_for(tmp_path):
+    """Qwen3-0.6B on 16 chips: it fits, no parameter is gathered whole, no logits travel."""
+    import json
+    import subprocess
+    import sys
+
+    from dpo.models.embedded import cache_directory
+
+    library = Path(os.environ.get("TPU_LIBRARY_PATH", cache_directory() / "libtpu" / "libtpu" / "libtpu.so"))
+    if not library.is_file():
+        pytest.skip(f"{library} is not there (see dpo plan --topology v5e:4x4)")
+    config = Path(__file__).parents[2] / "configs" / "scaling.yaml"
+    command = [sys.executable, "-m", "dpo", "plan", str(config), "--topology", "v5e:4x4"]
+    options = ["--model.source=shape:qwen3-0.6b", "--prompt_tokens=130", "--response_tokens=44"]
+    output = tmp_path / "plan.json"
+    subprocess.run(
+        [*command, *options, "--training.batch_size=256", "--output", str(output)],
+        env={**os.environ, "TPU_LIBRARY_PATH": str(library)},
+        check=True,
+    )
+    plan = json.loads(output.read_text())
+    assert plan["fits"]
+    embedding = 151936 * 1024 * 2
+    for c in plan["collectives"]:
+        assert c["kind"] != "all-gather" or c["size"] < embedding / 2, c
+        assert not any(f",{151936 // n}]" in c["arrays"] for n in (1, 2, 4, 8, 16)), c
