@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def free_port():
 class Processes:
     """`dpo train` in several processes that meet on loopback."""
 
-    def __init__(self, count, devices, config, tmp_path, *, extra=()):
+    def __init__(self, count, devices, config, tmp_path, *, extra: Callable[[int], list[str]] = lambda i: []):
         port, self.logs = free_port(), []
         self.all = []
         for i in range(count):
@@ -130,11 +131,10 @@ class Processes:
                 f"--distributed.num_processes={count}",
                 f"--distributed.process_id={i}",
             ]  # fmt: skip
-            more = extra(i) if callable(extra) else extra
             with self.logs[-1].open("w") as log:
                 self.all.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "dpo", "train", "--config", str(config), *where, *more],
+                        [sys.executable, "-m", "dpo", "train", "--config", str(config), *where, *extra(i)],
                         cwd=ROOT,
                         env=environment_of(devices, tmp_path),
                         stdout=log,
