@@ -404,6 +404,14 @@ def check_settings(config: Config) -> None:
             _require_file(key, source)
 
 
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Keeps the TPU's compiler from asking a metadata server which machine this is, and from complaining."""
+
+
 def prepare_compiler(num_devices: int) -> None:
     """Let JAX, not yet started, see so many CPU devices and no others, and find the TPU's compiler."""
     from dpo.models.embedded import cache_directory
@@ -415,6 +423,8 @@ def prepare_compiler(num_devices: int) -> None:
     library = cache_directory() / "libtpu" / "libtpu" / "libtpu.so"
     if library.is_file():
         os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
 
 
 def as_evaluation(given: WinrateConfig) -> EvaluateConfig:

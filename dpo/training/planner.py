@@ -133,11 +133,11 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed_memory(str(error))
-        if needed is None:
+        temporaries = _refused_temporaries(str(error), arguments=memory.total)
+        if temporaries is None:
             raise
         program, times = None, None
-        memory = memory._replace(temporaries=max(0.0, needed - memory.total))
+        memory = memory._replace(temporaries=temporaries)
     else:
         memory = memory._replace(temporaries=_temporaries(compiled))
         program = read_program(compiled.as_text() or "", target.topology.num_devices)
@@ -444,12 +444,17 @@ def _temporaries(compiled: Any) -> float:
     return float(stats.temp_size_in_bytes + max(0, results) + stats.generated_code_size_in_bytes)
 
 
-def _needed_memory(message: str) -> float | None:
-    """Bytes that the TPU's compiler says a program would need, or None for another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+def _refused_temporaries(message: str, *, arguments: float) -> float | None:
+    """Bytes of temporaries with which the TPU's compiler refuses a program, or None for another error.
+
+    It says either how much they need, or how much the program does in all.
+    """
+    alone = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    found = alone or re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     if found is None:
         return None
-    return float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))
+    size = float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))
+    return size if alone else max(0.0, size - arguments)
 
 
 def _advice(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]:

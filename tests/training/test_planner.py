@@ -100,6 +100,19 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(plan):
         assert what in text
 
 
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("Ran out of memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded by", 22.0),
+        ("the total memory required for HLO temporaries (23.39G) exceeds available HBM (15.75G).", 23.39),
+    ],
+)
+def test_the_compiler_s_refusal_says_what_temporaries_need(message, gib):
+    found = planner._refused_temporaries(message, arguments=1.5 * 2**30)
+    assert found == pytest.approx(gib * 2**30)
+    assert planner._refused_temporaries("INTERNAL: something else", arguments=1.0) is None
+
+
 def test_text_and_numbers_name_everything(plan):
     text = plan_as_text(plan, target(), compute_dtype="float32")
     for word in ("parameters", "optimizer", "temporaries", "limit", "TFLOP", "all-gather", "tokens/s", "MFU"):
