@@ -31,6 +31,7 @@ from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder, DecoderConfig
 from dpo.models.embedded import cache_directory
+from dpo.models.linear import round_products
 from dpo.models.partition import ROWS, TENSOR, Partition
 from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
 from dpo.models.shapes import SHAPE_PREFIX, read_shape
@@ -188,6 +189,8 @@ def trace_step(
             partition=Partition(mesh),
         )
     )
+    if config.model.round_products is not None:
+        round_products(abstract, config.model.round_products)
     graphdef, params, frozen = nnx.split(abstract, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     program = make_program(
