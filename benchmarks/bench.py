@@ -48,12 +48,19 @@ class Contestant(NamedTuple):
 CONTESTANTS = {
     "dpo_float32": Contestant("dpo", ("--dtype", "float32")),
     "dpo_float32_full": Contestant("dpo", ("--dtype", "float32", "--remat", "full")),
-    "dpo_bfloat16": Contestant("dpo", ("--dtype", "bfloat16")),
+    "dpo_rounded_backward": Contestant("dpo", ("--round-products", "backward")),
+    "dpo_rounded": Contestant("dpo", ("--round-products", "both", "--remat", "full")),
+    "dpo_bfloat16": Contestant("dpo", ("--dtype", "bfloat16", "--remat", "full")),
     "dpo_lora": Contestant("dpo", ("--lora-rank", "16"), is_default=False),
     "dpo_lora_bfloat16_base": Contestant(
         "dpo", ("--lora-rank", "16", "--base-dtype", "bfloat16"), is_default=False
     ),
     "dpo_lora_int8_base": Contestant("dpo", ("--lora-rank", "16", "--base-dtype", "int8"), is_default=False),
+    "dpo_lora_rounded": Contestant(
+        "dpo",
+        ("--lora-rank", "16", "--round-products", "both", "--remat", "full", "--base-dtype", "bfloat16"),
+        is_default=False,
+    ),
     "trl_float32": Contestant("trl", ("--dtype", "float32")),
     "trl_float32_precomputed": Contestant("trl", ("--dtype", "float32", "--precompute")),
     "trl_float32_micro": Contestant("trl", ("--dtype", "float32"), one_micro_batch_a_pair=True),
@@ -181,8 +188,8 @@ def run(contestant: Contestant, files: Files, options: argparse.Namespace) -> di
 
 
 def summarise(names: list[str], rounds: list[dict], options: argparse.Namespace) -> dict[str, Any]:
-    """Medians and spreads of every contestant, and ratios to the first of ours, round by round."""
-    ours = next((name for name in names if CONTESTANTS[name].tool == "dpo"), None)
+    """Medians and spreads of every contestant, and the ratios of ours to all, round by round."""
+    ours = [name for name in names if CONTESTANTS[name].tool == "dpo"]
     columns = (
         "tokens_per_second_with_reference",
         "tokens_per_cpu_second_with_reference",
@@ -201,11 +208,13 @@ def summarise(names: list[str], rounds: list[dict], options: argparse.Namespace)
             column: _spread([r[column] for r in runs if column in r]) for column in columns
         }
         entry["pairs_per_second"] = _spread([r["pairs_per_step"] / r["seconds_per_step"] for r in runs])
-        if ours is not None and name != ours:
-            entry["ours_over_this"] = {
-                column: _spread([one[ours][column] / one[name][column] for one in rounds])
+        entry["over_this"] = {
+            our: {
+                column: _spread([one[our][column] / one[name][column] for one in rounds])
                 for column in (*columns[:3], "peak_rss_gib")
             }
+            for our in ours
+        }
         contestants[name] = entry
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -221,7 +230,7 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     head = (
         "| contestant | real tokens/s, reference included | a CPU-second | without reference | pairs/s "
-        "| fill | peak RSS GiB | trained M | MFU | ours over this: tokens/s | a CPU-second | RSS |"
+        "| fill | peak RSS GiB | trained M | MFU |"
     )
     lines = [
         f"{report['date']}, {report['machine']}; {report['options']['rounds']} rounds of "
@@ -232,7 +241,6 @@ def table(report: dict[str, Any]) -> str:
         "|" + "---|" * head.count(" | ") + "---|",
     ]
     for name, entry in report["contestants"].items():
-        ratios = entry.get("ours_over_this", {})
         cells = [
             _cell(entry["tokens_per_second_with_reference"], 1),
             _cell(entry["tokens_per_cpu_second_with_reference"], 1),
@@ -242,12 +250,26 @@ def table(report: dict[str, Any]) -> str:
             _cell(entry["peak_rss_gib"], 2),
             _cell(_in_millions(entry["trained_parameters"]), 2),
             _cell(entry["mfu"], 2),
-            _cell(ratios.get("tokens_per_second_with_reference"), 2),
-            _cell(ratios.get("tokens_per_cpu_second_with_reference"), 2),
-            _cell(ratios.get("peak_rss_gib"), 2),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_ratios(report)]) + "\n"
+
+
+def _ratios(report: dict[str, Any]) -> list[str]:
+    """A line a peer (a contestant of ours where there are only those), a column for each of ours."""
+    ours, contestants = report["ours"], report["contestants"]
+    if not ours:
+        return []
+    head = "| against | " + " | ".join(f"{our}: tokens/s, RSS" for our in ours) + " |"
+    lines = ["", head, "|" + "---|" * (len(ours) + 1)]
+    for name in [name for name in contestants if name not in ours] or ours:
+        pairs = [contestants[name]["over_this"][our] for our in ours]
+        cells = [
+            f"{_cell(pair['tokens_per_second_with_reference'], 2)}, {_cell(pair['peak_rss_gib'], 2)}"
+            for pair in pairs
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _spread(values: list[float]) -> dict[str, float] | None:
