@@ -73,7 +73,7 @@ def draw_temperatures(path: Path, result: dict[str, Any]) -> None:
         for place, line in enumerate(result["temperatures"]):
             is_reference = line["beta"] is None
             colour = "black" if is_reference else COLOURS[objectives.index(line["policy"]) % len(COLOURS)]
-            spread = 0.006 * (place - (len(result["temperatures"]) - 1) / 2)
+            spread = 0.012 * (place - (len(result["temperatures"]) - 1) / 2)
             values = list(line["win_rates"].values())
             axes.errorbar(
                 [float(text) + spread for text in line["win_rates"]],
@@ -88,6 +88,7 @@ def draw_temperatures(path: Path, result: dict[str, Any]) -> None:
             )
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axes.set_ylim(-0.02, 1.02)
+        axes.set_xticks(result["settings"]["temperatures"])
         axes.set_xlabel("sampling temperature")
         axes.set_ylabel(f"win-rate over {result['settings']['opponent']}")
         axes.set_title(
