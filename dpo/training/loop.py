@@ -28,6 +28,7 @@ from dpo.data.loader import Loader
 from dpo.files import replace_text, writing
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.pretrained import save_pretrained
+from dpo.models.weights import read_json_object
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
@@ -607,10 +608,16 @@ class _Record:
 
 
 def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
-    """What a finished run with these settings came to."""
+    """What a finished run with these settings came to.
+
+    Raises:
+      ValueError: naming the file, when it is damaged.
+    """
     path = run_dir / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else None
-    return summary if summary is not None and summary["settings"] == settings else None
+    if not path.exists():
+        return None
+    summary = read_json_object(path, path.read_bytes())
+    return summary if summary.get("settings") == settings else None
 
 
 def _describe(run: Run, tracker: Tracker) -> None:

@@ -84,6 +84,10 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
     heldout = load_file(result.run_dir / "heldout.safetensors")
     assert_array_equal(np.isfinite(heldout["policy"]), heldout["present"].astype(bool))
     assert train(config).status == "already finished"
+    summary = result.run_dir / "summary.json"
+    summary.write_text(summary.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"summary\.json: not valid JSON"):
+        train(config)
 
 
 def test_evaluations_sample_the_policy_where_asked_for(config):
