@@ -66,6 +66,9 @@ CONTESTANTS = {
     "trl_float32_micro": Contestant("trl", ("--dtype", "float32"), one_micro_batch_a_pair=True),
     "trl_bfloat16_micro": Contestant("trl", ("--dtype", "bfloat16"), one_micro_batch_a_pair=True),
     "trl_bfloat16_precomputed": Contestant("trl", ("--dtype", "bfloat16", "--precompute")),
+    "trl_bfloat16_micro_precomputed": Contestant(
+        "trl", ("--dtype", "bfloat16", "--precompute"), one_micro_batch_a_pair=True
+    ),
 }
 
 
