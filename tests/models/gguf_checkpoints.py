@@ -31,7 +31,7 @@ _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 6, "tie_word_embeddings": True}
 
 CASES: dict[str, dict[str, Any]] = {
-    "llama": {**_SIZES, **_ROPE, "attention_bias": True, "head_dim": 16, "tie_word_embeddings": False},
+    "llama": {**_SIZES, **_ROPE, "head_dim": 16, "tie_word_embeddings": False},
     "qwen2": {**_SIZES, **_ROPE, "tie_word_embeddings": True},
     "qwen3": {**_SIZES, **_ROPE, "head_dim": 128, "tie_word_embeddings": False},
     "gemma2": {**_SIZES, **_ROPE, **_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 """Sizes that fit blocks of 32, and the values that transformers assumes where it reads none from a file."""
 
 BEYOND: dict[str, dict[str, Any]] = {
+    "llama-biases": {**CASES["llama"], "attention_bias": True},
     "falcon-grouped": {
         **CASES["falcon"],
         **{"new_decoder_architecture": True, "num_kv_heads": 2},

@@ -16,7 +16,7 @@ from numpy.testing import assert_array_equal
 from tiny_models import CASES, write_checkpoint
 
 from dpo.models import loading
-from dpo.models.pretrained import load_decoder, open_checkpoint
+from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
 from dpo.models.weights import SafetensorsDirectory
 
 BASES = [case for case in CASES if "-" not in case]
@@ -119,6 +119,7 @@ mesh = Mesh(np.asarray(jax.devices()[:devices]), ("fsdp",))
 def place(path, shape):
     return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "fsdp"))
 
+read_config(checkpoint.config)  # transformers imports what it needs, torch too where it is installed
 jnp.zeros(8).block_until_ready()
 Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
 before = memory("VmRSS")
