@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo.models.attention import NO_WINDOW, Implementation, attend, attend_cached, visible_in_cache
 from dpo.models.attention_blocked import SAVED_NAMES
-from dpo.models.linear import PRODUCT, Linear
+from dpo.models.linear import PRODUCT, Linear, Rounds
 from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 from dpo.models.rotary import Rope, cos_sin, rotate
 
@@ -112,6 +112,8 @@ class Decoder(nnx.Module):
         self.partition = partition
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat: Remat = remat
+        self.rounds: Rounds = "both" if self.compute_dtype == jnp.bfloat16 else "neither"
+        """Of linears; the output projection then rounds in the backward pass alone."""
         self.attention: Implementation = attention
         make = _Maker(config, rngs, self.compute_dtype, jnp.dtype(param_dtype))
         self.embed_tokens = make.embedding(config.vocab_size)

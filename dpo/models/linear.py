@@ -55,7 +55,7 @@ def product(x: Float[Array, "n D"], w: Float[Array, "D F"], rounds: Rounds) -> F
 
 
 def round_products(model: nnx.Module, rounds: Rounds) -> None:
-    """Set in which passes a model's linears round, in place."""
+    """Set in which passes a model and its linears round, in place."""
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
+        if hasattr(module, "rounds"):
             module.rounds = rounds

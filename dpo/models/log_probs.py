@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
+from dpo.models.products import rounded_sum
 
 
 def token_log_probs(
@@ -36,6 +37,7 @@ def token_log_probs(
     softcap: float | None = None,
     bias: Float[Array, " V"] | None = None,
     keep_logits: bool | None = None,
+    rounds_backward: bool = False,
     partition: Partition = ONE_DEVICE,
 ) -> Float32[Array, "*R N"]:
     """log p(target) at each position, differentiable in `hidden`, `embedding` and `bias`.
@@ -44,12 +46,13 @@ def token_log_probs(
     `keep_logits` saves the logits for the backward pass (positions x V floats) instead of making them again:
     a quarter fewer products. When not given they are kept where all positions of a device are one chunk,
     which holds them all anyway.
+    `rounds_backward` rounds operands of the backward pass's products to bfloat16 (dpo/models/products.py).
     """
     if keep_logits is None:
         keep_logits = _Chunks(hidden.shape[:-1], chunk * partition.size(ROWS)).steps == 1
     arrays = {"hidden": hidden, "embedding": embedding, "target": target}
     arrays |= {} if bias is None else {"bias": bias}
-    return _token_log_probs(_Settings(chunk, softcap, keep_logits), partition, arrays)
+    return _token_log_probs(_Settings(chunk, softcap, keep_logits, rounds_backward), partition, arrays)
 
 
 def collision_log_probs(
@@ -97,6 +100,7 @@ class _Settings(NamedTuple):
     chunk: int
     softcap: float | None
     keep_logits: bool
+    rounds_backward: bool
 
 
 _Arrays = dict[str, Array]
@@ -181,12 +185,16 @@ def _backward_local(settings: _Settings, shard: _Shard, names: Sequence[str], ar
         slope = shard.hide_padding(slope, 0.0)
         if "bias" in names:
             gradients |= {"bias": gradients["bias"] + slope.sum(axis=0)}
-        slope = slope.astype(hidden.dtype)
+        dtype = jnp.bfloat16 if settings.rounds_backward else hidden.dtype
+        slope = slope.astype(dtype)
         if "embedding" in names:
-            gradients |= {"embedding": gradients["embedding"] + _product(slope, hidden, 0, 0)}
+            rounds = settings.rounds_backward
+            found = rounded_sum(slope, hidden) if rounds else _product(slope, hidden, 0, 0)
+            gradients |= {"embedding": gradients["embedding"] + found}
         if "hidden" not in names:
             return gradients, None
-        return gradients, shard.own_sum(_product(slope, embedding, 1, 0)).astype(hidden.dtype)
+        by_hidden = shard.own_sum(_product(slope, embedding.astype(dtype), 1, 0))
+        return gradients, by_hidden.astype(hidden.dtype)
 
     zeros = {
         name: jnp.zeros(arrays[name].shape, jnp.float32) for name in ("embedding", "bias") if name in names

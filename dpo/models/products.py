@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -39,8 +39,13 @@ def _backward(
     x, w, like_x = residuals
     dy = _round(cotangent)
     dx = jax.lax.dot_general(dy, _round(w), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = _product(jax.lax.platform_dependent(x, cpu=_written_transposed, default=jnp.transpose), dy)
-    return dx.astype(like_x.dtype), dw.astype(w.dtype)
+    return dx.astype(like_x.dtype), rounded_sum(x, dy).astype(w.dtype)
+
+
+def rounded_sum(x: Float[Array, "n D"], y: Float[Array, "n F"]) -> Float32[Array, "D F"]:
+    """xᵀ y of rounded operands, float32."""
+    x = jax.lax.platform_dependent(_round(x), cpu=_written_transposed, default=jnp.transpose)
+    return _product(x, _round(y))
 
 
 def _written_transposed(x: Float[Array, "n D"]) -> Float[Array, "D n"]:

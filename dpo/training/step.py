@@ -79,7 +79,13 @@ def response_sums(model: Any, batch: Batch, *, chunk: int, needs: frozenset[str]
     """
     predicting = _predicting(model, batch)
     projection = {"chunk": chunk, "softcap": model.config.logit_softcap, "partition": model.partition}
-    log_probs = token_log_probs(predicting, model.output_embedding, jnp.asarray(batch.target), **projection)
+    log_probs = token_log_probs(
+        predicting,
+        model.output_embedding,
+        jnp.asarray(batch.target),
+        rounds_backward=model.rounds != "neither",
+        **projection,
+    )
     sums = {"logps": _sum_over_responses(log_probs, batch)}
     if "head" in needs:
         head = in_head(

@@ -69,6 +69,25 @@ def test_bfloat16_inputs_give_float32_log_probs_and_bfloat16_gradients():
         np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0.02, atol=0.06)
 
 
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_rounding_the_backward_pass_changes_gradients_by_roundings_and_no_value(chunk):
+    hidden, embedding, bias, target = _inputs()
+
+    def of(rounds_backward):
+        def total(*arrays):
+            hidden, embedding, bias = arrays
+            options = {"chunk": chunk, "bias": bias, "rounds_backward": rounds_backward}
+            return jnp.sum(token_log_probs(hidden, embedding, target, **options))
+
+        return jax.value_and_grad(total, (0, 1, 2))(hidden, embedding, bias)
+
+    (value, gradient), (exact_value, exact) = of(True), of(False)
+    assert value == exact_value
+    for ours, theirs in zip(gradient, exact, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2**-7, atol=2**-7 * np.abs(theirs).max())
+    assert any((ours != theirs).any() for ours, theirs in zip(gradient, exact, strict=True))
+
+
 @pytest.mark.parametrize("keep_logits", [False, True])
 def test_only_a_chunk_of_logits_is_held(keep_logits):
     """Temporary memory grows by a few hidden states a token when logits are dropped, by V when kept."""
