@@ -37,11 +37,18 @@ class ModelConfig:
     backward (losses stay exact) or both; when not given, both if compute_dtype is bfloat16, else neither."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: nothing, all but matrix products, or (least memory) whole layers."""
+    attention: Literal["auto", "plain", "blocked", "splash", "cudnn"] = "auto"
+    """As measured best for the device and the rows' length, or as named: splash on TPUs, cudnn on GPUs."""
     log_prob_chunk: int = 1024
     """Scored tokens of a device that meet the vocabulary at a time (bounds memory to chunk x V floats)."""
 
     def __post_init__(self) -> None:
         _check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
+        if self.attention == "cudnn" and self.compute_dtype == "float32":
+            raise ValueError(
+                "model.attention is cudnn with model.compute_dtype float32; allowed there: bfloat16, because "
+                "cuDNN attends in half precision only"
+            )
         if self.compute_dtype == "bfloat16" and self.round_products not in (None, "both"):
             raise ValueError(
                 f"model.round_products is {self.round_products} with model.compute_dtype bfloat16; allowed "

@@ -17,11 +17,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo.models.attention_blocked import attend_blocked
+from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
+from dpo.models.attention_fast import attend_cudnn, attend_splash
 from dpo.models.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
-Implementation = Literal["auto", "plain", "blocked"]
+Implementation = Literal["auto", "plain", "blocked", "splash", "cudnn"]
 Window = int | Int[Array, ""] | None
+
+AUTOMATIC: dict[str, tuple[tuple[int, Implementation], ...]] = {
+    "cpu": ((1, "blocked"),),
+    "tpu": ((512, "splash"), (1, "plain")),
+}
+"""What `auto` is by platform, from so many tokens a row on, where something else than `plain` was measured to
+be better (docs/performance.md, "Attention on accelerators")."""
+
+_REQUIRED_PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
 
 NO_WINDOW = 2**30
 """A window that hides nothing, for scanned layers of which only some have one."""
@@ -33,6 +43,46 @@ _HIDDEN = -1e30
 def skips_blocks(partition: Partition = ONE_DEVICE) -> bool:
     """Whether `auto` visits only what some query may see: a long row then costs no more than short ones."""
     return partition.platform == "cpu"
+
+
+def check_implementation(
+    implementation: Implementation,
+    *,
+    partition: Partition,
+    dtype: jnp.dtype,
+    softcap: float | None,
+    has_key_bias: bool,
+) -> None:
+    """That a model's attention can be computed so.
+
+    Raises:
+      ValueError: saying what of the model or the device does not go with it, and what is allowed.
+    """
+    required = _REQUIRED_PLATFORM.get(implementation, partition.platform)
+    reasons = []
+    if partition.platform != required:
+        reasons.append(f"needs a {required} and the platform is {partition.platform}")
+    if has_key_bias and implementation not in ("auto", "plain"):
+        reasons.append("has no bias of keys, which this model has (ALiBi)")
+    if implementation == "cudnn" and softcap is not None:
+        reasons.append(f"has no soft-capping, which this model has ({softcap})")
+    if implementation == "cudnn" and dtype not in (jnp.bfloat16, jnp.float16):
+        reasons.append(f"takes bfloat16 activations and the compute dtype is {dtype.name}")
+    if reasons:
+        allowed = "auto, plain" if has_key_bias else "auto, plain, blocked"
+        raise ValueError(f"attention {implementation} {'; it '.join(reasons)}. Allowed here: {allowed}")
+
+
+def choose_implementation(
+    implementation: Implementation, *, partition: Partition, length: int, has_key_bias: bool
+) -> Implementation:
+    """What rows of `length` are computed by: `auto` by `AUTOMATIC`, and a bias of keys is only in `plain`."""
+    if has_key_bias:
+        return "plain"
+    if implementation != "auto":
+        return implementation
+    table = AUTOMATIC.get(partition.platform, ((1, "plain"),))
+    return next(name for least, name in table if length >= least)
 
 
 def visible(
@@ -71,16 +121,18 @@ def attend(
     implementation: Implementation = "auto",
     partition: Partition = ONE_DEVICE,
 ) -> Float[Array, "R T H C"]:
-    """Attention within rows; `auto` is blocked on a CPU and plain elsewhere. Both give the same result.
+    """Attention within rows; all implementations give the same result where a token sees anything.
 
     `key_bias` is added to a key's scores (ALiBi); only `plain` has it. On a mesh rows stay on their devices,
-    and so do heads where both kinds of them can be split.
+    and so do heads where both kinds of them can be split; else every device of the axis computes all heads.
+    Away from their platforms `splash` is interpreted and `cudnn` is XLA's stand-in, for tests.
     """
     heads = partition.divides(TENSOR, q.shape[2], k.shape[2])
     q, k, v = (partition.constrain(x, ROWS, None, heads) for x in (q, k, v))
-    if implementation == "auto":
-        implementation = "blocked" if skips_blocks(partition) else "plain"
-    if implementation == "blocked" and key_bias is None:
+    implementation = choose_implementation(
+        implementation, partition=partition, length=q.shape[1], has_key_bias=key_bias is not None
+    )
+    if implementation == "blocked":
         return attend_blocked(
             q,
             k,
@@ -93,8 +145,21 @@ def attend(
             softcap=softcap,
             partition=partition,
         )
+    if implementation == "splash":
+
+        def on_device(q: Array, k: Array, v: Array, *layout: Array) -> Array:
+            interpret = partition.platform != "tpu"
+            return attend_splash(q, k, v, visible(*layout), scale=scale, softcap=softcap, interpret=interpret)
+
+        layout = (positions, group, branch, *([] if window is None else [jnp.asarray(window, jnp.int32)]))
+        return on_own_rows_and_heads(partition, on_device, q, k, v, *layout)
     mask = visible(positions, group, branch, window)
-    out = attend_plain(q, k, v, mask, scale=scale, softcap=softcap, key_bias=key_bias)
+    if implementation == "cudnn":
+        out = attend_cudnn(
+            q, k, v, mask, scale=scale, kernel="cudnn" if partition.platform == "gpu" else "xla"
+        )
+    else:
+        out = attend_plain(q, k, v, mask, scale=scale, softcap=softcap, key_bias=key_bias)
     return partition.constrain(out, ROWS, None, heads)
 
 

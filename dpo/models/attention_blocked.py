@@ -88,7 +88,7 @@ def _attend(scale, softcap, block, partition, q, k, v, layout) -> Array:
 
 def _forward(scale, softcap, block, partition, q, k, v, layout):
     local = partial(_forward_local, scale, softcap, block)
-    saved = _on_own_rows_and_heads(partition, local, q, k, v, layout)
+    saved = on_own_rows_and_heads(partition, local, q, k, v, layout)
     out, normaliser = (checkpoint_name(x, n) for x, n in zip(saved, SAVED_NAMES, strict=True))
     return out, (q, k, v, layout, out, normaliser)
 
@@ -132,7 +132,7 @@ def _forward_local(scale, softcap, block, q, k, v, layout):
 
 def _backward(scale, softcap, block, partition, saved, cotangent):
     local = partial(_backward_local, scale, softcap, block)
-    return *_on_own_rows_and_heads(partition, local, *saved, cotangent), None
+    return *on_own_rows_and_heads(partition, local, *saved, cotangent), None
 
 
 def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cotangent):
@@ -174,7 +174,7 @@ def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cot
 _attend.defvjp(_forward, _backward)
 
 
-def _on_own_rows_and_heads(partition: Partition, function: Callable, q: Array, k: Array, *rest: Any) -> Any:
+def on_own_rows_and_heads(partition: Partition, function: Callable, q: Array, k: Array, *rest: Any) -> Any:
     """`function(q, k, *rest)` by every device, on its rows and heads of [R T H ...] and [R T] arrays."""
     if not partition.is_split:
         return function(q, k, *rest)

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dpo.models.attention import NO_WINDOW, Implementation, attend, attend_cached, visible_in_cache
+from dpo.models.attention import (
+    NO_WINDOW,
+    Implementation,
+    attend,
+    attend_cached,
+    check_implementation,
+    visible_in_cache,
+)
 from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.linear import PRODUCT, Linear, Rounds
 from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
@@ -114,6 +121,13 @@ class Decoder(nnx.Module):
         self.remat: Remat = remat
         self.rounds: Rounds = "both" if self.compute_dtype == jnp.bfloat16 else "neither"
         """Of linears; the output projection then rounds in the backward pass alone."""
+        check_implementation(
+            attention,
+            partition=partition,
+            dtype=self.compute_dtype,
+            softcap=config.attention_softcap,
+            has_key_bias=config.alibi is not None,
+        )
         self.attention: Implementation = attention
         make = _Maker(config, rngs, self.compute_dtype, jnp.dtype(param_dtype))
         self.embed_tokens = make.embedding(config.vocab_size)

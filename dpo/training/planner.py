@@ -28,7 +28,7 @@ from dpo.data.packing import Shape
 from dpo.data.planning import Step, plan_shapes
 from dpo.data.tokenization import TokenizedDataset
 from dpo.losses import Objective, make_objective, reward_scale
-from dpo.models.attention import Implementation
+from dpo.models.attention import Implementation, choose_implementation
 from dpo.models.decoder import Decoder, DecoderConfig
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
@@ -106,6 +106,7 @@ class Target(NamedTuple):
     chip: Chip
     devices: list[Any]
     attention: Implementation
+    """Of the settings where it is `auto`; else what stands in for it."""
     compiler: str
 
 
@@ -128,7 +129,13 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
     )
     attention, body = forward_flops(decoder, workload.work)
     flops = count_flops(traced.jaxpr)
-    if target.chip.platform == "cpu":  # its attention is a loop over as many blocks as some query sees
+    how = choose_implementation(
+        attention_on(target, config.model.attention),
+        partition=Partition(mesh),
+        length=workload.shape.row_length,
+        has_key_bias=decoder.alibi is not None,
+    )
+    if how in ("blocked", "splash"):  # a loop over as many blocks as some query sees
         flops += _ATTENTION_PASSES * attention
     began = time.perf_counter()
     try:
@@ -164,6 +171,11 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
     return plan._replace(advice=list(_advice(config, plan, decoder)))
 
 
+def attention_on(target: Target, setting: Implementation) -> Implementation:
+    """The settings' attention, or the target's where its devices stand in for others."""
+    return setting if target.attention == "auto" else target.attention
+
+
 _ATTENTION_PASSES = 3.5
 """Two products forward, five backward (scores are made again): 7 / 2 forward passes."""
 
@@ -185,7 +197,7 @@ def trace_step(
             rngs=nnx.Rngs(0),
             compute_dtype=jnp.dtype(config.model.compute_dtype),
             remat=config.model.remat,
-            attention=target.attention,
+            attention=attention_on(target, config.model.attention),
             partition=Partition(mesh),
         )
     )

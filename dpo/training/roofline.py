@@ -78,7 +78,7 @@ def _equation_flops(equation: Any) -> float:
         contracted, _ = parameters["dimension_numbers"][0]
         left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
         return 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
-    if name == "while":
+    if name in ("while", "pallas_call"):
         return 0.0
     if name == "cond":
         return max(count_flops(branch) for branch in parameters["branches"])

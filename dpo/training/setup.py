@@ -98,6 +98,7 @@ def load_policy(
         source or config.source,
         compute_dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
+        attention=config.attention,
         placement=parameter_placement(mesh, rules),
         partition=Partition(mesh),
     )
