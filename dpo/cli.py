@@ -156,7 +156,13 @@ def plan(arguments: list[str]) -> int:
     topology = parse_topology(given.topology or "cpu:1")
     prepare_compiler(topology.num_devices)
     from dpo.training.plan_text import plan_as_numbers, plan_as_text
-    from dpo.training.planner import choose_lengths, make_plan, open_target, read_decoder, search_meshes
+    from dpo.training.planner import (
+        choose_lengths,
+        make_plan_within_limit,
+        open_target,
+        read_decoder,
+        search_meshes,
+    )
 
     lengths = choose_lengths(
         config, prompt=given.prompt_tokens, response=given.response_tokens, responses=given.num_responses
@@ -167,7 +173,7 @@ def plan(arguments: list[str]) -> int:
         tried = search_meshes(config, target, decoder=decoder, lengths=lengths, log=print_plain)
         result = tried[0][1]
     else:
-        result = make_plan(config, target, decoder=decoder, lengths=lengths)
+        result = make_plan_within_limit(config, target, decoder=decoder, lengths=lengths, log=print_plain)
     print_plain(plan_as_text(result, target, compute_dtype=config.model.compute_dtype))
     if given.output is not None:
         write_json(given.output, plan_as_numbers(result, target))

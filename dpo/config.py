@@ -188,6 +188,9 @@ class TrainingConfig:
     """Prompts a step."""
     micro_batches: int = 1
     """Parts that a step's rows are split into to save memory; the result is the same."""
+    memory_limit: float | Literal["device"] | None = None
+    """GiB that a device may hold: model.remat, micro_batches and model.log_prob_chunk are chosen to fit it;
+    device is all that the device has; nothing is chosen when not given."""
     epochs: float = 1.0
     """Passes over the training data."""
     steps: int | None = None
@@ -223,6 +226,8 @@ class TrainingConfig:
         _check_range("training.seed", self.seed, low=0, high=2**31 - 1)
         _check_range("training.batch_size", self.batch_size, low=1)
         _check_range("training.micro_batches", self.micro_batches, low=1)
+        if self.memory_limit != "device":
+            _check_range("training.memory_limit", self.memory_limit, above=0.0, also="device")
         _check_range("training.epochs", self.epochs, above=0.0)
         _check_range("training.steps", self.steps, low=1)
         _check_range("training.eval_every", self.eval_every, low=1)

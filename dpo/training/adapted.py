@@ -53,7 +53,8 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
             f"training.reference_alpha is {alpha} and lora is on; allowed is 1, because the mean of two "
             "adapters' factors is not the mean of their weights"
         )
-    adapters, method = _starting_adapters(lora, config.model.source, seed=config.training.seed)
+    hf_config = open_checkpoint(config.model.source).config
+    adapters, method = starting_adapters(lora, hf_config, seed=config.training.seed)
     base = load_policy(config.model, mesh, base_dtype=lora.base_dtype, rules=rules)
     model = base.merge(base.params)
     add_adapters(model, adapters, method)
@@ -80,8 +81,11 @@ def export_adapters(policy: Policy, params: Params, directory: str | Path, *, so
     return save_adapters(directory, *get_adapters(model, bindings), bindings=bindings, base=base)
 
 
-def _starting_adapters(lora: LoraConfig, source: str, *, seed: int) -> tuple[list[Adapter], Method]:
-    bindings = _bindings(open_checkpoint(source).config)
+def starting_adapters(
+    lora: LoraConfig, hf_config: dict[str, Any], *, seed: int
+) -> tuple[list[Adapter], Method]:
+    """The adapters before the first update, new or from `lora.init`, for a model of this config.json."""
+    bindings = _bindings(hf_config)
     if lora.init is not None:
         directory = AdapterDirectory(lora.init)
         return load_adapters(directory, bindings), directory.method

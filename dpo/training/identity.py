@@ -39,12 +39,16 @@ NOT_IDENTITY = (
     "training.keep_best",
     "training.keep_checkpoints",
     "training.max_skipped",
+    "training.memory_limit",
     "training.resume",
     "training.save_every",
     "training.save_minutes",
     "training.trackers",
 )
-"""Settings, or whole sections, that may change between the parts of one run: no number depends on them."""
+"""Settings, or whole sections, that may change between the parts of one run: no number depends on them.
+
+What training.memory_limit chooses is in the settings that are compared.
+"""
 
 PLACES = ("model.source", "model.reference", "lora.init", "data.train", "data.eval", "data.chat_template")
 """Settings that say where something is; what is there is compared instead, so that it may be moved."""

@@ -35,6 +35,7 @@ from dpo.training.distributed import Deadline, agree, is_main, joined, on_main, 
 from dpo.training.identity import Identity, reference_identity, run_identity, settings_fingerprint, take_probe
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
 from dpo.training.lock import exclusive
+from dpo.training.memory import Fit, Parts, choose_memory, keep_choice, with_remat
 from dpo.training.metrics import Metrics
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.on_policy import Observe, open_on_policy
@@ -96,6 +97,8 @@ class Run(NamedTuple):
     num_steps: int
     identity: Identity
     """What a checkpoint of this run belongs to."""
+    memory: Fit | None
+    """What training.memory_limit chose; it is in the config here."""
 
 
 def train(config: Config, *, observe: Observe | None = None) -> RunResult:
@@ -127,6 +130,7 @@ def _train(
 ) -> RunResult:
     started = time.monotonic()
     run = prepare(config)
+    config = run.config
     stop_requested = shared_vote(stop_requested, run.mesh)
     with Checkpoints(run.run_dir / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
         notes: list[str] = []
@@ -138,6 +142,9 @@ def _train(
             num_steps=run.num_steps,
             log=notes.append,
         )
+        if run.memory is not None and is_main():
+            limit = config.training.memory_limit
+            keep_choice(run.memory, run.run_dir, limit=limit, settings=settings)
         trackers = open_trackers(
             run.run_dir if is_main() else None,
             config.training.trackers,
@@ -255,12 +262,20 @@ def prepare(config: Config) -> Run:
     dataset = fit_to_objective(read_dataset(config.data, tokenizer), objective, names=names)
     heldout = read_dataset(config.data, tokenizer, heldout=True) if config.data.eval else None
     num_steps = count_steps(config, len(dataset.tokens))
+    memory = None
+    if config.training.memory_limit is not None:
+        others = heldout and heldout.tokens
+        parts = Parts(objective, beta, policy, dataset.tokens, others, mesh, num_steps)
+        memory = choose_memory(config, parts, run_dir=run_dir)
+        config, policy = memory.choice.apply(config), with_remat(policy, memory.choice.remat)
     loader = make_loader(config.data, config.training, dataset.tokens, mesh, num_steps=num_steps)
     identity = run_identity(
         config, policy=policy, dataset=dataset, heldout=heldout, mesh=mesh, num_steps=num_steps
     )
     agree({**identity, "shapes": [loader.shape(step) for step in range(num_steps)]})
-    return Run(config, run_dir, mesh, objective, beta, policy, dataset, heldout, loader, num_steps, identity)
+    return Run(
+        config, run_dir, mesh, objective, beta, policy, dataset, heldout, loader, num_steps, identity, memory
+    )
 
 
 def _make_state_and_step(run: Run) -> tuple[TrainState, TrainStep, optax.Schedule]:
@@ -397,6 +412,7 @@ def _finish(
         "eval": metrics,
         "best_checkpoint": best,
         "export": str(export),
+        "memory": run.memory and run.memory.as_numbers(),
         "seconds": round(time.monotonic() - started, 1),
         "layout": run.loader.report(),
         "versions": versions(),
@@ -640,6 +656,8 @@ def _describe(run: Run, tracker: Tracker) -> None:
         f"{report['saving_versus_padded']:.1f}x fewer positions than padded; "
         f"{len(report['shapes'])} programs to compile"
     )
+    if run.memory is not None:
+        tracker.message(run.memory.text)
     tracker.message(
         f"training: {run.num_steps} steps of {config.training.batch_size} prompts into {config.run_dir}"
     )

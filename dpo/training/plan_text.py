@@ -65,11 +65,17 @@ def plan_as_numbers(plan: Plan, target: Target) -> dict[str, Any]:
 
 def _memory_lines(plan: Plan) -> list[str]:
     memory = plan.memory
-    parts = memory._asdict() | {"total": memory.total}
+    parts = memory._asdict() | {"expected peak": memory.total}
+    here = ("process", "checkpoint") if memory.process else ()
+    names = ("parameters", "optimizer", "batch", "temporaries", *here, "expected peak", "limit")
     verdict = "fits" if plan.fits else f"does not fit: {-memory.free / GIB:.2f} GiB too much"
+    after = "" if memory.saves_between_steps or not here else " (after the last step)"
     return [
         f"memory of a device: {verdict}",
-        *(f"  {name:<13}{parts[name] / GIB:8.3f} GiB" for name in (*memory._fields[:-1], "total", "limit")),
+        *(
+            f"  {name:<13}{parts[name] / GIB:8.3f} GiB" + (after if name == "checkpoint" else "")
+            for name in names
+        ),
     ]
 
 

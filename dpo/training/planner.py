@@ -32,14 +32,33 @@ from dpo.models.attention import Implementation, choose_implementation
 from dpo.models.decoder import Decoder, DecoderConfig
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
+from dpo.models.lora import add_adapters
 from dpo.models.partition import ROWS, TENSOR, Partition
 from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
+from dpo.models.quantized import hold
 from dpo.models.shapes import SHAPE_PREFIX, read_shape
+from dpo.training.adapted import starting_adapters
 from dpo.training.chips import CHIPS, Chip, Topology
 from dpo.training.hlo import Program, read_program
+from dpo.training.memory import (
+    candidates,
+    device_bytes,
+    limit_bytes,
+    other_bytes,
+    saves_between_steps,
+    saving_bytes,
+    temporary_bytes,
+)
 from dpo.training.program import make_program
 from dpo.training.roofline import Times, Work, count_flops, forward_flops, step_times
-from dpo.training.sharding import batch_sharding, make_mesh, replicated, row_multiple
+from dpo.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    parameter_rules,
+    parameter_sharding,
+    replicated,
+    row_multiple,
+)
 
 
 def install_command() -> str:
@@ -68,11 +87,21 @@ class Memory(NamedTuple):
     batch: float
     temporaries: float
     """Gradient, activations and what the compiler needs."""
+    process: float
+    """Python and libraries, where the devices are this machine's CPU; 0 elsewhere."""
+    checkpoint: float
+    """The copy of the state that is written, likewise."""
     limit: float
+    """Of the device, or of the settings."""
+    saves_between_steps: bool = False
+    """Whether that copy is there while steps run, and not after the last one only."""
 
     @property
     def total(self) -> float:
-        return self.parameters + self.optimizer + self.batch + self.temporaries
+        """The expected peak."""
+        step, copy = self.batch + self.temporaries, self.checkpoint
+        most = step + copy if self.saves_between_steps else max(step, copy)
+        return self.parameters + self.optimizer + self.process + most
 
     @property
     def free(self) -> float:
@@ -147,7 +176,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         program, times = None, None
         memory = memory._replace(temporaries=temporaries)
     else:
-        memory = memory._replace(temporaries=_temporaries(compiled))
+        memory = memory._replace(temporaries=temporary_bytes(compiled))
         program = read_program(compiled.as_text() or "", target.topology.num_devices)
         times = step_times(
             program,
@@ -162,7 +191,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         memory=memory,
         fits=program is not None and memory.free >= 0,
         flops=flops,
-        useful_flops=3 * (attention + body),
+        useful_flops=3 * attention + (2 if config.lora.is_on else 3) * body,  # frozen: no weight gradients
         program=program,
         times=times,
         compile_seconds=time.perf_counter() - began,
@@ -191,20 +220,12 @@ def trace_step(
     target: Target,
 ) -> tuple[Any, Memory]:
     """The step traced with shapes and shardings alone, and the memory of its arguments on one device."""
-    abstract = nnx.eval_shape(
-        lambda: Decoder(
-            decoder,
-            rngs=nnx.Rngs(0),
-            compute_dtype=jnp.dtype(config.model.compute_dtype),
-            remat=config.model.remat,
-            attention=attention_on(target, config.model.attention),
-            partition=Partition(mesh),
-        )
-    )
-    if config.model.round_products is not None:
-        round_products(abstract, config.model.round_products)
-    graphdef, params, frozen = nnx.split(abstract, nnx.Param, ...)
+    trained = nnx.LoRAParam if config.lora.is_on else nnx.Param
+    model = _abstract_model(config, decoder, mesh=mesh, target=target)
+    graphdef, params, frozen = nnx.split(model, trained, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    rules = parameter_rules(config.mesh.rules)
+    frozen = _with_sharding(frozen, parameter_sharding(mesh, frozen, rules))
     program = make_program(
         config, objective, beta=beta, graphdef=graphdef, params=params, mesh=mesh, num_steps=1000
     )
@@ -215,15 +236,40 @@ def trace_step(
     )
     reference = dict.fromkeys(["logps", *(objective.needs & {"head"})], sums)
     traced = program.step.trace(state, frozen, batch, reference)  # type: ignore[attr-defined]
-    parameters = _device_bytes(state.params)
+    parameters, here = device_bytes((state.params, frozen)), target.topology.kind == "cpu"
     memory = Memory(
         parameters=parameters,
-        optimizer=_device_bytes(state) - parameters,
-        batch=_device_bytes((batch, reference)),
+        optimizer=device_bytes(state) - device_bytes(state.params),
+        batch=device_bytes((batch, reference)),
         temporaries=0.0,
-        limit=target.chip.memory,
+        process=other_bytes(mesh) if here else 0.0,
+        checkpoint=saving_bytes(state, "cpu") if here else 0.0,
+        limit=limit_bytes(config.training.memory_limit, target.chip.memory),
+        saves_between_steps=saves_between_steps(config.training),
     )
     return traced, memory
+
+
+def _abstract_model(config: Config, decoder: DecoderConfig, *, mesh: Mesh, target: Target) -> Decoder:
+    """The policy that the settings train, in shapes."""
+
+    def make() -> Decoder:
+        model = Decoder(
+            decoder,
+            rngs=nnx.Rngs(0),
+            compute_dtype=jnp.dtype(config.model.compute_dtype),
+            remat=config.model.remat,
+            attention=attention_on(target, config.model.attention),
+            partition=Partition(mesh),
+        )
+        if config.model.round_products is not None:
+            round_products(model, config.model.round_products)
+        if config.lora.is_on:
+            hold(model, config.lora.base_dtype)
+            add_adapters(model, *starting_adapters(config.lora, _read_hf_config(config.model.source), seed=0))
+        return model
+
+    return nnx.eval_shape(make)
 
 
 def abstract_batch(workload: Workload) -> Batch:
@@ -242,6 +288,32 @@ def abstract_batch(workload: Workload) -> Batch:
             for name in Batch._fields
         }  # type: ignore[arg-type]
     )
+
+
+def make_plan_within_limit(
+    config: Config, target: Target, *, decoder: DecoderConfig, lengths: Lengths, log: Callable[[str], None]
+) -> Plan:
+    """The plan of the settings, or of what `training.memory_limit` chooses in their place.
+
+    Where nothing fits, the plan of the choice with the least memory.
+    """
+    if config.training.memory_limit is None:
+        return make_plan(config, target, decoder=decoder, lengths=lengths)
+    mesh = make_mesh(config.mesh, target.devices)
+
+    def scored(micro_batches: int) -> int:
+        training = replace(config.training, micro_batches=micro_batches)
+        shape = lengths(replace(config, training=training), mesh, target.chip.platform == "cpu").shape
+        return shape.rows * shape.scored // micro_batches // row_multiple(mesh)
+
+    plans = []
+    for choice in candidates(config, scored):
+        plan = make_plan(choice.apply(config), target, decoder=decoder, lengths=lengths)
+        log(f"training.memory_limit: {choice.text}: {plan.memory.total / 2**30:.2f} GiB")
+        if plan.fits:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.memory.total)
 
 
 def search_meshes(
@@ -352,9 +424,12 @@ def _least_seconds(run: Callable[[], jax.Array]) -> float:
 
 def read_decoder(source: str) -> DecoderConfig:
     """The decoder of a shipped shape (shape:NAME) or of any model source; weights are not read."""
-    if source.startswith(SHAPE_PREFIX):
-        return read_config(read_shape(source))[1]
-    return read_config(open_checkpoint(source).config)[1]
+    return read_config(_read_hf_config(source))[1]
+
+
+def _read_hf_config(source: str) -> dict[str, Any]:
+    """What config.json says."""
+    return read_shape(source) if source.startswith(SHAPE_PREFIX) else open_checkpoint(source).config
 
 
 def assumed_lengths(*, prompt: int, response: int, responses: int) -> Lengths:
@@ -441,22 +516,6 @@ def _with_sharding(abstract: Any, sharding: Any) -> Any:
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, sharding
     )
-
-
-def _device_bytes(tree: Any) -> float:
-    return float(
-        sum(
-            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-    )
-
-
-def _temporaries(compiled: Any) -> float:
-    """Bytes besides the arguments: temporaries, results that do not replace an argument, code."""
-    stats = compiled.memory_analysis()
-    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return float(stats.temp_size_in_bytes + max(0, results) + stats.generated_code_size_in_bytes)
 
 
 def _refused_temporaries(message: str, *, arguments: float) -> float | None:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from dpo.config import Config, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from dpo.losses import make_objective
 from dpo.models.pretrained import read_config
 from dpo.models.shapes import read_shape
 from dpo.training import planner
@@ -20,17 +21,20 @@ from dpo.training.planner import (
     candidate_meshes,
     choose_lengths,
     make_plan,
+    make_plan_within_limit,
     open_target,
     read_decoder,
+    trace_step,
 )
 from dpo.training.roofline import Work, count_flops, forward_flops
 from dpo.training.sharding import make_mesh
 
-SMALL = read_config(
+SMALL_CONFIG = (
     read_shape("shape:smollm2-135m")
     | {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-)[1]
+)
+SMALL = read_config(SMALL_CONFIG)[1]
 LENGTHS = assumed_lengths(prompt=20, response=10, responses=2)
 
 
@@ -115,7 +119,17 @@ def test_the_compiler_s_refusal_says_what_temporaries_need(message, gib):
 
 def test_text_and_numbers_name_everything(plan):
     text = plan_as_text(plan, target(), compute_dtype="float32")
-    for word in ("parameters", "optimizer", "temporaries", "limit", "TFLOP", "all-gather", "tokens/s", "MFU"):
+    for word in (
+        "parameters",
+        "optimizer",
+        "temporaries",
+        "expected peak",
+        "limit",
+        "TFLOP",
+        "all-gather",
+        "tokens/s",
+        "MFU",
+    ):
         assert word in text
     numbers = plan_as_numbers(plan, target())
     assert numbers["seconds"]["hidden"] <= numbers["seconds"]["exposed"]
@@ -197,6 +211,57 @@ def test_too_few_devices_to_stand_for_others_is_said():
         ValueError, match=r"h100:9999 needs 9999 CPU devices and there are \d+; set XLA_FLAGS"
     ):
         open_target(parse_topology("h100:9999"))
+
+
+def test_a_checkpoint_s_copy_counts_beside_the_step_only_where_steps_go_on():
+    memory = planner.Memory(
+        parameters=4.0, optimizer=8.0, batch=0.5, temporaries=5.5, process=1.0, checkpoint=12.0, limit=30.0
+    )
+    assert memory.total == 4 + 8 + 1 + 12
+    assert memory._replace(saves_between_steps=True).total == 4 + 8 + 1 + 12 + 6
+    assert memory._replace(checkpoint=3.0).total == 4 + 8 + 1 + 6
+
+
+def test_a_plan_within_a_limit_is_of_the_first_choice_that_fits(plan, monkeypatch):
+    """The plan's temporaries here are a gigabyte and a half, halved with each micro-batch."""
+    asked = []
+
+    def make(config, target, **_):
+        choice = config.model.remat, config.training.micro_batches
+        asked.append(choice)
+        memory = plan.memory._replace(temporaries=1.5 * 2**30 / choice[1], limit=0.5 * 2**30)
+        return plan._replace(memory=memory, fits=memory.free >= 0)
+
+    monkeypatch.setattr(planner, "make_plan", make)
+    limited = dataclasses.replace(settings(), training=TrainingConfig(batch_size=16, memory_limit=0.5))
+    said = []
+    found = make_plan_within_limit(limited, target(), decoder=SMALL, lengths=LENGTHS, log=said.append)
+    assert asked == [("full", 1), ("full", 2), ("full", 4)]
+    assert found.fits
+    assert said[0].startswith(
+        "training.memory_limit: remat full, 1 micro-batch, 32 scored tokens at a time: 1.5"
+    )
+
+
+def test_adapters_are_planned_as_adapters(monkeypatch):
+    """The model is there without moments, and three numbers are kept for each of the adapters'."""
+    monkeypatch.setattr(planner, "_read_hf_config", lambda source: SMALL_CONFIG)
+    adapted = dataclasses.replace(settings(), lora=LoraConfig(rank=2, base_dtype="bfloat16"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    parts = [
+        trace_step(
+            config,
+            make_objective({"name": "dpo"}),
+            SMALL,
+            beta=0.1,
+            mesh=mesh,
+            workload=LENGTHS(config, mesh, False),
+            target=target(num_devices=1),
+        )[1]
+        for config in (settings(), adapted)
+    ]
+    assert parts[1].parameters == pytest.approx(parts[0].parameters / 2, rel=0.2)
+    assert parts[1].optimizer < 0.2 * parts[0].optimizer
 
 
 @pytest.mark.slow

@@ -1,0 +1,422 @@
+"""`training.memory_limit`: settings traded for memory, the quickest first, until what is compiled fits.
+
+    peak of a device = other + max(step, state + scoring)
+
+    step      arguments + results − aliases + temporaries of the compiled step, at the run's largest shape
+    scoring   temporaries of the compiled scoring of rows without a gradient
+    other     what no program knows of: on a CPU the process itself; copies that are kept while steps run
+
+On a CPU a checkpoint is copied and written in the same memory: beside scoring always, since the last one is
+written while the held-out rows are scored, and beside steps where there are saves between them.
+
+Rematerialisation, micro-batches and smaller chunks leave the mathematics as it is, and change results by
+rounding. A run keeps what was chosen when it began (`MEMORY_FILE`), so that one which goes on gives the same
+bits; a checkpoint's identity holds the settings as chosen. Programs pass through the persistent compilation
+cache, so that the chosen one is not compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dpo.config import Config, TrainingConfig
+from dpo.data.loader import Loader
+from dpo.data.tokenization import TokenizedDataset
+from dpo.files import replace_text
+from dpo.losses import Objective
+from dpo.training.distributed import from_main, on_main
+from dpo.training.identity import settings_fingerprint
+from dpo.training.program import make_program
+from dpo.training.setup import Policy, make_loader, scoring_loader
+from dpo.training.sharding import place_batch, row_multiple
+from dpo.training.step import make_eval_step
+
+GIB = 2.0**30
+MEMORY_FILE = "memory.json"
+"""What was chosen when the run began, in the run directory."""
+LEAST_CHUNK = 32
+"""Scored tokens that meet the vocabulary at a time, below which nothing is gained."""
+
+Remat = Literal["none", "dots", "full"]
+Limit = float | Literal["device"] | None
+"""GiB; all that the device has; no limit."""
+_REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+"""The quickest first."""
+
+
+class Choice(NamedTuple):
+    """Settings that are traded for memory."""
+
+    remat: Remat
+    micro_batches: int
+    log_prob_chunk: int
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        parts = "1 micro-batch" if self.micro_batches == 1 else f"{self.micro_batches} micro-batches"
+        return f"remat {self.remat}, {parts}, {self.log_prob_chunk} scored tokens at a time"
+
+    def apply(self, config: Config) -> Config:
+        """The settings with these in their place."""
+        return replace(
+            config,
+            model=replace(config.model, remat=self.remat, log_prob_chunk=self.log_prob_chunk),
+            training=replace(config.training, micro_batches=self.micro_batches),
+        )
+
+
+class Fit(NamedTuple):
+    """A choice, and what a device holds with it."""
+
+    choice: Choice
+    peak: float
+    """Bytes, as expected from the compiled programs."""
+    limit: float
+    """Bytes."""
+    tried: tuple[tuple[str, float], ...] = ()
+    """What was too much before it, in words and bytes."""
+    kept: bool = False
+    """Chosen by an earlier start of the run."""
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        before = "; ".join(f"{name}: {_gib(peak)}" for name, peak in self.tried)
+        return (
+            f"memory: {self.choice.text}: {self.peak / GIB:.2f} of {_gib(self.limit)} a device"
+            + (f" (too much: {before})" if before else "")
+            + (", as chosen when the run began" if self.kept else "")
+        )
+
+    def as_numbers(self) -> dict[str, Any]:
+        """As plain numbers and texts."""
+        return {
+            **self.choice._asdict(),
+            "peak_gib": self.peak / GIB,
+            "limit_gib": self.limit / GIB,
+            "too_much_gib": {name: None if math.isinf(peak) else peak / GIB for name, peak in self.tried},
+        }
+
+
+class Parts(NamedTuple):
+    """What the programs of a run are made of, besides the settings."""
+
+    objective: Objective
+    beta: float
+    policy: Policy
+    tokens: TokenizedDataset
+    heldout: TokenizedDataset | None
+    mesh: Mesh
+    num_steps: int
+
+
+def choose_memory(config: Config, parts: Parts, *, run_dir: Path) -> Fit:
+    """What the run was begun with for these settings and this limit, or else the first choice that fits.
+
+    Raises:
+      ValueError: when nothing fits, with the least that was found and what to change.
+    """
+    path = run_dir / MEMORY_FILE
+    kept = on_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    if kept is None or kept["asked"] != _asked(config.training.memory_limit, settings_fingerprint(config)):
+        return find_fit(config, parts)
+    chosen = kept["chosen"]
+    choice = Choice(*(chosen[name] for name in Choice._fields))
+    return Fit(choice, chosen["peak_gib"] * GIB, chosen["limit_gib"] * GIB, kept=True)
+
+
+def keep_choice(fit: Fit, run_dir: Path, *, limit: Limit, settings: str) -> None:
+    """Write down what was chosen for a limit and for the fingerprint of the settings as they were given."""
+    content = {"asked": _asked(limit, settings), "chosen": fit.as_numbers()}
+    text = json.dumps(content, indent=1)
+    replace_text(run_dir / MEMORY_FILE, text, what="the choice for training.memory_limit")
+
+
+def find_fit(config: Config, parts: Parts) -> Fit:
+    """Compile the run's programs with one choice after the other, until one fits.
+
+    Raises:
+      ValueError: when none does.
+    """
+    mesh, training = parts.mesh, config.training
+    limit = limit_bytes(training.memory_limit, device_memory(mesh))
+    other = float(from_main(np.float32(other_bytes(mesh) + kept_bytes(config, parts.policy))))
+    trained = _abstract_state(config, parts)[1]
+    state, saved = (
+        device_bytes((trained, parts.policy.frozen)),
+        saving_bytes(trained, mesh.devices.flat[0].platform),
+    )
+    if other + state + saved > limit:
+        copy = f", a copy for checkpoints {_gib(saved)}" if saved else ""
+        raise ValueError(
+            f"training.memory_limit is {_gib(limit)} a device; parameters and the optimiser's state take "
+            f"{_gib(state)}{copy}, the process itself {_gib(other)}, before anything is computed. {_ADVICE}"
+        )
+    programs: dict[Any, float] = {}
+
+    def peak(choice: Choice) -> float:
+        key, chunk = _step_key(config, parts, choice), choice.log_prob_chunk
+        step = _memoised(programs, key, lambda: step_bytes(config, parts, choice))
+        step += saved if saves_between_steps(training) else 0.0
+        if other + step > limit:
+            return other + step
+        scoring = _memoised(programs, chunk, lambda: scoring_bytes(config, parts, chunk))
+        return other + max(step, state + saved + scoring)
+
+    return first_that_fits(candidates(config, lambda count: _scored(config, parts, count)), peak, limit=limit)
+
+
+def candidates(config: Config, scored: Callable[[int], int]) -> Iterator[Choice]:
+    """Choices in the order of their expected speed: what is asked for, remat, micro-batches, chunks.
+
+    Micro-batches grow by divisors of the batch, each at least twice the one before. `scored` gives the
+    scored tokens of a device and micro-batch by their number: larger chunks than that are no larger.
+    """
+    model, training = config.model, config.training
+    count, chunk = training.micro_batches, model.log_prob_chunk
+    for remat in _REMATS[_REMATS.index(model.remat) :]:
+        yield Choice(remat, count, chunk)
+    for more in range(2 * count, training.batch_size + 1):
+        if training.batch_size % more == 0 and more >= 2 * count:
+            count = more
+            yield Choice("full", count, chunk)
+    chunk = _smaller_power_of_two(min(chunk, scored(count)))
+    while chunk >= LEAST_CHUNK:
+        yield Choice("full", count, chunk)
+        chunk //= 2
+
+
+def first_that_fits(choices: Iterable[Choice], peak: Callable[[Choice], float], *, limit: float) -> Fit:
+    """The first choice whose peak is within the limit; no later one is looked at.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    tried: list[tuple[str, float]] = []
+    for choice in choices:
+        needed = peak(choice)
+        if needed <= limit:
+            return Fit(choice, needed, limit, tuple(tried))
+        tried.append((choice.text, needed))
+    name, least = min(tried, key=lambda one: one[1])
+    raise ValueError(
+        f"training.memory_limit is {_gib(limit)} a device, and the least of {len(tried)} programs takes "
+        f"{_gib(least)} ({name}). {_ADVICE}"
+    )
+
+
+_ADVICE = (
+    "Allowed is a limit above that; less is needed with shorter rows (data.max_length), fewer prompts a step "
+    "(training.batch_size), adapters (lora.rank), or parameters split over more devices (mesh.fsdp)"
+)
+
+
+def with_remat(policy: Policy, remat: Remat) -> Policy:
+    """The same arrays in a model that recomputes more, or less."""
+    model = policy.merge(policy.params)
+    model.remat = remat
+    return policy._replace(graphdef=nnx.graphdef(model))
+
+
+# ---- compiled programs ----
+
+
+def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
+    """Bytes on a device while the step of the run's largest shape runs, its arguments included."""
+    config = choice.apply(config)
+    program, state = _abstract_state(config, parts)
+    loader = _loader(config, parts)
+    batch = place_batch(parts.mesh, _largest(loader))
+    zeros = np.zeros(batch.present.shape, np.float32)
+    sums = dict.fromkeys(sorted({"logps", *(parts.objective.needs & {"head"})}), zeros)
+    return _compiled_bytes(
+        lambda: program.step.lower(state, parts.policy.frozen, batch, sums),  # type: ignore[attr-defined]
+        lambda compiled: compiled.memory_analysis().argument_size_in_bytes + temporary_bytes(compiled),
+    )
+
+
+def scoring_bytes(config: Config, parts: Parts, chunk: int) -> float:
+    """Bytes on a device that scoring without a gradient takes besides parameters."""
+    policy, needs = parts.policy, parts.objective.needs & {"head"}
+    score = make_eval_step(policy.graphdef, chunk=chunk, needs=needs, mesh=parts.mesh)
+    loaders = [
+        scoring_loader(config.data, tokens, parts.mesh)
+        for tokens in (parts.tokens, parts.heldout)
+        if tokens is not None
+    ]
+    batch = max((_largest(loader) for loader in loaders), key=lambda batch: batch.tokens.size)
+    placed = place_batch(parts.mesh, batch)
+    return _compiled_bytes(
+        lambda: score.lower(policy.params, policy.frozen, placed),  # type: ignore[attr-defined]
+        temporary_bytes,
+    )
+
+
+def temporary_bytes(compiled: Any) -> float:
+    """Bytes besides the arguments: temporaries, results that do not replace an argument, code."""
+    stats = compiled.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return float(stats.temp_size_in_bytes + max(0, results) + stats.generated_code_size_in_bytes)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes on one device of arrays, or of shapes with shardings."""
+    return float(
+        sum(
+            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def saving_bytes(state: Any, platform: str) -> float:
+    """Bytes on a device of the copy of a state that is written as a checkpoint: on a CPU it is one place."""
+    return device_bytes(state) if platform == "cpu" else 0.0
+
+
+def saves_between_steps(training: TrainingConfig) -> bool:
+    """Whether checkpoints are written while steps go on."""
+    return (training.save_every, training.save_minutes, training.keep_best) != (None, None, None)
+
+
+def _compiled_bytes(lower: Callable[[], Any], read: Callable[[Any], float]) -> float:
+    """What `read` finds in the compiled program; infinite where the compiler says that it is too large."""
+    try:
+        return read(lower().compile())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
+
+
+def _abstract_state(config: Config, parts: Parts) -> tuple[Any, Any]:
+    """The training program, and the shapes of its state where they will be."""
+    policy = with_remat(parts.policy, config.model.remat)
+    program = make_program(
+        config,
+        parts.objective,
+        beta=parts.beta,
+        graphdef=policy.graphdef,
+        params=policy.params,
+        mesh=parts.mesh,
+        num_steps=parts.num_steps,
+    )
+    state = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(program.init, policy.params),
+        program.sharding,
+    )
+    return program, state
+
+
+def kept_bytes(config: Config, policy: Policy) -> float:
+    """Bytes on a device of the model that samples of the policy are compared with, where there is a copy."""
+    if config.training.eval_samples == 0:
+        return 0.0
+    if policy.base is None:
+        return device_bytes(policy.params)
+    return 0.0 if config.model.reference is None else device_bytes(policy.base.params)
+
+
+def _loader(config: Config, parts: Parts) -> Loader:
+    return make_loader(config.data, config.training, parts.tokens, parts.mesh, num_steps=parts.num_steps)
+
+
+def _largest(loader: Loader) -> Any:
+    """A batch of the largest shape."""
+    shapes = [loader.shape(step) for step in range(loader.num_steps)]
+    return loader.batch(shapes.index(loader.shapes[-1]))
+
+
+def _scored(config: Config, parts: Parts, micro_batches: int) -> int:
+    """Scored tokens of a device and micro-batch in the largest shape."""
+    training = replace(config.training, micro_batches=micro_batches)
+    shape = _loader(replace(config, training=training), parts).shapes[-1]
+    return shape.rows * shape.scored // micro_batches // row_multiple(parts.mesh)
+
+
+def _step_key(config: Config, parts: Parts, choice: Choice) -> tuple:
+    """Equal for choices with the same program: a chunk is no larger than a micro-batch."""
+    scored = _scored(config, parts, choice.micro_batches)
+    return choice.remat, choice.micro_batches, min(choice.log_prob_chunk, scored)
+
+
+# ---- devices ----
+
+
+def limit_bytes(limit: Limit, memory: float) -> float:
+    """`training.memory_limit` in bytes; the device's own memory for "device" and without one."""
+    return memory if limit is None or limit == "device" else limit * GIB
+
+
+def device_memory(mesh: Mesh) -> float:
+    """Bytes that an accelerator says it gives out; of a CPU device its share of the machine's."""
+    devices = mesh.local_devices
+    stats = devices[0].memory_stats()
+    if stats is not None:
+        return float(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+
+
+def other_bytes(mesh: Mesh) -> float:
+    """Bytes in use on a device now that are no arrays: of a CPU device its share of the process."""
+    devices = mesh.local_devices
+    stats = devices[0].memory_stats()
+    if stats is not None:
+        return max(0.0, float(stats["bytes_in_use"]) - _array_bytes(devices[:1]))
+    return max(0.0, resident_bytes() - _array_bytes(jax.local_devices())) / len(devices)
+
+
+def resident_bytes() -> float:
+    """Memory of this process; where the system does not say (macOS), the most that it was."""
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            return float(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def _array_bytes(devices: Iterable[Any]) -> float:
+    """Of all arrays on these devices, buffers that several share counted once."""
+    on = set(devices)
+    shards = [
+        shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device in on
+    ]
+    return float(sum({shard.data.unsafe_buffer_pointer(): shard.data.nbytes for shard in shards}.values()))
+
+
+# ---- small things ----
+
+
+def _asked(limit: Limit, settings: str) -> dict[str, Any]:
+    return {"settings": settings, "memory_limit": limit}
+
+
+def _memoised(found: dict[Any, float], key: Any, compute: Callable[[], float]) -> float:
+    if key not in found:
+        found[key] = compute()
+    return found[key]
+
+
+def _smaller_power_of_two(value: int) -> int:
+    """The largest one below `value`."""
+    return 2 ** ((value - 1).bit_length() - 1) if value > 1 else 0
+
+
+def _gib(size: float) -> str:
+    return "more than the device has" if math.isinf(size) else f"{size / GIB:.2f} GiB"

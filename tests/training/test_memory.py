@@ -1,0 +1,215 @@
+"""What is chosen under `training.memory_limit`, and that a run under one is the same run."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dpo.training import loop, memory
+from dpo.training.loop import train
+from dpo.training.memory import GIB, Choice, candidates, first_that_fits, limit_bytes, other_bytes
+from dpo.training.sharding import make_mesh
+
+LIMITLESS = 1e6
+
+
+@pytest.fixture(autouse=True)
+def one_device_that_holds_nothing_else(monkeypatch):
+    """The programs alone decide, and the step's is the largest of them."""
+    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(memory, "other_bytes", lambda mesh: 0.0)
+    monkeypatch.setattr(memory, "scoring_bytes", lambda *_: 0.0)
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir):
+    """Four steps of four pairs whose activations outweigh the state."""
+    path = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"number {i}", "chosen": "yes " * 60, "rejected": "no " * 80} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(
+            source=str(tiny_model_dir), reference_store=str(tmp_path / "reference"), remat="none"
+        ),
+        data=DataConfig(train=str(path), eval=None, max_length=512),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, schedule="constant"),
+        training=TrainingConfig(batch_size=4, steps=4, save_every=2),
+    )
+
+
+def with_training(config, **training):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+
+
+def losses(config):
+    rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def stop_after(step, monkeypatch):
+    """Ask the run to stop when so many batches were placed."""
+    place, counter = loop.place_batch, itertools.count(1)
+
+    def place_and_count(mesh, batch):
+        if next(counter) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return place(mesh, batch)
+
+    monkeypatch.setattr(loop, "place_batch", place_and_count)
+
+
+# ---- the order ----
+
+
+def order(*, remat: Any = "none", batch_size=8, micro_batches=1, chunk=1024, scored=100):
+    config = Config(
+        model=ModelConfig(remat=remat, log_prob_chunk=chunk),
+        training=TrainingConfig(batch_size=batch_size, micro_batches=micro_batches),
+    )
+    return [tuple(choice) for choice in candidates(config, lambda count: scored)]
+
+
+def test_remat_comes_before_micro_batches_and_these_before_chunks():
+    assert order() == [
+        ("none", 1, 1024),
+        ("dots", 1, 1024),
+        ("full", 1, 1024),
+        ("full", 2, 1024),
+        ("full", 4, 1024),
+        ("full", 8, 1024),
+        ("full", 8, 64),
+        ("full", 8, 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batches", "expected"),
+    [(6, 1, [2, 6]), (12, 3, [6, 12]), (60, 1, [2, 4, 10, 20, 60]), (7, 1, [7]), (1, 1, [])],
+)
+def test_micro_batches_divide_the_batch_and_double_at_least(batch_size, micro_batches, expected):
+    choices = order(remat="full", batch_size=batch_size, micro_batches=micro_batches, scored=0)
+    assert [count for _, count, _ in choices] == [micro_batches, *expected]
+
+
+def test_what_is_asked_for_is_never_made_quicker():
+    assert order(remat="full", batch_size=1, chunk=48, scored=1000) == [("full", 1, 48), ("full", 1, 32)]
+
+
+# ---- the choice ----
+
+
+def test_the_first_that_fits_is_taken_and_no_later_one_is_looked_at():
+    sizes = {Choice("none", 1, 64): 9.0, Choice("dots", 1, 64): 7.0, Choice("full", 1, 64): 5.0}
+    looked_at = []
+
+    def peak(choice):
+        looked_at.append(choice.remat)
+        return sizes[choice] * GIB
+
+    fit = first_that_fits(sizes, peak, limit=7 * GIB)
+    assert looked_at == ["none", "dots"]
+    assert (fit.choice.remat, fit.peak, fit.limit) == ("dots", 7 * GIB, 7 * GIB)
+    assert fit.text == (
+        "memory: remat dots, 1 micro-batch, 64 scored tokens at a time: 7.00 of 7.00 GiB a device "
+        "(too much: remat none, 1 micro-batch, 64 scored tokens at a time: 9.00 GiB)"
+    )
+
+
+def test_where_nothing_fits_the_least_is_named_and_what_to_change():
+    sizes = {
+        Choice("dots", 1, 64): float("inf"),
+        Choice("full", 2, 64): 4.0 * GIB,
+        Choice("full", 4, 64): 4.5 * GIB,
+    }
+    refusal = r"limit is 3\.00 GiB .* 3 programs takes 4\.00 GiB \(remat full, 2 micro-b.*data\.max_length"
+    with pytest.raises(ValueError, match=refusal):
+        first_that_fits(sizes, lambda choice: sizes[choice], limit=3 * GIB)
+
+
+def test_limits_are_gib_or_the_device_s_own():
+    assert limit_bytes(1.5, 8.0) == 1.5 * GIB
+    assert limit_bytes("device", 8.0) == limit_bytes(None, 8.0) == 8.0
+    with pytest.raises(
+        ValueError, match=r"training\.memory_limit is 0\.0; allowed is more than 0\.0 or device"
+    ):
+        TrainingConfig(memory_limit=0.0)
+
+
+def test_arrays_are_not_counted_beside_the_programs_that_hold_them():
+    mesh = make_mesh(Config().mesh, jax.devices()[:1])
+    before = other_bytes(mesh)
+    array = jax.device_put(np.ones(2**26, np.uint8), jax.devices()[0])
+    assert abs(other_bytes(mesh) - before) < array.nbytes / 2
+    assert before > 2**26  # Python itself
+
+
+# ---- runs ----
+
+
+def test_a_run_under_a_limit_trains_alike(config, tmp_path):
+    """The largest program is refused for one byte; what is chosen compiles once and learns the same."""
+    train(config)
+    roomy = dataclasses.replace(
+        with_training(config, memory_limit=LIMITLESS), run_dir=str(tmp_path / "roomy")
+    )
+    before = compiled_steps()
+    chosen = train(roomy).summary["memory"]
+    assert Choice(chosen["remat"], chosen["micro_batches"], chosen["log_prob_chunk"]) == Choice(
+        "none", 1, 1024
+    )
+    assert compiled_steps() == before  # the one of the run without a limit
+
+    limit = chosen["peak_gib"] * (1 - 1e-6)
+    tight = dataclasses.replace(with_training(config, memory_limit=limit), run_dir=str(tmp_path / "tight"))
+    result = train(tight)
+    found = result.summary["memory"]
+    assert found["remat"] != "none"
+    assert found["peak_gib"] <= limit
+    assert compiled_steps() - before == len(found["too_much_gib"])  # the first of these was there already
+    assert_allclose(losses(tight), losses(config), rtol=1e-3)
+    assert np.ptp(losses(config)) > 0.05
+
+
+def test_a_run_that_goes_on_keeps_its_choice(config, monkeypatch):
+    """Also where the process has grown in the meantime."""
+    config = with_training(config, memory_limit=LIMITLESS)
+    stop_after(2, monkeypatch)
+    assert train(config).status == "interrupted"
+    monkeypatch.setattr(memory, "other_bytes", lambda mesh: 2 * LIMITLESS * GIB)
+    assert train(config).summary["memory"]["remat"] == "none"
+
+
+def test_another_limit_is_another_choice_which_a_checkpoint_refuses(config, monkeypatch):
+    config = with_training(config, memory_limit=LIMITLESS)
+    stop_after(2, monkeypatch)
+    train(config)
+    kept = Path(config.run_dir, memory.MEMORY_FILE).read_text()
+    peak = json.loads(kept)["chosen"]["peak_gib"]
+    smaller = with_training(config, memory_limit=peak * (1 - 1e-6))
+    with pytest.raises(ValueError, match=r'model\.remat: "none" → "(dots|full)"'):
+        train(smaller)
+    assert Path(config.run_dir, memory.MEMORY_FILE).read_text() == kept
+    assert train(with_training(config, memory_limit=2 * LIMITLESS)).status == "finished"
+
+
+def test_a_limit_below_the_state_is_refused_before_anything_is_compiled(config, monkeypatch):
+    monkeypatch.setattr(memory, "step_bytes", lambda *_: pytest.fail("compiled"))
+    refusal = r"limit is 0\.00 GiB a device; parameters .* a copy for checkpoints .* Allowed is a limit above"
+    with pytest.raises(ValueError, match=refusal):
+        train(with_training(config, memory_limit=1e-6))
+
+
+def compiled_steps():
+    """Training steps in the persistent compilation cache."""
+    cache = Path(jax.config.jax_compilation_cache_dir)  # type: ignore[arg-type]
+    return len(list(cache.glob("jit_train_step-*-cache")))
