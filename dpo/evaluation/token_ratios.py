@@ -21,7 +21,7 @@ from dpo.data.tokenization import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
 from dpo.training.setup import Policy, load_policy, scoring_loader, tokenize_preferences
-from dpo.training.sharding import make_mesh, place_batch
+from dpo.training.sharding import own_mesh, place_batch
 from dpo.training.step import make_token_step
 
 TOKENS_FILE = "evaluation.tokens.json"
@@ -74,7 +74,7 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     wanted = [*extremes.worst, *extremes.best]
     rows = list(dict.fromkeys(pair.row for pair in wanted))
     preferences = [heldout.preferences[row] for row in rows]
-    mesh = make_mesh(config.mesh)
+    mesh = own_mesh(config.mesh)
     policy, tokens, tokenizer = _score(config, load_policy(config.model, mesh), preferences, mesh)
     reference, _, _ = _score(
         config,

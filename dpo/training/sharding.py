@@ -61,6 +61,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def own_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of what one process does alone: its own devices, where the run has several processes."""
+    if jax.process_count() == 1:
+        return make_mesh(config)
+    return make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1), jax.local_devices())
+
+
 def row_multiple(mesh: Mesh) -> int:
     """A batch's row count must be a multiple of this."""
     return Partition(mesh).size(ROWS)
