@@ -142,12 +142,15 @@ def write_data(source: Path, num_prompts: int, directory: Path) -> Files:
 
 
 def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every (better, worse) pair of a row."""
+    """Every (better, worse) pair of a row; TRL wants responses to messages as messages."""
     if "chosen" in row:
         return [{key: row[key] for key in ("prompt", "chosen", "rejected")}]
+    responses = row["responses"]
+    if isinstance(row["prompt"], list):
+        responses = [[{"role": "assistant", "content": text}] for text in responses]
     badness = row["ranks"] if "ranks" in row else [-score for score in row["scores"]]
     return [
-        {"prompt": row["prompt"], "chosen": row["responses"][i], "rejected": row["responses"][j]}
+        {"prompt": row["prompt"], "chosen": responses[i], "rejected": responses[j]}
         for i, j in itertools.permutations(range(len(badness)), 2)
         if badness[i] < badness[j]
     ]

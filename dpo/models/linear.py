@@ -58,4 +58,4 @@ def round_products(model: nnx.Module, rounds: Rounds) -> None:
     """Set in which passes a model and its linears round, in place."""
     for _, module in nnx.iter_modules(model):
         if hasattr(module, "rounds"):
-            module.rounds = rounds
+            setattr(module, "rounds", rounds)  # noqa: B010
