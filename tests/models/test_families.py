@@ -88,7 +88,7 @@ def test_every_seed_is_transformers(case):
     pytest.importorskip("torch")
     from parity import SEEDS, measure
 
-    # Of float64, transformers is within 0.7e-4 and this decoder within 1.7e-4; seed 2 has 2.07e-4 between them.
+    # Of float64, transformers is within 0.7e-4 and this decoder within 1.7e-4; seed 2 has 2.07e-4 between.
     limit = 2.5e-4 if case == "gemma" else 2e-4
     for seed in SEEDS:
         parity = measure(case, seed)
