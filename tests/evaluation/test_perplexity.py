@@ -14,7 +14,7 @@ from dpo.models.embedded import cached_embedded
 from dpo.models.pretrained import load_tokenizer
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
-NUM_RESPONSES, MAX_LENGTH = 200, 160
+NUM_RESPONSES, MAX_LENGTH = 200, 256
 
 
 @pytest.mark.slow
