@@ -26,7 +26,6 @@ Window = int | Int[Array, ""] | None
 
 AUTOMATIC: dict[str, tuple[tuple[int, Implementation], ...]] = {
     "cpu": ((1, "blocked"),),
-    "tpu": ((512, "splash"), (1, "plain")),
 }
 """What `auto` is by platform, from so many tokens a row on, where something else than `plain` was measured to
 be better (docs/performance.md, "Attention on accelerators")."""
