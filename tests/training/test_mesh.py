@@ -194,7 +194,7 @@ def assert_same(ours, theirs):
         jax.tree_util.tree_leaves_with_path(ours.state), jax.tree.leaves(theirs.state), strict=True
     ):
         name = jax.tree_util.keystr(path)
-        limit = 1e-5 if name.startswith(".params") else 1e-4
+        limit = 1e-5 if name.startswith("['params']") else 1e-4
         assert_allclose(mine, other, atol=limit * np.abs(other).max(), err_msg=name)
 
 
@@ -212,8 +212,8 @@ def largest_differences(ours, theirs):
             for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
         )
 
-    parameters = of_arrays(ours.state.params, theirs.state.params)
-    moments = of_arrays(ours.state.opt_state, theirs.state.opt_state)
+    parameters = of_arrays(ours.state["params"], theirs.state["params"])
+    moments = of_arrays(ours.state["optimizer"], theirs.state["optimizer"])
     return {"metrics": f"{metrics:.1e}", "parameters": f"{parameters:.1e}", "moments": f"{moments:.1e}"}
 
 
