@@ -150,8 +150,13 @@ def settings(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
     from dpo.training import export, loop
 
     make_mesh = loop.make_mesh
-    for module in (loop, heldout, export, token_ratios):
-        monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    for module, name in (
+        (loop, "make_mesh"),
+        (heldout, "make_mesh"),
+        (export, "make_mesh"),
+        (token_ratios, "own_mesh"),
+    ):
+        monkeypatch.setattr(module, name, lambda config: make_mesh(config, jax.devices()[:1]))
     rows = [
         {"prompt": f"item {i}", "responses": ["yes, very good", "perhaps", "no"], "scores": [2.0, 1.0, 0.0]}
         for i in range(8)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from numpy.testing import assert_allclose
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -156,6 +157,22 @@ def test_arrays_are_not_counted_beside_the_programs_that_hold_them():
 # ---- runs ----
 
 
+@pytest.fixture
+def own_compilation_cache(tmp_path, monkeypatch):
+    """A cache of one test's programs, however quickly they compile."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))  # the run leaves it alone
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path / "compiled"), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in kept.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("own_compilation_cache")
 def test_a_run_under_a_limit_trains_alike(config, tmp_path):
     """The largest program is refused for one byte; what is chosen compiles once and learns the same."""
     train(config)

@@ -292,7 +292,7 @@ def test_no_parameter_is_gathered_whole_and_no_logits_travel(sizes):
 
 
 def compile_step(settings, decoder, mesh, workload):
-    chip = Chip("test", "cpu", 1, 1, 1, 1, 1, 1)
+    chip = Chip("test", "cpu", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
     target = Target(Topology("cpu", (8,)), chip, jax.devices(), "auto", "")
     objective = make_objective({"name": "dpo"})
     traced, _ = trace_step(
