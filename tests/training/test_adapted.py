@@ -1,11 +1,8 @@
 """Runs that train adapters: what is trained, what it is measured against, what comes out."""
 
 import dataclasses
-import itertools
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import jax
@@ -14,6 +11,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
+from stopping import stop_after
 
 from dpo.config import (
     Config,
@@ -29,7 +27,7 @@ from dpo.config import (
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
 from dpo.evaluation.samples import model_identity
-from dpo.training import export, loop, program
+from dpo.training import export, loop
 from dpo.training.adapted import open_policy
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.export import export_checkpoint
@@ -152,23 +150,6 @@ def test_the_reference_is_the_frozen_model_on_the_same_arrays(config):
     assert policy.base.fingerprint == whole.fingerprint != policy.fingerprint
     frozen = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy.frozen)}
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy.base.params)} <= frozen
-
-
-def stop_after(num_steps, monkeypatch):
-    """SIGTERM arrives in the step of that number, counted over all runs of the test."""
-    make_train_step, numbers = program.make_train_step, itertools.count(1)
-
-    def make(*args, **kwargs):
-        train_step = make_train_step(*args, **kwargs)
-
-        def step(*args):
-            if next(numbers) == num_steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return train_step(*args)
-
-        return step
-
-    monkeypatch.setattr(program, "make_train_step", make)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):

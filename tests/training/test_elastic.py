@@ -1,19 +1,17 @@
 """A run goes on with other devices, hosts or micro-batches than it began with."""
 
 import dataclasses
-import itertools
 import json
-import os
-import signal
 
 import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
+from stopping import stop_after
 
 from dpo.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from dpo.training import loop, program
+from dpo.training import loop
 from dpo.training.loop import train
 from dpo.training.sharding import make_mesh
 
@@ -53,23 +51,6 @@ def devices(monkeypatch):
         return make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
 
     monkeypatch.setattr(loop, "make_mesh", make)
-
-
-def stop_after(num_steps, monkeypatch):
-    """SIGTERM arrives in the step of that number, counted over all runs of the test."""
-    make_train_step, numbers = program.make_train_step, itertools.count(1)
-
-    def make(*args, **kwargs):
-        train_step = make_train_step(*args, **kwargs)
-
-        def step(*args):
-            if next(numbers) == num_steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return train_step(*args)
-
-        return step
-
-    monkeypatch.setattr(program, "make_train_step", make)
 
 
 def results(config):

@@ -1,10 +1,7 @@
 """Whole runs: a random tiny model on disk, a few steps, everything that a run writes."""
 
 import dataclasses
-import itertools
 import json
-import os
-import signal
 from pathlib import Path
 
 import jax
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
+from stopping import stop_after
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.files import write_checksums
@@ -140,23 +138,6 @@ def test_micro_batches_train_alike(config, tmp_path):
     train(other)
     for name, ours in weights(config).items():
         assert_allclose(weights(other)[name], ours, atol=2e-3, err_msg=name)
-
-
-def stop_after(num_steps, monkeypatch):
-    """SIGTERM arrives in the step of that number, counted over all runs of the test."""
-    make_train_step, numbers = program.make_train_step, itertools.count(1)
-
-    def make(*args, **kwargs):
-        train_step = make_train_step(*args, **kwargs)
-
-        def step(*args):
-            if next(numbers) == num_steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return train_step(*args)
-
-        return step
-
-    monkeypatch.setattr(program, "make_train_step", make)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
