@@ -93,6 +93,7 @@ def test_sequences_without_tokens_or_beyond_learned_positions_are_refused(tmp_pa
 
 
 def test_every_named_architecture_is_transformers(tmp_path):
+    pytest.importorskip("torch")  # transformers' table cannot be imported without it
     import transformers
 
     for model_type in CLASSIFIERS:
