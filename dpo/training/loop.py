@@ -327,6 +327,8 @@ def _optimise(
         record.add(step - 1, batch, metrics)
         if step == 1 and expected is not None:
             check_first_loss(float(metrics["loss"]), expected, run.config.model.forward_dtype)
+        if step == first_step + 1:
+            record.flush()  # said at once, not when the next step is under way: somebody waits for it
         stopping = stop_requested()
         if evaluation_due() and not stopping:
             record.flush()
