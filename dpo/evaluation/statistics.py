@@ -8,6 +8,11 @@ from scipy import stats
 
 from dpo.intervals import Interval, normal_quantile
 
+FEW = 10
+"""Clusters below which a percentile bootstrap covers clearly less than it says."""
+_EXACT_UP_TO = 500
+"""Outcomes up to which `num_needed` counts by the binomial test itself."""
+
 
 def cluster_bootstrap(
     values: Float[np.ndarray, " n"],
@@ -33,6 +38,15 @@ def cluster_bootstrap(
     return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
 
 
+def few_clusters(count: int) -> list[str]:
+    """What to say of intervals that draw so few prompts; nothing where there are enough."""
+    if count >= FEW:
+        return []
+    if count == 1:
+        return ["1 prompt: nothing can be drawn, so the intervals over prompts are none"]
+    return [f"{count} prompts: intervals that draw fewer than {FEW} prompts are too narrow"]
+
+
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided p-value that wins and losses are equally likely; ties are left out (Dixon & Mood 1946)."""
     if wins + losses == 0:
@@ -41,12 +55,29 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def num_needed(rate: float, *, baseline: float = 0.5, power: float = 0.8, confidence: float = 0.95) -> int:
-    """Independent outcomes needed to tell `rate` from `baseline` with this power (normal approximation)."""
+    """Independent outcomes with which a two-sided test tells `rate` from `baseline` with this power.
+
+    The fewest for the exact test (`sign_test` where the baseline is ½); where that is over 500, by the
+    normal approximation, which is too small for rates near 0 or 1.
+    """
     if not (0 < baseline < 1 and 0 <= rate <= 1) or rate == baseline:
         raise ValueError(f"rate {rate} and baseline {baseline}; allowed are two different rates in [0, 1]")
     spread = normal_quantile(confidence) * np.sqrt(baseline * (1 - baseline))
     spread += stats.norm.ppf(power) * np.sqrt(rate * (1 - rate))
-    return int(np.ceil((spread / (rate - baseline)) ** 2))
+    count = int(np.ceil((spread / (rate - baseline)) ** 2))
+    if count > _EXACT_UP_TO:
+        return count
+    count = max(1, count // 2)
+    while _power(count, rate, baseline, confidence) < power:
+        count += 1
+    return count
+
+
+def _power(count: int, rate: float, baseline: float, confidence: float) -> float:
+    """Probability that an exact two-sided test of `count` outcomes rejects the baseline."""
+    wins = np.arange(count + 1)
+    tail = np.minimum(stats.binom.cdf(wins, count, baseline), stats.binom.sf(wins - 1, count, baseline))
+    return float(stats.binom.pmf(wins, count, rate)[2 * tail <= 1 - confidence].sum())
 
 
 def _resampled_ratios(

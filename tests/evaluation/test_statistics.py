@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
+from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, num_needed, sign_test
 
 
 @pytest.mark.parametrize(("clusters", "rows"), [(100, 1), (150, 4)])
@@ -51,6 +51,30 @@ def test_the_n_asked_for_gives_the_power_asked_for() -> None:
     wins = np.arange(n + 1)
     rejected = np.abs(wins - n / 2) > 1.96 * np.sqrt(n) / 2
     assert stats.binom.pmf(wins, n, 0.6)[rejected].sum() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.95, 0.8, 0.6, 0.3])
+def test_the_n_asked_for_is_enough_for_the_sign_test_and_one_less_is_not(rate: float) -> None:
+    """By the p-values that are printed beside it; all wins, for one, need six."""
+
+    def power(n: int) -> float:
+        wins = np.arange(n + 1)
+        rejected = np.array([sign_test(int(w), int(n - w)) <= 0.05 for w in wins])
+        return float(stats.binom.pmf(wins, n, rate)[rejected].sum())
+
+    n = num_needed(rate)
+    assert power(n) >= 0.8 > power(n - 1)
+    assert rate < 1 or n == 6
+
+
+def test_small_differences_take_the_normal_approximation() -> None:
+    assert num_needed(0.51) == pytest.approx((1.96 * 0.5 + 0.8416 * 0.4999) ** 2 / 0.01**2, rel=1e-3)
+
+
+def test_few_prompts_are_said_to_be_few() -> None:
+    assert few_clusters(10) == []
+    assert "too narrow" in few_clusters(9)[0]
+    assert "are none" in few_clusters(1)[0]
 
 
 @pytest.mark.parametrize(
