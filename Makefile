@@ -5,6 +5,8 @@ PYTHON      ?= python3
 CONFIG      ?= configs/sentiment_pairs.yaml
 RUN         ?= runs/sentiment_pairs
 ARGS        ?=
+# The shipped data are about sentiment, so their true reward judges the policy afterwards.
+WINRATE     ?= $(if $(findstring configs/sentiment,$(CONFIG)),--winrate=vader)
 CONSTRAINTS ?= constraints.txt
 export CONSTRAINTS
 
@@ -29,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet $${CONSTRAINTS:+-c $$CONSTRAINTS} -e '.[dev]'
 	@touch $@
 
-train: setup ## Fine-tune as CONFIG says, evaluate, export, write the report
-	$(BIN)/dpo train --config $(CONFIG) $(ARGS)
+train: setup ## Fine-tune as CONFIG says, evaluate, export, win-rate (WINRATE=--winrate=JUDGE), write the report
+	$(BIN)/dpo train --config $(CONFIG) $(WINRATE) $(ARGS)
 
 evaluate: setup ## Held-out accuracy of the policy in RUN against its reference
 	$(BIN)/dpo evaluate --run $(RUN) $(ARGS)

@@ -76,12 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> int:
     """Fine-tune a policy on preferences, evaluate it, export it, and write a report."""
-    config = read_train_settings(arguments)
+    parser = train_parser()
+    values = parser.parse_args(arguments)
+    config = build_train_settings(values, parser)
     check_settings(config)
+    matched = None if values.winrate is None else check_winrate(config, values.winrate)
     from dpo.training.loop import train as run
 
     result = run(config)
-    from dpo.training.distributed import is_main
+    from dpo.training.distributed import is_alone, is_main
 
     if not is_main():
         return INTERRUPTED if result.status == "interrupted" else 0
@@ -91,6 +94,10 @@ def train(arguments: list[str]) -> int:
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
     print_result(result.run_dir, config)
+    if matched is not None and is_alone():
+        measure_winrate(matched, config)
+    elif matched is not None:
+        print_plain(f"one process samples: dpo winrate --run {matched.run} --judge {matched.judge}")
     return 0
 
 
@@ -262,7 +269,12 @@ def diffusion(arguments: list[str]) -> int:
 def winrate(arguments: list[str]) -> int:
     """How often a judge prefers the policy's responses over an opponent's, both orders judged."""
     given = read_settings(WinrateConfig, "winrate", arguments)
-    run = None if given.run is None else load_config(Path(given.run) / "config.yaml")
+    measure_winrate(given, None if given.run is None else load_config(Path(given.run) / "config.yaml"))
+    return 0
+
+
+def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
+    """Sample, judge, print the figures, and add them to the run's report."""
     config = heldout_settings(as_evaluation(given), run)
     if config.data.eval is None:
         raise ValueError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
@@ -270,7 +282,7 @@ def winrate(arguments: list[str]) -> int:
         _require_file("data", config.data.eval)
     sys.path.append(os.getcwd())  # where a judge given as module:function is looked for last
     from dpo.evaluation.match import RESULT_FILE, play
-    from dpo.evaluation.winrate import figures_as_text
+    from dpo.evaluation.winrate import figures_as_text, usage_as_text
     from dpo.training.setup import enable_compilation_cache
 
     enable_compilation_cache()
@@ -280,12 +292,13 @@ def winrate(arguments: list[str]) -> int:
     for temperature, figures in result["temperatures"].items():
         print_plain(f"temperature {temperature}: {figures['prompts']} prompts, {figures['pairs']} pairs")
         print_plain(figures_as_text(figures))
+    if "usage" in result:
+        print_plain(usage_as_text(result["usage"]))
     print_plain(f"all figures: {output / RESULT_FILE}; every verdict: {output / 'verdicts.jsonl'}")
     if run is not None and given.run is not None and given.output is None:
         from dpo.evaluation.report import write_report
 
         print_plain(f"report: {write_report(given.run, run)}")
-    return 0
 
 
 def generate(arguments: list[str]) -> int:
@@ -355,9 +368,15 @@ def read_settings(settings: type[Settings], command: str, arguments: list[str]) 
 
 
 def read_train_settings(arguments: list[str]) -> Config:
-    """The settings of a run; `--allow-changed KIND …` adds to training.allow_changed for this start only.
+    """The settings of a run."""
+    parser = train_parser()
+    return build_train_settings(parser.parse_args(arguments), parser)
 
-    `--resume` is short for `--training.resume`.
+
+def train_parser() -> SettingsParser:
+    """The settings of a run, and what is for one start only.
+
+    `--allow-changed KIND …` adds to training.allow_changed; `--resume` is short for `--training.resume`.
     """
     parser = command_parser("train", Config)
     kinds = get_args(IdentityKind)
@@ -375,7 +394,17 @@ def read_train_settings(arguments: list[str]) -> Config:
         default=None,
         help="Go on from the newest checkpoint in run_dir (the default), or refuse a directory that has one.",
     )
-    values = parser.parse_args(arguments)
+    parser.add_argument(
+        "--winrate",
+        metavar="JUDGE",
+        default=None,
+        help="Afterwards measure the win-rate over the reference, as `dpo winrate --run RUN --judge JUDGE`.",
+    )
+    return parser
+
+
+def build_train_settings(values: Any, parser: SettingsParser) -> Config:
+    """What `train_parser` has parsed, as settings."""
     config = build(Config, values, parser)
     allowed = list(dict.fromkeys([*config.training.allow_changed, *values.allow_changed]))
     training = replace(config.training, allow_changed=allowed)
@@ -388,6 +417,22 @@ def command_parser(command: str, *settings: type) -> SettingsParser:
     """The parser of one command."""
     text = (COMMANDS[command].__doc__ or "").strip()
     return settings_parser(*settings, prog=f"dpo {command}", description=text)
+
+
+def check_winrate(config: Config, judge: str) -> WinrateConfig:
+    """What `dpo train --winrate JUDGE` will measure, refused before anything is trained where it cannot be.
+
+    Raises:
+      ValueError: without held-out data, for an unknown judge, or one that more has to be said of.
+    """
+    from dpo.evaluation.match import open_judge
+
+    if config.data.eval is None:
+        raise ValueError(f"winrate is {judge}, and data.eval is not set; allowed: both")
+    sys.path.append(os.getcwd())  # where a judge given as module:function is looked for last
+    given = WinrateConfig(run=config.run_dir, judge=judge)
+    open_judge(given)
+    return given
 
 
 def check_settings(config: Config) -> None:
@@ -530,16 +575,22 @@ RESULTS = {
 
 def figures_as_text(figures: dict[str, Any]) -> str:
     """The figures of `describe` in a few lines."""
+    from dpo.evaluation.accuracy import cautions
+
     lines = [
-        f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
+        _counts(figures)
         + "".join(f"; {count} left out: {reason}" for reason, count in figures["left_out"].items()),
         _line("accuracy", figures["accuracy"], note=f"{figures['ties']} ties" if figures["ties"] else ""),
         _line("  longer is better", figures["baselines"]["longer"]),
         _line("  reference's log-prob", figures["baselines"]["reference_logp"]),
         _line("  the same per token", figures["baselines"]["reference_logp_per_token"]),
         _line("margin (beta x log-ratio)", figures["margin"], note=f"beta {figures['beta']:g}"),
-        f"{'log-ratio, nats':<28}chosen {figures['log_ratio']['chosen']:+.2f}, "
-        f"rejected {figures['log_ratio']['rejected']:+.2f}",
+        f"{'log-ratio, nats':<28}"
+        + ", ".join(
+            f"{name} {figures['log_ratio'][name][0]:+.2f}"
+            for name in ("chosen", "rejected")
+            if name in figures["log_ratio"]
+        ),
         f"{'calibration error':<28}{figures['calibration']['ece']:.3f}",
     ]
     rankings = figures.get("rankings")
@@ -553,14 +604,31 @@ def figures_as_text(figures: dict[str, Any]) -> str:
                 "log-likelihood", rankings["log_likelihood"], note=f"chance {chance['log_likelihood']:.3f}"
             ),
         ]
+    for name, part in figures["by_length"].items():
+        lines.append(_line(f"  {name.replace('_', ' ')}", part["accuracy"], note=_part_note(part)))
     for source, part in figures.get("by_source", {}).items():
-        note = f"{part['pairs']} pairs; longer is better {part['longer'][0]:.3f}"
+        note = f"{_part_note(part)}, longer is better {part['longer'][0]:.3f}"
         lines.append(_line(f"  {source}"[:27], part["accuracy"], note=note))
     if "mean_of_sources" in figures:
         part = figures["mean_of_sources"]
         note = f"longer is better {part['longer'][0]:.3f}"
         lines.append(_line("  mean of the sources", part["accuracy"], note=note))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"! {text}" for text in cautions(figures))])
+
+
+def _counts(figures: dict[str, Any]) -> str:
+    if figures["unpaired"]:
+        return (
+            f"held out: {figures['rows']} labelled responses, {figures['prompts']} prompts; right is "
+            "likelier than under the reference if desirable, less likely if not"
+        )
+    return f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
+
+
+def _part_note(part: dict[str, Any]) -> str:
+    ties = f", {part['ties']} ties" if part["ties"] else ""
+    ece = part["calibration"]["ece"]
+    return f"{part['pairs']} pairs{ties}, margin {part['margin'][0]:.3f}, calibration error {ece:.3f}"
 
 
 def _line(name: str, interval: list[float], *, note: str = "") -> str:

@@ -95,6 +95,8 @@ def test_the_module_runs_as_the_command_does() -> None:
             "steps is not a setting; did you mean training.steps? allowed: run_dir, model",
         ),
         (["train", "--training.steps=many"], "training.steps: Expected an integer or null. Got value: many"),
+        (["train", "--winrate=nonsense"], "judge is 'nonsense'; allowed: vader, first, longer"),
+        (["train", "--winrate=vader", "--data.eval=null"], "winrate is vader, and data.eval is not set"),
         (["train", "--training.steps=-1"], "training.steps is -1; allowed is at least 1"),
         (["train", "--data.layout=dense"], "data.layout: Expected one of 'padded', 'packed', 'shared'"),
         (["train", "--config=none.yaml"], "/none.yaml'"),
@@ -243,6 +245,18 @@ def test_inspect_shows_the_report_and_an_example(
 
 
 @pytest.mark.slow
+def test_a_win_rate_can_follow_training(settings: Path, tmp_path: Path) -> None:
+    command = ["train", "--config", str(settings), "--training.steps=1", "--winrate=longer"]
+    assert main(command) == 0
+    run = tmp_path / "run"
+    result = json.loads((run / "winrate" / "winrate.json").read_text())
+    assert result["temperatures"]["1.0"]["prompts"] == 8
+    assert "Win-rate over the reference" in (run / "report.html").read_text(encoding="utf-8")
+    sampled = (run / "winrate" / "samples.jsonl").read_bytes()
+    assert main(command) == 0, "a finished run: nothing is sampled anew"
+    assert (run / "winrate" / "samples.jsonl").read_bytes() == sampled
+
+
 def test_a_run_is_repeated_from_its_saved_settings(settings: Path, tmp_path: Path) -> None:
     main(
         [

@@ -3,10 +3,12 @@
 A pair is two responses of one prompt, one ranked above the other. It is ordered correctly when its δ, the
 difference of implicit rewards, is positive. Figures are means within a row first, then over rows; a δ of
 exactly zero counts ½ and is reported apart; intervals draw prompts, so that rows of one prompt stay together.
+Single labelled responses are compared with the reference itself (`as_pairs`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.evaluation.statistics import cluster_bootstrap, few_clusters
 from dpo.intervals import Interval, wilson
 from dpo.losses import Scores, make_objective
 
@@ -70,36 +72,83 @@ def make_pairs(rows: Rows) -> Pairs:
 def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
     """Everything below, as plain numbers for a JSON file; the interval of a figure is [estimate, low, high].
 
+    `unpaired` is true where the rows are single labelled responses, which are compared as `as_pairs` says.
+
     Raises:
       ValueError: when no row has two responses of different rank, or a log-prob is not finite.
     """
     check_finite(rows)
+    given, rows = rows, as_pairs(rows)
     pairs = make_pairs(rows)
     if len(pairs.row) == 0:
         raise ValueError("no row has two responses of different rank: there is nothing to be right about")
     delta = beta * pairs.gap(rows.log_ratio)
     result: dict[str, Any] = {
-        "prompts": len(np.unique(rows.prompts)),
+        "prompts": len(np.unique(rows.prompts[pairs.row])),
         "rows": len(np.unique(pairs.row)),
         "pairs": len(pairs.row),
+        "unpaired": rows is not given,
         "beta": beta,
         "accuracy": list(accuracy(rows, pairs, rows.log_ratio, seed=seed)),
         "ties": int((delta == 0).sum()),
         "margin": list(cluster_bootstrap(delta, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)),
-        "log_ratio": log_ratios(rows),
+        "log_ratio": log_ratios(given, seed=seed),
         "baselines": baselines(rows, pairs, seed=seed),
-        "by_length": by_length(rows, pairs, seed=seed),
+        "by_length": by_length(rows, pairs, beta=beta, seed=seed),
         "calibration": calibration(delta, pairs.weight),
     }
-    if len(pairs.row) == len(np.unique(pairs.row)):  # one pair a row: independent outcomes
+    if len(pairs.row) == result["prompts"]:  # one pair a prompt: independent outcomes
         result["accuracy_wilson"] = list(wilson(float(outcomes(delta).sum()), len(delta)))
-    if rows.present.sum(1).max() > 2:
+    if given.present.sum(1).max() > 2:
         result["rankings"] = rankings(rows, beta=beta, seed=seed)
     names = np.unique(rows.sources[pairs.row])
     if len(names) > 1:
-        result["by_source"] = {str(name): _by_source(rows, str(name), seed) for name in names}
+        result["by_source"] = by_source(rows, pairs, beta=beta, seed=seed)
         result["mean_of_sources"] = mean_of_sources(rows, pairs, seed=seed)
+    if result["unpaired"]:  # one side of every part is the reference itself, whose log-ratio says nothing
+        for part in (*result["by_length"].values(), *result.get("by_source", {}).values()):
+            del part["log_ratio"]
     return result
+
+
+def cautions(figures: dict[str, Any]) -> list[str]:
+    """What a reader of the figures has to know of their intervals."""
+    found = few_clusters(figures["prompts"])
+    if figures["accuracy"][1] == figures["accuracy"][2] and "accuracy_wilson" in figures:
+        _, low, high = figures["accuracy_wilson"]
+        found.append(
+            f"all pairs came out alike, so that a bootstrap has no spread: Wilson's interval of the accuracy "
+            f"is {low:.3f} to {high:.3f}"
+        )
+    return found
+
+
+def as_pairs(rows: Rows) -> Rows:
+    """Single labelled responses (rank 0 desirable, 1 not) as pairs; any other rows as they are.
+
+    The other side is the reference itself: its log-ratio is 0, so that a desirable response is right when the
+    policy made it likelier, an undesirable one when less likely. For the baselines it has the median length
+    and the median log-prob of the reference.
+    """
+    if rows.ranks.shape[1] != 1 or not rows.present.all():
+        return rows
+    is_desirable = rows.ranks == 0
+
+    def beside(values: Shaped[np.ndarray, "n 1"]) -> Shaped[np.ndarray, "n 2"]:
+        median = np.full_like(values, np.median(values))
+        return np.where(
+            is_desirable, np.concatenate([values, median], 1), np.concatenate([median, values], 1)
+        )
+
+    reference, log_ratio = beside(rows.reference), np.zeros((len(rows.ranks), 2))
+    log_ratio[np.arange(len(rows.ranks)), rows.ranks[:, 0]] = rows.log_ratio[:, 0]
+    return rows._replace(
+        policy=reference + log_ratio,
+        reference=reference,
+        lengths=beside(rows.lengths),
+        present=np.ones(reference.shape, bool),
+        ranks=np.tile([0, 1], (len(rows.ranks), 1)),
+    )
 
 
 def check_finite(rows: Rows) -> None:
@@ -123,39 +172,70 @@ def accuracy(rows: Rows, pairs: Pairs, values: Shaped[np.ndarray, "n K"], *, see
 
 def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
     """What the same pairs give to scores that took no training: length, and the reference's own log-probs."""
-    reference = np.where(rows.present, rows.reference, 0.0)
-    scores = {
-        "longer": rows.lengths,
-        "reference_logp": reference,
-        "reference_logp_per_token": reference / np.maximum(rows.lengths, 1),
-    }
-    return {name: list(accuracy(rows, pairs, values, seed=seed)) for name, values in scores.items()}
-
-
-def log_ratios(rows: Rows) -> dict[str, float]:
-    """Mean log π/ρ of the best response and of the others: whether both fall, and how far."""
-    best = rows.present & (rows.ranks == 0)
-    rest = rows.present & (rows.ranks > 0)
     return {
-        "chosen": float(rows.log_ratio[best].mean()),
-        "rejected": float(rows.log_ratio[rest].mean()),
-        "chosen_per_token": float((rows.log_ratio[best]).sum() / rows.lengths[best].sum()),
-        "rejected_per_token": float((rows.log_ratio[rest]).sum() / rows.lengths[rest].sum()),
+        name: list(accuracy(rows, pairs, values, seed=seed))
+        for name, values in _untrained_scores(rows).items()
     }
 
 
-def by_length(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Accuracy apart for pairs whose better response is the longer, the shorter, or as long."""
+def log_ratios(rows: Rows, *, seed: int = 0) -> dict[str, list[float]]:
+    """Mean log π/ρ of the best responses and of the others: whether both fall, and how far.
+
+    What there is none of (of labelled responses all may be desirable) is left out.
+    """
+    result: dict[str, list[float]] = {}
+    for name, kept in (("chosen", rows.ranks == 0), ("rejected", rows.ranks > 0)):
+        row, place = np.nonzero(rows.present & kept)
+        if len(row):
+            mean = partial(cluster_bootstrap, clusters=rows.prompts[row], seed=seed)
+            values, lengths = rows.log_ratio[row, place], rows.lengths[row, place].astype(np.float64)
+            result[name] = list(mean(values))
+            result[f"{name}_per_token"] = list(mean(values / lengths, weights=lengths))
+    return result
+
+
+def by_length(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The pairs whose better response is the longer, the shorter, or as long, apart."""
     longer = np.sign(pairs.gap(rows.lengths))
-    right = outcomes(pairs.gap(rows.log_ratio))
-    parts: dict[str, dict[str, Any]] = {}
-    for name, sign in (("better_is_longer", 1), ("better_is_shorter", -1), ("equal_length", 0)):
-        kept = longer == sign
-        if kept.any():
-            clusters = rows.prompts[pairs.row[kept]]
-            interval = cluster_bootstrap(right[kept], clusters, weights=pairs.weight[kept], seed=seed)
-            parts[name] = {"pairs": int(kept.sum()), "accuracy": list(interval)}
-    return parts
+    parts = {"better_is_longer": longer == 1, "better_is_shorter": longer == -1, "equal_length": longer == 0}
+    return {
+        name: describe_part(rows, pairs, kept, beta=beta, seed=seed)
+        for name, kept in parts.items()
+        if kept.any()
+    }
+
+
+def by_source(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The pairs of every subset apart, with its baselines."""
+    found = {}
+    for name in np.unique(rows.sources[pairs.row]):
+        part = rows.take(rows.sources == name)
+        found[str(name)] = describe_part(
+            rows, pairs, rows.sources[pairs.row] == name, beta=beta, seed=seed
+        ) | baselines(part, make_pairs(part), seed=seed)
+    return found
+
+
+def describe_part(
+    rows: Rows, pairs: Pairs, kept: Bool[np.ndarray, " m"], *, beta: float, seed: int = 0
+) -> dict[str, Any]:
+    """Some of the pairs: accuracy with ties apart, margin, log-ratios of both sides, calibration."""
+    part = Pairs(*(array[kept] for array in pairs))
+    clusters = rows.prompts[part.row]
+    mean = partial(cluster_bootstrap, clusters=clusters, weights=part.weight, seed=seed)
+    gap = part.gap(rows.log_ratio)
+    return {
+        "pairs": len(gap),
+        "prompts": len(np.unique(clusters)),
+        "accuracy": list(mean(outcomes(gap))),
+        "ties": int((gap == 0).sum()),
+        "margin": list(mean(beta * gap)),
+        "log_ratio": {
+            "chosen": list(mean(rows.log_ratio[part.row, part.better])),
+            "rejected": list(mean(rows.log_ratio[part.row, part.worse])),
+        },
+        "calibration": calibration(beta * gap, part.weight),
+    }
 
 
 def calibration(delta: Float[np.ndarray, " m"], weight: Float[np.ndarray, " m"]) -> dict[str, Any]:
@@ -254,21 +334,24 @@ def plackett_luce_log_likelihood(rows: Rows, *, beta: float) -> Float[np.ndarray
 
 
 def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
-    """Accuracy, and that of length alone, every subset counting the same (as in RewardBench)."""
+    """Accuracy, and that of each baseline, every subset counting the same (as in RewardBench)."""
     names, source = np.unique(rows.sources[pairs.row], return_inverse=True)
     weight = pairs.weight / np.bincount(source, weights=pairs.weight)[source] / len(names)
     clusters = rows.prompts[pairs.row]
     return {
         name: list(cluster_bootstrap(outcomes(pairs.gap(values)), clusters, weights=weight, seed=seed))
-        for name, values in (("accuracy", rows.log_ratio), ("longer", rows.lengths))
+        for name, values in {"accuracy": rows.log_ratio, **_untrained_scores(rows)}.items()
     }
 
 
-def _by_source(rows: Rows, name: str, seed: int) -> dict[str, Any]:
-    part = rows.take(rows.sources == name)
-    pairs = make_pairs(part)
-    interval = accuracy(part, pairs, part.log_ratio, seed=seed)
-    return {"pairs": len(pairs.row), "accuracy": list(interval)} | baselines(part, pairs, seed=seed)
+def _untrained_scores(rows: Rows) -> dict[str, Shaped[np.ndarray, "n K"]]:
+    """By baseline, what it orders responses by."""
+    reference = np.where(rows.present, rows.reference, 0.0)
+    return {
+        "longer": rows.lengths,
+        "reference_logp": reference,
+        "reference_logp_per_token": reference / np.maximum(rows.lengths, 1),
+    }
 
 
 def _mean_discount(

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.evaluation import plots
-from dpo.evaluation.accuracy import describe, make_pairs, outcomes
+from dpo.evaluation.accuracy import as_pairs, describe, make_pairs, outcomes
 from dpo.evaluation.curves import add_log_ratios, draw_runs
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.page import percent, percents, render, with_interval, write_page
@@ -57,9 +57,10 @@ def accuracy_difference(run: Heldout, other: Heldout) -> Interval | None:
         (p.prompt, p.responses) for p in other.preferences
     ]:
         return None
-    pairs = make_pairs(run.rows)
-    ours, theirs = (outcomes(pairs.gap(one.rows.log_ratio)) for one in (run, other))
-    return cluster_bootstrap(ours - theirs, run.rows.prompts[pairs.row], weights=pairs.weight)
+    ours, theirs = as_pairs(run.rows), as_pairs(other.rows)
+    pairs = make_pairs(ours)
+    gained = outcomes(pairs.gap(ours.log_ratio)) - outcomes(pairs.gap(theirs.log_ratio))
+    return cluster_bootstrap(gained, ours.prompts[pairs.row], weights=pairs.weight)
 
 
 def _read(name: str, path: Path, config: Config) -> ComparedRun:

@@ -83,7 +83,7 @@ class EndpointJudge:
         body = {"model": self._settings.model, "messages": [message], **self._settings.options}
         path = self._cache_path(body)
         if path.is_file():
-            return _verdict(_Reply(**json.loads(path.read_text(encoding="utf-8"))), cached=True)
+            return _verdict(_read_reply(path), cached=True)
         reply = self._request(client, body)
         if isinstance(reply, Verdict):
             return reply
@@ -162,6 +162,15 @@ class _Reply(NamedTuple):
     completion_tokens: int
 
 
+def _read_reply(path: Path) -> _Reply:
+    try:
+        return _Reply(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no kept reply ({error}); delete it, and the judge is asked again"
+        ) from error
+
+
 def _verdict(reply: _Reply, *, cached: bool) -> Verdict:
     choice = read_answer(reply.answer)
     details = {
@@ -176,4 +185,4 @@ def _verdict(reply: _Reply, *, cached: bool) -> Verdict:
 def _seconds_asked_for(response: httpx.Response) -> float:
     """The Retry-After header where it is a number of seconds."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.replace(".", "", 1).isdigit() else 0.0
+    return float(text) if text.replace(".", "", 1).isdecimal() else 0.0

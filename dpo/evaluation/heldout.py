@@ -78,7 +78,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     """What the last held-out evaluation of a finished run left, with the texts from its data.
 
     Raises:
-      ValueError: when the run left none, or its data has changed since.
+      ValueError: when the run left none, or its data has fewer rows than then.
     """
     path = Path(run_dir) / HELDOUT_FILE
     if not path.is_file() or config.data.eval is None:
@@ -93,7 +93,9 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     numbers = load_file(path)
     if numbers["origin"].max() >= len(read.preferences):
         raise ValueError(f"{config.data.eval} has {len(read.preferences)} rows now, fewer than {path} knows")
-    return _with_texts(numbers, read.preferences, read.skipped)
+    dropped = len(read.preferences) - len(numbers["origin"])
+    at_tokenization = {"dropped at tokenisation (dpo inspect --heldout says why)": dropped} if dropped else {}
+    return _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
 
 
 def _score_policy(config: Config, mesh: Mesh) -> tuple[np.ndarray, Dataset]:

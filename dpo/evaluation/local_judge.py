@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ VERDICTS = ("A", "B")
 
 
 class LocalJudge:
-    """Compares log p(A) and log p(B) after the rendered template; nothing is sampled and nothing can fail."""
+    """Compares log p(A) and log p(B) after the rendered template; nothing is sampled."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class LocalJudge:
         }
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Verdicts batch by batch; exactly equal log-probs tie.
+        """Verdicts batch by batch; exactly equal log-probs tie, and one that is not a number is invalid.
 
         Raises:
           ValueError: when the tokenizer does not give A and B one token each.
@@ -59,9 +60,17 @@ class LocalJudge:
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]
         prompts = tokenize_prompts(messages, tokenizer)
         for index, (a, b) in score_texts(policy, prompts, [letters] * len(prompts), mesh=mesh):
-            verdict = "A" if a > b else "B" if b > a else "C"
-            log_probs = {"A": float(a), "B": float(b)}
-            yield index, Verdict(LETTERS[verdict], json.dumps(log_probs), details={"log_probs": log_probs})
+            yield index, verdict_of_log_probs(float(a), float(b))
+
+
+def verdict_of_log_probs(a: float, b: float) -> Verdict:
+    """The more probable letter wins, equally probable ones tie; one that is not a number makes it invalid."""
+    log_probs = {"A": a, "B": b}
+    answer = json.dumps(log_probs)
+    if math.isnan(a) or math.isnan(b):
+        return Verdict(None, answer, "a log-prob is not a number")
+    letter = "A" if a > b else "B" if b > a else "C"
+    return Verdict(LETTERS[letter], answer, details={"log_probs": log_probs})
 
 
 def score_texts(
@@ -99,11 +108,13 @@ def local_source(judge: str) -> str | None:
     """The MODEL of `local:MODEL`, or None for another judge.
 
     Raises:
-      ValueError: for a directory that is not a causal language model.
+      ValueError: where nothing follows the colon, and for a directory that is not a causal language model.
     """
     kind, _, source = judge.partition(":")
     if kind != "local":
         return None
+    if not source:
+        raise ValueError(f"judge is {judge!r}; allowed: local:MODEL, a directory, GGUF file or hub id")
     config = Path(source) / "config.json"
     if config.is_file():
         architectures = json.loads(config.read_text()).get("architectures") or []

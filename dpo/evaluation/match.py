@@ -33,6 +33,7 @@ from dpo.evaluation.reward_model import RewardModelJudge, reward_model_source
 from dpo.evaluation.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.evaluation.winrate import Judged, describe_pairs
+from dpo.files import replace_text
 from dpo.models.embedded import cache_directory
 from dpo.models.pretrained import load_pretrained
 from dpo.models.sampling import SamplingConfig
@@ -97,7 +98,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
     if given.judge == "endpoint":
         result["usage"] = describe_usage(given, [line for both in verdicts for line in both])
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    (output / RESULT_FILE).write_text(text, encoding="utf-8")
+    replace_text(output / RESULT_FILE, text, what="the win-rate")
     return result
 
 
@@ -265,7 +266,10 @@ def describe_temperature(
 
 
 def describe_usage(given: WinrateConfig, lines: Sequence[dict[str, Any]]) -> dict[str, float | int]:
-    """Tokens behind the verdicts, and what those cost that did not come from the cache."""
+    """Tokens behind the verdicts, and what those cost that did not come from the cache.
+
+    `unreported` answers came without a count of their tokens, which the cost therefore leaves out.
+    """
     details = [line["details"] for line in lines if line["details"] and "prompt_tokens" in line["details"]]
     paid = [detail for detail in details if not detail["cached"]]
     tokens = [sum(detail[name] for detail in paid) for name in ("prompt_tokens", "completion_tokens")]
@@ -273,6 +277,7 @@ def describe_usage(given: WinrateConfig, lines: Sequence[dict[str, Any]]) -> dic
     return {
         "answers": len(details),
         "from_cache": len(details) - len(paid),
+        "unreported": sum(not detail["prompt_tokens"] for detail in paid),
         "prompt_tokens": tokens[0],
         "completion_tokens": tokens[1],
         "cost": sum(price * count for price, count in zip(prices, tokens, strict=True)) / 1e6,

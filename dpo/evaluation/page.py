@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from dpo.files import replace_text
 
 
 def render(template: str, content: dict[str, Any]) -> str:
@@ -25,9 +26,7 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 def write_page(path: Path, text: str) -> Path:
     """Write it whole or not at all."""
-    beside = path.with_suffix(".writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, text, what="the page")
     return path
 
 

@@ -7,6 +7,7 @@ data.json, winrate/) and shows the part that is there. Everything from data or a
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.evaluation import plots
-from dpo.evaluation.accuracy import describe, make_pairs
+from dpo.evaluation.accuracy import as_pairs, cautions, describe, make_pairs
 from dpo.evaluation.curves import add_log_ratios, draw_run
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.page import percent, percents, render, with_interval, write_page
@@ -60,14 +61,15 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     beta = reward_scale(config.objectives or config.objective)
     match = read_match(run_dir, config)
     data = _data_rows(run_dir / "data.json")
-    commands = [f"dpo train --config {run_dir}/config.yaml --run_dir {run_dir}_again"]
+    again = ["--config", f"{run_dir}/config.yaml", "--run_dir", f"{run_dir}_again"]
+    commands = [shlex.join(["dpo", "train", *again])]
     content: dict[str, Any] = {
         "title": f"{objective_name(config)} on {Path(config.data.train).name}",
         "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
         "finished": summary is not None,
         "figures": None,
         "match": match,
-        "run_dir": str(run_dir),
+        "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),
         "data_rows": [row for row in data if row[1] not in NOTHING],
         "data_none": [name for name, value in data if value in NOTHING],
@@ -110,18 +112,19 @@ def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:
 
 def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
     """The verdict with its baselines, plots and tables."""
-    rows = heldout.rows
-    figures = describe(rows, beta=beta)
+    figures, rows = describe(heldout.rows, beta=beta), as_pairs(heldout.rows)
     pairs = make_pairs(rows)
     delta = beta * pairs.gap(rows.log_ratio)
     named = [("policy", figures["accuracy"])]
     named += [(words, figures["baselines"][name]) for name, words in BASELINES.items()]
     return {
         "figures": figures,
+        "cautions": cautions(figures),
         "above_baselines": figures["accuracy"][1] > max(interval[0] for _, interval in named[1:]),
         "verdict_plot": Markup(plots.intervals("Held-out accuracy, 95% intervals", named, level=0.5)),
         "verdict_rows": _verdict_rows(figures),
         "breakdown": breakdown(figures),
+        "breakdown_columns": BREAKDOWN,
         "heldout_plots": [
             Markup(plots.histogram("Margins of held-out pairs", delta, "δ = β × difference of log-ratios")),
             Markup(plots.reliability("Calibration", figures["calibration"])),
@@ -133,8 +136,11 @@ def _verdict_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ratios = figures["log_ratio"]
     rows = [
         (f"margin, β {figures['beta']:g}", with_interval(figures["margin"])),
-        ("log-ratio of better responses", f"{ratios['chosen']:+.2f} nats"),
-        ("log-ratio of worse responses", f"{ratios['rejected']:+.2f} nats"),
+        *(
+            (f"log-ratio of {word} responses, nats", with_interval(ratios[name], 2))
+            for name, word in (("chosen", "better"), ("rejected", "worse"))
+            if name in ratios
+        ),
         ("expected calibration error", f"{figures['calibration']['ece']:.3f}"),
         ("pairs with δ = 0", str(figures["ties"])),
     ]
@@ -152,24 +158,43 @@ def _verdict_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def breakdown(figures: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Part, pairs, accuracy, its interval, and what length alone gives: by length difference, by source."""
-    rows = [
-        (name.replace("_", " "), str(part["pairs"]), *_accuracy(part), "")
-        for name, part in figures["by_length"].items()
-    ]
-    rows += [
-        (name, str(part["pairs"]), *_accuracy(part), percent(part["longer"][0]))
-        for name, part in figures.get("by_source", {}).items()
-    ]
+BREAKDOWN = (
+    "part",
+    "pairs",
+    "ties",
+    "accuracy",
+    "95% interval",
+    "margin",
+    "log-ratio, better",
+    "worse",
+    "calibration error",
+    *BASELINES.values(),
+)
+"""Columns of the table by length difference and by source."""
+
+
+def breakdown(figures: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """What a part is, and its cells under BREAKDOWN: by length difference, by source, the mean of these."""
+    parts = {name.replace("_", " "): part for name, part in figures["by_length"].items()}
+    parts |= figures.get("by_source", {})
     if "mean_of_sources" in figures:
-        part = figures["mean_of_sources"]
-        rows.append(("mean of the sources", "", *_accuracy(part), percent(part["longer"][0])))
-    return rows
+        parts["mean of the sources"] = figures["mean_of_sources"]
+    return [(name, _part_cells(part)) for name, part in parts.items()]
 
 
-def _accuracy(part: dict[str, Any]) -> tuple[str, str]:
-    return percent(part["accuracy"][0]), percents(part["accuracy"])
+def _part_cells(part: dict[str, Any]) -> list[str]:
+    """Empty where a part has no such figure."""
+    ratios = part.get("log_ratio", {})
+    return [
+        str(part.get("pairs", "")),
+        str(part.get("ties", "")),
+        percent(part["accuracy"][0]),
+        percents(part["accuracy"]),
+        with_interval(part["margin"]) if "margin" in part else "",
+        *(f"{ratios[name][0]:+.2f}" if name in ratios else "" for name in ("chosen", "rejected")),
+        f"{part['calibration']['ece']:.3f}" if "calibration" in part else "",
+        *(percent(part[name][0]) if name in part else "" for name in BASELINES),
+    ]
 
 
 def _data_rows(path: Path) -> list[tuple[str, str]]:

@@ -129,13 +129,19 @@ def _rate(interval: Sequence[float]) -> str:
 
 
 def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dict[str, Any]]:
-    """Both responses to every prompt, in the order of the data, with what the judge said of them."""
+    """Both responses to every prompt, in the order of the data, with what the judge said of them.
+
+    Raises:
+      ValueError: where the file lacks a verdict.
+    """
     wanted = {key for both in keys for key in both}
-    lines = {
-        line["key"]: line
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        if line["key"] in wanted
-    }
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = {line["key"]: line for line in map(json.loads, text.split("\n")[:-1]) if line["key"] in wanted}
+    if wanted - lines.keys():
+        raise ValueError(
+            f"{path} lacks {len(wanted - lines.keys())} of the verdicts that {RESULT_FILE} counts; run dpo "
+            "winrate again, or delete the directory"
+        )
     return [_side_by_side(lines[first], lines[second], opponent) for first, second in keys]
 
 

@@ -103,7 +103,7 @@ def model_identity(source: str) -> str:
     path = Path(source).expanduser()
     if not path.exists():
         return open_checkpoint(source).source
-    names = ("*.safetensors", "*.json", "*.jinja", "*.model")
+    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
     files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
     digest = hashlib.sha256()
     for file in files:

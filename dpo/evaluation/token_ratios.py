@@ -7,7 +7,6 @@ token. A run keeps it for a few pairs, chosen by their δ, in a JSON file that t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from dpo.data.preferences import Preference
 from dpo.data.tokenization import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
+from dpo.files import replace_text
 from dpo.training.setup import Policy, load_policy, scoring_loader, tokenize_preferences
 from dpo.training.sharding import own_mesh, place_batch
 from dpo.training.step import make_token_step
@@ -72,6 +72,9 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     assert config.model.reference is not None
     extremes = extreme_pairs(heldout.rows, beta=beta)
     wanted = [*extremes.worst, *extremes.best]
+    sources = {"policy": config.model.source, "reference": config.model.reference}
+    if not wanted:  # labelled responses are no pairs
+        return {**sources, "pairs": []}
     rows = list(dict.fromkeys(pair.row for pair in wanted))
     preferences = [heldout.preferences[row] for row in rows]
     mesh = own_mesh(config.mesh)
@@ -92,8 +95,7 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
         }
 
     return {
-        "policy": config.model.source,
-        "reference": config.model.reference,
+        **sources,
         "pairs": [
             {
                 "location": heldout.preferences[pair.row].location,
@@ -110,10 +112,8 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
 
 def write_token_ratios(path: str | Path, config: Config, heldout: Heldout, *, beta: float) -> None:
     """`score_extremes` as a file."""
-    beside = Path(f"{path}.writing")
     text = json.dumps(score_extremes(config, heldout, beta=beta), ensure_ascii=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(Path(path), text + "\n", what="log-probs of tokens")
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

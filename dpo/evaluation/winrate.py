@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 
 from dpo.evaluation.judges import Choice
 from dpo.evaluation.length_control import length_controlled
-from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
+from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, num_needed, sign_test
 from dpo.intervals import wilson
 
 POLICY_FIRST = {"first": 1.0, "tie": 0.5, "second": 0.0}
@@ -121,7 +121,7 @@ def describe_judge(pairs: Sequence[Judged], votes: Votes) -> dict[str, float | N
 
 def warnings_of(figures: dict[str, Any]) -> list[str]:
     """What a reader of the win-rate has to know first."""
-    found, judge = [], figures["judge"]
+    found, judge = few_clusters(figures["prompts"]), figures["judge"]
     if figures["invalid"]:
         low, high = figures["win_rate_if_invalid"]
         found.append(
@@ -129,9 +129,11 @@ def warnings_of(figures: dict[str, Any]) -> list[str]:
             f"of them lost or won the win-rate is {low:.3f} or {high:.3f}"
         )
     if judge["flips"] is not None and judge["flips"] > 0.3:
+        by_position = judge["says_first"] is not None and abs(judge["says_first"] - 0.5) > 0.1
         found.append(
             f"the judge's verdict changes with the order in {judge['flips']:.0%} of the pairs (it says "
-            f"'first' in {_percent(judge['says_first'])} of its decisions): it decides by position"
+            f"'first' in {_percent(judge['says_first'])} of its decisions): "
+            + ("it decides by position" if by_position else "it is not sure of its verdicts")
         )
     if judge["agrees_with_longer"] is not None and judge["agrees_with_longer"] > 0.9:
         found.append(
@@ -173,6 +175,18 @@ def figures_as_text(figures: dict[str, Any]) -> str:
         if name in figures:
             lines += [_line(key, value) for key, value in figures[name].items()]
     return "\n".join([*lines, *(f"! {text}" for text in warnings_of(figures))])
+
+
+def usage_as_text(usage: dict[str, Any]) -> str:
+    """What an endpoint's answers took, in a line."""
+    text = (
+        f"{usage['answers']} answers, {usage['from_cache']} of them from the cache; "
+        f"{usage['prompt_tokens']} prompt and {usage['completion_tokens']} completion tokens, "
+        f"cost {usage['cost']:.4g}"
+    )
+    if usage["unreported"]:
+        text += f"\n! {usage['unreported']} answers came without a count of tokens, which the cost lacks"
+    return text
 
 
 def _line(name: str, interval: Sequence[float], note: str = "") -> str:

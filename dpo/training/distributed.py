@@ -260,6 +260,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether there is no other process in the run."""
+    return jax.process_count() == 1
+
+
 def from_main(arrays: Any) -> Any:
     """The main process's arrays on every process; all give arrays of the same shapes."""
     return arrays if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(arrays)

@@ -52,6 +52,7 @@ from dpo.training.setup import (
     make_score,
     open_reference,
     read_dataset,
+    require_preferences,
     scoring_loader,
 )
 from dpo.training.sharding import make_mesh, parameter_rules, place_batch
@@ -261,6 +262,8 @@ def prepare(config: Config) -> Run:
     names = [entry["name"] for entry in config.objectives or [config.objective]]
     dataset = fit_to_objective(read_dataset(config.data, tokenizer), objective, names=names)
     heldout = read_dataset(config.data, tokenizer, heldout=True) if config.data.eval else None
+    if heldout is not None:
+        require_preferences(heldout.tokens, name=str(config.data.eval))
     num_steps = count_steps(config, len(dataset.tokens))
     memory = None
     if config.training.memory_limit is not None:

@@ -173,6 +173,21 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
     return dataset
 
 
+def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
+    """Refuse held-out data that nothing can be said of: several responses a row, and all of them tied.
+
+    Raises:
+      ValueError: with the name of the data and what is allowed.
+    """
+    starts = tokens.row_offsets[:-1]
+    lowest, highest = np.minimum.reduceat(tokens.ranks, starts), np.maximum.reduceat(tokens.ranks, starts)
+    if tokens.max_responses > 1 and not (lowest < highest).any():
+        raise ValueError(
+            f"data.eval is {name}: none of its {len(tokens)} rows has two responses of different rank; "
+            "allowed: at least one that has, or labelled single responses, or no data.eval"
+        )
+
+
 def make_loader(
     data: DataConfig, training: TrainingConfig, tokens: TokenizedDataset, mesh: Mesh, *, num_steps: int
 ) -> Loader:

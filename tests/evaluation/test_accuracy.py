@@ -165,7 +165,99 @@ def test_subsets_are_described_apart() -> None:
     assert set(result) == {"a", "b"}
     assert result["a"]["pairs"] + result["b"]["pairs"] == len(make_pairs(rows).row)
     alone = describe(rows.take(rows.sources == "a"), beta=0.1)
-    assert result["a"] == {name: alone[name] for name in ("pairs", "accuracy")} | alone["baselines"]
+    same = ("pairs", "prompts", "accuracy", "ties", "margin", "calibration")
+    part = {name: value for name, value in result["a"].items() if name != "log_ratio"}
+    assert part == {name: alone[name] for name in same} | alone["baselines"]
+
+
+def test_parts_of_pairs_have_the_figures_of_these_pairs_alone() -> None:
+    """By length difference: accuracy with ties apart, margin, log-ratios of both sides, calibration."""
+    rng = np.random.default_rng(0)
+    lengths, delta = rng.integers(5, 9, (60, 2)), rng.normal(0.5, 2, 60)
+    delta[:6] = 0.0
+    rows = pair_rows(delta, lengths=lengths)
+    parts = describe(rows, beta=0.1)["by_length"]
+    longer = np.sign(lengths[:, 0] - lengths[:, 1])
+    for name, sign in (("better_is_longer", 1), ("better_is_shorter", -1), ("equal_length", 0)):
+        alone = describe(rows.take(longer == sign), beta=0.1)
+        for figure in ("pairs", "prompts", "accuracy", "ties", "margin", "calibration"):
+            assert parts[name][figure] == alone[figure], figure
+        for side in ("chosen", "rejected"):
+            assert parts[name]["log_ratio"][side] == alone["log_ratio"][side]
+    assert sum(part["ties"] for part in parts.values()) == 6
+
+
+def labelled_rows(log_ratio: list[float], desirable: list[bool], **changes: np.ndarray) -> Rows:
+    """One response a row."""
+    n = len(log_ratio)
+    rows = Rows(
+        policy=np.array([log_ratio]).T - 10.0,
+        reference=np.full((n, 1), -10.0),
+        lengths=np.full((n, 1), 4),
+        present=np.ones((n, 1), bool),
+        ranks=np.where(np.array([desirable]).T, 0, 1),
+        prompts=np.arange(n),
+        sources=np.full(n, "all"),
+    )
+    return rows._replace(**changes)
+
+
+def test_labelled_responses_are_right_when_they_moved_as_they_should() -> None:
+    rows = labelled_rows([2.0, 1.0, -1.0, -4.0, 0.0], [True, False, False, True, True])
+    result = describe(rows, beta=0.5)
+    assert result["unpaired"]
+    assert result["accuracy"][0] == pytest.approx((1 + 0 + 1 + 0 + 0.5) / 5)
+    assert result["ties"] == 1
+    assert result["margin"][0] == pytest.approx(0.5 * (2 - 1 + 1 - 4) / 5)
+    assert result["log_ratio"]["chosen"][0] == pytest.approx(-2 / 3)
+    assert result["log_ratio"]["rejected"][0] == pytest.approx(0.0)
+    assert "log_ratio" not in result["by_length"]["equal_length"], "half of it would be the reference's own"
+    json.dumps(result, allow_nan=False)
+
+
+def test_baselines_of_labelled_responses_go_by_the_side_of_the_median() -> None:
+    lengths = np.array([[9], [9], [2], [2], [5]])
+    result = describe(labelled_rows([0.0] * 5, [True, False, True, False, True], lengths=lengths), beta=0.1)
+    assert result["baselines"]["longer"][0] == pytest.approx((1 + 0 + 0 + 1 + 0.5) / 5)
+
+
+def test_labels_that_are_all_good_have_no_rejected_side() -> None:
+    result = describe(labelled_rows([1.0, -1.0], [True, True]), beta=0.1)
+    assert set(result["log_ratio"]) == {"chosen", "chosen_per_token"}
+    assert result["accuracy"][0] == 0.5
+
+
+def test_log_ratios_have_intervals_and_per_token_ones_weigh_by_length() -> None:
+    rows = pair_rows(np.array([3.0, 1.0, 5.0]), lengths=np.array([[1, 2], [2, 2], [3, 2]]))
+    found = describe(rows, beta=0.1)["log_ratio"]
+    assert found["chosen"][0] == pytest.approx(3.0)
+    assert found["chosen"][1] < 3.0 < found["chosen"][2]
+    assert found["chosen_per_token"][0] == pytest.approx(9 / 6)
+    assert found["rejected"] == [0.0, 0.0, 0.0]
+
+
+def test_wilson_is_not_given_where_rows_share_a_prompt() -> None:
+    rows = pair_rows(np.array([1.0, -1.0, 2.0, 3.0]))
+    assert "accuracy_wilson" in describe(rows, beta=0.1)
+    assert "accuracy_wilson" not in describe(rows._replace(prompts=np.array([0, 0, 1, 2])), beta=0.1)
+
+
+def test_prompts_are_those_that_state_a_preference() -> None:
+    rows = pair_rows(np.array([1.0, -1.0]), ranks=np.array([[0, 1], [0, 0]]))
+    assert describe(rows, beta=0.1)["prompts"] == 1
+
+
+def test_an_interval_that_says_nothing_is_said_to() -> None:
+    one = describe(pair_rows(np.array([1.0])), beta=0.1)
+    assert any(text.startswith("1 prompt:") for text in acc.cautions(one))
+    few = describe(pair_rows(np.array([1.0, -1.0, 1.0])), beta=0.1)
+    assert acc.cautions(few) == ["3 prompts: intervals that draw fewer than 10 prompts are too narrow"]
+    alike = describe(pair_rows(np.ones(20)), beta=0.1)
+    assert acc.cautions(alike) == [
+        "all pairs came out alike, so that a bootstrap has no spread: Wilson's interval of the accuracy is "
+        "0.839 to 1.000"
+    ]
+    assert acc.cautions(describe(pair_rows(np.tile([1.0, -1.0], 10)), beta=0.1)) == []
 
 
 def test_everything_is_plain_json_and_does_not_depend_on_rubbish_where_absent() -> None:

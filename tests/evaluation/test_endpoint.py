@@ -147,6 +147,16 @@ def test_nothing_is_asked_twice(server: Server, make_judge) -> None:
     assert len(server.requests) == 3
 
 
+def test_a_kept_reply_that_is_damaged_is_named(server: Server, make_judge, tmp_path: Path) -> None:
+    list(make_judge().ask(questions(1)))
+    (kept,) = (tmp_path / "cache").glob("*/*.json")
+    kept.write_text("{")
+    with pytest.raises(
+        ValueError, match=r"\.json is no kept reply .* delete it, and the judge is asked again"
+    ):
+        list(make_judge().ask(questions(1)))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -272,20 +282,23 @@ def test_a_win_rate_by_an_endpoint_counts_tokens_and_cost(
         "--endpoint.price_input=3", "--endpoint.price_output=15",
     ]  # fmt: skip
     assert main(command) == 0
-    usage = {"answers": 8, "from_cache": 0, "prompt_tokens": 800, "completion_tokens": 56}
+    usage = {"answers": 8, "from_cache": 0, "unreported": 0, "prompt_tokens": 800, "completion_tokens": 56}
     expected = pytest.approx((800 * 3 + 56 * 15) / 1e6)
     result = json.loads((out / "winrate.json").read_text())
     assert result["usage"] == usage | {"cost": expected}
     assert result["temperatures"]["1.0"]["ties_flipped"] == 4, "a judge that always says first"
     assert len(server.requests) == 8 + len(bad) - 1  # the script counts from 1
-    assert "decides by position" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "decides by position" in printed
+    assert "8 answers, 0 of them from the cache; 800 prompt and 56 completion tokens, cost 0.00324" in printed
 
     # the same verdicts again cost nothing more; in another place the cache answers
     assert main(command) == 0
     assert json.loads((out / "winrate.json").read_text())["usage"] == usage | {"cost": expected}
     assert main([*command, f"--output={tmp_path / 'elsewhere'}"]) == 0
     elsewhere = json.loads((tmp_path / "elsewhere" / "winrate.json").read_text())["usage"]
-    assert elsewhere == {"answers": 8, "from_cache": 8, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0}
+    nothing = dict.fromkeys(("unreported", "prompt_tokens", "completion_tokens", "cost"), 0)
+    assert elsewhere == {"answers": 8, "from_cache": 8} | nothing
     assert len(server.requests) == 8 + len(bad) - 1
 
 

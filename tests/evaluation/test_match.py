@@ -11,6 +11,7 @@ import pytest
 
 from dpo.cli import main
 from dpo.evaluation import match, samples
+from dpo.evaluation.local_judge import verdict_of_log_probs
 from dpo.models import sampling
 from dpo.models.pretrained import load_pretrained
 
@@ -172,6 +173,7 @@ def test_a_local_model_judges_by_the_log_probs_of_its_verdicts(
     [
         (["--judge=nonsense"], "judge is 'nonsense'; allowed: vader, first, longer, endpoint"),
         (["--judge=endpoint"], "endpoint.base_url is not given"),
+        (["--judge=local:"], "judge is 'local:'; allowed: local:MODEL"),
         (["--template=x.jinja"], "template is 'x.jinja', but judge vader reads none"),
         (["--temperatures=[-1]"], "temperatures is -1.0; allowed is at least 0.0"),
         (["--data=none.jsonl"], "data is 'none.jsonl': there is no such file"),
@@ -193,6 +195,16 @@ def test_without_a_run_all_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["winrate", "--policy=x"])
     assert "opponent is not given; allowed: --opponent VALUE, or --run DIR" in capsys.readouterr().err
+
+
+def test_a_log_prob_that_is_no_number_is_an_invalid_verdict() -> None:
+    verdict = verdict_of_log_probs(float("nan"), -1.0)
+    assert (verdict.choice, verdict.problem) == (None, "a log-prob is not a number")
+    assert [verdict_of_log_probs(*both).choice for both in ((-1.0, -2.0), (-2.0, -1.0), (-1.0, -1.0))] == [
+        "first",
+        "second",
+        "tie",
+    ]
 
 
 def test_a_reward_model_is_refused_with_the_way_out(tmp_path: Path) -> None:

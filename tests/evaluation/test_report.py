@@ -15,9 +15,12 @@ from safetensors.numpy import save_file
 
 from dpo.config import Config, DataConfig, save_config
 from dpo.evaluation import plots
+from dpo.evaluation.accuracy import describe
+from dpo.evaluation.heldout import load_heldout
 from dpo.evaluation.match import RESULT_SETTINGS
-from dpo.evaluation.report import write_report
+from dpo.evaluation.report import BREAKDOWN, write_report
 from dpo.evaluation.winrate import Judged, describe_pairs
+from dpo.files import WriteError
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} & ‘ok’"
 
@@ -221,7 +224,7 @@ def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) ->
 
 def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
     shown = _Page(write_report(*run).read_text()).text
-    assert f"dpo train --config {run[0]}/config.yaml" in shown
+    assert f"dpo train --config '{run[0]}/config.yaml'" in shown, "quoted: the directory is run<b>"
     assert "--judge=vader" in shown
     assert "--temperatures=[0.5, 1.0]" in shown
     assert "(of the software that wrote this page)" in shown
@@ -233,7 +236,22 @@ def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
 
 def test_a_run_without_win_rate_says_how_to_measure_it(run: tuple[Path, Config]) -> None:
     shutil.rmtree(run[0] / "winrate")
-    assert f"dpo winrate --run {run[0]}" in _Page(write_report(*run).read_text()).text
+    assert f"dpo winrate --run '{run[0]}'" in _Page(write_report(*run).read_text()).text
+
+
+def test_a_line_separator_in_an_answer_ends_no_line(run: tuple[Path, Config]) -> None:
+    """A journal writes texts as they are, and U+2028 is no line break in JSON."""
+    path = run[0] / "winrate" / "verdicts.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    text = "".join(json.dumps(line | {"policy": "one\u2028two"}, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+    assert "one\u2028two" in write_report(*run).read_text(encoding="utf-8")
+
+
+def test_verdicts_that_are_gone_are_missed(run: tuple[Path, Config]) -> None:
+    (run[0] / "winrate" / "verdicts.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"verdicts.jsonl lacks 24 of the verdicts that winrate.json counts"):
+        write_report(*run)
 
 
 def test_a_policy_within_its_baselines_is_said_to_be(run: tuple[Path, Config]) -> None:
@@ -267,6 +285,69 @@ def test_figures_take_the_pages_colours() -> None:
     assert "#0a0b0" not in svg
     assert "var(--series-1)" in svg
     assert "<title>a &lt; b</title>" in svg
+
+
+def test_names_with_dollars_are_names_and_no_formulas() -> None:
+    svg = plots.intervals(
+        "over $a$b\\frac$", [("$x", (0.5, 0.4, 0.6)), ("runs/$\\frac$", (0.5, 0.4, 0.6))], level=0.5
+    )
+    assert "runs/$\\frac$" in svg
+
+
+def test_parts_of_the_pairs_have_a_table(run: tuple[Path, Config]) -> None:
+    """By length difference and by source: margin, log-ratios and calibration too."""
+    page = " ".join(_Page(write_report(*run).read_text()).text.split())
+    table = page[page.index("".join(BREAKDOWN)) :]
+    for name in ("better is longer", "better is shorter", "s<i>0", "s<i>1", "mean of the sources"):
+        assert name in table
+    heldout = load_heldout(*run)
+    part = describe(heldout.rows, beta=0.1)["by_source"]["s<i>0"]
+    assert f"{part['margin'][0]:.3f} ({part['margin'][1]:.3f} to" in table
+    assert f"{part['calibration']['ece']:.3f}" in table
+
+
+def test_labelled_responses_are_reported_as_what_they_are(run: tuple[Path, Config]) -> None:
+    run_dir, config = run
+    rows = [{"prompt": f"p{i}", "completion": HOSTILE, "label": i % 2 == 0} for i in range(30)]
+    Path(str(config.data.eval)).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reference = np.full((30, 1), -9.0)
+    numbers = {
+        "policy": reference + np.where(np.arange(30)[:, None] % 3 == 0, -1.0, 1.0),
+        "reference": reference,
+        "present": np.ones((30, 1), bool),
+        "lengths": np.full((30, 1), 5),
+        "ranks": np.arange(30)[:, None] % 2,
+        "origin": np.arange(30),
+    }
+    save_file(numbers, run_dir / "heldout.safetensors")
+    page = " ".join(_Page(write_report(run_dir, config).read_text()).text.split())
+    assert "50.0% of labelled held-out responses moved as they should" in page
+    assert "30 responses to 30 prompts" in page
+    assert "Pairs that the policy orders worst" not in page
+
+
+def test_a_run_of_one_prompt_is_reported_with_a_warning(run: tuple[Path, Config]) -> None:
+    from safetensors.numpy import load_file
+
+    run_dir, config = run
+    numbers = {name: values[:1] for name, values in load_file(run_dir / "heldout.safetensors").items()}
+    save_file(numbers, run_dir / "heldout.safetensors")
+    page = _Page(write_report(run_dir, config).read_text()).text
+    assert "1 prompt: nothing can be drawn" in page
+
+
+def test_rows_that_were_dropped_at_tokenisation_are_counted(run: tuple[Path, Config]) -> None:
+    from safetensors.numpy import load_file
+
+    run_dir, config = run
+    numbers = {name: values[:25] for name, values in load_file(run_dir / "heldout.safetensors").items()}
+    save_file(numbers, run_dir / "heldout.safetensors")
+    assert list(load_heldout(run_dir, config).left_out.values()) == [5]
+
+
+def test_a_page_that_cannot_be_written_names_its_path(run: tuple[Path, Config], tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"the page could not be written to .*none/page\.html"):
+        write_report(*run, output=tmp_path / "none" / "page.html")
 
 
 def open_in_chromium(

@@ -7,7 +7,14 @@ import pytest
 
 from dpo.evaluation.judges import CONTROLS, Question
 from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
-from dpo.evaluation.winrate import Judged, describe_pairs, figures_as_text, read_votes, warnings_of
+from dpo.evaluation.winrate import (
+    Judged,
+    describe_pairs,
+    figures_as_text,
+    read_votes,
+    usage_as_text,
+    warnings_of,
+)
 from dpo.intervals import wilson
 
 # (verdict with the policy first, verdict with the opponent first): what the pair counts, whether it flips
@@ -117,6 +124,24 @@ def test_a_judge_that_always_says_first_is_exposed() -> None:
     assert figures["ties_flipped"] == figures["ties"] == 300
     assert figures["judge"] == {"says_first": 1.0, "flips": 1.0, "agrees_with_longer": None}
     assert any("it decides by position" in text for text in warnings_of(figures))
+
+
+def test_a_judge_that_flips_either_way_is_not_said_to_decide_by_position() -> None:
+    pairs = [pair("first", "first", prompt=str(i)) for i in range(20)]
+    pairs += [pair("second", "second", prompt=str(i)) for i in range(20, 40)]
+    (warning,) = warnings_of(describe_pairs(pairs))
+    assert "it says 'first' in 50% of its decisions): it is not sure of its verdicts" in warning
+
+
+def test_answers_without_a_count_of_tokens_are_not_free() -> None:
+    usage = {"answers": 3, "from_cache": 0, "prompt_tokens": 10, "completion_tokens": 2, "cost": 0.1}
+    assert "!" not in usage_as_text(usage | {"unreported": 0})
+    assert "! 2 answers came without a count" in usage_as_text(usage | {"unreported": 2})
+
+
+def test_one_prompt_has_no_interval_and_says_so() -> None:
+    figures = describe_pairs([pair("first", "second", prompt="p")])
+    assert "! 1 prompt: nothing can be drawn" in figures_as_text(figures)
 
 
 def test_a_judge_that_prefers_the_longer_is_exposed_by_the_length_controlled_figure() -> None:

@@ -316,6 +316,16 @@ def test_an_objective_over_pairs_refuses_single_responses(config, tmp_path):
         train(replace(config, data={"train": str(path)}))
 
 
+def test_held_out_data_without_a_preference_is_refused_before_training(config, tmp_path):
+    path = tmp_path / "tied.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}) + "\n")
+    with pytest.raises(
+        ValueError, match=r"data.eval is .*tied\.jsonl: none of its 1 rows has two responses of"
+    ):
+        train(replace(config, data={"eval": str(path)}))
+    assert not (Path(config.run_dir) / "checkpoints").exists()
+
+
 def test_an_objective_that_needs_scores_names_the_row_without(config):
     with pytest.raises(ValueError, match=r"odpo needs scores; .*train\.jsonl:1 has none"):
         train(replace(config, objective={"name": "odpo"}))
