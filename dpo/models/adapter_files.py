@@ -9,6 +9,7 @@ s stays.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ import safetensors.numpy
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
 from dpo.models.binding import Binding
 from dpo.models.lora import Adapter, Method, linear_bindings, module_names
-from dpo.models.weights import SafetensorsDirectory, Tensors
+from dpo.models.weights import SafetensorsDirectory, Tensors, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -77,10 +78,11 @@ class AdapterDirectory:
         pattern = self._config.get("alpha_pattern") or {}
         key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
         alpha = float(self._config["lora_alpha"] if key is None else pattern[key])
-        if a.shape[0] != b.shape[1] or alpha <= 0:
+        sizes = [list(array.shape) for array in (a, b, magnitude) if array is not None]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or sizes[2:] not in ([], [[len(b)]]):
             raise ValueError(
-                f"{self.directory}: {module} has A {list(a.shape)} and B {list(b.shape)}, alpha {alpha}; "
-                "allowed are A [r, in], B [out, r] and an alpha above 0"
+                f"{self.directory}: the tensors of {module} are {sizes}; allowed are A [r, in], B [out, r] "
+                "and with use_dora a magnitude [out]"
             )
         return AdapterWeights(a, b, magnitude, alpha)
 
@@ -219,10 +221,7 @@ def save_adapters(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = read_json_object(path, path.read_bytes())
     problems = [
         f"{name} is {config.get(name)!r}; supported: {', '.join(map(repr, allowed))}"
         for name, allowed in _SUPPORTED.items()
@@ -233,11 +232,27 @@ def _read_config(path: Path) -> dict[str, Any]:
         for name, value in config.items()
         if value and name not in _SUPPORTED and name not in _READ
     ]
-    if "lora_alpha" not in config:
-        problems.append("lora_alpha is missing")
+    problems += _number_problems(config)
     if problems:
         raise ValueError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
     return config
+
+
+def _number_problems(config: dict[str, Any]) -> list[str]:
+    """What is wrong with the adapter's alphas, and with the patterns that say whose they are."""
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        return [f"alpha_pattern is {pattern!r}; supported: a mapping of patterns to numbers"]
+    problems = []
+    for name, value in {"lora_alpha": config.get("lora_alpha"), **pattern}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            problems.append(f"{name} is {value!r}; supported: a number above 0")
+    for key in pattern:
+        try:
+            re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            problems.append(f"alpha_pattern has {key!r}, which is no regular expression: {error}")
+    return problems
 
 
 def _ends(names: Iterable[str]) -> str:

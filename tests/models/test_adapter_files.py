@@ -186,6 +186,9 @@ def change(adapter, *, config=None, tensors=None):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; supported: not set"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"something_new": 3}, "something_new is 3; supported: not set"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; supported: a number above 0"),
+        ({"alpha_pattern": [8]}, "alpha_pattern is .8.; supported: a mapping"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern has '.', which is no regular expression"),
     ],
 )
 def test_adapters_that_compute_something_else_are_refused_by_field(adapter, config, message):
@@ -200,6 +203,15 @@ def test_a_damaged_adapter_is_refused(adapter):
         file.write(b"x")
     with pytest.raises(ValueError, match=r"is damaged \(adapter_model\.safetensors: its checksum"):
         AdapterDirectory(adapter)
+
+
+def test_tensors_of_other_shapes_are_refused_by_module(adapter):
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    change(adapter, tensors=lambda tensors: tensors | {name: tensors[name].ravel()})
+    with pytest.raises(
+        ValueError, match=r"the tensors of model\.layers\.0\.mlp\.up_proj are .*allowed are A"
+    ):
+        AdapterDirectory(adapter).read("model.layers.0.mlp.up_proj")
 
 
 def test_tensors_that_are_missing_or_left_over_are_listed(adapter):
