@@ -12,6 +12,8 @@ import importlib
 import importlib.util
 import json
 import math
+import re
+import secrets
 import statistics
 import time
 from collections import deque
@@ -180,12 +182,16 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `dpo`; its environment variables (WANDB_MODE=offline …) apply."""
+    """A run of the project `dpo`; its environment variables (WANDB_MODE=offline …) apply.
+
+    W&B takes no step twice: of a resumed run the lines since its checkpoint stay as they were written first.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
+        name = _tracked_as(run_dir, "wandb", resume_step)
         self._run = wandb.init(
-            project="dpo", id=_run_name(run_dir), dir=str(run_dir), config=dict(config), resume="allow"
+            project="dpo", id=name, name=name, dir=str(run_dir), config=dict(config), resume="allow"
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -200,9 +206,8 @@ class Trackio:
 
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
         trackio = importlib.import_module("trackio")
-        self._run = trackio.init(
-            project="dpo", name=_run_name(run_dir), config=dict(config), resume="allow", embed=False
-        )
+        name = _tracked_as(run_dir, "trackio", resume_step)
+        self._run = trackio.init(project="dpo", name=name, config=dict(config), resume="allow", embed=False)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -211,9 +216,19 @@ class Trackio:
         self._run.finish()
 
 
-def _run_name(run_dir: Path) -> str:
-    """The last two parts of the run directory: runs of one name in different places stay apart."""
-    return "-".join(run_dir.resolve().parts[-2:])
+def _tracked_as(run_dir: Path, tracker: str, resume_step: int) -> str:
+    """What a tracker outside RUN calls the run: the end of its path and some letters, kept in RUN/NAME.run.
+
+    A run that starts afresh gets new letters, so that it never goes on with the curves of an older one that
+    had the same directory.
+    """
+    path = run_dir / f"{tracker}.run"
+    if resume_step == 0 or not path.is_file():
+        place = re.sub(r"[^\w.-]", "_", "-".join(run_dir.resolve().parts[-2:]))
+        replace_text(
+            path, f"{place[-80:]}-{secrets.token_hex(3)}\n", what=f"the name of the run in {tracker}"
+        )
+    return path.read_text(encoding="utf-8").strip()
 
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}

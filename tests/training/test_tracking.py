@@ -7,10 +7,13 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -214,9 +217,93 @@ with open_trackers(run_dir, ["trackio"], total_steps=3, resume_step=0, config={"
     (database,) = (tmp_path / "trackio").glob("dpo*.db")
     with contextlib.closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
-    assert [(name, step) for name, step, _ in rows] == [("runs-one", step) for step in range(3)]
+    name = (run_dir / "trackio.run").read_text().strip()
+    assert name.startswith("runs-one-")
+    assert [(found, step) for found, step, _ in rows] == [(name, step) for step in range(3)]
     losses = [json.loads(metrics)["loss"] for _, _, metrics in rows]
     assert losses == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_a_fresh_start_is_another_run_to_a_tracker_outside_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B drops steps that it has seen and trackio shows them twice: a new run is not to continue an old."""
+    started: list[dict] = []
+
+    class FakeRun:
+        def log(self, metrics: dict, step: int) -> None:
+            started[-1].setdefault("steps", []).append(step)
+
+        def finish(self) -> None:
+            started[-1]["finished"] = True
+
+    def init(**options) -> FakeRun:
+        started.append(options)
+        return FakeRun()
+
+    fake = ModuleType("wandb")
+    fake.__spec__ = ModuleSpec("wandb", None)
+    monkeypatch.setattr(fake, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_dir = tmp_path / "a/b #1"
+    run_dir.mkdir(parents=True)
+    for steps in (range(3), range(3, 6), range(2)):
+        log_steps(run_dir, steps, names=("wandb",))
+    first, resumed, fresh = (one["id"] for one in started)
+    assert first == resumed != fresh
+    assert re.fullmatch(r"a-b__1-[0-9a-f]{6}", first), "letters that W&B allows in an id"
+    assert started[1]["steps"] == [3, 3, 4, 5, 6], (
+        "a held-out evaluation has the step of the next training line"
+    )
+    assert all(one["finished"] for one in started)
+
+
+def test_wandb_keeps_a_run_offline(tmp_path: Path) -> None:
+    """In a process of its own, without a key; what was written is read with W&B's own reader."""
+    pytest.importorskip("wandb")
+    code = """
+import sys
+from pathlib import Path
+
+from dpo.training.tracking import open_trackers
+
+run_dir = Path(sys.argv[1])
+with open_trackers(run_dir, ["wandb"], total_steps=3, resume_step=0, config={"seed": 0}) as tracker:
+    for step in range(3):
+        tracker.log(step, {"loss": 0.1 * step, "rewards/margins": 0.25})
+    tracker.log(3, {"eval/loss": 0.5})
+"""
+    run_dir = tmp_path / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run_dir)],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"WANDB_MODE": "offline"}, cwd=ROOT,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert (run_dir / "wandb.run").read_text().strip() in path.name
+    history = read_wandb(path)
+    assert [row["_step"] for row in history] == [0, 1, 2, 3]
+    assert [row["loss"] for row in history[:3]] == pytest.approx([0.0, 0.1, 0.2])
+    assert history[3]["eval/loss"] == 0.5
+
+
+def read_wandb(path: Path) -> list[dict]:
+    """The lines of the history in a .wandb file."""
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
+    from wandb.sdk.internal.datastore import DataStore  # pyright: ignore[reportMissingImports]
+
+    store, rows = DataStore(), []
+    store.open_for_scan(str(path))
+    while data := store.scan_data():
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            rows.append(
+                {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            )
+    return rows
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
