@@ -1,0 +1,190 @@
+"""What the pages say can be typed, opened and found: commands, options, targets, links, files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dpo import cli
+from dpo.config import (
+    Config,
+    DiffusionConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FrontierConfig,
+    GenerateConfig,
+    InspectConfig,
+    PlanConfig,
+    ReportConfig,
+    WatchConfig,
+    WinrateConfig,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = (
+    *(Config, InspectConfig, PlanConfig, EvaluateConfig, ExportConfig, ReportConfig, WatchConfig),
+    *(WinrateConfig, FrontierConfig, GenerateConfig, DiffusionConfig),
+)
+OTHER_OPTIONS = {"help", "config", "allow_changed", "resume", "winrate", "interactive"}
+"""Options of `dpo` that are no settings."""
+OTHER_PROGRAMS = ("pytest", "pip", "XLA_FLAGS", "--xla_", "srun", "sbatch", "kubectl", "gcloud")
+
+
+class Command(NamedTuple):
+    """One command line of a page."""
+
+    page: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text}"
+
+
+def fenced_blocks(text: str) -> list[str]:
+    """The insides of ``` blocks, with continued lines joined."""
+    blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(r" *\\\n *", " ", block) for block in blocks]
+
+
+def commands() -> Iterator[Command]:
+    """Every `dpo` command in a block that is no example of an error; loops stand for their first turn."""
+    for page in PAGES:
+        for block in fenced_blocks(page.read_text(encoding="utf-8")):
+            loops = re.findall(r"for (\w+) in (\S+)", block)
+            lines = [line.strip() for line in block.splitlines()]
+            for line, following in zip(lines, [*lines[1:], ""], strict=True):
+                text = line.removeprefix("$ ")
+                if re.match(r"dpo [a-z]+( |$)", text) and not re.match(r"dpo \w+: error: ", following):
+                    for name, first in loops:
+                        text = text.replace(f"${name}", first)
+                    yield Command(page.name, re.sub(r"\[(--[^\]]*)\]", r"\1", text))
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """Commands that a page shows with the error that they end with."""
+    for page in PAGES:
+        for block in fenced_blocks(page.read_text(encoding="utf-8")):
+            yield from re.findall(r"^\$ (dpo .*)\n(dpo \w+: error: .*)$", block, re.MULTILINE)
+
+
+def visible(text: str) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^ *```[^\n]*\n.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=str)
+def test_commands_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the settings, whose types and ranges are checked; nothing is read or run."""
+    _, name, *arguments = shlex.split(command.text, comments=True)
+
+    class Parsed(Exception):  # noqa: N818
+        pass
+
+    build = cli.build
+
+    def stop(settings, values, parser):
+        made = build(settings, values, parser)
+        if settings is Config and name != "train":
+            return made  # these have settings of their own besides
+        raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "build", stop)
+    with pytest.raises(Parsed):
+        cli.main([name, *arguments])
+
+
+def test_there_are_commands_to_parse() -> None:
+    assert len(list(commands())) > 25
+    assert len(list(refusals())) >= 3
+
+
+@pytest.mark.parametrize(("command", "error"), list(refusals()))
+def test_errors_are_as_shown(command: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = cli.main(shlex.split(command)[1:])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert capsys.readouterr().err.startswith(error.removesuffix("…").rstrip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_exist(page: Path) -> None:
+    known = {name for kind in SETTINGS for name in cli.command_parser("train", kind).setting_names()}
+    known |= OTHER_OPTIONS
+    for program in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py")):
+        known |= {name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', program.read_text())}
+    unknown = []
+    for code in re.findall(r"`([^`\n]*)`", visible(page.read_text(encoding="utf-8"))):
+        if any(program in code for program in OTHER_PROGRAMS):
+            continue
+        for option in re.findall(r"(?<![\w-])--([a-zA-Z][\w.-]*)", code):
+            name = option.rstrip(".").replace("-", "_")
+            if name not in known and name.split(".")[0] != "objective":
+                unknown.append(f"--{option}")
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`make ([a-z-]+)", text))
+    named |= {
+        target
+        for block in fenced_blocks(text)
+        for target in re.findall(r"^make ([a-z-]+)", block, re.MULTILINE)
+    }
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", visible(page.read_text(encoding="utf-8"))):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        if not path.is_file() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.-])((?:dpo|tests|docs|configs|data|benchmarks|launch)/[\w./-]+\.\w+)", text)
+    assert not sorted({name for name in named if not (ROOT / name).is_file()})
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link into a page can name: explicit ids, and headings as GitHub turns them into ids."""
+    text = visible(path.read_text(encoding="utf-8"))
+    headings = [re.sub(r"<[^>]*>", "", line) for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    slugs = {re.sub(r"[^\w\- ]", "", line.strip().lower()).replace(" ", "-") for line in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+def test_the_readme_names_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in readme.splitlines() if line.startswith("docs/ ")]
+    assert set(re.findall(r"\w+\.md", line)) == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_design_says_what_every_dependency_is_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    needed += project["optional-dependencies"]["oracle"]
+    table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## Dependencies")[1]
+    rows = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    named = {name for row in rows for name in row.split(", ")}
+    assert {re.split(r"[\[<>=]", one)[0] for one in needed} <= named
