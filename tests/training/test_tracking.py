@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sqlite3
+import struct
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -290,19 +291,24 @@ with open_trackers(run_dir, ["wandb"], total_steps=3, resume_step=0, config={"se
 
 
 def read_wandb(path: Path) -> list[dict]:
-    """The lines of the history in a .wandb file."""
+    """The lines of the history in a .wandb file: blocks of 32 KiB with records, whole or in parts."""
     from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
-    from wandb.sdk.internal.datastore import DataStore  # pyright: ignore[reportMissingImports]
 
-    store, rows = DataStore(), []
-    store.open_for_scan(str(path))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            rows.append(
-                {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+    data, position, whole, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if -position % 32_768 in range(1, 7):  # no room for a header (checksum, length, kind)
+            position += -position % 32_768
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record.FromString(whole)
+            items = record.history.item
+            rows += (
+                [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}] if items else []
             )
+            whole = b""
     return rows
 
 
