@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#0a0b01"
 FAINT = "#0a0b02"
@@ -67,6 +68,7 @@ def curves(title: str, lines: Sequence[Curve], *, level: float | None = None, le
             _draw_curve(axes, line, SERIES[line.colour % len(SERIES)])
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         if legend and sum(line.label is not None for line in lines) > 1:
             axes.legend(loc="best")
         return _svg(figure, f"{title} over steps")

@@ -54,8 +54,8 @@ def draw(title: str, series: Sequence[Series], *, width: int, height: int) -> Te
         text.append(f"\n{label:>{LABEL - 1}} ", "dim")
         for code, style in zip(dots[line], styles[line], strict=True):
             text.append(chr(_BLANK + int(code)), style)
-    end = _number(right)
-    text.append(f"\n{'':{LABEL}}{_number(left):<{max(columns - len(end), 1)}}{end}", "dim")
+    end = f"{right:g}"
+    text.append(f"\n{'':{LABEL}}{left:<{max(columns - len(end), 1)}g}{end}", "dim")
     return text
 
 

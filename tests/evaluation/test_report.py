@@ -280,6 +280,14 @@ def test_a_directory_without_metrics_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path, Config())
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
+def test_steps_on_the_axis_are_whole_numbers(count: int) -> None:
+    svg = plots.curves("Loss", [plots.Curve("loss", range(count), [0.5] * count)])
+    ticks = re.findall(r'id="xtick_\d+".*?<text[^>]*>([^<]+)</text>', svg, re.DOTALL)
+    assert ticks
+    assert all(re.fullmatch(r"[−-]?\d+", tick) for tick in ticks), ticks
+
+
 def test_figures_take_the_pages_colours() -> None:
     svg = plots.histogram("a < b", np.linspace(-1, 2, 50), "δ")
     assert "#0a0b0" not in svg

@@ -44,6 +44,8 @@ def test_labels_are_the_extremes_and_the_ends() -> None:
     assert lines[1].split()[0] == "0.75"
     assert lines[-2].split()[0] == "0.25"
     assert lines[-1].split() == ["3", "17"]
+    lines = lines_of([0.25, 0.75], xs=[0, 12345])
+    assert lines[-1].split() == ["0", "12345"]
 
 
 @pytest.mark.parametrize("ys", [[0.5], [0.5, 0.5, 0.5]])
