@@ -19,6 +19,7 @@ def stop_after(num_steps, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return train_step(*args)
 
+        step.lower = train_step.lower  # pyright: ignore[reportFunctionMemberAccess] (training.memory_limit)
         return step
 
     monkeypatch.setattr(program, "make_train_step", make)

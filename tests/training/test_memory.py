@@ -1,10 +1,7 @@
 """What is chosen under `training.memory_limit`, and that a run under one is the same run."""
 
 import dataclasses
-import itertools
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from numpy.testing import assert_allclose
+from stopping import stop_after
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.training import loop, memory
@@ -55,18 +53,6 @@ def with_training(config, **training):
 def losses(config):
     rows = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
-
-
-def stop_after(step, monkeypatch):
-    """Ask the run to stop when so many batches were placed."""
-    place, counter = loop.place_batch, itertools.count(1)
-
-    def place_and_count(mesh, batch):
-        if next(counter) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return place(mesh, batch)
-
-    monkeypatch.setattr(loop, "place_batch", place_and_count)
 
 
 # ---- the order ----
