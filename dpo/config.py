@@ -111,8 +111,8 @@ class DataConfig:
 
     train: str = "data/sentiment_train.jsonl"
     """JSONL or Parquet file, directory, or hub id of the training preferences."""
-    eval: str | None = "data/sentiment_eval.jsonl"
-    """The held-out preferences, in the same formats."""
+    eval: str | None = None
+    """The held-out preferences, in the same formats; nothing is held out when not given."""
     train_split: str = "train"
     """Split read from a hub data set for training."""
     eval_split: str = "test"
@@ -171,8 +171,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _check_range("optimizer.learning_rate", self.learning_rate, low=0.0)
         _check_range("optimizer.warmup_fraction", self.warmup_fraction, low=0.0, high=1.0)
-        _check_range("optimizer.beta1", self.beta1, low=0.0, high=1.0)
-        _check_range("optimizer.beta2", self.beta2, low=0.0, high=1.0)
+        _check_range("optimizer.beta1", self.beta1, low=0.0, below=1.0)  # at 1 the bias correction is 0 / 0
+        _check_range("optimizer.beta2", self.beta2, low=0.0, below=1.0)
         _check_range("optimizer.epsilon", self.epsilon, above=0.0)
         _check_range("optimizer.weight_decay", self.weight_decay, low=0.0)
         _check_range("optimizer.max_grad_norm", self.max_grad_norm, above=0.0)
@@ -185,9 +185,9 @@ class TrainingConfig:
     seed: int = 0
     """The only source of randomness: everything is a function of (seed, step)."""
     batch_size: int = 8
-    """Prompts a step."""
+    """Prompts a step, of all devices and micro-batches together."""
     micro_batches: int = 1
-    """Parts that a step's rows are split into to save memory; the result is the same."""
+    """Parts that a step's prompts are split into to save memory; the result is the same."""
     memory_limit: float | Literal["device"] | None = None
     """GiB that a device may hold: model.remat, micro_batches and model.log_prob_chunk are chosen to fit it;
     device is all that the device has; nothing is chosen when not given."""
@@ -226,6 +226,11 @@ class TrainingConfig:
         _check_range("training.seed", self.seed, low=0, high=2**31 - 1)
         _check_range("training.batch_size", self.batch_size, low=1)
         _check_range("training.micro_batches", self.micro_batches, low=1)
+        if self.micro_batches > self.batch_size:
+            raise ValueError(
+                f"training.micro_batches is {self.micro_batches} and training.batch_size is "
+                f"{self.batch_size}; allowed is at most one part for each of a step's prompts"
+            )
         if self.memory_limit != "device":
             _check_range("training.memory_limit", self.memory_limit, above=0.0, also="device")
         _check_range("training.epochs", self.epochs, above=0.0)
@@ -310,6 +315,16 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        training = self.training
+        for name, default in (("eval_every", None), ("eval_samples", 0)):
+            asked = getattr(training, name)
+            if asked != default and self.data.eval is None:
+                raise ValueError(
+                    f"training.{name} is {asked} and data.eval is not set; allowed: both, because it is "
+                    "about held-out data"
+                )
 
 
 @dataclass(frozen=True)
@@ -774,18 +789,19 @@ def _check_range(
     *,
     low: float | int | None = None,
     above: float | int | None = None,
+    below: float | int | None = None,
     high: float | int | None = None,
     also: str | None = None,
 ) -> None:
-    """Raise unless low <= value, above < value and value <= high, as far as these are given; None passes."""
+    """Raise unless low <= value <= high and above < value < below, as far as these are given; None passes."""
     if value is None:
         return
-    inside = (
-        (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-    )
+    inside = (low is None or value >= low) and (above is None or value > above)
+    inside = inside and (high is None or value <= high) and (below is None or value < below)
     if inside and value not in (float("inf"), float("-inf")):
         return
-    allowed = [f"at least {low}"] if low is not None else [f"more than {above}"]
-    if high is not None:
-        allowed = [f"from {low} to {high}"]
-    raise ValueError(f"{key} is {value}; allowed is {' or '.join(allowed + ([also] if also else []))}")
+    bounds = {"at least": low, "more than": above, "at most": high, "less than": below}
+    allowed = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+    if low is not None and high is not None:
+        allowed = f"from {low} to {high}"
+    raise ValueError(f"{key} is {value}; allowed is {allowed}{f' or {also}' if also else ''}")

@@ -95,8 +95,11 @@ def test_the_module_runs_as_the_command_does() -> None:
             "steps is not a setting; did you mean training.steps? allowed: run_dir, model",
         ),
         (["train", "--training.steps=many"], "training.steps: Expected an integer or null. Got value: many"),
-        (["train", "--winrate=nonsense"], "judge is 'nonsense'; allowed: vader, first, longer"),
-        (["train", "--winrate=vader", "--data.eval=null"], "winrate is vader, and data.eval is not set"),
+        (
+            ["train", "--winrate=nonsense", "--data.eval=data/sentiment_eval.jsonl"],
+            "judge is 'nonsense'; allowed: vader, first, longer",
+        ),
+        (["train", "--winrate=vader"], "winrate is vader, and data.eval is not set"),
         (["train", "--training.steps=-1"], "training.steps is -1; allowed is at least 1"),
         (["train", "--data.layout=dense"], "data.layout: Expected one of 'padded', 'packed', 'shared'"),
         (["train", "--config=none.yaml"], "/none.yaml'"),

@@ -23,6 +23,7 @@ from dpo.models.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
 from dpo.training.reference import Score
 from dpo.training.setup import Dataset, Policy, given_chat_template, load_policy, make_score
+from dpo.training.sharding import parameter_rules
 from dpo.training.step import Params
 
 Observe = Callable[[int, Params], Mapping[str, float]]
@@ -111,19 +112,14 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
     """What `training.eval_samples` asks for; None where it is 0.
 
     The reference is another model, the one under the adapters, or a copy of the policy as it is now.
-
-    Raises:
-      ValueError: when there are no held-out prompts.
     """
     count = config.training.eval_samples
     if count == 0:
         return None
-    if heldout is None:
-        raise ValueError(
-            f"training.eval_samples is {count}, but data.eval, whose prompts are answered, is not set"
-        )
+    assert heldout is not None, "the settings allow eval_samples with data.eval only"
     if config.model.reference is not None:
-        reference = load_policy(config.model, mesh, source=config.model.reference)
+        rules = parameter_rules(config.mesh.rules)
+        reference = load_policy(config.model, mesh, source=config.model.reference, rules=rules)
     elif policy.base is not None:
         reference = policy.base
     else:

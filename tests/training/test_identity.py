@@ -75,7 +75,7 @@ def test_versions_are_refused_and_devices_are_told():
     [
         ({"run_dir": "elsewhere"}, True),
         ({"mesh": MeshConfig(data=2)}, True),
-        ({"training": TrainingConfig(save_every=3, save_minutes=1.5, eval_every=7)}, True),
+        ({"training": TrainingConfig(save_every=3, save_minutes=1.5, keep_checkpoints=7)}, True),
         ({"training": TrainingConfig(seed=1)}, False),
         ({"model": ModelConfig(reference_store="elsewhere")}, True),
         ({"model": ModelConfig(compute_dtype="bfloat16")}, False),
