@@ -7,17 +7,15 @@ Step n is dispatched before the metrics of step n − 1 are read, so the device 
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -36,10 +34,11 @@ from dpo.training.identity import Identity, reference_identity, run_identity, se
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
 from dpo.training.lock import exclusive
 from dpo.training.memory import Fit, Parts, choose_memory, keep_choice, with_remat
-from dpo.training.metrics import Metrics
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.on_policy import Observe, open_on_policy
-from dpo.training.program import make_program
+from dpo.training.preflight import check_first_loss, expected_first_loss
+from dpo.training.program import count_steps, make_program
+from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.saving import Saver, find_resume
 from dpo.training.setup import (
@@ -56,21 +55,16 @@ from dpo.training.setup import (
     scoring_loader,
 )
 from dpo.training.sharding import make_mesh, parameter_rules, place_batch
-from dpo.training.step import (
-    Params,
-    Sums,
-    TrainState,
-    TrainStep,
-    make_scores,
-    move_reference,
-)
+from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
 from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
 from dpo.training.validation import HELDOUT_FILE, Validation
 from dpo.training.versions import versions
-from dpo.training.watchdog import Watch
 
-PREFLIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""How far the first loss may be from the objective's value at log-ratio zero, relative to it."""
+SUMMARY_FILE = "summary.json"
+"""What a run came to, written last: a directory that has one is finished."""
+
+Evaluate = Callable[..., dict[str, float] | None]
+"""(state, steps done[, where to keep log-probs]) → held-out metrics, logged."""
 
 
 class RunResult(NamedTuple):
@@ -80,7 +74,7 @@ class RunResult(NamedTuple):
     status: str
     """finished, interrupted, or already finished (nothing was done)."""
     summary: dict[str, Any]
-    """What summary.json holds."""
+    """What `SUMMARY_FILE` holds."""
 
 
 class Run(NamedTuple):
@@ -168,6 +162,7 @@ def _train(
             resume.require_same(known, log=tracker.message)
             run = run._replace(identity=run.identity | known)
             observe = observe or open_on_policy(config, run.policy, run.heldout, run.mesh)
+            evaluate = _make_evaluate(validation, run.beta, score_with, observe, tracker, stop_requested)
 
             # Step: the policy's parameters become the state, which is donated from step to step.
             state, train_step, schedule = _make_state_and_step(run)
@@ -194,23 +189,19 @@ def _train(
                 first_step=resume.step,
                 reference=_reference_sums(run, reference, score_with),
                 saver=saver,
-                record=_Record(
-                    run,
+                record=Record(
                     tracker,
-                    _StepClock(run.dataset, schedule, config.training.batch_size),
+                    run.dataset,
+                    schedule,
                     checkpoints,
+                    batch_size=config.training.batch_size,
+                    beta=run.beta,
+                    max_skipped=config.training.max_skipped,
                     earlier=[line for line in earlier if "loss" in line],
                 ),
                 stop_requested=stop_requested,
                 deadline=deadline,
-                evaluate=lambda state, step: _evaluate(
-                    run,
-                    validation,
-                    stoppable(score_with(state.params), stop_requested),
-                    tracker,
-                    step,
-                    _observed(observe, state, step),
-                ),
+                evaluate=evaluate,
             )
 
             # What it came to.
@@ -218,15 +209,7 @@ def _train(
                 checkpoints.wait()
                 return RunResult(run.run_dir, "interrupted", {"step": step})
             saver.save(step, state)
-            metrics = _evaluate(
-                run,
-                validation,
-                stoppable(score_with(state.params), stop_requested),
-                tracker,
-                step,
-                _observed(observe, state, step),
-                path=run.run_dir / HELDOUT_FILE,
-            )
+            metrics = evaluate(state, step, path=run.run_dir / HELDOUT_FILE)
             if stop_requested():
                 raise StopRequested
             return _finish(run, state, metrics, settings=settings, started=started, best=saver.best)
@@ -242,11 +225,6 @@ def prepare(config: Config) -> Run:
         raise ValueError(
             f"training.reference_every is {config.training.reference_every} and model.reference is "
             f"{config.model.reference!r}; a reference that moves starts as the policy: set one of the two"
-        )
-    if config.training.keep_best is not None and config.data.eval is None:
-        raise ValueError(
-            f"training.keep_best is {config.training.keep_best} and data.eval is not set; allowed: both, "
-            "since the best checkpoint is the best on held-out data"
         )
     mesh = make_mesh(config.mesh)
     agree({"version of jax": jax.__version__, "settings": settings_fingerprint(config), "mesh": config.mesh})
@@ -264,12 +242,12 @@ def prepare(config: Config) -> Run:
     heldout = read_dataset(config.data, tokenizer, heldout=True) if config.data.eval else None
     if heldout is not None:
         require_preferences(heldout.tokens, name=str(config.data.eval))
-    num_steps = count_steps(config, len(dataset.tokens))
+    num_steps = count_steps(config.training, len(dataset.tokens))
     memory = None
     if config.training.memory_limit is not None:
         others = heldout and heldout.tokens
         parts = Parts(objective, beta, policy, dataset.tokens, others, mesh, num_steps)
-        memory = choose_memory(config, parts, run_dir=run_dir)
+        memory = choose_memory(config, parts, run_dir=Path(config.run_dir))
         config, policy = memory.choice.apply(config), with_remat(policy, memory.choice.remat)
     loader = make_loader(config.data, config.training, dataset.tokens, mesh, num_steps=num_steps)
     identity = run_identity(
@@ -277,7 +255,18 @@ def prepare(config: Config) -> Run:
     )
     agree({**identity, "shapes": [loader.shape(step) for step in range(num_steps)]})
     return Run(
-        config, run_dir, mesh, objective, beta, policy, dataset, heldout, loader, num_steps, identity, memory
+        config=config,
+        run_dir=Path(config.run_dir),
+        mesh=mesh,
+        objective=objective,
+        beta=beta,
+        policy=policy,
+        dataset=dataset,
+        heldout=heldout,
+        loader=loader,
+        num_steps=num_steps,
+        identity=identity,
+        memory=memory,
     )
 
 
@@ -304,14 +293,17 @@ def _optimise(
     first_step: int,
     reference: Callable[[TrainState, Batch], Sums],
     saver: Saver,
-    record: _Record,
+    record: Record,
     stop_requested: Callable[[], bool],
     deadline: Deadline,
-    evaluate: Callable[[TrainState, int], Any],
+    evaluate: Evaluate,
 ) -> tuple[TrainState, int]:
     """Steps first_step … num_steps − 1, or until a stop is requested; the state and the steps done."""
     training, policy = run.config.training, run.policy
-    expected = _expected_first_loss(run, lambda batch: reference(state, batch)) if first_step == 0 else None
+    expected = None
+    if first_step == 0:
+        first = run.loader.batch(0)
+        expected = expected_first_loss(run.config, run.objective, first, reference(state, first))
     move = jax.jit(move_reference, static_argnums=1, donate_argnums=0)
     step = first_step
 
@@ -352,29 +344,29 @@ def _optimise(
     return state, step
 
 
-def _evaluate(
-    run: Run,
+def _make_evaluate(
     validation: Validation | None,
-    score: Score,
+    beta: float,
+    score_with: Callable[[Params], Score],
+    observe: Observe | None,
     tracker: Tracker,
-    step: int,
-    observed: Mapping[str, float],
-    *,
-    path: Path | None = None,
-) -> dict[str, float] | None:
-    """Log the held-out metrics of the policy after `step` updates; keep its log-probs at `path`, if given."""
-    if validation is None:
-        return None
-    rows, metrics = validation.evaluate(score, run.beta)
-    metrics |= observed
-    tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-    if path is not None and is_main():
-        validation.save(path, rows)
-    return metrics
+    stop_requested: Callable[[], bool],
+) -> Evaluate:
+    """How the policy does on held-out data; None where there are none."""
 
+    def evaluate(state: TrainState, step: int, path: Path | None = None) -> dict[str, float] | None:
+        if validation is None:
+            return None
+        observed = {} if observe is None else observe(step, state.params)
+        score = stoppable(score_with(state.params), stop_requested)
+        rows, metrics = validation.evaluate(score, beta)
+        metrics |= observed
+        tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if path is not None and is_main():
+            validation.save(path, rows)
+        return metrics
 
-def _observed(observe: Observe | None, state: TrainState, step: int) -> Mapping[str, float]:
-    return {} if observe is None else observe(step, state.params)
+    return evaluate
 
 
 def _finish(
@@ -424,57 +416,8 @@ def _finish(
     }
     if is_main():
         text = json.dumps(summary, indent=1, sort_keys=True)
-        replace_text(run.run_dir / "summary.json", text, what="the summary")
+        replace_text(run.run_dir / SUMMARY_FILE, text, what="the summary")
     return RunResult(run.run_dir, "finished", summary)
-
-
-def count_steps(config: Config, num_prompts: int) -> int:
-    """Optimiser steps of a run: as set, or whole batches in so many epochs.
-
-    Raises:
-      ValueError: when there is not one whole batch.
-    """
-    training = config.training
-    if training.steps is not None:
-        return training.steps
-    num_steps = int(training.epochs * num_prompts / training.batch_size)
-    if num_steps == 0:
-        raise ValueError(
-            f"training.epochs {training.epochs} of {num_prompts} prompts is less than one step of "
-            f"training.batch_size {training.batch_size}; allowed is at least one whole batch"
-        )
-    return num_steps
-
-
-def check_first_loss(loss: float, expected: float, forward_dtype: str) -> None:
-    """Refuse to go on when the policy, which still is the reference, does not score like it.
-
-    Raises:
-      ValueError: with the values and what usually causes it.
-    """
-    tolerance = PREFLIGHT_TOLERANCE[forward_dtype] * max(1.0, abs(expected))
-    if not abs(loss - expected) <= tolerance:
-        raise ValueError(
-            f"the first loss is {loss:.6f}, but the policy still is the reference, so it must be "
-            f"{expected:.6f} (± {tolerance:.1g}). The policy and the stored reference log-probs differ: look "
-            "for non-finite values, or for a model.compute_dtype or model.round_products too coarse for this "
-            "data (try float32 and neither)"
-        )
-
-
-def _expected_first_loss(run: Run, reference: Callable[[Batch], Sums]) -> float | None:
-    """The objective at log-ratio zero on the first batch: ln 2 for dpo, log K! for plackett_luce.
-
-    None where the reference's log-probs alone don't say: another reference, a start from an adapter, a
-    reference-free objective, WPO's weights.
-    """
-    model, lora = run.config.model, run.config.lora
-    if (model.reference, lora.init) != (None, None) or "log_collision" in run.objective.needs:
-        return None
-    batch = run.loader.batch(0)
-    sums = reference(batch)
-    losses = run.objective.expected_initial_loss(make_scores(sums, sums, batch, jnp.zeros(())))
-    return None if losses is None else float(losses.mean())
 
 
 def _reference_sums(
@@ -531,101 +474,12 @@ def _score_references(
             copy_in=run.run_dir / "reference",
         )
 
+    loader = run.heldout and scoring_loader(config.data, run.heldout.tokens, run.mesh)
     moving = config.training.reference_every is not None
     reference = None if moving else store_of(run.dataset)
-    if run.heldout is None:
+    if run.heldout is None or loader is None:
         return reference, None
-    loader = scoring_loader(config.data, run.heldout.tokens, run.mesh)
     return reference, Validation(run.heldout, loader, store_of(run.heldout))
-
-
-class _StepClock:
-    """Turns a step's device metrics into its line: reading them waits for the step to end."""
-
-    def __init__(self, dataset: Dataset, schedule: Callable, batch_size: int):
-        tokens = dataset.tokens
-        self._tokens = tokens.prompt_lengths * tokens.num_responses + tokens.response_lengths.sum(1)
-        self._schedule = schedule
-        self._epochs_a_step = batch_size / len(tokens)
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out of the next step's time what happened since the last step."""
-        self._last = time.perf_counter()
-
-    def finish(self, step: int, batch: Batch, metrics: Metrics) -> dict[str, float]:
-        """tokens/s counts real tokens with the prompt counted once a response, whatever the layout saves."""
-        values = {name: float(value) for name, value in metrics.items()}
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return values | {
-            "learning_rate": float(self._schedule(step)),
-            "epoch": (step + 1) * self._epochs_a_step,
-            "tokens/s": float(self._tokens[np.asarray(batch.index)].sum()) / seconds,
-            "seconds": seconds,
-            "fill": float((np.asarray(batch.group) > 0).mean()),
-        }
-
-
-class _Record:
-    """Writes the metrics of a step when the next one is under way, and stops a run of skipped steps."""
-
-    def __init__(
-        self,
-        run: Run,
-        tracker: Tracker,
-        clock: _StepClock,
-        checkpoints: Checkpoints,
-        *,
-        earlier: list[dict[str, int | float]],
-    ):
-        """`earlier`: the training lines of the parts of the run before this one."""
-        self._run, self._tracker, self._clock, self._checkpoints = run, tracker, clock, checkpoints
-        self._watch = Watch(run.beta, earlier)
-        self._pending: tuple[int, Batch, Metrics] | None = None
-        self._skipped = [
-            int(line["step"]) for line in _last_while(earlier, lambda line: bool(line["skipped"]))
-        ]
-
-    def restart_clock(self) -> None:
-        """Leave what happened since the last step out of the next one's time."""
-        self._clock.restart()
-
-    def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Write the step before this one; this one is still being computed."""
-        self.flush()
-        self._pending = step, batch, metrics
-
-    def flush(self) -> None:
-        """Wait for the last step and write it.
-
-        Raises:
-          ValueError: after `training.max_skipped` steps in a row that were not finite, with their rows.
-        """
-        if self._pending is None:
-            return
-        step, batch, _ = self._pending
-        values = self._clock.finish(*self._pending)
-        self._pending = None
-        self._tracker.log(step, values)
-        for warning in self._watch.add(step, values):
-            self._tracker.message(warning)
-        self._skipped = [*self._skipped, step] if values["skipped"] else []
-        if not self._skipped:
-            return
-        dataset = self._run.dataset
-        rows = [
-            dataset.read.preferences[dataset.tokens.origin[row]].location for row in np.asarray(batch.index)
-        ]
-        self._tracker.message(f"step {step}: loss or gradient is not finite, skipped; rows {', '.join(rows)}")
-        if len(self._skipped) >= self._run.config.training.max_skipped:
-            latest = self._checkpoints.latest
-            good = "none was saved" if latest is None else str(self._checkpoints.path(latest))
-            raise ValueError(
-                f"{len(self._skipped)} steps in a row were not finite (the last: {step}, rows {rows}); the "
-                f"last good checkpoint: {good}. Lower optimizer.learning_rate, or look at these rows "
-                "(docs/troubleshooting.md#not-finite)"
-            )
 
 
 def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
@@ -634,7 +488,7 @@ def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
     Raises:
       ValueError: naming the file, when it is damaged.
     """
-    path = run_dir / "summary.json"
+    path = run_dir / SUMMARY_FILE
     if not path.exists():
         return None
     summary = read_json_object(path, path.read_bytes())
@@ -643,18 +497,16 @@ def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
 
 def _describe(run: Run, tracker: Tracker) -> None:
     """Say what is about to happen, in a few lines."""
-    config, tokens, report = run.config, run.dataset.tokens, run.loader.report()
+    config, report = run.config, run.loader.report()
     num_params = sum(leaf.size for leaf in jax.tree.leaves(run.policy.params))
     num_frozen = sum(leaf.size for leaf in jax.tree.leaves(run.policy.frozen))
     tracker.message(
         f"policy: {run.policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters"
         + (f" on {num_frozen / 1e6:.1f} M in {config.lora.base_dtype}" if num_frozen else "")
     )
-    left_out = {**run.dataset.read.skipped, **tokens.dropped}
-    tracker.message(
-        f"data: {len(tokens)} prompts, {int(tokens.num_responses.sum())} responses from {config.data.train}"
-        + (f"; left out: {', '.join(f'{n} {reason}' for reason, n in left_out.items())}" if left_out else "")
-    )
+    tracker.message(f"data: {_counts(run.dataset)} from {config.data.train}")
+    if run.heldout is not None:
+        tracker.message(f"held out: {_counts(run.heldout)} from {config.data.eval}")
     shapes = ", ".join(f"{shape.rows}x{shape.row_length}" for shape in run.loader.shapes)
     tracker.message(
         f"layout {report['layout']}: rows x tokens {shapes}; {report['fill']:.0%} filled; "
@@ -668,9 +520,15 @@ def _describe(run: Run, tracker: Tracker) -> None:
     )
 
 
-def _last_while(items: list[dict], holds: Callable[[dict], bool]) -> list[dict]:
-    """The longest end of a list of which a condition holds."""
-    return list(itertools.takewhile(holds, reversed(items)))[::-1]
+def _counts(dataset: Dataset) -> str:
+    """How many prompts and responses there are, what was left out, and what was cut."""
+    tokens = dataset.tokens
+    left_out = [f"{n} {reason}" for reason, n in {**dataset.read.skipped, **tokens.dropped}.items()]
+    return (
+        f"{len(tokens)} prompts, {int(tokens.num_responses.sum())} responses"
+        + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        + (f" ({tokens.num_truncated} truncated)" if tokens.num_truncated else "")
+    )
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -39,7 +39,7 @@ from dpo.files import replace_text
 from dpo.losses import Objective
 from dpo.training.distributed import from_main, on_main
 from dpo.training.identity import settings_fingerprint
-from dpo.training.program import make_program
+from dpo.training.program import Program, make_program
 from dpo.training.setup import Policy, make_loader, scoring_loader
 from dpo.training.sharding import place_batch, row_multiple
 from dpo.training.step import make_eval_step
@@ -155,11 +155,9 @@ def find_fit(config: Config, parts: Parts) -> Fit:
     mesh, training = parts.mesh, config.training
     limit = limit_bytes(training.memory_limit, device_memory(mesh))
     other = float(from_main(np.float32(other_bytes(mesh) + kept_bytes(config, parts.policy))))
-    trained = _abstract_state(config, parts)[1]
-    state, saved = (
-        device_bytes((trained, parts.policy.frozen)),
-        saving_bytes(trained, mesh.devices.flat[0].platform),
-    )
+    trained = _program(config, parts).state
+    state = device_bytes((trained, parts.policy.frozen))
+    saved = saving_bytes(trained, mesh.devices.flat[0].platform)
     if other + state + saved > limit:
         copy = f", a copy for checkpoints {_gib(saved)}" if saved else ""
         raise ValueError(
@@ -238,13 +236,13 @@ def with_remat(policy: Policy, remat: Remat) -> Policy:
 def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
     """Bytes on a device while the step of the run's largest shape runs, its arguments included."""
     config = choice.apply(config)
-    program, state = _abstract_state(config, parts)
+    program = _program(config, parts)
     loader = _loader(config, parts)
     batch = place_batch(parts.mesh, _largest(loader))
     zeros = np.zeros(batch.present.shape, np.float32)
     sums = dict.fromkeys(sorted({"logps", *(parts.objective.needs & {"head"})}), zeros)
     return _compiled_bytes(
-        lambda: program.step.lower(state, parts.policy.frozen, batch, sums),  # type: ignore[attr-defined]
+        lambda: program.step.lower(program.state, parts.policy.frozen, batch, sums),  # type: ignore[attr-defined]
         lambda compiled: compiled.memory_analysis().argument_size_in_bytes + temporary_bytes(compiled),
     )
 
@@ -303,10 +301,10 @@ def _compiled_bytes(lower: Callable[[], Any], read: Callable[[Any], float]) -> f
         return math.inf
 
 
-def _abstract_state(config: Config, parts: Parts) -> tuple[Any, Any]:
-    """The training program, and the shapes of its state where they will be."""
+def _program(config: Config, parts: Parts) -> Program:
+    """The training program of these settings."""
     policy = with_remat(parts.policy, config.model.remat)
-    program = make_program(
+    return make_program(
         config,
         parts.objective,
         beta=parts.beta,
@@ -315,12 +313,6 @@ def _abstract_state(config: Config, parts: Parts) -> tuple[Any, Any]:
         mesh=parts.mesh,
         num_steps=parts.num_steps,
     )
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(program.init, policy.params),
-        program.sharding,
-    )
-    return program, state
 
 
 def kept_bytes(config: Config, policy: Policy) -> float:

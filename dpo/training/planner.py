@@ -49,7 +49,7 @@ from dpo.training.memory import (
     saving_bytes,
     temporary_bytes,
 )
-from dpo.training.program import make_program
+from dpo.training.program import count_steps, make_program
 from dpo.training.roofline import Times, Work, count_flops, forward_flops, step_times
 from dpo.training.sharding import (
     batch_sharding,
@@ -58,6 +58,7 @@ from dpo.training.sharding import (
     parameter_sharding,
     replicated,
     row_multiple,
+    with_sharding,
 )
 
 
@@ -225,12 +226,12 @@ def trace_step(
     graphdef, params, frozen = nnx.split(model, trained, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     rules = parameter_rules(config.mesh.rules)
-    frozen = _with_sharding(frozen, parameter_sharding(mesh, frozen, rules))
+    frozen = with_sharding(frozen, parameter_sharding(mesh, frozen, rules))
     program = make_program(
         config, objective, beta=beta, graphdef=graphdef, params=params, mesh=mesh, num_steps=1000
     )
-    state = _with_sharding(jax.eval_shape(program.init, params), program.sharding)
-    batch = _with_sharding(abstract_batch(workload), batch_sharding(mesh))
+    state = program.state
+    batch = with_sharding(abstract_batch(workload), batch_sharding(mesh))
     sums = jax.ShapeDtypeStruct(
         (workload.prompts, workload.responses), jnp.float32, sharding=replicated(mesh)
     )
@@ -463,11 +464,10 @@ def data_lengths(tokens: TokenizedDataset) -> Lengths:
     """The largest shape of a run over the data, and the mean work of its prompts."""
 
     def lengths(config: Config, mesh: Mesh, long_rows: bool) -> Workload:
-        from dpo.training.loop import count_steps
         from dpo.training.setup import make_loader
 
         loader = make_loader(
-            config.data, config.training, tokens, mesh, num_steps=count_steps(config, len(tokens))
+            config.data, config.training, tokens, mesh, num_steps=count_steps(config.training, len(tokens))
         )
         P, report = config.training.batch_size, loader.report()
         responses = tokens.response_lengths
@@ -510,12 +510,6 @@ def _visible(prompts: np.ndarray, responses: np.ndarray, layout: str) -> float:
 
 
 # ---- reading ----
-
-
-def _with_sharding(abstract: Any, sharding: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, sharding
-    )
 
 
 def _refused_temporaries(message: str, *, arguments: float) -> float | None:

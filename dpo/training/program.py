@@ -10,10 +10,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpo.config import Config
+from dpo.config import Config, TrainingConfig
 from dpo.losses import Objective
 from dpo.training.optimizer import make_optimizer, make_schedule
-from dpo.training.sharding import parameter_rules, parameter_sharding
+from dpo.training.sharding import parameter_rules, parameter_sharding, with_sharding
 from dpo.training.step import Params, TrainState, TrainStep, init_state, make_train_step
 
 
@@ -22,10 +22,15 @@ class Program(NamedTuple):
 
     init: Callable[[Params], TrainState]
     """The state before the first update, from the policy's parameters."""
-    sharding: Any
-    """Where the state lives, a tree like it."""
+    state: Any
+    """Shapes and shardings of the state, a tree like it."""
     step: TrainStep
     schedule: optax.Schedule
+
+    @property
+    def sharding(self) -> Any:
+        """Where the state lives, a tree like it."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
 
 def make_program(
@@ -46,7 +51,8 @@ def make_program(
         return init_state(params, optimizer, moving=config.training.reference_every is not None)
 
     rules = parameter_rules(config.mesh.rules)
-    sharding = parameter_sharding(mesh, jax.eval_shape(init, params), rules)
+    shapes = jax.eval_shape(init, params)
+    sharding = parameter_sharding(mesh, shapes, rules)
     step = make_train_step(
         graphdef,
         objective,
@@ -57,4 +63,21 @@ def make_program(
         state_sharding=sharding,
         mesh=mesh,
     )
-    return Program(init, sharding, step, schedule)
+    return Program(init, with_sharding(shapes, sharding), step, schedule)
+
+
+def count_steps(training: TrainingConfig, num_prompts: int) -> int:
+    """Optimiser steps of a run: as set, or whole batches in so many epochs.
+
+    Raises:
+      ValueError: when there is not one whole batch.
+    """
+    if training.steps is not None:
+        return training.steps
+    num_steps = int(training.epochs * num_prompts / training.batch_size + 1e-9)  # 0.29 * 100 is below 29
+    if num_steps == 0:
+        raise ValueError(
+            f"training.epochs {training.epochs} of {num_prompts} prompts is less than one step of "
+            f"training.batch_size {training.batch_size}; allowed is at least one whole batch"
+        )
+    return num_steps

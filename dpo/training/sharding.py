@@ -93,6 +93,13 @@ def parameter_sharding(mesh: Mesh, params: Any, rules: Rules = PARAMETER_RULES) 
     )
 
 
+def with_sharding(shapes: Any, sharding: Any) -> Any:
+    """Shapes of arrays that know where they will be: what a step is traced and compiled with."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, sharding
+    )
+
+
 def parameter_placement(mesh: Mesh, rules: Rules = PARAMETER_RULES) -> Placement:
     """The same for one parameter, by its path and shape: what `load_pretrained` puts it into."""
 

@@ -1,0 +1,41 @@
+"""Before anything is learnt the policy is the reference: the first loss must say so."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from dpo.config import Config
+from dpo.data.batch import Batch
+from dpo.losses import Objective
+from dpo.training.step import Sums, make_scores
+
+PREFLIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""How far the first loss may be from the objective's value at log-ratio zero, relative to it."""
+
+
+def expected_first_loss(config: Config, objective: Objective, batch: Batch, reference: Sums) -> float | None:
+    """The objective at log-ratio zero on the first batch: ln 2 for dpo, log K! for plackett_luce.
+
+    None where the reference's log-probs alone don't say: another reference, a start from an adapter, a
+    reference-free objective, WPO's weights.
+    """
+    if (config.model.reference, config.lora.init) != (None, None) or "log_collision" in objective.needs:
+        return None
+    losses = objective.expected_initial_loss(make_scores(reference, reference, batch, jnp.zeros(())))
+    return None if losses is None else float(losses.mean())
+
+
+def check_first_loss(loss: float, expected: float, forward_dtype: str) -> None:
+    """Refuse to go on when the policy, which still is the reference, does not score like it.
+
+    Raises:
+      ValueError: with the values and what usually causes it.
+    """
+    tolerance = PREFLIGHT_TOLERANCE[forward_dtype] * max(1.0, abs(expected))
+    if not abs(loss - expected) <= tolerance:
+        raise ValueError(
+            f"the first loss is {loss:.6f}, but the policy still is the reference, so it must be "
+            f"{expected:.6f} (± {tolerance:.1g}). The policy and the stored reference log-probs differ: look "
+            "for non-finite values, or for a model.compute_dtype or model.round_products too coarse for this "
+            "data (try float32 and neither)"
+        )

@@ -1,0 +1,21 @@
+import jax.numpy as jnp
+
+from dpo.data.loader import evaluation_loader
+from dpo.data.preferences import ReadPreferences
+from dpo.data.tokenization import make_dataset
+from dpo.training.record import StepClock
+from dpo.training.setup import Dataset
+
+
+def test_the_learning_rate_is_the_one_that_was_used():
+    """A skipped step does not move the schedule on, in an earlier part of the run neither."""
+    tokens = make_dataset([[1], [2]], [[[3]], [[4]]])
+    batch = evaluation_loader(tokens, batch_size=2).batch(0)
+    clock = StepClock(
+        Dataset(ReadPreferences([], 2, {}, []), tokens), lambda count: 10.0 - count, 2, skipped=1
+    )
+    rates = [
+        clock.finish(step, batch, {"skipped": jnp.asarray(skipped)})["learning_rate"]
+        for step, skipped in ((3, 0.0), (4, 1.0), (5, 0.0))
+    ]
+    assert rates == [8.0, 7.0, 7.0]
