@@ -121,10 +121,10 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
 
 
 def _train(
-    config: Config, settings: str, stop_requested: Callable[[], bool], observe: Observe | None
+    given: Config, settings: str, stop_requested: Callable[[], bool], observe: Observe | None
 ) -> RunResult:
     started = time.monotonic()
-    run = prepare(config)
+    run = prepare(given)
     config = run.config
     stop_requested = shared_vote(stop_requested, run.mesh)
     with Checkpoints(run.run_dir / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
@@ -137,9 +137,8 @@ def _train(
             num_steps=run.num_steps,
             log=notes.append,
         )
-        if run.memory is not None and is_main():
-            limit = config.training.memory_limit
-            keep_choice(run.memory, run.run_dir, limit=limit, settings=settings)
+        if is_main():
+            _begin(run, given, settings)
         trackers = open_trackers(
             run.run_dir if is_main() else None,
             config.training.trackers,
@@ -228,11 +227,6 @@ def prepare(config: Config) -> Run:
         )
     mesh = make_mesh(config.mesh)
     agree({"version of jax": jax.__version__, "settings": settings_fingerprint(config), "mesh": config.mesh})
-    run_dir = Path(config.run_dir)
-    if is_main():
-        with writing("the settings", run_dir / "config.yaml"):  # what may differ is so for one start only
-            start = replace(config, training=replace(config.training, allow_changed=[]))
-            save_config(start, run_dir / "config.yaml")
     enable_compilation_cache()
 
     policy = open_policy(config, mesh)
@@ -268,6 +262,19 @@ def prepare(config: Config) -> Run:
         identity=identity,
         memory=memory,
     )
+
+
+def _begin(run: Run, given: Config, settings: str) -> None:
+    """Write down what a start that was accepted was given; a refused one leaves the directory as it was.
+
+    A summary that is there is of other settings: the run is not finished any more.
+    """
+    with writing("the settings", run.run_dir / "config.yaml"):  # what may differ is so for one start only
+        start = replace(given, training=replace(given.training, allow_changed=[]))
+        save_config(start, run.run_dir / "config.yaml")
+        (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+    if run.memory is not None:
+        keep_choice(run.memory, run.run_dir, limit=given.training.memory_limit, settings=settings)
 
 
 def _make_state_and_step(run: Run) -> tuple[TrainState, TrainStep, optax.Schedule]:
@@ -474,6 +481,7 @@ def _score_references(
             copy_in=run.run_dir / "reference",
         )
 
+    # Rows that are too short for the held-out data are found before the training data are scored.
     loader = run.heldout and scoring_loader(config.data, run.heldout.tokens, run.mesh)
     moving = config.training.reference_every is not None
     reference = None if moving else store_of(run.dataset)

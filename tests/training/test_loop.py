@@ -153,14 +153,33 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(config, tmp_path, monkeypat
 
 def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config):
     train(replace(config, training={"steps": 2}))
+    files = [Path(config.run_dir) / name for name in ("config.yaml", "summary.json", "metrics.jsonl")]
+    before = [file.read_text() for file in files]
     refusal = (
         r"step 2 in .* belongs to a run with other settings, steps:\n  settings: training\.steps: 2 → 6\n"
     )
     with pytest.raises(ValueError, match=refusal):
         train(config)
+    assert [file.read_text() for file in files] == before
     result = train(replace(config, training={"allow_changed": ["settings"]}))
     assert result.status == "finished"
     assert [row["step"] for row in lines(config) if "loss" in row] == list(range(6))
+
+
+def test_a_run_that_goes_on_is_not_finished_any_more(config, monkeypatch):
+    train(replace(config, training={"steps": 2}))
+    stop_after(1, monkeypatch)
+    assert train(replace(config, training={"allow_changed": ["settings"]})).status == "interrupted"
+    assert not (Path(config.run_dir) / "summary.json").exists()
+
+
+def test_rows_too_short_for_held_out_data_are_found_before_anything_is_scored(config, tmp_path):
+    row = {"prompt": "long " * 30, "chosen": "yes", "rejected": "no"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"eval": str(tmp_path / "long.jsonl"), "row_length": 128, "max_length": 512}
+    with pytest.raises(ValueError, match=r"data\.row_length is 128; allowed is at least \d+"):
+        train(replace(config, data=data))
+    assert not (tmp_path / "reference").exists()
 
 
 def test_fewer_steps_than_were_done_are_refused(config):
