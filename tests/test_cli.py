@@ -157,8 +157,8 @@ def settings(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
     make_mesh = loop.make_mesh
     for module, name in (
         (loop, "make_mesh"),
-        (heldout, "make_mesh"),
-        (export, "make_mesh"),
+        (heldout, "own_mesh"),
+        (export, "own_mesh"),
         (token_ratios, "own_mesh"),
     ):
         monkeypatch.setattr(module, name, lambda config: make_mesh(config, jax.devices()[:1]))

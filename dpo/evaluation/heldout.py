@@ -16,7 +16,7 @@ from dpo.data.tokenization import TokenizedDataset
 from dpo.evaluation.accuracy import Rows
 from dpo.training.reference import score_rows
 from dpo.training.setup import Dataset, load_policy, make_score, open_reference, read_dataset, scoring_loader
-from dpo.training.sharding import make_mesh
+from dpo.training.sharding import own_mesh
 from dpo.training.validation import HELDOUT_FILE
 
 
@@ -37,7 +37,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
     Raises:
       ValueError: when policy and reference make different tokens of the data.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = own_mesh(config.mesh)
     policy_logps, dataset = _score_policy(config, mesh)
     reference = load_policy(
         config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype

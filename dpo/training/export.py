@@ -13,7 +13,7 @@ from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.optimizer import make_optimizer, make_schedule
-from dpo.training.sharding import make_mesh
+from dpo.training.sharding import own_mesh
 from dpo.training.step import init_state
 from dpo.training.tracking import METRICS_FILE, read_metrics
 
@@ -37,7 +37,7 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
-        policy = open_policy(config, make_mesh(config.mesh))
+        policy = open_policy(config, own_mesh(config.mesh))
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 1))
         moving = config.training.reference_every is not None
         state = checkpoints.restore(

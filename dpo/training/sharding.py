@@ -7,6 +7,7 @@ batch is in `dpo.models.partition`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -62,10 +63,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def own_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of what one process does alone: its own devices, where the run has several processes."""
-    if jax.process_count() == 1:
-        return make_mesh(config)
-    return make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1), jax.local_devices())
+    """The mesh of what one process does alone: the run's, or where that does not fit, its devices on `fsdp`.
+
+    What a run left is exported and evaluated on other machines too; results agree to rounding.
+    """
+    devices, sizes = jax.local_devices(), (config.data, config.fsdp, config.tensor)
+    rest, known = -1 in sizes, math.prod(size for size in sizes if size != -1)
+    fits = len(devices) % known == 0 if rest else len(devices) == known
+    alone = jax.process_count() == 1
+    return make_mesh(config if alone and fits else MeshConfig(data=1, fsdp=-1, tensor=1), devices)
 
 
 def row_multiple(mesh: Mesh) -> int:

@@ -51,8 +51,8 @@ KINDS = [
 def one_device():
     """Runs use one device, although tests see eight."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loop, export, heldout):
-            patch.setattr(module, "make_mesh", lambda config: mesh())
+        for module, name in ((loop, "make_mesh"), (export, "own_mesh"), (heldout, "own_mesh")):
+            patch.setattr(module, name, lambda config: mesh())
         yield
 
 

@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dpo.config import MeshConfig
-from dpo.training.sharding import make_mesh, parameter_sharding, row_multiple
+from dpo.training.sharding import make_mesh, own_mesh, parameter_sharding, row_multiple
 
 
 def specs(mesh, shapes):
@@ -29,6 +29,13 @@ def test_minus_one_takes_the_rest_of_the_devices():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+
+
+def test_what_a_run_left_is_read_on_whatever_devices_there_are():
+    """A run of sixteen devices is exported on the eight that tests see; one that fits them keeps its mesh."""
+    assert dict(own_mesh(MeshConfig(data=2, fsdp=8)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(own_mesh(MeshConfig(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(own_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 def test_each_role_has_its_axes_and_the_layer_axis_stays_whole():
