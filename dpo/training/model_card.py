@@ -16,6 +16,7 @@ from dpo.config import Config
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
 from dpo.models.pretrained import Pretrained
+from dpo.training.identity import PLACES
 
 METRICS = {
     "rewards/accuracies": "share of pairs that the implicit reward orders as the data do",
@@ -181,9 +182,13 @@ def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:
 
 
 def _settings(config: Config) -> list[str]:
-    """What `dpo train --config FILE` needs to do it again."""
+    """What `dpo train --config FILE` needs to do it again; nothing of this machine or its network."""
     settings = asdict(config)
-    del settings["run_dir"], settings["mesh"]
+    del settings["run_dir"], settings["mesh"], settings["distributed"]
+    for place in PLACES:
+        section, name = place.split(".")
+        if settings[section][name] is not None:
+            settings[section][name] = _data(settings[section][name])
     for section, names in _LEFT_OUT.items():
         for name in names:
             del settings[section][name]
@@ -191,7 +196,7 @@ def _settings(config: Config) -> list[str]:
     return [
         "## Settings",
         "",
-        "`dpo train --config FILE` with this file repeats it:",
+        "`dpo train --config FILE` with this file repeats it; local files are named without their folders:",
         "",
         "```yaml",
         text,

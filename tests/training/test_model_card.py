@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dpo.command_line import load_config
-from dpo.config import Config, DataConfig, ModelConfig
+from dpo.config import Config, DataConfig, DistributedConfig, ModelConfig
 from dpo.models.licences import read_front_matter, read_licence
 from dpo.models.pretrained import Pretrained
 from dpo.training.export import choose_dtype, heldout_metrics
@@ -76,6 +77,14 @@ def test_its_settings_repeat_the_run(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     assert load_config(tmp_path / "config.yaml").objective == config.objective
     assert "run_dir" not in yaml.safe_load((tmp_path / "config.yaml").read_text())
+
+
+def test_nothing_of_the_machine_or_its_network_is_told(config: Config, tmp_path: Path) -> None:
+    where = DistributedConfig(coordinator="10.1.2.3:4567", num_processes=2, process_id=0)
+    text = card(dataclasses.replace(config, distributed=where), base())
+    assert "10.1.2.3" not in text
+    assert str(tmp_path) not in text
+    assert "train: pairs.jsonl" in text
 
 
 def test_what_is_not_known_is_said_so(config: Config) -> None:
