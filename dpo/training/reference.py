@@ -193,7 +193,8 @@ def _verify_rows(store: ReferenceStore, path: Path, score: Score, batch: Batch) 
     for name, values in score(batch).items():
         now, then = np.asarray(values), stored[name][:, : values.shape[1]]
         checked = np.asarray(batch.present) & (index >= 0)[:, None]
-        differs = checked & (np.abs(now - then) > RELATIVE_TOLERANCE * np.abs(then) + ABSOLUTE_TOLERANCE)
+        near = np.abs(now - then) <= RELATIVE_TOLERANCE * np.abs(then) + ABSOLUTE_TOLERANCE  # not of a NaN
+        differs = checked & ~near
         if differs.any():
             p, k = np.argwhere(differs)[0]
             raise ValueError(

@@ -64,6 +64,8 @@ def test_a_store_whose_rows_score_differently_is_refused(tmp_path):
     open_store(tmp_path)
     with pytest.raises(ValueError, match=r"row 0, response 0 is -1\.0000 there and -2\.0000 now"):
         open_store(tmp_path, score=lambda batch: {"logps": score(batch)["logps"] - 1})
+    with pytest.raises(ValueError, match=r"row 0, response 0 is -1\.0000 there and nan now"):
+        open_store(tmp_path, score=lambda batch: {"logps": score(batch)["logps"] * np.nan})
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "meta"])
