@@ -53,7 +53,7 @@ class Checkpoints:
         self._directory, self._keep = directory.absolute(), keep
         self._orbax = ocp.StandardCheckpointer(async_options=_async_options())
         self._finisher: threading.Thread | None = None
-        self._failure: WriteError | None = None
+        self._failure: Exception | None = None
         self._newest = self.latest
         if not read_only and jax.process_index() == 0:
             with writing("checkpoints", self._directory):
@@ -67,7 +67,7 @@ class Checkpoints:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-        except WriteError:
+        except Exception:
             if error is None:
                 raise
         finally:
@@ -201,7 +201,7 @@ class Checkpoints:
                 beside.rename(self.path(step))
                 sync(self._directory)
                 self._delete_old(protect)
-        except WriteError as failure:
+        except Exception as failure:  # a thread's own would be printed, and the run go on without saving
             shutil.rmtree(beside, ignore_errors=True)
             self._failure = failure
 

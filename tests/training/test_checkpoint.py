@@ -121,6 +121,15 @@ def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
+def test_a_bug_in_the_thread_that_writes_is_not_lost(tmp_path, monkeypatch):
+    from dpo.training import checkpoint
+
+    monkeypatch.setattr(checkpoint, "write_checksums", lambda directory: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        save(tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_shapes_are_refused(tmp_path):
     save(tmp_path, 1)
     other = state_of(0)._replace(params={"a": {"kernel": jnp.zeros((3, 5))}, "b": jnp.zeros(5)})
