@@ -118,7 +118,12 @@ def evaluate(arguments: list[str]) -> int:
     figures = describe_heldout(heldout, beta=given.beta or beta_of(config), seed=given.seed)
     print_plain(f"{config.model.source} against {config.model.reference} on {config.data.eval}")
     print_plain(figures_as_text(figures))
-    output = given.output or (None if given.run is None else str(Path(given.run) / "evaluation.json"))
+    output = given.output
+    if given.run is not None and output is None:
+        if replace(given, seed=0) == EvaluateConfig(run=given.run):
+            output = str(Path(given.run) / "evaluation.json")
+        else:
+            print_plain(f"not the figures of {given.run} itself, so not kept there; --output FILE keeps them")
     if output is not None:
         write_json(output, figures)
         from dpo.evaluation.token_ratios import write_token_ratios
@@ -538,7 +543,7 @@ def print_result(run_dir: Path, config: Config) -> None:
     from dpo.models.pretrained import load_tokenizer
     from dpo.training.validation import HELDOUT_FILE
 
-    if not (run_dir / "data.json").is_file():
+    if not _is_newer(run_dir / "data.json", run_dir / "config.yaml"):  # that of another start
         write_json(run_dir / "data.json", report_data(config, load_tokenizer(run_dir / "export"))[0])
     if (run_dir / HELDOUT_FILE).is_file():
         from dpo.evaluation.heldout import load_heldout

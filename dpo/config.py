@@ -395,7 +395,7 @@ class EvaluateConfig:
     seed: int = 0
     """Of the bootstrap."""
     output: str | None = None
-    """JSON file for all figures; RUN/evaluation.json when a run is given."""
+    """JSON file for all figures; RUN/evaluation.json for a run's own policy, reference, data and settings."""
 
     def __post_init__(self) -> None:
         if self.run is None:

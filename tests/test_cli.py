@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,17 @@ def test_train_evaluate_and_export_from_the_command_line(
     again = json.loads((run / "evaluation.json").read_text())
     assert again["accuracy"] == after_training["accuracy"]
     assert again["margin"] == pytest.approx(after_training["margin"], rel=1e-3)
+
+    # of other data the figures are printed, and the run's stay
+    assert main(["evaluate", "--run", str(run), "--limit=2"]) == 0
+    assert "--output FILE keeps them" in capsys.readouterr().out.replace("\n", " ")
+    assert json.loads((run / "evaluation.json").read_text()) == again
+
+    # a data report of an earlier start, with other data perhaps, is made anew
+    (run / "data.json").write_text("{}")
+    os.utime(run / "data.json", (0, 0))
+    assert main(["train", "--config", str(settings), "--training.steps=3"]) == 0
+    assert json.loads((run / "data.json").read_text())["rows"] == 8
 
     # export writes the same weights from the checkpoint
     other = tmp_path / "exported"
