@@ -236,6 +236,11 @@ def prepare(config: Config) -> Run:
     heldout = read_dataset(config.data, tokenizer, heldout=True) if config.data.eval else None
     if heldout is not None:
         require_preferences(heldout.tokens, name=str(config.data.eval))
+    if config.training.keep_best is not None and heldout is not None and heldout.tokens.max_responses < 2:
+        raise ValueError(
+            f"training.keep_best is {config.training.keep_best}, but every prompt of data.eval "
+            f"({config.data.eval}) has one response, and there is no pair; allowed there: no keep_best"
+        )
     num_steps = count_steps(config.training, len(dataset.tokens))
     memory = None
     if config.training.memory_limit is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,7 +19,8 @@ def preference_metrics(scores: Scores, beta: float) -> Metrics:
 
     rewards/* are β (log π − log ρ), rewards/margins and rewards/accuracies are over all strictly ordered
     pairs of a prompt, so that for K = 2 they are TRL's. A tied δ is not a correct ranking. Responses of
-    another prompt (rank `MISMATCHED`) are left out.
+    another prompt (rank `MISMATCHED`) are left out. A mean over nothing is NaN: of pairs, where every
+    prompt has one labelled response, or of chosen ones, where a batch has none.
     """
     rewards = beta * jax.lax.stop_gradient(scores.log_ratio)
     own = scores.present & (scores.ranks != MISMATCHED)
@@ -37,9 +40,16 @@ def preference_metrics(scores: Scores, beta: float) -> Metrics:
     }
 
 
+def as_numbers(metrics: Metrics) -> dict[str, float]:
+    """On the host, without the means over nothing: where there is no pair, no line has an accuracy of 0."""
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return {name: value for name, value in numbers.items() if "/" not in name or not math.isnan(value)}
+
+
 def _mean(values: Float[Array, ...], mask: Array) -> Float[Array, ""]:
-    """Mean over `mask`: within each prompt first, then over the prompts that have any."""
+    """Mean over `mask`: within each prompt first, then over the prompts that have any; NaN where none has."""
     axes = tuple(range(1, values.ndim))
     count = mask.sum(axes)
     per_prompt = jnp.where(mask, values, 0).sum(axes) / jnp.maximum(count, 1)
-    return per_prompt.sum() / jnp.maximum((count > 0).sum(), 1)
+    prompts = (count > 0).sum()
+    return per_prompt.sum() / jnp.where(prompts > 0, prompts, jnp.nan)

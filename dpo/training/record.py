@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo.data.batch import Batch
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.metrics import Metrics
+from dpo.training.metrics import Metrics, as_numbers
 from dpo.training.setup import Dataset
 from dpo.training.tracking import Tracker
 from dpo.training.watchdog import Line, Watch
@@ -36,7 +36,7 @@ class StepClock:
 
     def finish(self, step: int, batch: Batch, metrics: Metrics) -> dict[str, float]:
         """tokens/s counts real tokens with the prompt counted once a response, whatever the layout saves."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = as_numbers(metrics)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         learning_rate = float(self._schedule(step - self._skipped))

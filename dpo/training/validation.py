@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.loader import Loader
 from dpo.files import new_file
-from dpo.training.metrics import preference_metrics
+from dpo.training.metrics import as_numbers, preference_metrics
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
 from dpo.training.setup import Dataset
 from dpo.training.step import make_scores
@@ -35,7 +35,7 @@ class Validation(NamedTuple):
         )
         policy = {name: np.nan_to_num(values) for name, values in rows.items()}
         scores = make_scores(policy, self.reference.lookup(np.arange(len(tokens))), self._facts())
-        return rows, {name: float(value) for name, value in preference_metrics(scores, beta).items()}
+        return rows, as_numbers(preference_metrics(scores, beta))
 
     def save(self, path: Path, rows: Rows) -> None:
         """What `evaluate` and the report need, one array a name, [n, K]."""

@@ -61,7 +61,8 @@ def loss_stuck(history: History) -> str | None:
         return None
     first = float(_values(history.start, "loss")[:5].mean())
     loss = float(_values(history.recent, "loss")[-STUCK_AFTER // 2 :].mean())
-    margin = float(_values(history.recent, "rewards/margins")[-STUCK_AFTER // 2 :].mean())
+    margins = _values(history.recent[-STUCK_AFTER // 2 :], "rewards/margins")
+    margin = float(margins.mean()) if margins.size else 0.0
     moved = abs(loss - first) > STUCK_LOSS * max(1.0, abs(first))
     if moved or abs(margin) > STUCK_MARGIN:
         return None
@@ -90,7 +91,7 @@ def chosen_collapse(beta: float) -> Callable[[History], str | None]:
     """
 
     def watch(history: History) -> str | None:
-        recent = history.recent[-COLLAPSE_STEPS:]
+        recent = [line for line in history.recent if "rewards/chosen" in line][-COLLAPSE_STEPS:]
         if len(recent) < COLLAPSE_STEPS:
             return None
         lengths = np.maximum(_values(recent, "lengths/chosen"), 1)
@@ -111,9 +112,13 @@ def length_drift(history: History) -> str | None:
     start, recent = history.start[:DRIFT_STEPS], history.recent[-DRIFT_STEPS:]
     if len(history.recent) < RECENT or len(start) < DRIFT_STEPS:
         return None
+    sides = [
+        side
+        for side in ("chosen", "rejected")
+        if all(_values(part, f"lengths/{side}").size for part in (start, recent))
+    ]
     then, now = (
-        float((_values(part, "lengths/chosen") + _values(part, "lengths/rejected")).mean())
-        for part in (start, recent)
+        sum(float(_values(part, f"lengths/{side}").mean()) for side in sides) for part in (start, recent)
     )
     if min(then, now) <= 0 or 1 / DRIFT_RATIO < now / then < DRIFT_RATIO:
         return None
@@ -170,4 +175,5 @@ class Watch:
 
 
 def _values(lines: Sequence[Line], name: str) -> np.ndarray:
-    return np.asarray([line[name] for line in lines], np.float64)
+    """Of the lines that have it: a batch of labelled responses may have no chosen one, and has no pair."""
+    return np.asarray([line[name] for line in lines if name in line], np.float64)

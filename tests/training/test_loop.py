@@ -301,10 +301,14 @@ def test_single_labelled_responses_are_learnt_from(config, tmp_path, spec):
         {"prompt": f"p{i}", "completion": "good" if i % 2 else "bad!", "label": bool(i % 2)} for i in range(8)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(replace(config, objective=spec, data={"train": str(path)}))
+    config = replace(config, objective=spec, data={"train": str(path), "eval": str(path)})
+    result = train(config)
     first, last = [row for row in lines(config) if "loss" in row][::5]
     assert last["loss"] < first["loss"]
-    assert last["rewards/chosen"] > last["rewards/rejected"]
+    assert result.summary["eval"]["rewards/chosen"] > result.summary["eval"]["rewards/rejected"]
+    assert not any("accuracies" in name for row in lines(config) for name in row)  # there is no pair
+    with pytest.raises(ValueError, match=r"keep_best is rewards/margins, but every prompt of data\.eval"):
+        train(replace(config, training={"keep_best": "rewards/margins", "seed": 1}))
 
 
 @pytest.mark.parametrize("spec", MODIFIED_SPECS, ids=str)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from numpy.testing import assert_allclose
 
 from dpo.losses.scores import MISMATCHED, Scores
-from dpo.training.metrics import preference_metrics
+from dpo.training.metrics import as_numbers, preference_metrics
 
 
 def scores(policy, reference, present=None, ranks=None):
@@ -47,4 +47,11 @@ def test_single_responses_are_told_by_their_label_and_mismatched_ones_left_out()
     ranks = [[0, MISMATCHED], [1, MISMATCHED]]
     metrics = preference_metrics(scores([[3, 50], [1, 70]], [[0, 0], [0, 0]], ranks=ranks), 1.0)
     assert_allclose([metrics["rewards/chosen"], metrics["rewards/rejected"]], [3, 1])
-    assert metrics["rewards/accuracies"] == 0
+    assert {"rewards/accuracies", "rewards/margins"}.isdisjoint(as_numbers(metrics))  # there is no pair
+
+
+def test_what_a_batch_has_none_of_is_left_out_and_a_loss_that_is_no_number_is_not():
+    metrics = preference_metrics(scores([[3], [1]], [[0], [0]], ranks=[[1], [1]]), 1.0)
+    numbers = as_numbers(metrics | {"loss": jnp.asarray(jnp.nan)})
+    assert set(numbers) == {"rewards/rejected", "logps/rejected", "lengths/rejected", "loss"}
+    assert numbers["rewards/rejected"] == 2

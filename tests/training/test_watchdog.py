@@ -112,6 +112,15 @@ def test_skipped_steps_are_left_out():
     assert Watch(BETA, earlier=[nothing] * 30).add(30, nothing) == []
 
 
+def test_lines_of_labelled_responses_have_no_pairs_and_sometimes_no_chosen_one():
+    lines = [
+        {n: v for n, v in line.items() if "margins" not in n and (i % 3 or "chosen" not in n)}
+        for i, line in enumerate(healthy(300))
+    ]
+    watch = Watch(BETA)
+    assert [w for step, line in enumerate(lines) for w in watch.add(step, line)] == []
+
+
 def test_every_warning_has_its_section_in_the_guide():
     sections = set(re.findall(r'<a id="([^"]+)">', GUIDE.read_text()))
     assert set(watchdogs(BETA)) <= sections
