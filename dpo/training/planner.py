@@ -51,6 +51,7 @@ from dpo.training.memory import (
 )
 from dpo.training.program import count_steps, make_program
 from dpo.training.roofline import Times, Work, count_flops, forward_flops, step_times
+from dpo.training.setup import fit_to_objective, make_loader, read_dataset
 from dpo.training.sharding import (
     batch_sharding,
     make_mesh,
@@ -464,8 +465,6 @@ def data_lengths(tokens: TokenizedDataset) -> Lengths:
     """The largest shape of a run over the data, and the mean work of its prompts."""
 
     def lengths(config: Config, mesh: Mesh, long_rows: bool) -> Workload:
-        from dpo.training.setup import make_loader
-
         loader = make_loader(
             config.data, config.training, tokens, mesh, num_steps=count_steps(config.training, len(tokens))
         )
@@ -487,7 +486,8 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
     """Assumed lengths where they are given, else those of the training data.
 
     Raises:
-      ValueError: when only one is given, or none and the model is a shape without a tokenizer.
+      ValueError: when only one is given, or none and the model is a shape without a tokenizer, or when the
+        data do not fit the objective.
     """
     if prompt is not None and response is not None:
         return assumed_lengths(prompt=prompt, response=response, responses=responses)
@@ -496,9 +496,10 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
             f"prompt_tokens is {prompt} and response_tokens is {response}; both are needed for a model that "
             f"is a shape (model.source is {config.model.source!r}), or neither: then the data's lengths count"
         )
-    from dpo.training.setup import read_dataset
-
-    return data_lengths(read_dataset(config.data, load_tokenizer(config.model.source)).tokens)
+    dataset = read_dataset(config.data, load_tokenizer(config.model.source))
+    objective = make_objective(config.objectives or config.objective)
+    names = [entry["name"] for entry in config.objectives or [config.objective]]
+    return data_lengths(fit_to_objective(dataset, objective, names=names).tokens)
 
 
 def _visible(prompts: np.ndarray, responses: np.ndarray, layout: str) -> float:

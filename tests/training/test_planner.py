@@ -1,6 +1,7 @@
 """Plans: what a step needs on devices that need not be there."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo.config import Config, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from dpo.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
 from dpo.losses import make_objective
 from dpo.models.pretrained import read_config
 from dpo.models.shapes import read_shape
@@ -195,6 +196,22 @@ def test_an_unknown_shape_names_the_known():
         read_shape("shape:llama-9")
 
 
+def test_what_an_objective_adds_to_the_data_is_planned(tmp_path, tiny_model_dir):
+    """KTO scores another prompt's response beside each prompt's own."""
+    rows = [{"prompt": f"p{i}", "completion": "yes", "label": bool(i % 2)} for i in range(8)]
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(
+        model=ModelConfig(source=str(tiny_model_dir)),
+        data=DataConfig(train=str(path)),
+        objective={"name": "kto"},
+        training=TrainingConfig(batch_size=4),
+    )
+    lengths = choose_lengths(config, prompt=None, response=None, responses=2)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert lengths(config, mesh, False).responses == 2
+
+
 def test_a_tpu_without_its_compiler_says_how_to_install_it(monkeypatch):
     def missing(*args, **kwargs):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
@@ -267,7 +284,6 @@ def test_adapters_are_planned_as_adapters(monkeypatch):
 @pytest.mark.slow
 def test_a_tpu_slice_is_compiled_for(tmp_path):
     """Qwen3-0.6B on 16 chips: it fits, no parameter is gathered whole, no logits travel."""
-    import json
     import subprocess
     import sys
 
