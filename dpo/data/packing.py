@@ -112,6 +112,11 @@ def pack(
     return batch._replace(row=np.where(batch.present, batch.row, first[:, None]))
 
 
+def facts(dataset: TokenizedDataset) -> Batch:
+    """What is known of all prompts' responses without a layout: a batch without rows."""
+    return _empty_batch(dataset, np.arange(len(dataset)), Shape(0, 0, 0), dataset.max_responses)
+
+
 _NOTHING = np.zeros(0, dtype=np.int32)
 
 

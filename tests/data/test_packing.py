@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from toy_rows import LAYOUTS, random_dataset, shapes
 
 from dpo.data.loader import evaluation_loader, training_loader
-from dpo.data.packing import Shape, lay_out, pack
+from dpo.data.packing import Shape, facts, lay_out, pack
 
 layouts = st.sampled_from(LAYOUTS)
 
@@ -83,6 +83,18 @@ def test_facts_of_responses_do_not_depend_on_the_layout(shapes, layout, batch_si
             rows = [np.unique(np.argwhere(batch.owner == owner)[:, 0]).tolist() for owner in owners]
             assert rows == [[r] for r in batch.row[p, :count]]
             assert np.all(batch.row[p, count:] == batch.row[p, 0])
+
+
+@given(shapes, st.integers(1, 4))
+def test_facts_of_all_prompts_are_those_of_their_batches(shapes, batch_size):
+    dataset = random_dataset(shapes)
+    known, loader = facts(dataset), evaluation_loader(dataset, batch_size=batch_size)
+    assert known.index.tolist() == list(range(len(dataset)))
+    for step in range(loader.num_steps):
+        batch = loader.batch(step)
+        real = batch.index >= 0
+        for name in ("present", "lengths", "ranks", "scores"):
+            np.testing.assert_array_equal(getattr(known, name)[batch.index[real]], getattr(batch, name)[real])
 
 
 @given(shapes, layouts, st.integers(1, 5), st.integers(1, 3))
