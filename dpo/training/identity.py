@@ -21,7 +21,7 @@ from dpo.config import Config
 from dpo.data.batch import Batch
 from dpo.data.preferences import Preference
 from dpo.training.reference import ReferenceStore, Rows, Score
-from dpo.training.setup import Dataset, Policy
+from dpo.training.setup import Dataset, Policy, given_chat_template
 from dpo.training.versions import PACKAGES, versions
 
 Identity = dict[str, dict[str, Any]]
@@ -73,10 +73,8 @@ def run_identity(
 ) -> Identity:
     """All that is known before the reference was scored."""
     tokenizer = policy.pretrained.tokenizer
-    template = tokenizer.chat_template
-    if config.data.chat_template is not None:
-        with open(config.data.chat_template, encoding="utf-8") as file:
-            template = file.read()
+    given = given_chat_template(config.data)
+    template = tokenizer.chat_template if given is None else given
     data = {"train": _fingerprint_preferences(dataset.read.preferences)}
     tokens = {"train": dataset.tokens.fingerprint}
     if heldout is not None:
