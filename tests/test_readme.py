@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import yaml
 
 from dpo.cli import COMMANDS
 from dpo.command_line import load_config
+from dpo.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +55,20 @@ def test_make_targets_in_the_examples_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"`?make ([a-z-]+)", README))
     assert named <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+
+
+def test_settings_named_in_the_documents_exist() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    sections = {field.name for field in fields(Config) if is_dataclass(getattr(Config(), field.name))}
+    named = {
+        name
+        for text in texts
+        for name in re.findall(rf"(?<![\w/.-])((?:{'|'.join(sections)})\.[a-z]\w*)(?![\w/])", text)
+    }
+    settings = {f"{name}.{field.name}" for name in sections for field in fields(getattr(Config(), name))}
+    modules = {f"{path.parent.name}.{path.stem}" for path in (ROOT / "dpo").glob("*/*.py")}
+    files = {name for name in named if name.endswith((".py", ".md", ".json"))}
+    assert named - settings - modules - files == {"training.stepz", "model.layers"}  # a misspelling; HF's
 
 
 def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
