@@ -415,7 +415,8 @@ class ExportConfig:
     run: str
     """Run directory."""
     output: str | None = None
-    """Directory to write: new, empty or of the same kind; RUN/export (or RUN/adapter) when not given."""
+    """Directory to write: new, empty or of the same kind; when not given RUN/export (or RUN/adapter), and
+    RUN/export-STEP for a step that is given."""
     step: int | None = None
     """Checkpoint of so many updates; the newest when not given."""
     format: Literal["merged", "adapter"] = "merged"

@@ -43,14 +43,14 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         state = checkpoints.restore(
             step, jax.jit(lambda params: init_state(params, optimizer, moving=moving))(policy.params)
         )
+    output = given.output or default_output(given)
     if given.format == "adapter":
-        output = given.output or Path(given.run) / ADAPTER_DIRECTORY
         return export_adapters(policy, state.params, output, source=config.model.source), step
     pretrained, model = policy.pretrained, plain_model(policy, state.params)
     dtype = choose_dtype(given.dtype, pretrained)
     path = save_pretrained(
         model,
-        given.output or Path(given.run) / "export",
+        output,
         hf_config=pretrained.config,
         tokenizer=pretrained.tokenizer,
         generation_config=pretrained.generation_config,
@@ -65,6 +65,12 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         ),
     )
     return path, step
+
+
+def default_output(given: ExportConfig) -> Path:
+    """Where a run leaves its own export, or beside that for a step that is asked for: another policy."""
+    name = "export" if given.format == "merged" else ADAPTER_DIRECTORY
+    return Path(given.run) / (name if given.step is None else f"{name}-{given.step}")
 
 
 def choose_dtype(dtype: str, base: Pretrained) -> str:

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from dpo.command_line import load_config
-from dpo.config import Config, DataConfig, DistributedConfig, ModelConfig
+from dpo.config import Config, DataConfig, DistributedConfig, ExportConfig, ModelConfig
 from dpo.models.licences import read_front_matter, read_licence
 from dpo.models.pretrained import Pretrained
-from dpo.training.export import choose_dtype, heldout_metrics
+from dpo.training.export import choose_dtype, default_output, heldout_metrics
 from dpo.training.model_card import model_card
 
 METRICS = {"rewards/accuracies": 0.75, "rewards/margins": 0.5, "lengths/chosen": 12.0}
@@ -110,6 +110,12 @@ def test_the_dtype_of_the_base_is_kept_where_asked() -> None:
     assert choose_dtype("float16", base()) == "float16"
     with pytest.raises(ValueError, match=r"dtype None; allowed: float32, bfloat16, float16"):
         choose_dtype("base", base(config={"model_type": "llama"}))
+
+
+def test_another_step_is_exported_beside_the_runs_own_policy() -> None:
+    assert default_output(ExportConfig(run="run")) == Path("run/export")
+    assert default_output(ExportConfig(run="run", step=3)) == Path("run/export-3")
+    assert default_output(ExportConfig(run="run", step=3, format="adapter")) == Path("run/adapter-3")
 
 
 def test_heldout_metrics_are_those_of_the_step(tmp_path: Path) -> None:
