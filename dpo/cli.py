@@ -97,7 +97,9 @@ def train(arguments: list[str]) -> int:
     if matched is not None and is_alone():
         measure_winrate(matched, config)
     elif matched is not None:
-        print_plain(f"one process samples: dpo winrate --run {matched.run} --judge {matched.judge}")
+        print_plain(
+            f"several processes do not sample: dpo winrate --run {matched.run} --judge {matched.judge}"
+        )
     return 0
 
 
@@ -403,7 +405,8 @@ def train_parser() -> SettingsParser:
         "--winrate",
         metavar="JUDGE",
         default=None,
-        help="Afterwards measure the win-rate over the reference, as `dpo winrate --run RUN --judge JUDGE`.",
+        help="Measure the win-rate over the reference afterwards, as `dpo winrate --run RUN --judge JUDGE`, "
+        "with answers of at most training.eval_max_new_tokens.",
     )
     return parser
 
@@ -435,7 +438,7 @@ def check_winrate(config: Config, judge: str) -> WinrateConfig:
     if config.data.eval is None:
         raise ValueError(f"winrate is {judge}, and data.eval is not set; allowed: both")
     sys.path.append(os.getcwd())  # where a judge given as module:function is looked for last
-    given = WinrateConfig(run=config.run_dir, judge=judge)
+    given = WinrateConfig(run=config.run_dir, judge=judge, max_new_tokens=config.training.eval_max_new_tokens)
     open_judge(given)
     return given
 
@@ -610,7 +613,7 @@ def figures_as_text(figures: dict[str, Any]) -> str:
             ),
         ]
     for name, part in figures["by_length"].items():
-        lines.append(_line(f"  {name.replace('_', ' ')}", part["accuracy"], note=_part_note(part)))
+        lines.append(_line(f"where {name.replace('_', ' ')}", part["accuracy"], note=_part_note(part)))
     for source, part in figures.get("by_source", {}).items():
         note = f"{_part_note(part)}, longer is better {part['longer'][0]:.3f}"
         lines.append(_line(f"  {source}"[:27], part["accuracy"], note=note))
@@ -631,9 +634,12 @@ def _counts(figures: dict[str, Any]) -> str:
 
 
 def _part_note(part: dict[str, Any]) -> str:
+    from dpo.evaluation.statistics import few_clusters
+
     ties = f", {part['ties']} ties" if part["ties"] else ""
     ece = part["calibration"]["ece"]
-    return f"{part['pairs']} pairs{ties}, margin {part['margin'][0]:.3f}, calibration error {ece:.3f}"
+    few = ", too few for an interval" if few_clusters(part["prompts"]) else ""
+    return f"{part['pairs']} pairs{ties}{few}, margin {part['margin'][0]:.3f}, calibration error {ece:.3f}"
 
 
 def _line(name: str, interval: list[float], *, note: str = "") -> str:

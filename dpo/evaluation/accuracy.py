@@ -197,7 +197,11 @@ def log_ratios(rows: Rows, *, seed: int = 0) -> dict[str, list[float]]:
 def by_length(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, dict[str, Any]]:
     """The pairs whose better response is the longer, the shorter, or as long, apart."""
     longer = np.sign(pairs.gap(rows.lengths))
-    parts = {"better_is_longer": longer == 1, "better_is_shorter": longer == -1, "equal_length": longer == 0}
+    parts = {
+        "better_is_longer": longer == 1,
+        "better_is_shorter": longer == -1,
+        "both_are_as_long": longer == 0,
+    }
     return {
         name: describe_part(rows, pairs, kept, beta=beta, seed=seed)
         for name, kept in parts.items()

@@ -22,6 +22,7 @@ from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.page import percent, percents, render, with_interval, write_page
 from dpo.evaluation.report_match import read_match
 from dpo.evaluation.report_pairs import LEGEND, describe_extremes
+from dpo.evaluation.statistics import few_clusters
 from dpo.losses import reward_scale
 from dpo.training.tracking import METRICS_FILE, read_metrics
 from dpo.training.validation import HELDOUT_FILE
@@ -185,12 +186,17 @@ def breakdown(figures: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def _part_cells(part: dict[str, Any]) -> list[str]:
     """Empty where a part has no such figure."""
     ratios = part.get("log_ratio", {})
+    is_small = "prompts" in part and bool(few_clusters(part["prompts"]))
     return [
         str(part.get("pairs", "")),
         str(part.get("ties", "")),
         percent(part["accuracy"][0]),
-        percents(part["accuracy"]),
-        with_interval(part["margin"]) if "margin" in part else "",
+        "too few prompts" if is_small else percents(part["accuracy"]),
+        ""
+        if "margin" not in part
+        else f"{part['margin'][0]:.3f}"
+        if is_small
+        else with_interval(part["margin"]),
         *(f"{ratios[name][0]:+.2f}" if name in ratios else "" for name in ("chosen", "rejected")),
         f"{part['calibration']['ece']:.3f}" if "calibration" in part else "",
         *(percent(part[name][0]) if name in part else "" for name in BASELINES),

@@ -178,7 +178,7 @@ def test_parts_of_pairs_have_the_figures_of_these_pairs_alone() -> None:
     rows = pair_rows(delta, lengths=lengths)
     parts = describe(rows, beta=0.1)["by_length"]
     longer = np.sign(lengths[:, 0] - lengths[:, 1])
-    for name, sign in (("better_is_longer", 1), ("better_is_shorter", -1), ("equal_length", 0)):
+    for name, sign in (("better_is_longer", 1), ("better_is_shorter", -1), ("both_are_as_long", 0)):
         alone = describe(rows.take(longer == sign), beta=0.1)
         for figure in ("pairs", "prompts", "accuracy", "ties", "margin", "calibration"):
             assert parts[name][figure] == alone[figure], figure
@@ -211,7 +211,9 @@ def test_labelled_responses_are_right_when_they_moved_as_they_should() -> None:
     assert result["margin"][0] == pytest.approx(0.5 * (2 - 1 + 1 - 4) / 5)
     assert result["log_ratio"]["chosen"][0] == pytest.approx(-2 / 3)
     assert result["log_ratio"]["rejected"][0] == pytest.approx(0.0)
-    assert "log_ratio" not in result["by_length"]["equal_length"], "half of it would be the reference's own"
+    assert "log_ratio" not in result["by_length"]["both_are_as_long"], (
+        "half of it would be the reference's own"
+    )
     json.dumps(result, allow_nan=False)
 
 
