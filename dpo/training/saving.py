@@ -133,43 +133,31 @@ def find_resume(
       ValueError: when there is one and resume is "never", when all are damaged, or when it belongs to a run
         with other settings, data, tokenizer, template, weights or versions.
     """
-    step, saved, may_differ = on_main(
-        lambda: _find_resume(
-            checkpoints, identity, settings=settings, run_dir=run_dir, num_steps=num_steps, log=log
-        )
-    )
+
+    def find() -> tuple[int, Identity | None, list[str]]:
+        if not checkpoints.steps:
+            return 0, None, []
+        advice = "give another run_dir, or delete the checkpoints"
+        if settings.resume == "never":
+            raise ValueError(f"{run_dir} has checkpoints and training.resume is 'never'; {advice}")
+        step, damage = checkpoints.newest_whole()
+        listed = [f"step {damaged} ({'; '.join(problems[:3])})" for damaged, problems in damage.items()]
+        if step is None:
+            raise ValueError(f"no checkpoint in {run_dir} is whole: {', '.join(listed)}; {advice}")
+        saved = checkpoints.identity(step)
+        where = f"the checkpoint of step {step} in {run_dir}"
+        may_differ = require_same(saved, identity, allowed=settings.allow_changed, where=where, log=log)
+        if step > num_steps:
+            raise ValueError(f"{where} is beyond the {num_steps} steps of this run; {advice}")
+        for text, damaged in zip(listed, damage, strict=True):
+            log(f"damaged checkpoint: {text}; kept as {checkpoints.set_aside(damaged)}, not used")
+        if damage:
+            log(f"going on from step {step}, the newest checkpoint that is whole")
+        return step, saved, sorted(may_differ)
+
+    step, saved, may_differ = on_main(find)
     checkpoints.go_on_from(step)
     return Resume(step, saved, may_differ)
-
-
-def _find_resume(
-    checkpoints: Checkpoints,
-    identity: Identity,
-    *,
-    settings: TrainingConfig,
-    run_dir: Path,
-    num_steps: int,
-    log: Callable[[str], None],
-) -> tuple[int, Identity | None, list[str]]:
-    if not checkpoints.steps:
-        return 0, None, []
-    advice = "give another run_dir, or delete the checkpoints"
-    if settings.resume == "never":
-        raise ValueError(f"{run_dir} has checkpoints and training.resume is 'never'; {advice}")
-    step, damage = checkpoints.newest_whole()
-    listed = [f"step {damaged} ({'; '.join(problems[:3])})" for damaged, problems in damage.items()]
-    if step is None:
-        raise ValueError(f"no checkpoint in {run_dir} is whole: {', '.join(listed)}; {advice}")
-    saved = checkpoints.identity(step)
-    where = f"the checkpoint of step {step} in {run_dir}"
-    may_differ = require_same(saved, identity, allowed=settings.allow_changed, where=where, log=log)
-    if step > num_steps:
-        raise ValueError(f"{where} is beyond the {num_steps} steps of this run; {advice}")
-    for text, damaged in zip(listed, damage, strict=True):
-        log(f"damaged checkpoint: {text}; kept as {checkpoints.set_aside(damaged)}, not used")
-    if damage:
-        log(f"going on from step {step}, the newest checkpoint that is whole")
-    return step, saved, sorted(may_differ)
 
 
 def _heldout(metrics: Mapping[str, int | float], name: str) -> float:
