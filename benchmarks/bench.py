@@ -2,11 +2,13 @@
 
     python -m benchmarks --rounds 3 --steps 6
     python -m benchmarks --only dpo_float32,trl_float32 --data rankings.jsonl
+    python -m benchmarks --rounds 1 --steps 1 --only dpo_float32,dpo_rounded,tunix_float32
     python -m benchmarks --only dpo_float32,dpo_lora,dpo_lora_bfloat16_base,dpo_lora_int8_base
 
 Only ratios within one round are compared: every round runs every contestant once, and a ratio is the median
-over rounds with the least and the greatest beside it. A ranking is expanded to its pairs for TRL. Results go
-to benchmarks/results/NAME.json and NAME.md.
+over rounds with the least and the greatest beside it. A ranking is expanded to its pairs for the peers, TRL
+and tunix: each has an environment of its own, made when it is first needed. Results go to
+benchmarks/results/NAME.json and NAME.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from typing import Any, NamedTuple
 from dpo.__main__ import HUGE_PAGES, TUNABLES, wants_huge_pages
 
 ROOT = Path(__file__).resolve().parent.parent
-PEER_ENVIRONMENT = ROOT / ".venv-trl"
+PEERS = ("trl", "tunix")
+"""Each has its benchmarks/bench_PEER.py, run in .venv-PEER, which is made of requirements-PEER.txt."""
 PEER_MODEL = ROOT / ".cache" / "bench-model"
 SHARED_PAIRS = Path(os.environ.get("DPO_SHARED_DIR", ROOT.parent / "shared")) / "data" / "hh_pairs_512.jsonl"
 SHIPPED_PAIRS = ROOT / "data" / "sentiment_train.jsonl"
@@ -69,6 +72,10 @@ CONTESTANTS = {
     "trl_bfloat16_micro_precomputed": Contestant(
         "trl", ("--dtype", "bfloat16", "--precompute"), one_micro_batch_a_pair=True
     ),
+    # Of eight pairs at once it would need more memory than most machines have.
+    "tunix_float32": Contestant(
+        "tunix", ("--dtype", "float32"), one_micro_batch_a_pair=True, is_default=False
+    ),
 }
 
 
@@ -81,8 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--only names {', '.join(unknown)}; allowed: {', '.join(CONTESTANTS)}")
     with tempfile.TemporaryDirectory(prefix="bench_") as directory:
         files = write_data(options.data, (options.warmup + options.steps) * options.batch, Path(directory))
-        if any(CONTESTANTS[name].tool == "trl" for name in names):
-            prepare_peer(options.source)
+        for peer in PEERS:
+            if any(CONTESTANTS[name].tool == peer for name in names):
+                prepare_peer(peer, options.source)
         rounds = []
         for number in range(options.rounds):
             # Every other round runs backwards, so that a machine that slows down favours nobody.
@@ -116,7 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class Files(NamedTuple):
-    """The same preferences for both sides, and TRL's pairs a step."""
+    """The same preferences for both sides, and a peer's pairs of a prompt."""
 
     preferences: Path
     pairs: Path
@@ -142,7 +150,7 @@ def write_data(source: Path, num_prompts: int, directory: Path) -> Files:
 
 
 def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every (better, worse) pair of a row; TRL wants responses to messages as messages."""
+    """Every (better, worse) pair of a row; peers want responses to messages as messages."""
     if "chosen" in row:
         return [{key: row[key] for key in ("prompt", "chosen", "rejected")}]
     responses = row["responses"]
@@ -156,14 +164,15 @@ def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def prepare_peer(source: str) -> None:
-    """TRL's environment and the model as a Hugging Face directory, made once."""
-    if not (PEER_ENVIRONMENT / ".installed").exists():
-        print(f"installing TRL into {PEER_ENVIRONMENT} ...", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", PEER_ENVIRONMENT], check=True)
-        requirements = ROOT / "benchmarks" / "requirements-trl.txt"
-        subprocess.run([PEER_ENVIRONMENT / "bin" / "pip", "install", "-q", "-r", requirements], check=True)
-        (PEER_ENVIRONMENT / ".installed").touch()
+def prepare_peer(peer: str, source: str) -> None:
+    """A peer's environment and the model as a Hugging Face directory, made once."""
+    environment = _peer_environment(peer)
+    if not (environment / ".installed").exists():
+        print(f"installing {peer} into {environment} ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        requirements = ROOT / "benchmarks" / f"requirements-{peer}.txt"
+        subprocess.run([environment / "bin" / "pip", "install", "-q", "-r", requirements], check=True)
+        (environment / ".installed").touch()
     if not (_peer_model(source) / "config.json").exists():
         # In a process of its own, so that this one never holds a model.
         command = [sys.executable, "-m", "benchmarks.export_model", source, str(_peer_model(source))]
@@ -172,25 +181,29 @@ def prepare_peer(source: str) -> None:
 
 def run(contestant: Contestant, files: Files, options: argparse.Namespace) -> dict[str, Any]:
     """One measurement in a process of its own."""
+    command = command_line(contestant, files, options)
+    environment = dict(os.environ)
+    if contestant.tool == "dpo" and wants_huge_pages():
+        environment[TUNABLES] = HUGE_PAGES  # as `dpo` starts itself
+    print("$", " ".join(command), file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def command_line(contestant: Contestant, files: Files, options: argparse.Namespace) -> list[str]:
+    """What runs one measurement."""
     common = ["--steps", str(options.steps), "--warmup", str(options.warmup), *contestant.options]
     if contestant.tool == "dpo":
         command = [sys.executable, "-m", "benchmarks.bench_dpo", "--data", str(files.preferences)]
         command += ["--source", options.source, "--batch", str(options.batch), "--device", options.device]
-        command += options.dpo_options.split()
-    else:
-        batch = options.batch * files.pairs_a_prompt
-        command = [str(PEER_ENVIRONMENT / "bin" / "python"), str(ROOT / "benchmarks" / "bench_trl.py")]
-        command += ["--model", str(_peer_model(options.source)), "--data", str(files.pairs)]
-        command += ["--batch", str(batch), "--device", options.device]
-        command += ["--micro-batches", str(batch)] if contestant.one_micro_batch_a_pair else []
-    environment = dict(os.environ)
-    if contestant.tool == "dpo" and wants_huge_pages():
-        environment[TUNABLES] = HUGE_PAGES  # as `dpo` starts itself
-    print("$", " ".join(command + common), file=sys.stderr, flush=True)
-    done = subprocess.run(
-        command + common, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment
-    )
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        return command + options.dpo_options.split() + common
+    batch = options.batch * files.pairs_a_prompt
+    micro_batches = batch if contestant.one_micro_batch_a_pair else 1
+    command = [str(_peer_environment(contestant.tool) / "bin" / "python")]
+    command += [str(ROOT / "benchmarks" / f"bench_{contestant.tool}.py")]
+    command += ["--model", str(_peer_model(options.source)), "--data", str(files.pairs)]
+    command += ["--batch", str(batch), "--device", options.device, "--micro-batches", str(micro_batches)]
+    return command + common
 
 
 def summarise(names: list[str], rounds: list[dict], options: argparse.Namespace) -> dict[str, Any]:
@@ -293,6 +306,10 @@ def _cell(spread: dict[str, float] | None, digits: int) -> str:
         return "–"
     median, least, greatest = (f"{spread[key]:.{digits}f}" for key in ("median", "least", "greatest"))
     return f"{median} ({least} to {greatest})" if least != greatest else median
+
+
+def _peer_environment(peer: str) -> Path:
+    return ROOT / f".venv-{peer}"
 
 
 def _peer_model(source: str) -> Path:
