@@ -106,7 +106,9 @@ def profile(options: argparse.Namespace) -> None:
         return jnp.sum((x + block.post_attention_layernorm(block.input_layernorm(x))).astype(jnp.float32))
 
     def output(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-        return token_log_probs(hidden, embedding, batch.target, chunk=options.chunk).sum()
+        return token_log_probs(
+            hidden, embedding, batch.target, chunk=options.chunk, rounds_backward=model.rounds != "neither"
+        ).sum()
 
     x, hidden = normal(R, T, D), normal(R, batch.target.shape[1], D)
     heads = normal(R, T, H, C), normal(R, T, G, C), normal(R, T, G, C)
