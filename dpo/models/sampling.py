@@ -64,10 +64,12 @@ def generate(
     seeds: Sequence[int],
     stop_tokens: Sequence[int],
     batch_size: int = 64,
+    fetch: Callable[[Array], np.ndarray] = np.asarray,
 ) -> list[list[int]]:
     """One response for each prompt and its seed, the stop token included where one was drawn.
 
-    Prompts of similar length are decoded together, `batch_size` at a time.
+    Prompts of similar length are decoded together, `batch_size` at a time. Of several processes whose
+    devices share the model all call this alike, and `fetch` brings an array that is on all to the host.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt is needed")
@@ -80,8 +82,11 @@ def generate(
         rows = order[start : start + batch_size]
         batch = _make_batch([prompts[i] for i in rows], [seeds[i] for i in rows], batch_size)
         limit = jnp.asarray(sampling.max_new_tokens, jnp.int32)
+        batch, limit = jax.device_get(
+            (batch, limit)
+        )  # what lies on one device does not mix with what is on all
         state = _run(graphdef, rules, tuple(stop_tokens), params, batch, limit)
-        output, count = np.asarray(state.output), np.asarray(state.count)
+        output, count = fetch(state.output), fetch(state.count)
         for row, i in enumerate(rows):
             responses[i] = output[row, : count[row]].tolist()
     return responses

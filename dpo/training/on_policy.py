@@ -8,6 +8,7 @@ that a curve moves because the policy does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +19,13 @@ from jaxtyping import Float
 
 from dpo.config import Config
 from dpo.data.packing import Shape, pack
-from dpo.data.tokenization import make_dataset, tokenize_prompts
+from dpo.data.tokenization import TokenizedDataset, make_dataset, tokenize_prompts
 from dpo.models.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
+from dpo.training.distributed import fetch
 from dpo.training.reference import Score
 from dpo.training.setup import Dataset, Policy, given_chat_template, load_policy, make_score
-from dpo.training.sharding import parameter_rules
+from dpo.training.sharding import parameter_rules, row_multiple
 from dpo.training.step import Params
 
 Observe = Callable[[int, Params], Mapping[str, float]]
@@ -71,7 +73,8 @@ class OnPolicy:
         if self._policy.graphdef != reference.graphdef:
             self._score_reference = make_score(reference, mesh, chunk=chunk)
         longest = max(map(len, prompts)) + max_new_tokens
-        self._shape = Shape(ROWS, -(-longest // _MULTIPLE) * _MULTIPLE, max_new_tokens)
+        self._rows = -(-ROWS // row_multiple(mesh)) * row_multiple(mesh)
+        self._shape = Shape(self._rows, -(-longest // _MULTIPLE) * _MULTIPLE, max_new_tokens)
 
     def draw(self, params: Params) -> Drawn:
         """One response a prompt from the policy with these parameters."""
@@ -82,6 +85,7 @@ class OnPolicy:
             seeds=self._seeds,
             stop_tokens=self._stop,
             batch_size=len(self._prompts),
+            fetch=fetch,
         )
         ours = self._logps(responses, self._score_with(params))
         theirs = self._logps(responses, self._score_reference(self._reference.params))
@@ -100,8 +104,8 @@ class OnPolicy:
         """Summed log-probs, in batches of one static shape."""
         dataset = make_dataset(self._prompts, [[response] for response in responses])
         found = np.zeros(len(responses))
-        for start in range(0, len(responses), ROWS):
-            index = np.arange(start, start + ROWS)
+        for start in range(0, len(responses), self._rows):
+            index = np.arange(start, start + self._rows)
             index = np.where(index < len(responses), index, -1)
             sums = score(pack(dataset, index, shape=self._shape, layout="padded", num_responses=1))["logps"]
             found[index[index >= 0]] = sums[index >= 0, 0]
@@ -126,9 +130,7 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
         reference = policy._replace(params=jax.tree.map(jnp.copy, policy.params))
     return OnPolicy(
         reference,
-        prompt_ids(
-            config, [heldout.read.preferences[i].prompt for i in heldout.tokens.origin], reference, count
-        ),
+        first_prompts(heldout.tokens, count),
         mesh=mesh,
         max_new_tokens=config.training.eval_max_new_tokens,
         stop_tokens=stop_tokens(policy.pretrained),
@@ -136,6 +138,12 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
         seed=config.training.seed,
         policy=policy,
     )
+
+
+def first_prompts(tokens: TokenizedDataset, count: int) -> list[list[int]]:
+    """The first `count` different prompts of a data set, as it has them."""
+    different = dict.fromkeys(tuple(tokens.prompt(row).tolist()) for row in range(len(tokens)))
+    return [list(prompt) for prompt in islice(different, count)]
 
 
 def prompt_ids(config: Config, prompts: Sequence[Any], policy: Policy, count: int | None) -> list[list[int]]:
