@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import grain
@@ -31,8 +31,13 @@ class Loader:
         rows_multiple: int = 1,
         max_shapes: int = 8,
         long_rows: bool = False,
+        own_rows: Callable[[int], Collection[int]] | None = None,
     ) -> None:
-        """Plan the shapes of all steps. `order(step)` gives rows of the data set; -1 is a padding prompt."""
+        """Plan the shapes of all steps. `order(step)` gives rows of the data set; -1 is a padding prompt.
+
+        `own_rows` says which of so many rows of a batch are to be filled; without it all are.
+        """
+        self._own_rows = own_rows
         self.dataset = dataset
         self.num_steps = num_steps
         self._order = order
@@ -75,7 +80,13 @@ class Loader:
             layout=self._layout,
             num_responses=self._num_responses,
             micro_batches=self._micro_batches,
+            own_rows=self._own_rows and self._own_rows(self.shape(step).rows),
         )
+
+    def fill(self, step: int) -> float:
+        """Part of a step's positions that hold a token."""
+        shape = self.shape(step)
+        return int(self._plan.tokens[step]) / (shape.rows * shape.row_length)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Batches of steps start … stop − 1 (the last step's when not given), packed ahead in a thread."""
@@ -136,6 +147,7 @@ def training_loader(
     rows_multiple: int = 1,
     max_shapes: int = 8,
     long_rows: bool = False,
+    own_rows: Callable[[int], Collection[int]] | None = None,
 ) -> Loader:
     """Batches of a stream of epochs, each epoch a permutation given by (seed, epoch) or the data's order.
 
@@ -155,6 +167,7 @@ def training_loader(
         rows_multiple=rows_multiple,
         max_shapes=max_shapes,
         long_rows=long_rows,
+        own_rows=own_rows,
     )
 
 
@@ -167,6 +180,7 @@ def evaluation_loader(
     rows_multiple: int = 1,
     max_shapes: int = 8,
     long_rows: bool = False,
+    own_rows: Callable[[int], Collection[int]] | None = None,
 ) -> Loader:
     """Every row once, in order; the last batch is filled up with padding prompts of index -1."""
 
@@ -183,4 +197,5 @@ def evaluation_loader(
         rows_multiple=rows_multiple,
         max_shapes=max_shapes,
         long_rows=long_rows,
+        own_rows=own_rows,
     )

@@ -10,7 +10,7 @@ and room for N scored tokens. The layouts differ only in what a piece is and how
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -83,10 +83,13 @@ def pack(
     layout: Layout,
     num_responses: int,
     micro_batches: int = 1,
+    own_rows: Collection[int] | None = None,
 ) -> Batch:
     """The batch of the data set's rows `indices` (-1 for a padding prompt) as numpy arrays of a given shape.
 
-    Rows are `micro_batches` equal contiguous parts, and each prompt's responses lie wholly in one part.
+    Rows are `micro_batches` equal contiguous parts, and each prompt's responses lie wholly in one part. Of
+    `own_rows`, where given, tokens are written, and the others stay padding: another process fills them.
+    What is known of each prompt is whole.
     """
     prompts = [dataset.prompt(i) if i >= 0 else _NOTHING for i in indices]
     responses = [dataset.responses(i) if i >= 0 else [] for i in indices]
@@ -107,7 +110,11 @@ def pack(
     batch = _empty_batch(dataset, indices, shape, num_responses)
     for part, rows in enumerate(parts):
         for offset, row in enumerate(rows):
-            _write_row(batch, part * rows_a_part + offset, row, prompts, responses)
+            r = part * rows_a_part + offset
+            for piece in row:
+                batch.row[piece.prompt, list(piece.responses)] = r
+            if own_rows is None or r in own_rows:
+                _write_row(batch, r, row, prompts, responses)
     first = batch.row[np.arange(len(indices)), 0]
     return batch._replace(row=np.where(batch.present, batch.row, first[:, None]))
 
@@ -231,7 +238,6 @@ def _write_row(
             batch.source[r, scored:end] = [last, *range(at, at + len(response) - 1)]
             batch.target[r, scored:end] = response
             batch.owner[r, scored:end] = piece.prompt * K + k
-            batch.row[piece.prompt, k] = r
             at, scored = here.stop, end
         batch.group[r, start:at] = group
         start = at

@@ -21,11 +21,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations, islice, pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo.data.sources import MalformedRowError, read_rows
+from dpo.data.sources import MalformedRowError, Part, read_rows
 
 Message = Mapping[str, str]
 """One turn of a conversation: `{"role": ..., "content": ...}`."""
@@ -93,13 +93,16 @@ class DataError(ValueError):
 
 
 Expand = Literal["ranking", "best_worst", "adjacent", "all_pairs"]
+OnError = Literal["stop", "skip"]
+TIED_PAIR = "tied_pair"
+"""The reason by which pairs of equal rank are counted; all others are of malformed rows."""
 
 
 def read_preferences(
     source: str | Path,
     *,
     split: str = "train",
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: OnError = "stop",
     limit: int | None = None,
     expand: Expand = "ranking",
 ) -> ReadPreferences:
@@ -110,17 +113,23 @@ def read_preferences(
     the malformed rows, up to MAX_PROBLEMS, unless `on_error` is "skip".
     """
     name = str(source)
-    default_source = Path(name).name if Path(name).exists() else name
+    read = read_part(name, split, Part(rows=limit), expand)
+    check_read(name, read, len(read.preferences), on_error)
+    return read
+
+
+def read_part(source: str, split: str, part: Part, expand: Expand) -> ReadPreferences:
+    """The preferences of some rows of a source; malformed rows are counted only."""
+    default_source = Path(source).name if Path(source).exists() else source
     preferences: list[Preference] = []
     problems: list[Problem] = []
     skipped: Counter[str] = Counter()
-    num_rows = num_malformed = 0
-    for location, row in islice(read_rows(name, split), limit):
+    num_rows = 0
+    for location, row in read_rows(source, split, part):
         num_rows += 1
         try:
             preference = parse_row(row, location=location, source=default_source)
         except MalformedRowError as error:
-            num_malformed += 1
             skipped[error.reason] += 1
             if len(problems) < MAX_PROBLEMS:
                 problems.append(Problem(location, error.field, error.reason, error.detail))
@@ -128,12 +137,17 @@ def read_preferences(
         expanded, num_tied = expand_ranking(preference, expand)
         preferences += expanded
         if num_tied:
-            skipped["tied_pair"] += num_tied
-    if problems and on_error == "stop":
-        raise DataError(name, problems, num_malformed, num_rows)
-    if not preferences:
-        raise ValueError(f"{name}: no usable row among {num_rows} (left out: {dict(skipped)})")
+            skipped[TIED_PAIR] += num_tied
     return ReadPreferences(preferences, num_rows, dict(skipped), problems)
+
+
+def check_read(source: str, read: ReadPreferences, num_preferences: int, on_error: OnError) -> None:
+    """Refuse malformed rows, unless they are to be skipped, and data of which nothing is left."""
+    if read.problems and on_error == "stop":
+        num_malformed = sum(count for reason, count in read.skipped.items() if reason != TIED_PAIR)
+        raise DataError(source, read.problems, num_malformed, read.num_rows)
+    if not num_preferences:
+        raise ValueError(f"{source}: no usable row among {read.num_rows} (left out: {read.skipped})")
 
 
 def expand_ranking(preference: Preference, expand: Expand) -> tuple[list[Preference], int]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""
@@ -22,49 +27,140 @@ class MalformedRowError(ValueError):
         self.field, self.reason, self.detail = field, reason, detail
 
 
-def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Every row with its location. A row that cannot be decoded comes as the error that says so."""
+class Part(NamedTuple):
+    """Some rows of a source, one after the other."""
+
+    offset: int = 0
+    """Where the first one is: bytes before it in JSON lines, rows before it elsewhere."""
+    number: int = 1
+    """The first one's line or row."""
+    rows: int | None = None
+    """How many; None is all that follow."""
+    size: int | None = None
+    """What the source must measure to be the one that was cut; None is anything."""
+
+
+def read_rows(source: str, split: str, part: Part) -> Iterator[tuple[str, Any]]:
+    """The rows of a part with their locations. A row that cannot be decoded comes as the error that says so.
+
+    Raises:
+      ValueError: when there is no such source, it cannot be read, or it is not the one that was cut.
+    """
+    opened = _open(source, split)
+    if part.size is not None and (size := opened.size()) != part.size:
+        raise ValueError(
+            f"{source}: {size} {opened.unit} in this process and {part.size} in process 0; allowed is "
+            "the same data everywhere"
+        )
+    return islice(opened.read(part), part.rows)
+
+
+def cut(source: str, split: str, *, count: int, limit: int | None = None) -> list[Part]:
+    """The first `limit` rows of a source as `count` parts in order, which differ by at most one row.
+
+    A file of JSON lines is looked through for where lines end, without decoding them.
+    """
+    opened = _open(source, split)
+    starts = np.fromiter(islice(opened.starts(), limit), dtype=np.dtype((np.int64, 2)))
+    borders = [len(starts) * i // count for i in range(count + 1)]
+    places = [
+        (int(offset), int(number)) for offset, number in starts[[b for b in borders if b < len(starts)]]
+    ]
+    places += [(0, 1)] * (count + 1 - len(places))
+    size = opened.size()
+    return [Part(*places[i], borders[i + 1] - borders[i], size) for i in range(count)]
+
+
+class _Source(NamedTuple):
+    """How one kind of source is read."""
+
+    read: Callable[[Part], Iterator[tuple[str, Any]]]
+    """Rows from where a part begins to the end."""
+    starts: Callable[[], Iterable[tuple[int, int]]]
+    """Offset and number of every row."""
+    size: Callable[[], int]
+    unit: str
+
+
+def _open(source: str, split: str) -> _Source:
     path = Path(source)
     suffix = ".jsonl" if path.name.endswith(".jsonl.gz") else path.suffix
     if path.is_file():
         if suffix not in _READERS:
             allowed = ", ".join(_READERS)
             raise ValueError(f"{source}: a file ending in {suffix!r}; allowed are {allowed} (and .jsonl.gz)")
-        return _READERS[suffix](path)
+        read, starts = _READERS[suffix]
+        return _Source(
+            lambda part: read(path, part), lambda: starts(path), lambda: path.stat().st_size, "bytes"
+        )
     looks_local = suffix in _READERS or path.is_absolute() or source.startswith((".", "~"))
     if looks_local and not path.is_dir():
         raise ValueError(f"{source}: no such file or directory (the working directory is {Path.cwd()})")
-    return _read_data_set(source, split)
+    data_set = cache(lambda: _open_data_set(source, split))
+    return _Source(
+        lambda part: _rows_of(data_set, source, part),
+        lambda: _each_row(len(data_set())),
+        lambda: len(data_set()),
+        "rows",
+    )
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
+    for _, number, line in _lines(path, part):
+        yield f"{path}:{number}", _decode_json(line)
+
+
+def _line_starts(path: Path) -> Iterator[tuple[int, int]]:
+    return ((offset, number) for offset, number, _ in _lines(path, Part()))
+
+
+def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
+    """Lines that are not blank, each with the bytes before it and its number."""
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
         with open_file(path, "rb") as file:
+            offset = file.seek(part.offset)
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(lines, start=part.number):
                 if len(line) > MAX_ROW_BYTES:
                     raise ValueError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} bytes")
                 if line.strip():
-                    yield f"{path}:{number}", _decode_json(line)
+                    yield offset, number, line
+                offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     """One JSON list of rows; anything else is taken for JSON lines."""
+    rows = _json_list(path)
+    if rows is None:
+        yield from _read_json_lines(path, part)
+        return
+    for number, row in enumerate(rows[part.offset :], start=part.number):
+        yield f"{path}:{number}", row
+
+
+def _json_starts(path: Path) -> Iterator[tuple[int, int]]:
+    rows = _json_list(path)
+    return _line_starts(path) if rows is None else _each_row(len(rows))
+
+
+def _json_list(path: Path) -> list[Any] | None:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from _read_json_lines(path)
-        return
+        return None
     rows = _decode_json(content)
     if isinstance(rows, MalformedRowError):
         raise ValueError(f"{path}: {rows.detail}")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", row
+    return rows
+
+
+def _each_row(count: int) -> Iterator[tuple[int, int]]:
+    return ((row, row + 1) for row in range(count))
 
 
 def _decode_json(line: bytes) -> Any:
@@ -80,49 +176,83 @@ def _decode_json(line: bytes) -> Any:
         )
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
+    with _parquet(path) as file:
+        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        group = int(np.searchsorted(ends, part.offset, side="right"))
+        skip = part.offset - int(ends[group - 1] if group else 0)
+        batches = file.iter_batches(1024, row_groups=list(range(group, file.num_row_groups)))
+        for number, row in enumerate(_after(skip, batches), start=part.number):
+            yield f"{path}:{number}", row
+
+
+def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
+    """Rows of Arrow's batches but for the first ones."""
+    for batch in batches:
+        yield from batch.slice(min(skip, len(batch))).to_pylist()
+        skip = max(0, skip - len(batch))
+
+
+def _parquet_starts(path: Path) -> Iterator[tuple[int, int]]:
+    with _parquet(path) as file:
+        return _each_row(file.metadata.num_rows)
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield f"{path}:{number}", row
+            yield file
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _read_table(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_table(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
+    return _rows_of(lambda: _open_table(path), str(path), part)
+
+
+def _table_starts(path: Path) -> Iterator[tuple[int, int]]:
+    return _each_row(len(_open_table(path)))
+
+
+def _open_table(path: Path) -> Any:
     builder = {".csv": "csv", ".arrow": "arrow"}[path.suffix]
-    yield from _read_data_set(builder, "train", data_files=str(path), name=str(path))
+    return _open_data_set(builder, "train", data_files=str(path), name=str(path))
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_table,
-    ".arrow": _read_table,
+_READERS: dict[
+    str,
+    tuple[Callable[[Path, Part], Iterator[tuple[str, Any]]], Callable[[Path], Iterator[tuple[int, int]]]],
+] = {
+    ".jsonl": (_read_json_lines, _line_starts),
+    ".json": (_read_json, _json_starts),
+    ".parquet": (_read_parquet, _parquet_starts),
+    ".csv": (_read_table, _table_starts),
+    ".arrow": (_read_table, _table_starts),
 }
 
 
-def _read_data_set(
-    source: str, split: str, *, data_files: str | None = None, name: str | None = None
-) -> Iterator[tuple[str, Any]]:
+def _rows_of(open_it: Callable[[], Any], name: str, part: Part) -> Iterator[tuple[str, Any]]:
+    rows = open_it()
+    for number, row in enumerate(rows.skip(part.offset) if part.offset else rows, start=part.number):
+        yield f"{name}:{number}", row
+
+
+def _open_data_set(source: str, split: str, *, data_files: str | None = None, name: str | None = None) -> Any:
     """Anything `datasets.load_dataset` opens, and what `save_to_disk` wrote."""
     from datasets.exceptions import DatasetsError
 
     try:
-        opened = _open_data_set(source, split, data_files)
+        return _find_data_set(source, split, data_files)
     except (ValueError, OSError, DatasetsError) as error:
         what = f"{name or source} could not be opened as a data set (split {split!r})"
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
-    for number, row in enumerate(opened, start=1):
-        yield f"{name or source}:{number}", row
 
 
-def _open_data_set(source: str, split: str, data_files: str | None) -> Iterable[Any]:
+def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     import datasets
 
     if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "state.json").is_file():

@@ -16,9 +16,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -113,6 +113,44 @@ def tokenize(
     """
     _check_choice("truncation", truncation, Truncation)
     _check_choice("end_token", end_token, EndToken)
+    part = tokenize_part(
+        preferences,
+        tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        end_token=end_token,
+        chat_template=chat_template,
+    )
+    return join_parts([part])
+
+
+class TokenizedPart(NamedTuple):
+    """Token ids of preferences that are one after the other in the data, some of all."""
+
+    arrays: dict[str, Any]
+    """As in a `TokenizedDataset`; offsets count from the part's start, and so does origin."""
+    origin: Int[np.ndarray, " n"]
+    num_preferences: int
+    """How many were tokenised, the dropped ones included."""
+    dropped: dict[str, int]
+    first_dropped: dict[str, str]
+    num_truncated: int
+    too_long: list[str]
+    """Where preferences longer than `max_length` stand, and their length."""
+    settings: dict[str, Any]
+    """Template text and policies, the same in all parts."""
+
+
+def tokenize_part(
+    preferences: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    end_token: EndToken,
+    chat_template: str | None,
+) -> TokenizedPart:
+    """`tokenize` for some of the preferences, before it is known whether any is left in all."""
     encoder = _make_encoder(tokenizer, end_token, chat_template)
     notes = _Notes()
     kept: list[tuple[int, _Row]] = []
@@ -129,13 +167,57 @@ def tokenize(
                 kept.append((start + offset, row))
             else:
                 notes.drop(row, location)
-    if too_long and truncation == "error":
-        raise ValueError(_too_long_message(too_long, max_length))
-    if not kept:
-        raise ValueError(f"no preference is left after tokenisation: {notes.describe()}")
+    chosen = [preferences[index] for index, _ in kept]
+    arrays = _arrays(
+        [row.prompt for _, row in kept],
+        [row.responses for _, row in kept],
+        ranks=[preference.ranks for preference in chosen],
+        scores=[preference.scores for preference in chosen],
+    )
     policies = {"truncation": truncation, "max_length": max_length, "end_token": end_token}
     text = None if encoder.template is None else encoder.template.text
-    return _collect(kept, preferences, notes, {"chat_template": text, **policies})
+    return TokenizedPart(
+        arrays,
+        np.asarray([index for index, _ in kept], dtype=np.int64),
+        len(preferences),
+        dict(notes.counts),
+        notes.first,
+        notes.num_truncated,
+        too_long,
+        {"chat_template": text, **policies},
+    )
+
+
+def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
+    """The data set of all parts, the same to the bit however many there are.
+
+    Raises:
+      ValueError: when a preference is too long and may be neither cut nor dropped, or when none is left.
+    """
+    settings = parts[0].settings
+    too_long = [line for part in parts for line in part.too_long]
+    if too_long and settings["truncation"] == "error":
+        raise ValueError(_too_long_message(too_long, settings["max_length"]))
+    notes = _Notes()
+    for part in parts:
+        notes.add(part)
+    arrays = {}
+    for name in parts[0].arrays:
+        join = _join_offsets if name.endswith("_offsets") else np.concatenate
+        arrays[name] = join([part.arrays[name] for part in parts])
+    starts = np.cumsum([0, *(part.num_preferences for part in parts[:-1])])
+    counts = [len(part.origin) for part in parts]
+    origin = np.concatenate([part.origin for part in parts]) + np.repeat(starts, counts)
+    if not len(origin):
+        raise ValueError(f"no preference is left after tokenisation: {notes.describe()}")
+    return TokenizedDataset(
+        **arrays,
+        origin=origin,
+        fingerprint=_fingerprint(arrays, settings),
+        dropped=dict(notes.counts),
+        first_dropped=notes.first,
+        num_truncated=notes.num_truncated,
+    )
 
 
 def tokenize_prompts(
@@ -203,21 +285,12 @@ def make_dataset(
 
     Without `ranks` there are no ties. `settings` is what made the ids, for the fingerprint.
     """
-    prompt_tokens, prompt_offsets = _join(prompts)
-    response_tokens, response_offsets = _join([response for mine in responses for response in mine])
-    given_ranks = ranks or [range(len(mine)) for mine in responses]
-    given_scores = scores or [None] * len(responses)
-    nothing = float("nan")
-    filled = [s or [nothing] * len(mine) for s, mine in zip(given_scores, responses, strict=True)]
-    arrays = {
-        "prompt_tokens": prompt_tokens,
-        "prompt_offsets": prompt_offsets,
-        "response_tokens": response_tokens,
-        "response_offsets": response_offsets,
-        "row_offsets": np.cumsum([0, *map(len, responses)], dtype=np.int64),
-        "ranks": np.asarray([rank for mine in given_ranks for rank in mine], dtype=np.int32),
-        "scores": np.asarray([score for mine in filled for score in mine], dtype=np.float32),
-    }
+    arrays = _arrays(
+        prompts,
+        responses,
+        ranks=ranks or [range(len(mine)) for mine in responses],
+        scores=scores or [None] * len(responses),
+    )
     return TokenizedDataset(
         **arrays,
         origin=np.arange(len(prompts), dtype=np.int64),
@@ -253,6 +326,11 @@ class _Notes:
     def drop(self, why: _Drop, location: str) -> None:
         self.counts[why.reason] += 1
         self.first.setdefault(why.reason, f"{location}: {why.detail}")
+
+    def add(self, part: TokenizedPart) -> None:
+        self.counts.update(part.dropped)
+        self.first |= {**part.first_dropped, **self.first}
+        self.num_truncated += part.num_truncated
 
     def describe(self) -> str:
         parts = [f"{count} x {reason} (first: {self.first[reason]})" for reason, count in self.counts.items()]
@@ -446,32 +524,39 @@ def _check_choice(name: str, value: str, choices: object) -> None:
 # ---- arrays ----
 
 
-def _collect(
-    kept: list[tuple[int, _Row]],
-    preferences: Sequence[Preference],
-    notes: _Notes,
-    settings: dict[str, object],
-) -> TokenizedDataset:
-    chosen = [preferences[index] for index, _ in kept]
-    dataset = make_dataset(
-        [row.prompt for _, row in kept],
-        [row.responses for _, row in kept],
-        ranks=[preference.ranks for preference in chosen],
-        scores=[preference.scores for preference in chosen],
-        settings=settings,
-    )
-    return replace(
-        dataset,
-        origin=np.asarray([index for index, _ in kept], dtype=np.int64),
-        dropped=dict(notes.counts),
-        first_dropped=notes.first,
-        num_truncated=notes.num_truncated,
-    )
+def _arrays(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[Sequence[int]]],
+    *,
+    ranks: Sequence[Sequence[int]],
+    scores: Sequence[Sequence[float] | None],
+) -> dict[str, Any]:
+    """What a `TokenizedDataset` holds of prompts and responses."""
+    prompt_tokens, prompt_offsets = _join(prompts)
+    response_tokens, response_offsets = _join([response for mine in responses for response in mine])
+    nothing = float("nan")
+    filled = [s or [nothing] * len(mine) for s, mine in zip(scores, responses, strict=True)]
+    return {
+        "prompt_tokens": prompt_tokens,
+        "prompt_offsets": prompt_offsets,
+        "response_tokens": response_tokens,
+        "response_offsets": response_offsets,
+        "row_offsets": np.cumsum([0, *map(len, responses)], dtype=np.int64),
+        "ranks": np.asarray([rank for mine in ranks for rank in mine], dtype=np.int32),
+        "scores": np.asarray([score for mine in filled for score in mine], dtype=np.float32),
+    }
 
 
 def _join(pieces: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " _"]]:
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return np.fromiter((token for piece in pieces for token in piece), np.int32, int(offsets[-1])), offsets
+
+
+def _join_offsets(parts: Sequence[Int[np.ndarray, " _"]]) -> Int[np.ndarray, " _"]:
+    """Offsets of parts that stand end to end, each part's beginning with 0."""
+    starts = np.cumsum([0, *(part[-1] for part in parts[:-1])])
+    shifted = [part[1:] + start for part, start in zip(parts, starts, strict=True)]
+    return np.concatenate([parts[0][:1], *shifted])
 
 
 def _fingerprint(arrays: dict[str, np.ndarray], settings: Mapping[str, object]) -> str:

@@ -36,6 +36,10 @@ COMPILE_SECONDS = 1800.0
 """What a step of a new shape may take longer, since it is compiled."""
 LEAVE_SECONDS = 20
 """How long a process that has finished waits for the others to finish too."""
+LAST_WORDS_SECONDS = 3
+"""How long the main process outlives its failure: JAX aborts the others when it, the coordinator, is gone."""
+_EXCHANGE_BYTES = 1 << 26
+"""What `from_all` puts on a device at a time."""
 _PORTS = range(61440, 65536)
 """Ports that a job's number is mapped to, as JAX does."""
 
@@ -68,20 +72,21 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         yield
         return
     _start(cluster, config)
+    last = is_main()
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        atexit.register(_leave, PEER_LOST)
+        atexit.register(_leave, PEER_LOST, last=last)
         raise ValueError(
             f"process {jax.process_index()} of {jax.process_count()} can't go on: another process has ended "
             "or is out of reach. The same command goes on from the newest checkpoint, when all processes are "
             f"started again. ({str(error).splitlines()[0]})"
         ) from error
     except (ValueError, OSError):
-        atexit.register(_leave, 2)
+        atexit.register(_leave, 2, last=last)
         raise
     except BaseException:
-        atexit.register(_leave, 1)
+        atexit.register(_leave, 1, last=last)
         raise
     jax.distributed.shutdown()
 
@@ -237,10 +242,12 @@ def _start(cluster: Cluster, config: DistributedConfig) -> None:
         ) from error
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, *, last: bool = False) -> None:
     """End without the farewell that waits for all: the others see closed connections at once."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if last:
+        time.sleep(LAST_WORDS_SECONDS)
     os._exit(code)
 
 
@@ -292,6 +299,39 @@ def on_main(function: Callable[[], Any]) -> Any:
     if "error" in shared:
         raise ValueError(f"process 0 stopped: {shared['error']}")
     return shared["value"]
+
+
+def from_all(function: Callable[[], bytes]) -> list[bytes]:
+    """What `function` gives in each process, in their order, on all of them.
+
+    Raises:
+      ValueError: on all of them, with the text of what it raised in the first where it did.
+    """
+    if jax.process_count() == 1:
+        return [function()]
+    failure = None
+    try:
+        mine = function()
+    except (ValueError, OSError) as error:
+        mine, failure = str(error).encode(), error
+    header = np.asarray([len(mine), failure is not None], np.int64)
+    headers = _gather(header.view(np.uint32)).view(np.int64)
+    block = _EXCHANGE_BYTES // len(headers)
+    received = [bytearray() for _ in headers]
+    for start in range(0, int(headers[:, 0].max()), block):
+        sent = np.frombuffer(mine[start : start + block], np.uint8)
+        size = min(block, int(headers[:, 0].max()) - start)
+        for whole, piece, length in zip(received, _gather(np.resize(sent, size)), headers[:, 0], strict=True):
+            whole += piece[: max(0, length - start)].tobytes()
+    for process, (_, failed) in enumerate(headers):
+        if failed:
+            raise ValueError(received[process].decode()) from failure
+    return [bytes(whole) for whole in received]
+
+
+def _gather(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, which are alike in shape, one after the other."""
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 def fetch(array: Any) -> np.ndarray:

@@ -44,6 +44,7 @@ from dpo.training.saving import Saver, find_resume
 from dpo.training.setup import (
     Dataset,
     Policy,
+    all_processes,
     enable_compilation_cache,
     fit_to_objective,
     load_policy,
@@ -193,6 +194,7 @@ def _train(
                     run.dataset,
                     schedule,
                     checkpoints,
+                    fill=run.loader.fill,
                     batch_size=config.training.batch_size,
                     beta=run.beta,
                     max_skipped=config.training.max_skipped,
@@ -232,8 +234,9 @@ def prepare(config: Config) -> Run:
     policy = open_policy(config, mesh)
     tokenizer = policy.pretrained.tokenizer
     names = [entry["name"] for entry in config.objectives or [config.objective]]
-    dataset = fit_to_objective(read_dataset(config.data, tokenizer), objective, names=names)
-    heldout = read_dataset(config.data, tokenizer, heldout=True) if config.data.eval else None
+    peers = all_processes()
+    dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective, names=names)
+    heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers) if config.data.eval else None
     if heldout is not None:
         require_preferences(heldout.tokens, name=str(config.data.eval))
     if config.training.keep_best is not None and heldout is not None and heldout.tokens.max_responses < 2:

@@ -21,9 +21,19 @@ class StepClock:
     """Turns a step's device metrics into its line: reading them waits for the step to end."""
 
     def __init__(
-        self, dataset: Dataset, schedule: Callable[[int], Any], batch_size: int, *, skipped: int = 0
+        self,
+        dataset: Dataset,
+        schedule: Callable[[int], Any],
+        batch_size: int,
+        *,
+        fill: Callable[[int], float],
+        skipped: int = 0,
     ):
-        """`skipped`: steps so far that changed nothing, so that the schedule did not move on either."""
+        """`fill`: of a step, the part of its positions that hold a token; this process may not have all rows.
+
+        `skipped`: steps so far that changed nothing, so that the schedule did not move on either.
+        """
+        self._fill = fill
         tokens = dataset.tokens
         self._tokens = tokens.prompt_lengths * tokens.num_responses + tokens.response_lengths.sum(1)
         self._schedule, self._skipped = schedule, skipped
@@ -46,7 +56,7 @@ class StepClock:
             "epoch": (step + 1) * self._epochs_a_step,
             "tokens/s": float(self._tokens[np.asarray(batch.index)].sum()) / seconds,
             "seconds": seconds,
-            "fill": float((np.asarray(batch.group) > 0).mean()),
+            "fill": self._fill(step),
         }
 
 
@@ -60,6 +70,7 @@ class Record:
         schedule: Callable[[int], Any],
         checkpoints: Checkpoints,
         *,
+        fill: Callable[[int], float],
         batch_size: int,
         beta: float,
         max_skipped: int,
@@ -69,7 +80,7 @@ class Record:
         earlier = list(earlier)
         self._tracker, self._dataset, self._checkpoints = tracker, dataset, checkpoints
         skipped = int(sum(line["skipped"] for line in earlier))
-        self._clock = StepClock(dataset, schedule, batch_size, skipped=skipped)
+        self._clock = StepClock(dataset, schedule, batch_size, fill=fill, skipped=skipped)
         self._watch = Watch(beta, earlier)
         self._max_skipped = max_skipped
         self._pending: tuple[int, Batch, Metrics] | None = None
@@ -104,8 +115,8 @@ class Record:
             self._tell_skipped(step, batch)
 
     def _tell_skipped(self, step: int, batch: Batch) -> None:
-        preferences, origin = self._dataset.read.preferences, self._dataset.tokens.origin
-        rows = [preferences[origin[row]].location for row in np.asarray(batch.index)]
+        locations, origin = self._dataset.locations, self._dataset.tokens.origin
+        rows = [locations[int(origin[row])] for row in np.asarray(batch.index)]
         self._tracker.message(f"step {step}: loss or gradient is not finite, skipped; rows {', '.join(rows)}")
         if self._skipped_in_a_row >= self._max_skipped:
             latest = self._checkpoints.latest

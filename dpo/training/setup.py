@@ -21,9 +21,10 @@ from dpo.config import DataConfig, ModelConfig, TrainingConfig
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
+from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import Preference, ReadPreferences, read_preferences
 from dpo.data.templates import read_template
-from dpo.data.tokenization import TokenizedDataset, tokenize
+from dpo.data.tokenization import TokenizedDataset, tokenize, tokenize_part
 from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
@@ -32,11 +33,12 @@ from dpo.models.linear import round_products
 from dpo.models.partition import Partition
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.quantized import BaseDtype, hold
-from dpo.training.distributed import from_main
+from dpo.training.distributed import from_all, from_main, on_main
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
 from dpo.training.sharding import (
     PARAMETER_RULES,
     Rules,
+    own_rows,
     parameter_placement,
     parameter_sharding,
     place_batch,
@@ -72,7 +74,10 @@ class Dataset(NamedTuple):
     """Preferences as read and as token ids."""
 
     read: ReadPreferences
+    """Of several processes: the preferences are this one's part, the counts are of all."""
     tokens: TokenizedDataset
+    locations: Sequence[str]
+    """Where every preference stands, whoever read it; `tokens.origin` counts in these."""
 
 
 def enable_compilation_cache() -> None:
@@ -111,8 +116,15 @@ def load_policy(
     return Policy(pretrained, graphdef, params, frozen, fingerprint_parameters(params))
 
 
-def read_dataset(config: DataConfig, tokenizer: Any, *, heldout: bool = False) -> Dataset:
-    """Read and tokenise the training preferences, or the held-out ones.
+def all_processes() -> Peers:
+    """The processes of this run, where all of them call the same."""
+    return Peers(jax.process_index(), jax.process_count(), on_main, from_all)
+
+
+def read_dataset(
+    config: DataConfig, tokenizer: Any, *, heldout: bool = False, peers: Peers = ALONE
+) -> Dataset:
+    """Read and tokenise the training preferences, or the held-out ones; of several `peers`, each a part.
 
     Raises:
       ValueError: naming file, line, field and reason of malformed rows, or a chat template that is not there.
@@ -124,22 +136,36 @@ def read_dataset(config: DataConfig, tokenizer: Any, *, heldout: bool = False) -
     )
     if source is None:
         raise ValueError("data.eval is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
-    read = read_preferences(source, split=split, on_error=config.on_error, limit=limit, expand=config.expand)
-    return Dataset(read, tokenize_preferences(config, read.preferences, tokenizer))
+    how: dict[str, Any] = {
+        "split": split,
+        "on_error": config.on_error,
+        "limit": limit,
+        "expand": config.expand,
+    }
+    if peers.count == 1:
+        read = read_preferences(source, **how)
+        tokens = tokenize_preferences(config, read.preferences, tokenizer)
+        return Dataset(read, tokens, [preference.location for preference in read.preferences])
+    read, locations = read_together(source, **how, peers=peers)
+    policies = _token_policies(config)
+    tokens = tokenize_together(lambda: tokenize_part(read.preferences, tokenizer, **policies), peers)
+    return Dataset(read, tokens, locations)
 
 
 def tokenize_preferences(
     config: DataConfig, preferences: Sequence[Preference], tokenizer: Any
 ) -> TokenizedDataset:
     """Token ids as the settings want them."""
-    return tokenize(
-        preferences,
-        tokenizer,
-        max_length=config.max_length,
-        truncation=config.truncation,
-        end_token=config.end_token,
-        chat_template=given_chat_template(config),
-    )
+    return tokenize(preferences, tokenizer, **_token_policies(config))
+
+
+def _token_policies(config: DataConfig) -> dict[str, Any]:
+    return {
+        "max_length": config.max_length,
+        "truncation": config.truncation,
+        "end_token": config.end_token,
+        "chat_template": given_chat_template(config),
+    }
 
 
 def given_chat_template(config: DataConfig) -> str | None:
@@ -160,7 +186,7 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
         return dataset._replace(tokens=add_mismatched(tokens))
     if "scores" in objective.needs and np.isnan(tokens.scores).any():
         row = int(np.searchsorted(tokens.row_offsets, np.isnan(tokens.scores).argmax(), side="right")) - 1
-        location = dataset.read.preferences[tokens.origin[row]].location
+        location = dataset.locations[int(tokens.origin[row])]
         raise ValueError(
             f"{' + '.join(names)} needs scores; {location} has none (field 'scores', one a response)"
         )
@@ -202,6 +228,7 @@ def make_loader(
         row_length=data.row_length,
         micro_batches=training.micro_batches,
         rows_multiple=row_multiple(mesh),
+        own_rows=own_rows(mesh),
         long_rows=skips_blocks(Partition(mesh)),
     )
 
@@ -214,6 +241,7 @@ def scoring_loader(data: DataConfig, tokens: TokenizedDataset, mesh: Mesh) -> Lo
         layout=data.layout,
         row_length=data.row_length,
         rows_multiple=row_multiple(mesh),
+        own_rows=own_rows(mesh),
         long_rows=skips_blocks(Partition(mesh)),
     )
 

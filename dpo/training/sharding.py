@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,19 @@ def row_multiple(mesh: Mesh) -> int:
     return Partition(mesh).size(ROWS)
 
 
+def own_rows(mesh: Mesh) -> Callable[[int], Collection[int]] | None:
+    """Of a batch of so many rows, those that devices of this process hold; None where it holds all."""
+    if jax.process_count() == 1:
+        return None
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def held(count: int) -> Collection[int]:
+        pieces = rows.addressable_devices_indices_map((count,)).values()
+        return {row for piece in pieces if piece is not None for row in range(count)[piece[0]]}
+
+    return held
+
+
 def parameter_rules(given: Mapping[str, Sequence[Any]]) -> Rules:
     """The rules of the settings (`mesh.rules`), before the ones that hold without them."""
     own = [
@@ -123,7 +136,7 @@ def batch_sharding(mesh: Mesh) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """The batch on the mesh; of several hosts, each places the rows of its own devices."""
+    """The batch on the mesh; of several processes, each places the rows of its own devices (`own_rows`)."""
     return place(batch, batch_sharding(mesh))
 
 
@@ -133,7 +146,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(arrays: Any, shardings: Any) -> Any:
-    """Host arrays, the same on every host, to a tree of shardings: each host sends what its devices hold."""
+    """Host arrays to a tree of shardings: each process sends what its devices hold and looks at no more."""
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or not getattr(array, "is_fully_addressable", True):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_rows import LAYOUTS, random_dataset, shapes
 
+from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.loader import evaluation_loader, training_loader
 from dpo.data.packing import Shape, facts, lay_out, pack
 
@@ -179,3 +180,31 @@ def test_padding_prompts_take_no_room():
     assert batch.present.tolist() == [[True, True], [False, False]]
     assert batch.lengths.tolist() == [[3, 2], [0, 0]]
     assert (batch.owner < 2).sum() == 5
+
+
+@given(shapes, layouts, st.integers(1, 3), st.data())
+def test_rows_that_are_filled_apart_are_those_of_the_whole_batch(shapes, layout, micro_batches, data):
+    loader = training_loader(
+        random_dataset(shapes), batch_size=3, num_steps=2, layout=layout, micro_batches=micro_batches
+    )
+    for step in range(2):
+        whole, rows = loader.batch(step), loader.shape(step).rows
+        assert loader.fill(step) == (np.asarray(whole.group) > 0).mean()
+        mine = data.draw(st.sets(st.integers(0, rows - 1)))
+        own, others = (
+            pack(
+                loader.dataset,
+                loader.indices(step),
+                shape=loader.shape(step),
+                layout=layout,
+                num_responses=loader.dataset.max_responses,
+                micro_batches=micro_batches,
+                own_rows=held,
+            )
+            for held in (mine, set(range(rows)) - mine)
+        )
+        here = np.isin(np.arange(rows), list(mine))[:, None]
+        for name in Batch._fields:
+            first, second, expected = (getattr(batch, name) for batch in (own, others, whole))
+            joined = np.where(here, first, second) if name in ROW_FIELDS else first
+            np.testing.assert_array_equal(joined, expected, err_msg=name)

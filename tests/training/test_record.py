@@ -12,7 +12,11 @@ def test_the_learning_rate_is_the_one_that_was_used():
     tokens = make_dataset([[1], [2]], [[[3]], [[4]]])
     batch = evaluation_loader(tokens, batch_size=2).batch(0)
     clock = StepClock(
-        Dataset(ReadPreferences([], 2, {}, []), tokens), lambda count: 10.0 - count, 2, skipped=1
+        Dataset(ReadPreferences([], 2, {}, []), tokens, []),
+        lambda count: 10.0 - count,
+        2,
+        fill=lambda step: 1.0,
+        skipped=1,
     )
     rates = [
         clock.finish(step, batch, {"skipped": jnp.asarray(skipped)})["learning_rate"]

@@ -1,0 +1,98 @@
+"""Data that several processes read together: each reads and tokenises a part, and all get all token ids.
+
+What comes out is the same to the bit as where one process does it alone: rows, order, counts, messages and
+fingerprint. Texts stay where they were read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo.data.preferences import (
+    MAX_PROBLEMS,
+    Expand,
+    OnError,
+    Problem,
+    ReadPreferences,
+    check_read,
+    read_part,
+)
+from dpo.data.sources import Part, cut
+from dpo.data.tokenization import TokenizedDataset, TokenizedPart, join_parts
+
+
+class Peers(NamedTuple):
+    """The processes that read together, as one of them sees them."""
+
+    index: int
+    count: int
+    on_main: Callable[[Callable[[], Any]], Any]
+    """What a function gives in the first process, which alone calls it, in all; plain JSON."""
+    from_all: Callable[[Callable[[], bytes]], list[bytes]]
+    """What a function gives in each process, in their order, in all.
+
+    An error of one is to be raised in all of them, here as well as in `on_main`.
+    """
+
+
+ALONE = Peers(0, 1, lambda function: function(), lambda function: [function()])
+
+
+def read_together(
+    source: str, *, split: str, on_error: OnError, limit: int | None, expand: Expand, peers: Peers
+) -> tuple[ReadPreferences, list[str]]:
+    """This process's part of the preferences with the counts and problems of all, and where all stand.
+
+    Raises:
+      ValueError: in every process, as `read_preferences` does.
+    """
+    parts = peers.on_main(lambda: cut(source, split, count=peers.count, limit=limit))
+    own: list[ReadPreferences] = []
+
+    def read() -> bytes:
+        own.append(read_part(source, split, Part(*parts[peers.index]), expand))
+        locations = [preference.location for preference in own[0].preferences]
+        return json.dumps([*own[0][1:], locations]).encode()
+
+    skipped: Counter[str] = Counter()
+    problems: list[Problem] = []
+    locations: list[str] = []
+    num_rows = 0
+    for rows, reasons, found, where in map(json.loads, peers.from_all(read)):
+        num_rows += rows
+        skipped.update(reasons)
+        problems += [Problem(*problem) for problem in found]
+        locations += where
+    together = ReadPreferences(own[0].preferences, num_rows, dict(skipped), problems[:MAX_PROBLEMS])
+    check_read(source, together, len(locations), on_error)
+    return together, locations
+
+
+def tokenize_together(tokenize_own: Callable[[], TokenizedPart], peers: Peers) -> TokenizedDataset:
+    """The whole data set, of which this process tokenises its part.
+
+    Raises:
+      ValueError: in every process, as `tokenize` does.
+    """
+    return join_parts([_decode(part) for part in peers.from_all(lambda: _encode(tokenize_own()))])
+
+
+def _encode(part: TokenizedPart) -> bytes:
+    """Arrays in numpy's format, what else there is as JSON in one more."""
+    facts = json.dumps(part[2:]).encode()
+    file = io.BytesIO()
+    np.savez(file, **part.arrays, origin=part.origin, facts=np.frombuffer(facts, np.uint8))
+    return file.getvalue()
+
+
+def _decode(data: bytes) -> TokenizedPart:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        arrays = dict(file)
+    facts, origin = arrays.pop("facts"), arrays.pop("origin")
+    return TokenizedPart(arrays, origin, *json.loads(facts.tobytes()))
