@@ -123,6 +123,25 @@ def test_code_beside_a_tokenizer_is_refused_and_not_run(tiny_model_dir, tmp_path
     assert not ran.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_by_name(
+    tiny_model_dir: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    """Whatever transformers and tokenizers raise on the way."""
+    directory = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (directory / "SHA256SUMS").unlink(missing_ok=True)
+    (directory / name).write_text(text)
+    with pytest.raises(ValueError, match=r"model: its tokenizer cannot be opened: \w+"):
+        load_tokenizer(directory)
+
+
 def test_only_files_without_code_are_fetched_from_the_hub():
     patterns = next(
         ast.literal_eval(node.value)

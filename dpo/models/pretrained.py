@@ -283,8 +283,10 @@ def _open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Without code from the directory: transformers would otherwise ask whether to run it."""
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{directory}: its tokenizer cannot be opened: {error}") from error
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
+        raise ValueError(
+            f"{directory}: its tokenizer cannot be opened: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _open_adapter(directory: Path) -> Checkpoint:
