@@ -125,7 +125,6 @@ def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
         "verdict_plot": Markup(plots.intervals("Held-out accuracy, 95% intervals", named, level=0.5)),
         "verdict_rows": _verdict_rows(figures),
         "breakdown": breakdown(figures),
-        "breakdown_columns": BREAKDOWN,
         "heldout_plots": [
             Markup(plots.histogram("Margins of held-out pairs", delta, "δ = β × difference of log-ratios")),
             Markup(plots.reliability("Calibration", figures["calibration"])),
@@ -174,17 +173,19 @@ BREAKDOWN = (
 """Columns of the table by length difference and by source."""
 
 
-def breakdown(figures: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """What a part is, and its cells under BREAKDOWN: by length difference, by source, the mean of these."""
-    parts = {name.replace("_", " "): part for name, part in figures["by_length"].items()}
-    parts |= figures.get("by_source", {})
+def breakdown(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns of BREAKDOWN that are not empty, and a row for each part: by length difference, by source."""
+    parts = [(name.replace("_", " "), part) for name, part in figures["by_length"].items()]
+    parts += figures.get("by_source", {}).items()
     if "mean_of_sources" in figures:
-        parts["mean of the sources"] = figures["mean_of_sources"]
-    return [(name, _part_cells(part)) for name, part in parts.items()]
+        parts.append(("mean of the sources", figures["mean_of_sources"]))
+    rows = [[name, *_part_cells(part)] for name, part in parts]
+    kept = [place for place in range(len(BREAKDOWN)) if any(row[place] for row in rows)]
+    return [BREAKDOWN[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _part_cells(part: dict[str, Any]) -> list[str]:
-    """Empty where a part has no such figure."""
+    """Of all columns but the first; empty where a part has no such figure."""
     ratios = part.get("log_ratio", {})
     is_small = "prompts" in part and bool(few_clusters(part["prompts"]))
     return [

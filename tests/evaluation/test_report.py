@@ -18,7 +18,7 @@ from dpo.evaluation import plots
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.evaluation.match import RESULT_SETTINGS
-from dpo.evaluation.report import BREAKDOWN, write_report
+from dpo.evaluation.report import BREAKDOWN, breakdown, write_report
 from dpo.evaluation.winrate import Judged, describe_pairs
 from dpo.files import WriteError
 
@@ -312,6 +312,15 @@ def test_parts_of_the_pairs_have_a_table(run: tuple[Path, Config]) -> None:
     part = describe(heldout.rows, beta=0.1)["by_source"]["s<i>0"]
     assert f"{part['margin'][0]:.3f} ({part['margin'][1]:.3f} to" in table
     assert f"{part['calibration']['ece']:.3f}" in table
+
+
+def test_columns_that_are_empty_throughout_are_left_out(run: tuple[Path, Config]) -> None:
+    figures = describe(load_heldout(*run).rows, beta=0.1)
+    assert breakdown(figures)[0] == list(BREAKDOWN)
+    del figures["by_source"], figures["mean_of_sources"]
+    columns, rows = breakdown(figures)
+    assert columns == list(BREAKDOWN[:-3]), "by length difference there are no baselines"
+    assert {len(row) for row in rows} == {len(columns)}
 
 
 def test_labelled_responses_are_reported_as_what_they_are(run: tuple[Path, Config]) -> None:
