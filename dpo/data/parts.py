@@ -6,13 +6,13 @@ fingerprint. Texts stay where they were read.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from dpo.data.preferences import (
     MAX_PROBLEMS,
@@ -84,15 +84,13 @@ def tokenize_together(tokenize_own: Callable[[], TokenizedPart], peers: Peers) -
 
 
 def _encode(part: TokenizedPart) -> bytes:
-    """Arrays in numpy's format, what else there is as JSON in one more."""
-    facts = json.dumps(part[2:]).encode()
-    file = io.BytesIO()
-    np.savez(file, **part.arrays, origin=part.origin, facts=np.frombuffer(facts, np.uint8))
-    return file.getvalue()
+    """Arrays as safetensors, which sorts them; their order and what else there is as JSON in one more."""
+    facts = np.frombuffer(json.dumps([list(part.arrays), *part[2:]]).encode(), np.uint8)
+    arrays = {**part.arrays, "origin": part.origin, "facts": facts}
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def _decode(data: bytes) -> TokenizedPart:
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        arrays = dict(file)
-    facts, origin = arrays.pop("facts"), arrays.pop("origin")
-    return TokenizedPart(arrays, origin, *json.loads(facts.tobytes()))
+    arrays = load(data)
+    names, *facts = json.loads(arrays["facts"].tobytes())
+    return TokenizedPart({name: arrays[name] for name in names}, arrays["origin"], *facts)
