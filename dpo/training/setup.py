@@ -196,6 +196,11 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
             f"objective {', '.join(comparing)} compares responses, but every prompt has one; "
             f"allowed for such data are {', '.join(sorted(SINGLE_RESPONSE))}"
         )
+    if comparing and "scores" not in objective.needs and not _has_order(tokens):
+        raise ValueError(
+            f"objective {', '.join(comparing)} compares responses of different rank, but all {len(tokens)} "
+            "rows of data.train are ties; allowed: at least one row with two ranks"
+        )
     return dataset
 
 
@@ -205,13 +210,18 @@ def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
     Raises:
       ValueError: with the name of the data and what is allowed.
     """
-    starts = tokens.row_offsets[:-1]
-    lowest, highest = np.minimum.reduceat(tokens.ranks, starts), np.maximum.reduceat(tokens.ranks, starts)
-    if tokens.max_responses > 1 and not (lowest < highest).any():
+    if tokens.max_responses > 1 and not _has_order(tokens):
         raise ValueError(
             f"data.eval is {name}: none of its {len(tokens)} rows has two responses of different rank; "
             "allowed: at least one that has, or labelled single responses, or no data.eval"
         )
+
+
+def _has_order(tokens: TokenizedDataset) -> bool:
+    """Whether any row has two responses of different rank."""
+    starts = tokens.row_offsets[:-1]
+    lowest, highest = np.minimum.reduceat(tokens.ranks, starts), np.maximum.reduceat(tokens.ranks, starts)
+    return bool((lowest < highest).any())
 
 
 def make_loader(

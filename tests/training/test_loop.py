@@ -326,6 +326,15 @@ def test_an_objective_over_pairs_refuses_single_responses(config, tmp_path):
         train(replace(config, data={"train": str(path)}))
 
 
+def test_training_data_of_ties_alone_are_refused(config, tmp_path):
+    path = tmp_path / "tied.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}) + "\n")
+    with pytest.raises(
+        ValueError, match=r"plackett_luce compares responses of different rank, but all 1 rows"
+    ):
+        train(replace(config, data={"train": str(path)}))
+
+
 def test_held_out_data_without_a_preference_is_refused_before_training(config, tmp_path):
     path = tmp_path / "tied.jsonl"
     path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}) + "\n")
