@@ -14,8 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from dpo.training.distributed import fetch, from_main, on_main
 FORMAT = 2
 RELATIVE_TOLERANCE = 1e-3
 ABSOLUTE_TOLERANCE = 1e-2
+PROGRESS_SECONDS = 15.0
+"""Between two lines that say how far scoring has come."""
 
 Score = Callable[[Batch], dict[str, Float[np.ndarray, "P K"]]]
 """Sums of one batch's responses ("logps", …) on the host."""
@@ -120,12 +124,34 @@ def open_or_compute(
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
     else:
         log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
-        rows = score_rows(score, make_batches(), num_rows=num_rows, num_responses=num_responses)
+        batches = with_progress(make_batches(), num_rows=num_rows, log=log)
+        rows = score_rows(score, batches, num_rows=num_rows, num_responses=num_responses)
         store = ReferenceStore(_shared(lambda: _write(path, identity, rows), shape))
         log(f"reference log-probs: stored in {path}")
     if copy is not None:
         on_main(lambda: _copy(path, copy))
     return store
+
+
+def with_progress(
+    batches: Iterable[Batch],
+    *,
+    num_rows: int,
+    log: Callable[[str], None],
+    every: float = PROGRESS_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Batch]:
+    """The same batches; says every so often how many rows are done, and how long the others should take."""
+    began = said = clock()
+    done = 0
+    for batch in batches:
+        now = clock()
+        if done and now - said >= every:
+            left = timedelta(seconds=round((now - began) / done * (num_rows - done)))
+            log(f"reference log-probs: {done} of {num_rows} rows, {left} left")
+            said = now
+        yield batch
+        done += int((np.asarray(batch.index) >= 0).sum())
 
 
 def _shared(get: Callable[[], Rows], shape: tuple[int, int]) -> Rows:

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from dpo.data.batch import Batch
-from dpo.training.reference import fingerprint_parameters, open_or_compute
+from dpo.training.reference import fingerprint_parameters, open_or_compute, with_progress
 
 IDENTITY = {"weights": "w", "data": "d", "dtype": "float32"}
 TRUTH = np.array([[-1.0, -2.0], [-3.0, np.nan], [-5.0, -6.0]], np.float32)
@@ -91,6 +91,15 @@ def test_scores_that_are_not_finite_stop_with_their_rows(tmp_path):
     with pytest.raises(ValueError, match=r"rows \[1\] are not finite"):
         open_store(tmp_path, score=broken)
     assert not list(tmp_path.iterdir())
+
+
+def test_long_scoring_says_how_far_it_has_come():
+    """Seven rows in batches of two, the last filled up, eight seconds each."""
+    now, said = [0.0], []
+    batches = [batch_of(rows) for rows in ([0, 1], [2, 0], [1, 2], [0, -1])]
+    for _ in with_progress(batches, num_rows=7, log=said.append, every=15.0, clock=lambda: now[0]):
+        now[0] += 8
+    assert said == ["reference log-probs: 4 of 7 rows, 0:00:12 left"]
 
 
 def test_fingerprint_sees_values_names_shapes_and_dtypes():
