@@ -14,6 +14,7 @@ from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -22,6 +23,7 @@ def run() -> int:
     if wants_huge_pages():
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
     from dpo.cli import main
 
     return main()

@@ -50,3 +50,11 @@ def test_the_command_keeps_its_arguments_and_exit_code_when_started_anew():
     ]
     assert [done.returncode for done in started] == [2, 2]
     assert all("'no such command' is not a command" in done.stderr for done in started)
+
+
+def test_the_command_does_not_ask_for_torch():
+    """Where torch is missing, transformers says at its import that models can't be used: they are ours."""
+    hidden = "import sys; sys.modules['torch'] = None; from dpo.__main__ import run; run()"
+    command = [sys.executable, "-c", hidden, "generate", "/no/such/model", "Hello"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "PyTorch" not in done.stderr + done.stdout
