@@ -274,7 +274,7 @@ def is_alone() -> bool:
 
 def from_main(arrays: Any) -> Any:
     """The main process's arrays on every process; all give arrays of the same shapes."""
-    return arrays if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(arrays)
+    return arrays if is_alone() else multihost_utils.broadcast_one_to_all(arrays)
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -283,7 +283,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     Raises:
       ValueError: on the others, with the text of what it raised there.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         return function()
     answer, failure = b"", None
     if is_main():
@@ -307,7 +307,7 @@ def from_all(function: Callable[[], bytes]) -> list[bytes]:
     Raises:
       ValueError: on all of them, with the text of what it raised in the first where it did.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         return [function()]
     failure = None
     try:
@@ -352,7 +352,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     Raises:
       ValueError: on every process, naming the facts that differ and the processes that differ from the main.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         return
     names = list(facts)
     digests = [hashlib.sha256(repr(facts[name]).encode()).digest()[:8] for name in names]
@@ -377,7 +377,7 @@ def shared_vote(requested: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]
     Of several processes, each call sends this one's answer and returns the outcome of the call before: the
     vote is computed on the devices, between steps, and no step waits for it.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         return requested
     everyone = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     any_of = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -21,6 +21,7 @@ from dpo.config import MeshConfig
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.models.loading import Placement
 from dpo.models.partition import AXES, FSDP, ROWS, TENSOR, Partition
+from dpo.training.distributed import is_alone
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -70,8 +71,7 @@ def own_mesh(config: MeshConfig) -> Mesh:
     devices, sizes = jax.local_devices(), (config.data, config.fsdp, config.tensor)
     rest, known = -1 in sizes, math.prod(size for size in sizes if size != -1)
     fits = len(devices) % known == 0 if rest else len(devices) == known
-    alone = jax.process_count() == 1
-    return make_mesh(config if alone and fits else MeshConfig(data=1, fsdp=-1, tensor=1), devices)
+    return make_mesh(config if is_alone() and fits else MeshConfig(data=1, fsdp=-1, tensor=1), devices)
 
 
 def row_multiple(mesh: Mesh) -> int:
@@ -81,7 +81,7 @@ def row_multiple(mesh: Mesh) -> int:
 
 def own_rows(mesh: Mesh) -> Callable[[int], Collection[int]] | None:
     """Of a batch of so many rows, those that devices of this process hold; None where it holds all."""
-    if jax.process_count() == 1:
+    if is_alone():
         return None
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
 

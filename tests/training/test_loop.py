@@ -326,9 +326,15 @@ def test_an_objective_over_pairs_refuses_single_responses(config, tmp_path):
         train(replace(config, data={"train": str(path)}))
 
 
-def test_training_data_of_ties_alone_are_refused(config, tmp_path):
-    path = tmp_path / "tied.jsonl"
+def ties_alone(directory):
+    """Preferences that prefer nothing."""
+    path = directory / "tied.jsonl"
     path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}) + "\n")
+    return path
+
+
+def test_training_data_of_ties_alone_are_refused(config, tmp_path):
+    path = ties_alone(tmp_path)
     with pytest.raises(
         ValueError, match=r"plackett_luce compares responses of different rank, but all 1 rows"
     ):
@@ -336,8 +342,7 @@ def test_training_data_of_ties_alone_are_refused(config, tmp_path):
 
 
 def test_held_out_data_without_a_preference_is_refused_before_training(config, tmp_path):
-    path = tmp_path / "tied.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}) + "\n")
+    path = ties_alone(tmp_path)
     with pytest.raises(
         ValueError, match=r"data.eval is .*tied\.jsonl: none of its 1 rows has two responses of"
     ):
