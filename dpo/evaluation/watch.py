@@ -19,7 +19,7 @@ from dpo.evaluation.report import objective_name
 from dpo.evaluation.terminal_plots import Series
 from dpo.losses import reward_scale
 from dpo.training.lock import is_held
-from dpo.training.tracking import METRICS_FILE, SHOWN, read_metrics
+from dpo.training.tracking import METRICS_FILE, SHOWN, read_metrics, time_left
 
 PANEL_WIDTH, PANEL_HEIGHT = 38, 9
 """Characters and lines of a plot, at least."""
@@ -89,8 +89,9 @@ def _progress(config: Config, metrics: Metrics, state: str) -> Text:
     text = f"{state}, step {int(last['step']) + 1} of {total}"
     seconds = [row["seconds"] for row in trained[-20:] if "seconds" in row]
     if state == "running" and seconds:
-        left = round(statistics.median(seconds) * max(total - int(last["step"]) - 1, 0))
-        text += f", {statistics.median(seconds):.1f} s a step, {left // 60}:{left % 60:02} left"
+        seconds_a_step = statistics.median(seconds)
+        left = time_left(seconds_a_step * max(total - int(last["step"]) - 1, 0))
+        text += f", {seconds_a_step:.1f} s a step, {left}"
     return Text(text, "green" if state == "finished" else "red" if state == "stopped" else "")
 
 

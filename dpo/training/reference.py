@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from dpo.data.batch import Batch
 from dpo.files import damaged_files, new_directory, unlisted_files, writing
 from dpo.training.distributed import fetch, from_main, on_main
+from dpo.training.tracking import time_left
 
 FORMAT = 2
 RELATIVE_TOLERANCE = 1e-3
@@ -147,8 +147,8 @@ def with_progress(
     for batch in batches:
         now = clock()
         if done and now - said >= every:
-            left = timedelta(seconds=round((now - began) / done * (num_rows - done)))
-            log(f"reference log-probs: {done} of {num_rows} rows, {left} left")
+            left = time_left((now - began) / done * (num_rows - done))
+            log(f"reference log-probs: {done} of {num_rows} rows, {left}")
             said = now
         yield batch
         done += int((np.asarray(batch.index) >= 0).sum())

@@ -256,8 +256,13 @@ class TimeLeft:
         self._last = (step, now)
         if not self._durations:
             return ""
-        seconds = round(statistics.median(self._durations) * max(self._total - step - 1, 0))
-        return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02} left"
+        return time_left(statistics.median(self._durations) * max(self._total - step - 1, 0))
+
+
+def time_left(seconds: float) -> str:
+    """As h:mm:ss left."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02} left"
 
 
 class Terminal:

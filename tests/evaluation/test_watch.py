@@ -66,7 +66,7 @@ def test_it_follows_a_live_run_until_it_is_finished(run: tuple[Path, Config], te
     assert finished
     assert states == ["running"] * 3
     assert "finished, step 6 of 12" in text
-    assert ("running, step 3 of 12, 2.0 s a step, 0:18 left" in text) is terminal
+    assert ("running, step 3 of 12, 2.0 s a step, 0:00:18 left" in text) is terminal
     for title in ("Loss", "Accuracy", "Log-ratio, nats"):
         assert title in text
 
