@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo.training.chips import GIB
 from dpo.training.planner import Plan, Target
+from dpo.training.travel import Travel
 
 _LISTED = 6
 """Collectives that are listed one by one."""
@@ -55,11 +56,21 @@ def plan_as_numbers(plan: Plan, target: Target) -> dict[str, Any]:
         if program is None
         else [{**c._asdict(), "wire_bytes": c.wire_bytes} for c in program.collectives],
         "unknown_loops": None if program is None else program.unknown_loops,
+        "travel": None if plan.travel is None else _travel_as_numbers(plan.travel),
         "seconds": None
         if plan.times is None
         else {**plan.times._asdict(), "hidden": plan.times.hidden, "exposed": plan.times.exposed},
         "compile_seconds": plan.compile_seconds,
         "advice": plan.advice,
+    }
+
+
+def _travel_as_numbers(travel: Travel) -> dict[str, Any]:
+    gather, logits = travel.largest_gather, travel.logits
+    return {
+        "largest_gather": None if gather is None else gather._asdict(),
+        "parameters": travel.parameters,
+        "logits": None if logits is None else [collective._asdict() for collective in logits],
     }
 
 
@@ -117,6 +128,18 @@ def _collective_lines(plan: Plan) -> list[str]:
         "collectives of a device and step:",
         *(lines or ["  none"]),
         *(["the largest:", *largest] if largest else []),
+        *(_travel_lines(plan.travel) if plan.travel is not None and largest else []),
+    ]
+
+
+def _travel_lines(travel: Travel) -> list[str]:
+    gather, logits = travel.largest_gather, travel.logits
+    largest = "none" if gather is None else f"{gather.size / 1e6:.2f} MB, of {gather.arrays[:60]}"
+    away = "not told by shapes" if logits is None else "no"
+    return [
+        f"largest all-gather    {largest}",
+        f"parameters made whole {', '.join(travel.parameters) or 'none'}",
+        f"logits travel         {f'yes, {logits[0].kind} of {logits[0].arrays[:60]}' if logits else away}",
     ]
 
 

@@ -61,6 +61,7 @@ from dpo.training.sharding import (
     row_multiple,
     with_sharding,
 )
+from dpo.training.travel import Travel, read_travel, split_parameters
 
 
 def install_command() -> str:
@@ -123,7 +124,8 @@ class Plan(NamedTuple):
     useful_flops: float
     """Operations of all devices that must be done."""
     program: Program | None
-    """None where the compiler stopped because memory does not suffice."""
+    """None where the compiler stopped because memory does not suffice; so are the next two."""
+    travel: Travel | None
     times: Times | None
     compile_seconds: float
     advice: list[str]
@@ -175,11 +177,15 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         temporaries = _refused_temporaries(str(error), arguments=memory.total)
         if temporaries is None:
             raise
-        program, times = None, None
+        program, travel, times = None, None, None
         memory = memory._replace(temporaries=temporaries)
     else:
         memory = memory._replace(temporaries=temporary_bytes(compiled))
         program = read_program(compiled.as_text() or "", target.topology.num_devices)
+        state, frozen, *_ = traced.args_info[0]
+        rules = parameter_rules(config.mesh.rules)
+        split = split_parameters(mesh, state.params, rules) | split_parameters(mesh, frozen, rules)
+        travel = read_travel(program, split, decoder, mesh.shape)
         times = step_times(
             program,
             flops,
@@ -195,6 +201,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         flops=flops,
         useful_flops=3 * attention + (2 if config.lora.is_on else 3) * body,  # frozen: no weight gradients
         program=program,
+        travel=travel,
         times=times,
         compile_seconds=time.perf_counter() - began,
         advice=[],
