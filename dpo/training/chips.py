@@ -45,6 +45,9 @@ CHIPS: dict[str, Chip] = {
     "h200": Chip("H200 SXM", "gpu", 9.89e14, 4.94e14, 141e9, 4.8e12, 4.5e11, 3e-6),
 }
 
+GPUS_A_HOST = 8
+"""How many GPUs a host's switch connects at most."""
+
 
 class Topology(NamedTuple):
     """Chips and how they lie."""

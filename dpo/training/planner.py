@@ -38,7 +38,7 @@ from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
 from dpo.models.quantized import hold
 from dpo.models.shapes import SHAPE_PREFIX, read_shape
 from dpo.training.adapted import starting_adapters
-from dpo.training.chips import CHIPS, Chip, Topology
+from dpo.training.chips import CHIPS, GPUS_A_HOST, Chip, Topology
 from dpo.training.hlo import Program, read_program
 from dpo.training.memory import (
     candidates,
@@ -384,6 +384,8 @@ def open_target(topology: Topology) -> Target:
         )
     chip = CHIPS[topology.kind]
     how = f"no compiler for {chip.name} here: split as for it, compiled for CPU devices in its place"
+    if num_devices > GPUS_A_HOST:
+        how += f"; all as if in one host: the network between hosts of {GPUS_A_HOST} is not counted"
     return Target(topology, chip, devices, "plain", how)
 
 

@@ -233,6 +233,12 @@ def test_too_few_devices_to_stand_for_others_is_said():
         open_target(parse_topology("h100:9999"))
 
 
+def test_more_gpus_than_a_host_has_are_said_to_be_counted_as_in_one(monkeypatch):
+    monkeypatch.setattr(planner.jax, "devices", lambda _: list(range(16)))
+    assert "between hosts of 8 is not counted" in open_target(parse_topology("h100:16")).compiler
+    assert "hosts" not in open_target(parse_topology("h100:8")).compiler
+
+
 def test_a_checkpoint_s_copy_counts_beside_the_step_only_where_steps_go_on():
     memory = planner.Memory(
         parameters=4.0, optimizer=8.0, batch=0.5, temporaries=5.5, process=1.0, checkpoint=12.0, limit=30.0
