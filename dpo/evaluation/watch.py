@@ -144,7 +144,7 @@ def _running_mean(values: Sequence[int | float]) -> list[float]:
 
 
 def _heldout(metrics: Metrics) -> Text:
-    rows = [row for row in metrics if "eval/rewards/accuracies" in row]
+    rows = [row for row in metrics if any(f"eval/{name}" in row for name in SHOWN)]
     if not rows:
         return Text("no held-out evaluation yet", "dim")
     figures = "  ".join(

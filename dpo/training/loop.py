@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -50,6 +51,7 @@ from dpo.training.setup import (
     load_policy,
     make_loader,
     make_score,
+    objective_names,
     open_reference,
     read_dataset,
     require_preferences,
@@ -58,7 +60,13 @@ from dpo.training.setup import (
 from dpo.training.sharding import make_mesh, parameter_rules, place_batch
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
 from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
-from dpo.training.validation import HELDOUT_FILE, Validation
+from dpo.training.validation import (
+    HELDOUT_FILE,
+    HELDOUT_NEEDS,
+    Validation,
+    make_mean_loss,
+    why_no_loss,
+)
 from dpo.training.versions import versions
 
 SUMMARY_FILE = "summary.json"
@@ -162,7 +170,12 @@ def _train(
             resume.require_same(known, log=tracker.message)
             run = run._replace(identity=run.identity | known)
             observe = observe or open_on_policy(config, run.policy, run.heldout, run.mesh)
-            evaluate = _make_evaluate(validation, run.beta, score_with, observe, tracker, stop_requested)
+            needs = run.objective.needs & HELDOUT_NEEDS
+            judge_with = score_with
+            if needs - {"head"}:  # what the reference's log-probs are stored without
+                chunk = config.model.log_prob_chunk
+                judge_with = make_score(run.policy, run.mesh, chunk=chunk, needs=needs)
+            evaluate = _make_evaluate(validation, run.beta, judge_with, observe, tracker, stop_requested)
 
             # Step: the policy's parameters become the state, which is donated from step to step.
             state, train_step, schedule = _make_state_and_step(run)
@@ -233,7 +246,7 @@ def prepare(config: Config) -> Run:
 
     policy = open_policy(config, mesh)
     tokenizer = policy.pretrained.tokenizer
-    names = [entry["name"] for entry in config.objectives or [config.objective]]
+    names = objective_names(config)
     peers = all_processes()
     dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective, names=names)
     heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers) if config.data.eval else None
@@ -374,7 +387,7 @@ def _make_evaluate(
             return None
         observed = {} if observe is None else observe(step, state.params)
         score = stoppable(score_with(state.params), stop_requested)
-        rows, metrics = validation.evaluate(score, beta)
+        rows, metrics = validation.evaluate(score, beta, shift=jnp.asarray(np.asarray(state.shift.mean)))
         metrics |= observed
         tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         if path is not None and is_main():
@@ -495,7 +508,11 @@ def _score_references(
     reference = None if moving else store_of(run.dataset)
     if run.heldout is None or loader is None:
         return reference, None
-    return reference, Validation(run.heldout, loader, store_of(run.heldout))
+    lacking = why_no_loss(run.objective, run.heldout, names=objective_names(config))
+    if lacking is not None:
+        tracker.message(f"no held-out loss: {lacking}")
+    mean_loss = make_mean_loss(run.objective) if lacking is None else None
+    return reference, Validation(run.heldout, loader, store_of(run.heldout), mean_loss)
 
 
 def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:

@@ -43,6 +43,7 @@ from dpo.training.program import Program, make_program
 from dpo.training.setup import Policy, make_loader, scoring_loader
 from dpo.training.sharding import place_batch, row_multiple
 from dpo.training.step import make_eval_step
+from dpo.training.validation import HELDOUT_NEEDS
 
 GIB = 2.0**30
 MEMORY_FILE = "memory.json"
@@ -249,7 +250,7 @@ def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
 
 def scoring_bytes(config: Config, parts: Parts, chunk: int) -> float:
     """Bytes on a device that scoring without a gradient takes besides parameters."""
-    policy, needs = parts.policy, parts.objective.needs & {"head"}
+    policy, needs = parts.policy, parts.objective.needs & HELDOUT_NEEDS
     score = make_eval_step(policy.graphdef, chunk=chunk, needs=needs, mesh=parts.mesh)
     loaders = [
         scoring_loader(config.data, tokens, parts.mesh)

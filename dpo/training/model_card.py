@@ -19,6 +19,7 @@ from dpo.models.pretrained import Pretrained
 from dpo.training.identity import PLACES
 
 METRICS = {
+    "loss": "mean of the objective",
     "rewards/accuracies": "share of pairs that the implicit reward orders as the data do",
     "rewards/margins": "implicit reward of the better response minus the worse one's",
     "rewards/chosen": "implicit reward of the better response",

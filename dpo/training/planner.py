@@ -51,7 +51,7 @@ from dpo.training.memory import (
 )
 from dpo.training.program import count_steps, make_program
 from dpo.training.roofline import Times, Work, count_flops, forward_flops, step_times
-from dpo.training.setup import fit_to_objective, make_loader, read_dataset
+from dpo.training.setup import fit_to_objective, make_loader, objective_names, read_dataset
 from dpo.training.sharding import (
     batch_sharding,
     make_mesh,
@@ -507,8 +507,7 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
         )
     dataset = read_dataset(config.data, load_tokenizer(config.model.source))
     objective = make_objective(config.objectives or config.objective)
-    names = [entry["name"] for entry in config.objectives or [config.objective]]
-    return data_lengths(fit_to_objective(dataset, objective, names=names).tokens)
+    return data_lengths(fit_to_objective(dataset, objective, names=objective_names(config)).tokens)
 
 
 def _visible(prompts: np.ndarray, responses: np.ndarray, layout: str) -> float:

@@ -115,8 +115,7 @@ class Record:
             self._tell_skipped(step, batch)
 
     def _tell_skipped(self, step: int, batch: Batch) -> None:
-        locations, origin = self._dataset.locations, self._dataset.tokens.origin
-        rows = [locations[int(origin[row])] for row in np.asarray(batch.index)]
+        rows = [self._dataset.location(row) for row in np.asarray(batch.index)]
         self._tracker.message(f"step {step}: loss or gradient is not finite, skipped; rows {', '.join(rows)}")
         if self._skipped_in_a_row >= self._max_skipped:
             latest = self._checkpoints.latest

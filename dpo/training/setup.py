@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpo.config import DataConfig, ModelConfig, TrainingConfig
+from dpo.config import Config, DataConfig, ModelConfig, TrainingConfig
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
@@ -78,6 +78,22 @@ class Dataset(NamedTuple):
     tokens: TokenizedDataset
     locations: Sequence[str]
     """Where every preference stands, whoever read it; `tokens.origin` counts in these."""
+
+    def location(self, row: int | np.integer) -> str:
+        """Where a tokenised row stands in the data."""
+        return self.locations[int(self.tokens.origin[row])]
+
+    def location_without_score(self) -> str | None:
+        """Where the first row stands that has a response without a score; None where all have one."""
+        missing = np.isnan(self.tokens.scores)
+        if not missing.any():
+            return None
+        return self.location(np.searchsorted(self.tokens.row_offsets, missing.argmax(), side="right") - 1)
+
+
+def objective_names(config: Config) -> list[str]:
+    """The objective of a run, or those that its loss is a sum of."""
+    return [entry["name"] for entry in config.objectives or [config.objective]]
 
 
 def enable_compilation_cache() -> None:
@@ -184,9 +200,7 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
     tokens = dataset.tokens
     if "mismatched" in objective.needs:
         return dataset._replace(tokens=add_mismatched(tokens))
-    if "scores" in objective.needs and np.isnan(tokens.scores).any():
-        row = int(np.searchsorted(tokens.row_offsets, np.isnan(tokens.scores).argmax(), side="right")) - 1
-        location = dataset.locations[int(tokens.origin[row])]
+    if "scores" in objective.needs and (location := dataset.location_without_score()):
         raise ValueError(
             f"{' + '.join(names)} needs scores; {location} has none (field 'scores', one a response)"
         )

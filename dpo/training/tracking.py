@@ -349,6 +349,6 @@ def _shown(metrics: Mapping[str, float]) -> str:
 def _heldout_line(step: int, metrics: Mapping[str, float]) -> str:
     """Held-out figures in the words of the training lines; others by their own names."""
     named = {name.removeprefix("eval/"): value for name, value in metrics.items()}
-    shown = {name: value for name, value in named.items() if name in SHOWN} or named
-    figures = "  ".join(f"{SHOWN.get(name, name)} {value:.4g}" for name, value in shown.items())
+    shown = SHOWN if "rewards/accuracies" in named else named
+    figures = "  ".join(f"{SHOWN.get(name, name)} {named[name]:.4g}" for name in named if name in shown)
     return f"held out after {step} steps: {figures}"

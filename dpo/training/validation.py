@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
 from dpo.data.loader import Loader
 from dpo.data.packing import facts
 from dpo.files import new_file
+from dpo.losses import Objective, Scores
 from dpo.training.metrics import as_numbers, preference_metrics
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
-from dpo.training.setup import Dataset
+from dpo.training.setup import SINGLE_RESPONSE, Dataset
 from dpo.training.step import make_scores
 
 HELDOUT_FILE = "heldout.safetensors"
 """Log-probs of the last held-out evaluation, in the run directory."""
+
+
+HELDOUT_NEEDS = frozenset({"head", "log_collision"})
+"""What else than log-probs is computed of held-out rows where the objective needs it."""
+
+MeanLoss = Callable[[Scores], Float[Array, ""]]
 
 
 class Validation(NamedTuple):
@@ -26,16 +37,25 @@ class Validation(NamedTuple):
     dataset: Dataset
     loader: Loader
     reference: ReferenceStore
+    mean_loss: MeanLoss | None
+    """The objective's mean over all rows, at once; None where these data have none (`why_no_loss`)."""
 
-    def evaluate(self, score: Score, beta: float) -> tuple[Rows, dict[str, float]]:
-        """The policy's sums of all rows, and the metrics of a step over all of them."""
+    def evaluate(
+        self, score: Score, beta: float, *, shift: Float[Array, ""] | None = None
+    ) -> tuple[Rows, dict[str, float]]:
+        """The policy's sums of all rows, and the metrics of a step over all of them.
+
+        `shift` is the running mean that training has come to, for objectives that subtract one.
+        """
         tokens = self.dataset.tokens
         rows = score_rows(
             score, self.loader.batches(), num_rows=len(tokens), num_responses=tokens.max_responses
         )
         policy = {name: np.nan_to_num(values) for name, values in rows.items()}
-        scores = make_scores(policy, self.reference.lookup(np.arange(len(tokens))), facts(tokens))
-        return rows, as_numbers(preference_metrics(scores, beta))
+        reference = self.reference.lookup(np.arange(len(tokens)))
+        scores = make_scores(policy, reference, facts(tokens), shift)
+        loss = {} if self.mean_loss is None else {"loss": self.mean_loss(scores)}
+        return rows, as_numbers(loss | preference_metrics(scores, beta))
 
     def save(self, path: Path, rows: Rows) -> None:
         """What `evaluate` and the report need, one array a name, [n, K]."""
@@ -51,3 +71,20 @@ class Validation(NamedTuple):
         }
         with new_file("held-out log-probs", path) as beside:
             save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, beside)
+
+
+def make_mean_loss(objective: Objective) -> MeanLoss:
+    """The mean of the objective over rows that it sees as one batch, compiled once."""
+    return jax.jit(lambda scores: objective(scores).mean())
+
+
+def why_no_loss(objective: Objective, dataset: Dataset, *, names: Sequence[str]) -> str | None:
+    """What held-out rows lack for the loss of the objective called `names`; None where they have it all."""
+    tokens, name = dataset.tokens, " + ".join(names)
+    if "mismatched" in objective.needs:
+        return f"{name} needs another prompt's response beside each, which only training data are given"
+    if "scores" in objective.needs and (location := dataset.location_without_score()):
+        return f"{name} needs scores; {location} has none (field 'scores', one a response)"
+    if tokens.max_responses < 2 and not SINGLE_RESPONSE.issuperset(names):
+        return f"{name} compares responses, and every prompt has one"
+    return None

@@ -92,9 +92,9 @@ def test_a_run_without_steps_is_shown_as_such(tmp_path: Path) -> None:
 
 def test_the_newest_held_out_figures_are_printed(run: tuple[Path, Config]) -> None:
     with (run[0] / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "eval/rewards/accuracies": 0.75, "eval/rewards/margins": 0.5}\n')
-        file.write('{"step": 4, "lo')
-    assert "held out after 3 steps: accuracy 0.75  margin 0.5" in seen(run)[1]
+        file.write('{"step": 2, "eval/rewards/accuracies": 0.75, "eval/rewards/margins": 0.5}\n')
+        file.write('{"step": 3, "eval/loss": 0.6}\n{"step": 4, "lo')
+    assert "held out after 3 steps: loss 0.6" in seen(run)[1]
 
 
 def test_steps_of_epochs_are_counted_as_training_counts_them() -> None:

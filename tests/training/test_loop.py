@@ -88,6 +88,26 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
         train(config)
 
 
+EVALUATED = [
+    [{"name": "dpo"}],
+    [{"name": "dpo", "wpo": True}],
+    [{"name": "dpo", "ld_alpha": 0.5}, {"name": "sft", "weight": 0.1}],
+]
+
+
+@pytest.mark.parametrize("specs", EVALUATED, ids=str)
+def test_the_held_out_loss_of_the_training_rows_is_the_next_steps_loss(config, specs):
+    """Each step takes all 12 rows, so that the next one's loss is of the rows and weights just evaluated."""
+    config = replace(config, data={"eval": config.data.train, "layout": "padded"}, objectives=specs)
+    config = replace(config, training={"batch_size": 12, "steps": 3, "eval_every": 1})
+    summary = train(config).summary
+    trained = [row["loss"] for row in lines(config) if "loss" in row]
+    held = [row["eval/loss"] for row in lines(config) if "eval/loss" in row]
+    assert len(held) == 3
+    assert_allclose(held[:2], trained[1:], rtol=1e-5)
+    assert summary["eval"]["loss"] == held[2]
+
+
 def test_evaluations_sample_the_policy_where_asked_for(config):
     """The reference is kept although training donates its parameters, so that KL grows from 0."""
     config = replace(config, training={"eval_samples": 3, "eval_max_new_tokens": 8})

@@ -107,9 +107,14 @@ def test_held_out_metrics_and_messages_are_printed_at_once(tmp_path: Path) -> No
     with open_trackers(
         tmp_path, [], total_steps=9, resume_step=0, config={}, console=Console(file=out, width=200)
     ) as tracker:
-        tracker.log(4, {"eval/rewards/accuracies": 0.75, "eval/logps/chosen": -70.0})
+        tracker.log(4, {"eval/loss": 0.5, "eval/rewards/accuracies": 0.75, "eval/logps/chosen": -70.0})
+        tracker.log(5, {"eval/loss": 0.5, "eval/logps/chosen": -70.0})  # without a pair
         tracker.message("saved [step 3]")
-    assert out.getvalue().splitlines() == ["held out after 4 steps: accuracy 0.75", "saved [step 3]"]
+    assert out.getvalue().splitlines() == [
+        "held out after 4 steps: loss 0.5  accuracy 0.75",
+        "held out after 5 steps: loss 0.5  logps/chosen -70",
+        "saved [step 3]",
+    ]
 
 
 def test_the_live_bar_shows_the_figures_and_the_time_left(tmp_path: Path) -> None:
