@@ -416,7 +416,7 @@ class ExportConfig:
     """Run directory."""
     output: str | None = None
     """Directory to write: new, empty or of the same kind; when not given RUN/export (or RUN/adapter), and
-    RUN/export-STEP for a step that is given."""
+    RUN/export-STEP-DTYPE for a step, or a dtype other than float32, that is given."""
     step: int | None = None
     """Checkpoint of so many updates; the newest when not given."""
     format: Literal["merged", "adapter"] = "merged"

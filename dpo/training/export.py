@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
-from dpo.models.pretrained import Pretrained, save_pretrained
+from dpo.models.pretrained import open_checkpoint, save_pretrained
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
@@ -34,6 +34,7 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     directory = Path(given.run) / "checkpoints"
     if not directory.is_dir():
         raise ValueError(f"{directory} is not there: {given.run} has no checkpoint")
+    dtype = choose_dtype(given.dtype, config.model.source)
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
@@ -43,11 +44,10 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         state = checkpoints.restore(
             step, jax.jit(lambda params: init_state(params, optimizer, moving=moving))(policy.params)
         )
-    output = given.output or default_output(given)
+    output = given.output or default_output(given, dtype)
     if given.format == "adapter":
         return export_adapters(policy, state.params, output, source=config.model.source), step
     pretrained, model = policy.pretrained, plain_model(policy, state.params)
-    dtype = choose_dtype(given.dtype, pretrained)
     path = save_pretrained(
         model,
         output,
@@ -67,20 +67,23 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     return path, step
 
 
-def default_output(given: ExportConfig) -> Path:
-    """Where a run leaves its own export, or beside that for a step that is asked for: another policy."""
-    name = "export" if given.format == "merged" else ADAPTER_DIRECTORY
-    return Path(given.run) / (name if given.step is None else f"{name}-{given.step}")
+def default_output(given: ExportConfig, dtype: str) -> Path:
+    """Where a run leaves its own export; another step or dtype goes beside it and replaces nothing else."""
+    merged = given.format == "merged"
+    name = "export" if merged else ADAPTER_DIRECTORY
+    step = "" if given.step is None else f"-{given.step}"
+    return Path(given.run) / (name + step + (f"-{dtype}" if merged and dtype != "float32" else ""))
 
 
-def choose_dtype(dtype: str, base: Pretrained) -> str:
-    """The dtype of the written weights; `base` is what the base model's configuration says of its own.
+def choose_dtype(dtype: str, source: str) -> str:
+    """The dtype of the written weights, found before any are read; "base" is what `source` says of its own.
 
     Raises:
       ValueError: when it says nothing, or nothing that is supported.
     """
     if dtype != "base":
         return dtype
+    base = open_checkpoint(source)
     found = base.config.get("dtype") or base.config.get("torch_dtype")
     if found not in DTYPES:
         raise ValueError(

@@ -12,7 +12,8 @@ from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, DistributedConfig, ExportConfig, ModelConfig
 from dpo.models.licences import read_front_matter, read_licence
 from dpo.models.pretrained import Pretrained
-from dpo.training.export import choose_dtype, default_output, heldout_metrics
+from dpo.training import export
+from dpo.training.export import choose_dtype, default_output, export_checkpoint, heldout_metrics
 from dpo.training.model_card import model_card
 
 METRICS = {"rewards/accuracies": 0.75, "rewards/margins": 0.5, "lengths/chosen": 12.0}
@@ -105,17 +106,36 @@ def test_a_licence_is_read_from_front_matter_only(tmp_path: Path) -> None:
         assert read_licence(tmp_path) is None
 
 
-def test_the_dtype_of_the_base_is_kept_where_asked() -> None:
-    assert choose_dtype("base", base()) == "bfloat16"
-    assert choose_dtype("float16", base()) == "float16"
+def test_the_dtype_of_the_base_is_kept_where_asked(tmp_path: Path) -> None:
+    """Without weights: there are none in this directory."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}')
+    assert choose_dtype("base", str(tmp_path)) == "bfloat16"
+    assert choose_dtype("float16", str(tmp_path)) == "float16"
+
+
+def test_a_base_without_a_dtype_is_refused_before_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(export, "open_policy", lambda *_: pytest.fail("weights were loaded"))
+    given = ExportConfig(run=str(tmp_path), dtype="base")
     with pytest.raises(ValueError, match=r"dtype None; allowed: float32, bfloat16, float16"):
-        choose_dtype("base", base(config={"model_type": "llama"}))
+        export_checkpoint(given, Config(model=ModelConfig(source=str(tmp_path))))
 
 
 def test_another_step_is_exported_beside_the_runs_own_policy() -> None:
-    assert default_output(ExportConfig(run="run")) == Path("run/export")
-    assert default_output(ExportConfig(run="run", step=3)) == Path("run/export-3")
-    assert default_output(ExportConfig(run="run", step=3, format="adapter")) == Path("run/adapter-3")
+    assert default_output(ExportConfig(run="run"), "float32") == Path("run/export")
+    assert default_output(ExportConfig(run="run", step=3), "float32") == Path("run/export-3")
+    assert default_output(ExportConfig(run="run", step=3, format="adapter"), "float32") == Path(
+        "run/adapter-3"
+    )
+
+
+def test_another_dtype_is_exported_beside_the_runs_own_policy() -> None:
+    assert default_output(ExportConfig(run="run"), "bfloat16") == Path("run/export-bfloat16")
+    assert default_output(ExportConfig(run="run", step=3), "float16") == Path("run/export-3-float16")
+    assert default_output(ExportConfig(run="run", format="adapter"), "bfloat16") == Path("run/adapter")
 
 
 def test_heldout_metrics_are_those_of_the_step(tmp_path: Path) -> None:
