@@ -106,6 +106,7 @@ def _score_policy(config: Config, mesh: Mesh) -> tuple[np.ndarray, Dataset]:
         scoring_loader(config.data, dataset.tokens, mesh).batches(),
         num_rows=len(dataset.tokens),
         num_responses=dataset.tokens.max_responses,
+        locate=dataset.location,
     )
     return rows["logps"], dataset
 

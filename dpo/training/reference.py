@@ -42,6 +42,9 @@ Score = Callable[[Batch], dict[str, Float[np.ndarray, "P K"]]]
 Rows = dict[str, Float[np.ndarray, "n K"]]
 """Sums of every row of a data set; NaN where a row has no response k."""
 
+Locate = Callable[[int], str]
+"""Where a row stands in the data, file and line."""
+
 
 def fingerprint_parameters(params: Any) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of every leaf."""
@@ -53,11 +56,13 @@ def fingerprint_parameters(params: Any) -> str:
     return digest.hexdigest()
 
 
-def score_rows(score: Score, batches: Iterable[Batch], *, num_rows: int, num_responses: int) -> Rows:
+def score_rows(
+    score: Score, batches: Iterable[Batch], *, num_rows: int, num_responses: int, locate: Locate
+) -> Rows:
     """Sums of every row of a data set, in its order.
 
     Raises:
-      ValueError: when a sum is not finite, naming the rows.
+      ValueError: when a sum is not finite, naming the rows by where they stand in the data.
     """
     rows: Rows = {}
     for batch in batches:
@@ -67,9 +72,8 @@ def score_rows(score: Score, batches: Iterable[Batch], *, num_rows: int, num_res
             values = np.asarray(values, np.float32)[real]
             bad = index[(present & ~np.isfinite(values)).any(1)]
             if bad.size:
-                raise ValueError(
-                    f"{name} of rows {bad.tolist()} are not finite: check the weights and the data"
-                )
+                listed = ", ".join(f"{locate(row)} (row {row})" for row in bad.tolist())
+                raise ValueError(f"{name} of {listed} are not finite: check the weights and the data")
             whole = rows.setdefault(name, np.full((num_rows, num_responses), np.nan, np.float32))
             whole[index, : values.shape[1]] = np.where(present, values, np.nan)
     return rows
@@ -99,6 +103,7 @@ def open_or_compute(
     make_probe: Callable[[], Batch],
     num_rows: int,
     num_responses: int,
+    locate: Locate,
     log: Callable[[str], None],
     copy_in: Path | None = None,
 ) -> ReferenceStore:
@@ -120,12 +125,12 @@ def open_or_compute(
     if on_main(path.exists):
         store = ReferenceStore(_shared(lambda: _read(path, identity, shape), shape))
         probe = make_probe()
-        _verify_rows(store, path, score, probe)
+        _verify_rows(store, path, score, probe, locate)
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
     else:
         log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
         batches = with_progress(make_batches(), num_rows=num_rows, log=log)
-        rows = score_rows(score, batches, num_rows=num_rows, num_responses=num_responses)
+        rows = score_rows(score, batches, num_rows=num_rows, num_responses=num_responses, locate=locate)
         store = ReferenceStore(_shared(lambda: _write(path, identity, rows), shape))
         log(f"reference log-probs: stored in {path}")
     if copy is not None:
@@ -212,7 +217,7 @@ def _read(path: Path, identity: dict[str, str], shape: tuple[int, ...]) -> Rows:
     return rows
 
 
-def _verify_rows(store: ReferenceStore, path: Path, score: Score, batch: Batch) -> None:
+def _verify_rows(store: ReferenceStore, path: Path, score: Score, batch: Batch, locate: Locate) -> None:
     """Re-score one batch and refuse the store when a value moved."""
     index = np.asarray(batch.index)
     stored = store.lookup(index)
@@ -224,6 +229,7 @@ def _verify_rows(store: ReferenceStore, path: Path, score: Score, batch: Batch) 
         if differs.any():
             p, k = np.argwhere(differs)[0]
             raise ValueError(
-                f"reference store {path} does not belong to this model and data: {name} of row {index[p]}, "
-                f"response {k} is {then[p, k]:.4f} there and {now[p, k]:.4f} now; delete the store"
+                f"reference store {path} does not belong to this model and data: {name} of "
+                f"{locate(int(index[p]))} (row {index[p]}), response {k} is {then[p, k]:.4f} there and "
+                f"{now[p, k]:.4f} now; delete the store"
             )

@@ -319,6 +319,7 @@ def open_reference(
         make_probe=lambda: loader.batch(int(from_main(np.asarray(random.randrange(loader.num_steps))))),
         num_rows=len(dataset.tokens),
         num_responses=dataset.tokens.max_responses,
+        locate=dataset.location,
         log=log,
         copy_in=copy_in,
     )

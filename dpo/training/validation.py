@@ -49,7 +49,11 @@ class Validation(NamedTuple):
         """
         tokens = self.dataset.tokens
         rows = score_rows(
-            score, self.loader.batches(), num_rows=len(tokens), num_responses=tokens.max_responses
+            score,
+            self.loader.batches(),
+            num_rows=len(tokens),
+            num_responses=tokens.max_responses,
+            locate=self.dataset.location,
         )
         policy = {name: np.nan_to_num(values) for name, values in rows.items()}
         reference = self.reference.lookup(np.arange(len(tokens)))

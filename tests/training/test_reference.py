@@ -33,6 +33,7 @@ def open_store(directory, *, score=score, identity=IDENTITY, log=lambda _: None)
         make_probe=lambda: batches[0],
         num_rows=3,
         num_responses=2,
+        locate=lambda row: f"data.jsonl:{row + 1}",
         log=log,
     )
 
@@ -62,9 +63,11 @@ def test_another_identity_is_another_store(tmp_path):
 
 def test_a_store_whose_rows_score_differently_is_refused(tmp_path):
     open_store(tmp_path)
-    with pytest.raises(ValueError, match=r"row 0, response 0 is -1\.0000 there and -2\.0000 now"):
+    with pytest.raises(
+        ValueError, match=r"logps of data\.jsonl:1 \(row 0\), response 0 is -1\.0+ there and -2"
+    ):
         open_store(tmp_path, score=lambda batch: {"logps": score(batch)["logps"] - 1})
-    with pytest.raises(ValueError, match=r"row 0, response 0 is -1\.0000 there and nan now"):
+    with pytest.raises(ValueError, match=r"row 0\), response 0 is -1\.0000 there and nan now"):
         open_store(tmp_path, score=lambda batch: {"logps": score(batch)["logps"] * np.nan})
 
 
@@ -88,7 +91,7 @@ def test_scores_that_are_not_finite_stop_with_their_rows(tmp_path):
     def broken(batch):
         return {"logps": np.where(np.asarray(batch.index)[:, None] == 1, np.nan, score(batch)["logps"])}
 
-    with pytest.raises(ValueError, match=r"rows \[1\] are not finite"):
+    with pytest.raises(ValueError, match=r"logps of data\.jsonl:2 \(row 1\) are not finite"):
         open_store(tmp_path, score=broken)
     assert not list(tmp_path.iterdir())
 
