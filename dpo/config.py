@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +132,8 @@ class DataConfig:
     """What ends a scored response: all that the template puts there, the end token alone, or nothing."""
     chat_template: str | None = None
     """File with a jinja2 chat template that replaces the tokenizer's own."""
+    template_date: str = "2024-07-26"
+    """What chat templates take for today (strftime_now, as in Llama 3's), so that tokens stay the same."""
     layout: Literal["padded", "packed", "shared"] = "shared"
     """One response a row; responses packed into rows; or packed groups that share their prompt."""
     row_length: int | None = None
@@ -145,6 +148,12 @@ class DataConfig:
         _check_range("data.max_train", self.max_train, low=1)
         _check_range("data.max_eval", self.max_eval, low=1)
         _check_range("data.row_length", self.row_length, low=8)
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise ValueError(
+                f"data.template_date is {self.template_date!r}; allowed is a date as 2024-07-26"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--training.trackers=[mlflow]"], "training.trackers: Expected one of 'tensorboard'"),
         (["train", "--data.train=no_such.jsonl"], "data.train is 'no_such.jsonl': there is no such file"),
         (["train", "--data.chat_template=x.jinja"], "data.chat_template is 'x.jinja': there is no such file"),
+        (["train", "--data.template_date=July"], "data.template_date is 'July'; allowed is a date as 2024"),
         (
             ["evaluate", "--policy=x", "--reference=y"],
             "data is not given; allowed: --data SOURCE, or --run DIR",

@@ -3,7 +3,8 @@
 Requests and answers are JSON, one a line. A request is answered by one line for the template and, where that
 is well-formed, one line for each of its inputs:
 
-    {"template", "dialect": "chat" | "judge", "seconds", "characters", "inputs": [{variable: value}, ...]}
+    {"template", "dialect": "chat" | "judge", "date": what a chat template takes for today,
+     "seconds", "characters", "inputs": [{variable: value}, ...]}
     {"text"} or {"error", "limit": whether a limit was the reason}
 
 It runs without the rest of the project (a start takes a tenth of a second), may not write files, and has its
@@ -83,7 +84,7 @@ def _limited(request: dict[str, Any], variables: dict[str, Any] | None) -> dict[
     try:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            template = _compile(request["template"], request["dialect"])
+            template = _compile(request["template"], request["dialect"], request["date"])
             return {"text": "" if variables is None else _render(template, variables, characters)}
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -109,19 +110,19 @@ def _render(template: jinja2.Template, variables: dict[str, Any], characters: in
 
 
 @lru_cache(maxsize=8)
-def _compile(text: str, dialect: str) -> jinja2.Template:
-    return _ENVIRONMENTS[dialect]().from_string(text)
+def _compile(text: str, dialect: str, date: str) -> jinja2.Template:
+    return _ENVIRONMENTS[dialect](date).from_string(text)
 
 
-def _chat_environment() -> ImmutableSandboxedEnvironment:
-    """As transformers sets it up, so that a chat template writes here what it writes there."""
+def _chat_environment(date: str) -> ImmutableSandboxedEnvironment:
+    """As transformers sets it up on that date, so that a chat template writes here what it writes there."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
+        "strftime_now": datetime.fromisoformat(date).strftime,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
@@ -132,7 +133,7 @@ def _judge_environment() -> ImmutableSandboxedEnvironment:
     return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True)
 
 
-_ENVIRONMENTS = {"chat": _chat_environment, "judge": _judge_environment}
+_ENVIRONMENTS = {"chat": _chat_environment, "judge": lambda _: _judge_environment()}
 
 
 class _Generation(Extension):
@@ -167,10 +168,6 @@ def _tojson(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 class _Dict:

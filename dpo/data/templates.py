@@ -27,6 +27,13 @@ MAX_TEMPLATE = 1_000_000
 """Characters of a template; the longest chat templates have some ten thousand."""
 
 
+TEMPLATE_DATE = "2024-07-26"
+"""What `strftime_now` in a chat template takes for today: the date that Llama 3.2's template falls back on.
+
+The day on which a program runs would make other tokens, and with them another run, of the same data.
+"""
+
+
 class Limits(NamedTuple):
     """What rendering one text may take."""
 
@@ -66,16 +73,18 @@ class SandboxedTemplate:
         *,
         name: str,
         dialect: Literal["chat", "judge"] = "chat",
+        date: str = TEMPLATE_DATE,
         limits: Limits = LIMITS,
     ) -> None:
         """`name` says in errors what the template is. The dialect "chat" is that of transformers' chat
-        templates; in "judge" a variable that is not there is an error.
+        templates, on the given date (YYYY-MM-DD); in "judge" a variable that is not there is an error.
 
         Raises:
           ValueError: when the text is no template.
           TemplateLimitError: when it is longer than MAX_TEMPLATE, or compiling it is beyond the limits.
         """
-        self.text, self._name, self._dialect, self._limits = text, name, dialect, limits
+        self.text, self._name, self._limits = text, name, limits
+        self._kind = {"dialect": dialect, "date": date}
         if len(text) > MAX_TEMPLATE:
             raise TemplateLimitError(f"{name} has {len(text)} characters; allowed are {MAX_TEMPLATE}")
         self.render_all([])
@@ -102,7 +111,7 @@ class SandboxedTemplate:
         return [answer for group in _groups(lines) for answer in self._ask(group)]
 
     def _ask(self, inputs: Sequence[str]) -> list[str | Refusal]:
-        settings = {"template": self.text, "dialect": self._dialect, **self._limits._asdict()}
+        settings = {"template": self.text, **self._kind, **self._limits._asdict()}
         request = f'{json.dumps(settings)[:-1]}, "inputs": [{", ".join(inputs)}]}}\n'
         patience = self._limits.seconds + PATIENCE
         compiled, *answers = _WORKER.ask(request, num_inputs=len(inputs), patience=patience)

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.preferences import Message, Preference
-from dpo.data.templates import Refusal, SandboxedTemplate
+from dpo.data.templates import TEMPLATE_DATE, Refusal, SandboxedTemplate
 
 Truncation = Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"]
 EndToken = Literal["template", "eos_only", "none"]
@@ -101,6 +101,7 @@ def tokenize(
     truncation: Truncation = "drop",
     end_token: EndToken = "template",
     chat_template: str | None = None,
+    template_date: str = TEMPLATE_DATE,
 ) -> TokenizedDataset:
     """Token ids of every preference whose prompt plus longest response fits `max_length` or is cut to it.
 
@@ -109,7 +110,8 @@ def tokenize(
     response (its end token goes first). `end_token`, what ends a scored response: "template" for all that
     the chat template puts after it, "eos_only" for the end token alone, "none" for nothing; without a
     template "template" is the tokenizer's EOS token. `chat_template` is the text of a jinja2 template
-    that replaces the tokenizer's own. Raises `ValueError` when no preference is left.
+    that replaces the tokenizer's own, `template_date` the day that templates take for today. Raises
+    `ValueError` when no preference is left.
     """
     _check_choice("truncation", truncation, Truncation)
     _check_choice("end_token", end_token, EndToken)
@@ -120,6 +122,7 @@ def tokenize(
         truncation=truncation,
         end_token=end_token,
         chat_template=chat_template,
+        template_date=template_date,
     )
     return join_parts([part])
 
@@ -149,9 +152,10 @@ def tokenize_part(
     truncation: Truncation,
     end_token: EndToken,
     chat_template: str | None,
+    template_date: str,
 ) -> TokenizedPart:
     """`tokenize` for some of the preferences, before it is known whether any is left in all."""
-    encoder = _make_encoder(tokenizer, end_token, chat_template)
+    encoder = _make_encoder(tokenizer, end_token, chat_template, template_date)
     notes = _Notes()
     kept: list[tuple[int, _Row]] = []
     too_long: list[str] = []
@@ -225,13 +229,14 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     chat_template: str | None = None,
+    template_date: str = TEMPLATE_DATE,
 ) -> list[list[int]]:
     """Token ids of prompts up to where the response begins, as `tokenize` gives them.
 
     Raises:
       ValueError: for a conversation where there is no chat template, or one that the template refuses.
     """
-    encoder = _make_encoder(tokenizer, "template", chat_template)
+    encoder = _make_encoder(tokenizer, "template", chat_template, template_date)
     alone = [
         Preference(given if isinstance(given, str) else tuple(given), (), (), None, "", f"prompt {number}")
         for number, given in enumerate(prompts, start=1)
@@ -250,6 +255,7 @@ def tokenize_answers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     chat_template: str | None = None,
+    template_date: str = TEMPLATE_DATE,
 ) -> list[list[int]]:
     """Token ids of prompts with one response each, the assistant's turn closed: what a reward model reads.
 
@@ -258,7 +264,7 @@ def tokenize_answers(
     Raises:
       ValueError: for a conversation where there is no chat template, or one that the template refuses.
     """
-    encoder = _make_encoder(tokenizer, "template", chat_template)
+    encoder = _make_encoder(tokenizer, "template", chat_template, template_date)
     pairs = [
         Preference(
             given if isinstance(given, str) else tuple(given), (text,), (0,), None, "", f"prompt {number}"
@@ -354,14 +360,14 @@ class _Encoder(NamedTuple):
 
 
 def _make_encoder(
-    tokenizer: PreTrainedTokenizerBase, end_token: EndToken, chat_template: str | None
+    tokenizer: PreTrainedTokenizerBase, end_token: EndToken, chat_template: str | None, date: str
 ) -> _Encoder:
     if chat_template is None and tokenizer.chat_template is None:
         bos = _find_bos(tokenizer)
         ending = [] if end_token == "none" else [_eos_id(tokenizer)]
         return _Encoder(tokenizer, None, bos, None, ending)
     name = "the tokenizer's chat template" if chat_template is None else "data.chat_template"
-    template = SandboxedTemplate(tokenizer.get_chat_template(chat_template), name=name)
+    template = SandboxedTemplate(tokenizer.get_chat_template(chat_template), name=name, date=date)
     if end_token == "template":
         return _Encoder(tokenizer, template, [], None, [])
     trailer = _find_trailer(tokenizer, template)

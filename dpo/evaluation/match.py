@@ -172,6 +172,7 @@ def make_pairs(
             seed=given.seed,
             batch_size=given.batch_size,
             chat_template=chat_template,
+            template_date=config.data.template_date,
             log=log,
         )
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo.data.templates import TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
 from dpo.evaluation.journal import Journal
 from dpo.evaluation.rewards import Prompt
@@ -60,12 +61,14 @@ def sample_responses(
     seed: int,
     batch_size: int,
     chat_template: str | None = None,
+    template_date: str = TEMPLATE_DATE,
     log: Callable[[str], None],
 ) -> list[Sample]:
     """A response for every request. The model is loaded only where the journal lacks one."""
     seeds = [_derive_seed(seed, player.role, request) for request in requests]
+    template = [chat_template, template_date]
     keys = [
-        _digest("sample", player.identity, chat_template, request.prompt, asdict(request.sampling), row_seed)
+        _digest("sample", player.identity, template, request.prompt, asdict(request.sampling), row_seed)
         for request, row_seed in zip(requests, seeds, strict=True)
     ]
     missing = [i for i, key in enumerate(keys) if key not in journal.lines]
@@ -74,7 +77,10 @@ def sample_responses(
         pretrained = load()
         stop, tokenizer = stop_tokens(pretrained), pretrained.tokenizer
         prompts = tokenize_prompts(
-            [requests[i].prompt for i in missing], tokenizer, chat_template=chat_template
+            [requests[i].prompt for i in missing],
+            tokenizer,
+            chat_template=chat_template,
+            template_date=template_date,
         )
         ids_of = dict(zip(missing, prompts, strict=True))
         for batch in _batches(missing, requests, ids_of, batch_size):

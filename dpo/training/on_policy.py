@@ -149,5 +149,9 @@ def first_prompts(tokens: TokenizedDataset, count: int) -> list[list[int]]:
 def prompt_ids(config: Config, prompts: Sequence[Any], policy: Policy, count: int | None) -> list[list[int]]:
     """Token ids of the first `count` different prompts."""
     different = list({repr(prompt): prompt for prompt in prompts}.values())[:count]
-    template = given_chat_template(config.data)
-    return tokenize_prompts(different, policy.pretrained.tokenizer, chat_template=template)
+    return tokenize_prompts(
+        different,
+        policy.pretrained.tokenizer,
+        chat_template=given_chat_template(config.data),
+        template_date=config.data.template_date,
+    )

@@ -181,6 +181,7 @@ def _token_policies(config: DataConfig) -> dict[str, Any]:
         "truncation": config.truncation,
         "end_token": config.end_token,
         "chat_template": given_chat_template(config),
+        "template_date": config.template_date,
     }
 
 

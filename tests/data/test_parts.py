@@ -22,6 +22,7 @@ from dpo.data.sources import Part, cut
 from dpo.data.tokenization import tokenize, tokenize_part
 
 POLICIES = {"max_length": 60, "truncation": "drop", "end_token": "template", "chat_template": None}
+POLICIES |= {"template_date": "2024-07-26"}
 
 
 class Exchange:

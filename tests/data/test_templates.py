@@ -1,5 +1,6 @@
 """Templates write what transformers has them write, and are stopped at what they must not do."""
 
+import datetime
 import os
 import threading
 
@@ -7,8 +8,17 @@ import pytest
 from toy_tokenizer import TEMPLATE, make_tokenizer
 from transformers.utils import chat_template_utils
 
+from dpo.config import DataConfig
 from dpo.data import template_worker, templates
-from dpo.data.templates import LIMITS, Limits, Refusal, SandboxedTemplate, TemplateLimitError, read_template
+from dpo.data.templates import (
+    LIMITS,
+    TEMPLATE_DATE,
+    Limits,
+    Refusal,
+    SandboxedTemplate,
+    TemplateLimitError,
+    read_template,
+)
 
 MESSAGES = [
     {"role": "system", "content": "Be <kind> & 'brief'."},
@@ -58,8 +68,8 @@ def variables(**more):
     }
 
 
-def make(text, *, limits=LIMITS, dialect="chat"):
-    return SandboxedTemplate(text, name="the template", limits=limits, dialect=dialect)
+def make(text, *, limits=LIMITS, dialect="chat", date=TEMPLATE_DATE):
+    return SandboxedTemplate(text, name="the template", limits=limits, dialect=dialect, date=date)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -67,12 +77,21 @@ def test_a_chat_template_writes_what_transformers_has_it_write(style):
     expected = make_tokenizer().apply_chat_template(
         MESSAGES, chat_template=STYLES[style], tokenize=False, add_generation_prompt=True
     )
-    assert make(STYLES[style]).render(variables()) == expected
+    today = datetime.date.today().isoformat()
+    assert make(STYLES[style], date=today).render(variables()) == expected
+
+
+def test_todays_date_is_the_one_that_is_given_whatever_the_clock_says():
+    """Llama 3.2's own line; the default is the date that its template has where there is no clock."""
+    template = "Today Date: {{ strftime_now('%d %b %Y') }}"
+    assert make(template).render({}) == "Today Date: 26 Jul 2024"
+    assert make(template, date="2031-02-03").render({}) == "Today Date: 03 Feb 2031"
+    assert DataConfig().template_date == TEMPLATE_DATE
 
 
 def test_a_chat_template_finds_the_names_that_transformers_gives_it():
     theirs = chat_template_utils._cached_compile_jinja_template("x").environment
-    ours = template_worker._chat_environment()
+    ours = template_worker._chat_environment("2024-07-26")
     assert set(ours.filters) == set(theirs.filters)
     assert set(ours.tests) == set(theirs.tests)
     assert set(ours.globals) == set(theirs.globals)

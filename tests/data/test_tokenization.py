@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo.data.preferences import Preference, read_preferences
-from dpo.data.tokenization import tokenize
+from dpo.data.tokenization import tokenize, tokenize_prompts
 
 SHARED = Path(os.environ.get("DPO_SHARED_DIR", Path(__file__).resolve().parents[2] / ".." / "shared"))
 EOS = 2
@@ -71,6 +71,21 @@ def test_a_given_template_replaces_the_tokenizers_own(tokenizer):
     dataset = tokenize([make("hi", "yes", "no")], tokenizer, chat_template=template, end_token="eos_only")
     assert texts(tokenizer, dataset) == ["[hi][", "yes<e>", "no<e>"]
     assert dataset.fingerprint != tokenize([make("hi", "yes", "no")], tokenizer).fingerprint
+
+
+def test_a_template_that_writes_the_date_writes_the_one_that_is_given(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ strftime_now('%Y') }}[{{ m['content'] }}]{% endfor %}"
+        "{% if add_generation_prompt %}{{ strftime_now('%Y') }}[{% endif %}"
+    )
+    rows = [make("hi", "yes", "no")]
+    default, given = tokenize(rows, tokenizer), tokenize(rows, tokenizer, template_date="2031-02-03")
+    assert texts(tokenizer, default)[0] == "2024[hi]2024["
+    assert texts(tokenizer, given)[0] == "2031[hi]2031["
+    assert default.fingerprint != given.fingerprint
+    assert [tokenizer.decode(ids) for ids in tokenize_prompts(["hi"], tokenizer)] == [
+        tokenizer.decode(default.prompt(0))
+    ]
 
 
 def test_a_template_that_rewrites_the_prompt_is_counted(tokenizer):
