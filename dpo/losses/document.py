@@ -28,7 +28,9 @@ Made by `python -m dpo.losses.document` from the docstrings in `dpo/losses`; a t
 
 An objective is chosen in the settings, `objective: {name: dpo, beta: 0.1}`, or as a weighted sum,
 `objectives: [{name: dpo, weight: 0.8}, {name: sft, weight: 1.0}]`. A hyper-parameter that an objective does
-not use is an error. The loss of a step is the mean over its prompts.
+not use is an error. The loss of a step is the mean over its prompts. Rows whose responses are all tied have
+no pair: they are left out and counted at the start (`no_pair`), unless a term of the sum learns from them
+(**kto**, **bco**, **sft**, **infonca**); the terms over pairs are 0 there.
 
 Notation: s = log π(y|x) − log ρ(y|x) is the log-ratio of a response, w the chosen and l the rejected one, |y|
 the number of scored tokens, δ = β (s_w − s_l), σ the logistic function. The gradient weight is −∂L/∂δ where

@@ -508,10 +508,12 @@ def _score_references(
     reference = None if moving else store_of(run.dataset)
     if run.heldout is None or loader is None:
         return reference, None
-    lacking = why_no_loss(run.objective, run.heldout, names=objective_names(config))
-    if lacking is not None:
+    names, mean_loss = objective_names(config), None
+    lacking = why_no_loss(run.objective, run.heldout, names=names)
+    if lacking is None:
+        mean_loss = make_mean_loss(run.objective, run.heldout, names=names)
+    else:
         tracker.message(f"no held-out loss: {lacking}")
-    mean_loss = make_mean_loss(run.objective) if lacking is None else None
     return reference, Validation(run.heldout, loader, store_of(run.heldout), mean_loss)
 
 

@@ -24,6 +24,7 @@ from dpo.data.mismatched import add_mismatched
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import Preference, ReadPreferences, read_preferences
 from dpo.data.templates import read_template
+from dpo.data.ties import has_order, without_ties
 from dpo.data.tokenization import TokenizedDataset, tokenize, tokenize_part
 from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
@@ -48,6 +49,8 @@ from dpo.training.step import Params, make_eval_step
 
 SINGLE_RESPONSE = frozenset({*UNPAIRED, "sft"})
 """Objectives that learn from prompts with one response."""
+LEARN_FROM_TIES = SINGLE_RESPONSE | {"infonca"}
+"""Objectives to which a row says something although no response of it ranks above another."""
 
 EVALUATION_BATCH = 16
 """Prompts that are scored at a time where no gradient is taken."""
@@ -194,6 +197,9 @@ def given_chat_template(config: DataConfig) -> str | None:
 def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[str]) -> Dataset:
     """Add what the objective needs of the data, or say what is missing.
 
+    Rows without a pair are left out where nothing compares but pairs, so that a loss is the mean over rows
+    that have one.
+
     Raises:
       ValueError: when the objective compares responses and no prompt has two of different rank, or when it
         needs scores and a response has none.
@@ -211,12 +217,18 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
             f"objective {', '.join(comparing)} compares responses, but every prompt has one; "
             f"allowed for such data are {', '.join(sorted(SINGLE_RESPONSE))}"
         )
-    if comparing and "scores" not in objective.needs and not _has_order(tokens):
+    ordered = [name for name in names if name not in LEARN_FROM_TIES]
+    if ordered and not has_order(tokens).any():
         raise ValueError(
-            f"objective {', '.join(comparing)} compares responses of different rank, but all {len(tokens)} "
+            f"objective {', '.join(ordered)} compares responses of different rank, but all {len(tokens)} "
             "rows of data.train are ties; allowed: at least one row with two ranks"
         )
-    return dataset
+    return dataset._replace(tokens=without_ties(tokens)) if only_pairs_teach(names) else dataset
+
+
+def only_pairs_teach(names: Sequence[str]) -> bool:
+    """Whether the objectives learn from no row in which all responses are tied."""
+    return LEARN_FROM_TIES.isdisjoint(names)
 
 
 def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
@@ -225,18 +237,11 @@ def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
     Raises:
       ValueError: with the name of the data and what is allowed.
     """
-    if tokens.max_responses > 1 and not _has_order(tokens):
+    if tokens.max_responses > 1 and not has_order(tokens).any():
         raise ValueError(
             f"data.eval is {name}: none of its {len(tokens)} rows has two responses of different rank; "
             "allowed: at least one that has, or labelled single responses, or no data.eval"
         )
-
-
-def _has_order(tokens: TokenizedDataset) -> bool:
-    """Whether any row has two responses of different rank."""
-    starts = tokens.row_offsets[:-1]
-    lowest, highest = np.minimum.reduceat(tokens.ranks, starts), np.maximum.reduceat(tokens.ranks, starts)
-    return bool((lowest < highest).any())
 
 
 def make_loader(

@@ -14,11 +14,12 @@ from safetensors.numpy import save_file
 
 from dpo.data.loader import Loader
 from dpo.data.packing import facts
+from dpo.data.ties import has_order
 from dpo.files import new_file
 from dpo.losses import Objective, Scores
 from dpo.training.metrics import as_numbers, preference_metrics
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
-from dpo.training.setup import SINGLE_RESPONSE, Dataset
+from dpo.training.setup import SINGLE_RESPONSE, Dataset, only_pairs_teach
 from dpo.training.step import make_scores
 
 HELDOUT_FILE = "heldout.safetensors"
@@ -77,9 +78,13 @@ class Validation(NamedTuple):
             save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, beside)
 
 
-def make_mean_loss(objective: Objective) -> MeanLoss:
-    """The mean of the objective over rows that it sees as one batch, compiled once."""
-    return jax.jit(lambda scores: objective(scores).mean())
+def make_mean_loss(objective: Objective, dataset: Dataset, *, names: Sequence[str]) -> MeanLoss:
+    """The mean of the objective over rows that it sees as one batch, compiled once.
+
+    As in training, rows without a pair do not count where nothing but pairs does.
+    """
+    counted = has_order(dataset.tokens) if only_pairs_teach(names) else np.ones(len(dataset.tokens), bool)
+    return jax.jit(lambda scores: jnp.where(counted, objective(scores), 0).sum() / counted.sum())
 
 
 def why_no_loss(objective: Objective, dataset: Dataset, *, names: Sequence[str]) -> str | None:

@@ -361,6 +361,19 @@ def test_training_data_of_ties_alone_are_refused(config, tmp_path):
         train(replace(config, data={"train": str(path)}))
 
 
+def test_rows_without_a_pair_weigh_nothing_but_teach_where_something_learns_from_them(config, tmp_path):
+    """With two ties among 12 pairs a step of all rows has DPO's loss at its start, not 12/14 of it."""
+    rows = [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 1 + (i < 12)]} for i in range(14)]
+    path = tmp_path / "some_tied.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, data={"train": str(path), "eval": str(path)}, objective={"name": "dpo"})
+    config = replace(config, training={"batch_size": 12, "steps": 1})
+    assert train(config).summary["prompts"] == 12
+    assert_allclose(lines(config)[0]["loss"], np.log(2), rtol=1e-5)
+    both = replace(config, objectives=[{"name": "dpo"}, {"name": "bco"}], run_dir=str(tmp_path / "both"))
+    assert train(both).summary["prompts"] == 14
+
+
 def test_held_out_data_without_a_preference_is_refused_before_training(config, tmp_path):
     path = ties_alone(tmp_path)
     with pytest.raises(

@@ -18,15 +18,17 @@ RANDOM = np.random.default_rng(0)
 REFERENCE, POLICY = -10 * RANDOM.random((2, NUM_ROWS, 2)).astype(np.float32)
 
 
-def dataset(num_responses=2, scores=None):
+def dataset(num_responses=2, *, scores=None, ranks=None):
     responses = [[[1, 2], [3]][:num_responses] for _ in range(NUM_ROWS)]
-    tokens = make_dataset([[1]] * NUM_ROWS, responses, scores=scores)
-    return Dataset(ReadPreferences([], NUM_ROWS, {}, []), tokens, [f"eval.jsonl:{row + 1}" for row in range(NUM_ROWS)])
+    tokens = make_dataset([[1]] * NUM_ROWS, responses, scores=scores, ranks=ranks)
+    return Dataset(
+        ReadPreferences([], NUM_ROWS, {}, []), tokens, [f"eval.jsonl:{row + 1}" for row in range(NUM_ROWS)]
+    )
 
 
-def loss(spec, policy, *, shift=None, scores=None):
+def loss(spec, policy, *, shift=None, ranks=None):
     """Of rows scored in batches of four: the last one has three padding prompts, which score 1000 nats."""
-    rows = dataset(scores=scores)
+    rows = dataset(ranks=ranks)
 
     def score(batch):
         index = np.asarray(batch.index)
@@ -36,7 +38,7 @@ def loss(spec, policy, *, shift=None, scores=None):
         rows,
         evaluation_loader(rows.tokens, batch_size=4),
         ReferenceStore({"logps": REFERENCE}),
-        make_mean_loss(make_objective(spec)),
+        make_mean_loss(make_objective(spec), rows, names=[spec["name"]]),
     )
     return validation.evaluate(score, 0.1, shift=shift)[1]["loss"]
 
@@ -49,6 +51,11 @@ def test_it_is_the_mean_of_the_formula_and_padding_weighs_nothing():
     ratio = POLICY - REFERENCE
     delta = 0.3 * (ratio[:, 0] - ratio[:, 1])
     assert_allclose(loss({"name": "dpo", "beta": 0.3}, POLICY), np.log1p(np.exp(-delta)).mean(), rtol=1e-5)
+
+
+def test_a_row_without_a_pair_does_not_count():
+    ranks = [[0, 0], *[[0, 1]] * (NUM_ROWS - 1)]
+    assert_allclose(loss({"name": "dpo"}, REFERENCE, ranks=ranks), np.log(2), rtol=1e-6)
 
 
 def test_statistics_of_the_batch_are_of_all_rows():
@@ -71,7 +78,7 @@ def test_the_running_mean_is_the_one_that_training_has_come_to():
     ],
 )
 def test_where_data_lack_what_it_needs_there_is_none(name, num_responses, scores, reason):
-    lacking = why_no_loss(make_objective({"name": name}), dataset(num_responses, scores), names=[name])
+    lacking = why_no_loss(make_objective({"name": name}), dataset(num_responses, scores=scores), names=[name])
     assert lacking is not None
     assert reason in lacking
 
@@ -79,5 +86,5 @@ def test_where_data_lack_what_it_needs_there_is_none(name, num_responses, scores
 @pytest.mark.parametrize(("name", "num_responses"), [("dpo", 2), ("odpo", 2), ("bco", 1), ("sft", 1)])
 def test_otherwise_there_is_one(name, num_responses):
     scores = [[1.0, 0.0][:num_responses]] * NUM_ROWS
-    rows = dataset(num_responses, scores)
+    rows = dataset(num_responses, scores=scores)
     assert why_no_loss(make_objective({"name": name}), rows, names=[name]) is None
