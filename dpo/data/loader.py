@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import grain
 import numpy as np
@@ -14,6 +14,21 @@ from dpo.data.batch import Batch
 from dpo.data.packing import Layout, Shape, pack
 from dpo.data.planning import Step, plan_shapes
 from dpo.data.tokenization import TokenizedDataset
+
+OwnRows = Callable[[int], Collection[int]]
+"""Which of so many rows of a batch are to be filled; without it all are."""
+
+
+class Packing(TypedDict, total=False):
+    """How prompts become rows: what `Loader` takes besides their order."""
+
+    layout: Layout
+    row_length: int | None
+    micro_batches: int
+    rows_multiple: int
+    max_shapes: int
+    long_rows: bool
+    own_rows: OwnRows | None
 
 
 class Loader:
@@ -31,12 +46,9 @@ class Loader:
         rows_multiple: int = 1,
         max_shapes: int = 8,
         long_rows: bool = False,
-        own_rows: Callable[[int], Collection[int]] | None = None,
+        own_rows: OwnRows | None = None,
     ) -> None:
-        """Plan the shapes of all steps. `order(step)` gives rows of the data set; -1 is a padding prompt.
-
-        `own_rows` says which of so many rows of a batch are to be filled; without it all are.
-        """
+        """Plan the shapes of all steps. `order(step)` gives rows of the data set; -1 is a padding prompt."""
         self._own_rows = own_rows
         self.dataset = dataset
         self.num_steps = num_steps
@@ -141,13 +153,7 @@ def training_loader(
     num_steps: int,
     seed: int = 0,
     shuffle: bool = True,
-    layout: Layout = "shared",
-    row_length: int | None = None,
-    micro_batches: int = 1,
-    rows_multiple: int = 1,
-    max_shapes: int = 8,
-    long_rows: bool = False,
-    own_rows: Callable[[int], Collection[int]] | None = None,
+    **packing: Unpack[Packing],
 ) -> Loader:
     """Batches of a stream of epochs, each epoch a permutation given by (seed, epoch) or the data's order.
 
@@ -157,30 +163,14 @@ def training_loader(
     if shuffle:
         rows = rows.shuffle(seed % 2**32)
     stream = rows.repeat(None).batch(batch_size)
-    return Loader(
-        dataset,
-        lambda step: np.asarray(stream[step]),
-        num_steps=num_steps,
-        layout=layout,
-        row_length=row_length,
-        micro_batches=micro_batches,
-        rows_multiple=rows_multiple,
-        max_shapes=max_shapes,
-        long_rows=long_rows,
-        own_rows=own_rows,
-    )
+    return Loader(dataset, lambda step: np.asarray(stream[step]), num_steps=num_steps, **packing)
 
 
 def evaluation_loader(
     dataset: TokenizedDataset,
     *,
     batch_size: int,
-    layout: Layout = "shared",
-    row_length: int | None = None,
-    rows_multiple: int = 1,
-    max_shapes: int = 8,
-    long_rows: bool = False,
-    own_rows: Callable[[int], Collection[int]] | None = None,
+    **packing: Unpack[Packing],
 ) -> Loader:
     """Every row once, in order; the last batch is filled up with padding prompts of index -1."""
 
@@ -188,14 +178,4 @@ def evaluation_loader(
         rows = np.arange(step * batch_size, (step + 1) * batch_size)
         return np.where(rows < len(dataset), rows, -1)
 
-    return Loader(
-        dataset,
-        order,
-        num_steps=-(-len(dataset) // batch_size),
-        layout=layout,
-        row_length=row_length,
-        rows_multiple=rows_multiple,
-        max_shapes=max_shapes,
-        long_rows=long_rows,
-        own_rows=own_rows,
-    )
+    return Loader(dataset, order, num_steps=-(-len(dataset) // batch_size), **packing)

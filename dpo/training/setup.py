@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dpo.config import Config, DataConfig, ModelConfig, TrainingConfig
 from dpo.data.batch import Batch
-from dpo.data.loader import Loader, evaluation_loader, training_loader
+from dpo.data.loader import Loader, Packing, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import Preference, ReadPreferences, read_preferences
@@ -254,26 +254,24 @@ def make_loader(
         num_steps=num_steps,
         seed=training.seed,
         shuffle=data.shuffle,
-        layout=data.layout,
-        row_length=data.row_length,
-        micro_batches=training.micro_batches,
-        rows_multiple=row_multiple(mesh),
-        own_rows=own_rows(mesh),
-        long_rows=skips_blocks(Partition(mesh)),
+        **_packing(data, mesh, micro_batches=training.micro_batches),
     )
 
 
 def scoring_loader(data: DataConfig, tokens: TokenizedDataset, mesh: Mesh) -> Loader:
     """Every row of a data set once, in order, where no gradient is taken."""
-    return evaluation_loader(
-        tokens,
-        batch_size=EVALUATION_BATCH,
-        layout=data.layout,
-        row_length=data.row_length,
-        rows_multiple=row_multiple(mesh),
-        own_rows=own_rows(mesh),
-        long_rows=skips_blocks(Partition(mesh)),
-    )
+    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH, **_packing(data, mesh))
+
+
+def _packing(data: DataConfig, mesh: Mesh, *, micro_batches: int = 1) -> Packing:
+    return {
+        "layout": data.layout,
+        "row_length": data.row_length,
+        "micro_batches": micro_batches,
+        "rows_multiple": row_multiple(mesh),
+        "own_rows": own_rows(mesh),
+        "long_rows": skips_blocks(Partition(mesh)),
+    }
 
 
 def make_score(
