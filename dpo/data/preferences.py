@@ -17,6 +17,8 @@ names where the row came from.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -49,6 +51,17 @@ class Preference(NamedTuple):
     """The row's own "source" field, or the name of its file or data set."""
     location: str
     """File (or data set) and line (or row), counted from 1: `train.jsonl:17`."""
+
+
+def digest(preference: Preference) -> bytes:
+    """Of what a row says, not of where it stands."""
+    content = [preference.prompt, preference.responses, preference.ranks, preference.scores]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+
+
+def fingerprint(digests: Iterable[bytes]) -> str:
+    """Of rows in their order, by their digests, singly or joined."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 class Problem(NamedTuple):

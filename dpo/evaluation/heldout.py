@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from dpo.config import Config
-from dpo.data.preferences import Preference, read_preferences
+from dpo.data.preferences import Preference, digest, fingerprint, read_preferences
 from dpo.data.tokenization import TokenizedDataset
-from dpo.evaluation.accuracy import Rows
+from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.training.reference import score_rows
 from dpo.training.setup import Dataset, load_policy, make_score, open_reference, read_dataset, scoring_loader
 from dpo.training.sharding import own_mesh
-from dpo.training.validation import HELDOUT_FILE
+from dpo.training.validation import DATA_KEY, HELDOUT_FILE
 
 
 class Heldout(NamedTuple):
@@ -35,7 +36,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
     One model is in memory at a time; the reference's numbers come from the store where it has them.
 
     Raises:
-      ValueError: when policy and reference make different tokens of the data.
+      ValueError: when policy and reference make different tokens of the data, or a log-prob is not finite.
     """
     mesh = own_mesh(config.mesh)
     policy_logps, dataset = _score_policy(config, mesh)
@@ -78,7 +79,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     """What the last held-out evaluation of a finished run left, with the texts from its data.
 
     Raises:
-      ValueError: when the run left none, or its data has fewer rows than then.
+      ValueError: when the run left none, its data are others now, or a log-prob is not finite.
     """
     path = Path(run_dir) / HELDOUT_FILE
     if not path.is_file() or config.data.eval is None:
@@ -91,8 +92,14 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
         expand=config.data.expand,
     )
     numbers = load_file(path)
-    if numbers["origin"].max() >= len(read.preferences):
-        raise ValueError(f"{config.data.eval} has {len(read.preferences)} rows now, fewer than {path} knows")
+    with safe_open(path, framework="np") as file:
+        then = (file.metadata() or {}).get(DATA_KEY)  # None: a run of an earlier version
+    changed = then is not None and then != fingerprint(map(digest, read.preferences))
+    if changed or numbers["origin"].max() >= len(read.preferences):
+        raise ValueError(
+            f"{config.data.eval} does not hold the preferences that {path} was made from; restore it, or see "
+            "what dpo evaluate says of the present ones"
+        )
     dropped = len(read.preferences) - len(numbers["origin"])
     at_tokenization = {"dropped at tokenisation (dpo inspect --heldout says why)": dropped} if dropped else {}
     return _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
@@ -136,4 +143,5 @@ def _with_texts(
         prompts=np.array([repr(preference.prompt) for preference in kept]),
         sources=np.array([preference.source for preference in kept]),
     )
+    check_finite(rows, [preference.location for preference in kept])
     return Heldout(rows, kept, left_out)

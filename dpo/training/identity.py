@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dpo.config import Config
 from dpo.data.batch import Batch
-from dpo.data.preferences import Preference
+from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.training.distributed import from_all
 from dpo.training.reference import ReferenceStore, Rows, Score
 from dpo.training.setup import Dataset, Policy, given_chat_template
@@ -207,12 +207,7 @@ def check_probe(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str)
 
 def _fingerprint_preferences(preferences: Iterable[Preference]) -> str:
     """Over what the rows say, not over where they stand nor which process has read them."""
-
-    def digest(preference: Preference) -> bytes:
-        content = [preference.prompt, preference.responses, preference.ranks, preference.scores]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
-
-    return hashlib.sha256(b"".join(from_all(lambda: b"".join(map(digest, preferences))))).hexdigest()
+    return fingerprint(from_all(lambda: b"".join(map(digest, preferences))))
 
 
 def _fingerprint_rows(rows: Rows) -> str:

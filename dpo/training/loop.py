@@ -514,7 +514,8 @@ def _score_references(
         mean_loss = make_mean_loss(run.objective, run.heldout, names=names)
     else:
         tracker.message(f"no held-out loss: {lacking}")
-    return reference, Validation(run.heldout, loader, store_of(run.heldout), mean_loss)
+    known = run.identity["data"]["eval"]
+    return reference, Validation(run.heldout, loader, store_of(run.heldout), mean_loss, known)
 
 
 def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:

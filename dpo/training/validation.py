@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dpo.data.loader import Loader
 from dpo.data.packing import facts
@@ -24,8 +24,8 @@ from dpo.training.step import make_scores
 
 HELDOUT_FILE = "heldout.safetensors"
 """Log-probs of the last held-out evaluation, in the run directory."""
-
-
+DATA_KEY = "preferences"
+"""In its metadata: the fingerprint of the preferences that it is about."""
 HELDOUT_NEEDS = frozenset({"head", "log_collision"})
 """What else than log-probs is computed of held-out rows where the objective needs it."""
 
@@ -40,6 +40,8 @@ class Validation(NamedTuple):
     reference: ReferenceStore
     mean_loss: MeanLoss | None
     """The objective's mean over all rows, at once; None where these data have none (`why_no_loss`)."""
+    fingerprint: str
+    """Of the preferences as they were read."""
 
     def evaluate(
         self, score: Score, beta: float, *, shift: Float[Array, ""] | None = None
@@ -75,7 +77,8 @@ class Validation(NamedTuple):
             "origin": self.dataset.tokens.origin,
         }
         with new_file("held-out log-probs", path) as beside:
-            save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, beside)
+            contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+            beside.write_bytes(save(contiguous, metadata={DATA_KEY: self.fingerprint}))
 
 
 def make_mean_loss(objective: Objective, dataset: Dataset, *, names: Sequence[str]) -> MeanLoss:

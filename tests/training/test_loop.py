@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from stopping import stop_after
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dpo.data.preferences import digest, fingerprint, read_preferences
 from dpo.files import write_checksums
 from dpo.training import loop, program
 from dpo.training.loop import train
 from dpo.training.sharding import make_mesh
+from dpo.training.validation import DATA_KEY
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,8 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
     assert result.summary["eval"]["rewards/accuracies"] == 1.0
     heldout = load_file(result.run_dir / "heldout.safetensors")
     assert_array_equal(np.isfinite(heldout["policy"]), heldout["present"].astype(bool))
+    with safe_open(result.run_dir / "heldout.safetensors", framework="np") as file:
+        assert file.metadata()[DATA_KEY] == fingerprint(map(digest, read_preferences(config.data.eval)[0]))
     assert train(config).status == "already finished"
     summary = result.run_dir / "summary.json"
     summary.write_text(summary.read_text()[:-9])

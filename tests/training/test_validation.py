@@ -39,6 +39,7 @@ def loss(spec, policy, *, shift=None, ranks=None):
         evaluation_loader(rows.tokens, batch_size=4),
         ReferenceStore({"logps": REFERENCE}),
         make_mean_loss(make_objective(spec), rows, names=[spec["name"]]),
+        "",
     )
     return validation.evaluate(score, 0.1, shift=shift)[1]["loss"]
 
