@@ -53,9 +53,10 @@ def accuracy_difference(run: Heldout, other: Heldout) -> Interval | None:
 
     None where the held-out preferences are not the same.
     """
-    if [(p.prompt, p.responses) for p in run.preferences] != [
-        (p.prompt, p.responses) for p in other.preferences
-    ]:
+    said, said_too = (
+        [(p.prompt, p.responses, p.ranks) for p in heldout.preferences] for heldout in (run, other)
+    )
+    if said != said_too:
         return None
     ours, theirs = as_pairs(run.rows), as_pairs(other.rows)
     pairs = make_pairs(ours)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import comb, log
 from pathlib import Path
@@ -39,11 +39,12 @@ from dpo.config import (
 )
 from dpo.evaluation.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.evaluation.journal import Journal
-from dpo.evaluation.judges import reward_judge
+from dpo.evaluation.judges import RewardJudge, reward_judge
 from dpo.evaluation.match import play, read_prompts
-from dpo.evaluation.rewards import Prompt, Reward
+from dpo.evaluation.rewards import Prompt
 from dpo.evaluation.samples import Player, Request, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.files import replace_text
 from dpo.losses import make_objective
 from dpo.models.pretrained import load_pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig
@@ -69,7 +70,7 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
     reward = reward_judge(given.reward)
     prompts = [row.prompt for row in read_prompts(next(iter(configs.values())), log)]
     with Journal(output / "points.jsonl") as points:
-        observers = _Observers(given, prompts, reward.reward, points)
+        observers = _Observers(given, prompts, reward, points)
         for number, ((name, beta), config) in enumerate(configs.items(), start=1):
             log(f"run {number} of {len(configs)}: {name}, beta {beta:g} ({config.run_dir})")
             if train(config, observe=observers.of(name, beta, config)).status == "interrupted":
@@ -82,17 +83,17 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
         "settings": asdict(given),
         "reward": reward.identity,
         "prompts": len(prompts),
-        "best_of_n": best_of_n(given, prompts, reward.reward, output, log),
+        "best_of_n": best_of_n(given, prompts, reward, output, log),
         "lines": [
             {"objective": name, "beta": beta, "points": points} for (name, beta), points in lines.items()
         ],
         "temperatures": temperatures(given, configs, len(prompts), output, log),
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    (output / RESULT_FILE).write_text(text, encoding="utf-8")
+    replace_text(output / RESULT_FILE, text, what="the figures")
     draw_frontier(output / "frontier.svg", result)
     draw_temperatures(output / "temperatures.svg", result)
-    (output / "frontier.md").write_text(frontier_as_markdown(result), encoding="utf-8")
+    replace_text(output / "frontier.md", frontier_as_markdown(result), what="the tables")
     return result
 
 
@@ -125,7 +126,7 @@ class _Observers:
     """What a run is asked for at each evaluation: answers to the held-out prompts, kept in a journal."""
 
     def __init__(
-        self, given: FrontierConfig, prompts: Sequence[Prompt], reward: Reward, points: Journal
+        self, given: FrontierConfig, prompts: Sequence[Prompt], reward: RewardJudge, points: Journal
     ) -> None:
         self._given, self._prompts, self._reward, self._points = given, prompts, reward, points
         self._loaded: tuple[Policy, OnPolicy] | None = None
@@ -182,8 +183,7 @@ class _Observers:
         return f"{name} {beta:g} {step} {digest[:16]}"
 
     def _rewards(self, line: dict[str, Any]) -> Float[np.ndarray, " n"]:
-        pairs = zip(self._prompts, line["texts"], strict=True)
-        return np.array([self._reward(prompt, text) for prompt, text in pairs], np.float64)
+        return finite_rewards(self._reward, zip(self._prompts, line["texts"], strict=True))
 
     def _draw(self, params: Params) -> dict[str, Any]:
         policy, on_policy = self._open()
@@ -216,7 +216,7 @@ class _Observers:
 
 
 def best_of_n(
-    given: FrontierConfig, prompts: Sequence[Prompt], reward: Reward, output: Path, log: Log
+    given: FrontierConfig, prompts: Sequence[Prompt], reward: RewardJudge, output: Path, log: Log
 ) -> list[dict[str, Any]]:
     """Mean reward of the best of n of the reference's samples, n = 1, 2, 4, … up to `best_of`, and its KL."""
     sampling = SamplingConfig(max_new_tokens=given.max_new_tokens)
@@ -231,8 +231,8 @@ def best_of_n(
             batch_size=min(SAMPLED_TOGETHER, len(requests)),
             log=log,
         )
-    rewards = np.array([reward(r.prompt, s.text) for r, s in zip(requests, samples, strict=True)], np.float64)
-    rewards = rewards.reshape(len(prompts), given.best_of)
+    answers = ((request.prompt, sample.text) for request, sample in zip(requests, samples, strict=True))
+    rewards = finite_rewards(reward, answers).reshape(len(prompts), given.best_of)
     counts = [n for n in (2**k for k in range(given.best_of.bit_length())) if n <= given.best_of]
     names = np.arange(len(prompts))
     return [
@@ -243,6 +243,23 @@ def best_of_n(
         }
         for n in dict.fromkeys([*counts, given.best_of])
     ]
+
+
+def finite_rewards(judge: RewardJudge, answers: Iterable[tuple[Prompt, str]]) -> Float[np.ndarray, " n"]:
+    """The reward of every answer.
+
+    Raises:
+      ValueError: for one that is not finite: no mean could be taken.
+    """
+    rewards = []
+    for prompt, text in answers:
+        rewards.append(judge.score(prompt, text))
+        if not np.isfinite(rewards[-1]):
+            raise ValueError(
+                f"reward {judge.name} is {rewards[-1]} for the response {text[:80]!r}; allowed is a finite "
+                "number"
+            )
+    return np.array(rewards, np.float64)
 
 
 def expected_best(rewards: Float[np.ndarray, "P m"], n: int) -> Float[np.ndarray, " P"]:

@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dpo.files import new_file
+
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7b4fb5", "#a6761d", "#c2185b")
 """One an objective."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -174,4 +176,5 @@ def _name(objective: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with new_file("a figure", path) as beside:
+        figure.savefig(beside, format="svg", metadata={"Date": None})

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from dpo.files import writing
+
 
 class Journal:
-    """Lines by their "key", the newest of each; what was appended is on disk before `append` returns."""
+    """Lines by their "key", the newest of each; what was appended outlives the process."""
 
     def __init__(self, path: str | Path) -> None:
+        """Open a journal, alone, and drop a last line that was cut off when its writer was killed.
+
+        Raises:
+          ValueError: while another process has it open, or for a damaged line.
+          WriteError: when nothing can be written there.
+        """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = _read(self.path) if self.path.is_file() else {}
-        self._file = self.path.open("a", encoding="utf-8")
+        with writing("a journal", self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        try:
+            self._lock()
+            self.lines = read_lines(self.path, cut=True)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add one line, which must have a "key"."""
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Add one line, which must have a "key"; raises `WriteError` where there is no room."""
+        with writing("a line", self.path, note="the lines before it are kept"):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
         self.lines[line["key"]] = line
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{self.path} is in use by another process; wait for it, stop it, or give another output"
+            ) from error
 
     def close(self) -> None:
         """Close the file; the lines stay readable."""
@@ -34,15 +58,15 @@ class Journal:
         self.close()
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """All lines; a last line that was cut off when its writer was killed is removed from the file.
+def read_lines(path: Path, *, cut: bool = False) -> dict[str, dict[str, Any]]:
+    """All whole lines of a journal by their key; `cut` removes a last line that is not whole from the file.
 
     Raises:
       ValueError: for any other line that is not a JSON object with a "key".
     """
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+    if cut and whole < len(content):
         os.truncate(path, whole)
     lines: dict[str, dict[str, Any]] = {}
     for number, text in enumerate(content[:whole].splitlines(), start=1):

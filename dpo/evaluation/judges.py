@@ -76,17 +76,30 @@ class RewardJudge:
         return {"judge": "reward", "reward": self.name, "version": self.version}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Verdicts in order; a reward that is not a number makes its verdict invalid."""
+        """Verdicts in order; a reward that is not a finite number makes its verdict invalid."""
         for index, (prompt, first, second) in enumerate(questions):
-            rewards = float(self.reward(prompt, first)), float(self.reward(prompt, second))
-            yield index, verdict_of_rewards(*rewards)
+            yield index, verdict_of_rewards(self.score(prompt, first), self.score(prompt, second))
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        """The reward of one response, which may be nan or infinite.
+
+        Raises:
+          ValueError: where the function gives something that is no number.
+        """
+        value = self.reward(prompt, response)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"reward {self.name} gave {value!r} for the response {response[:80]!r}; allowed is a number"
+            ) from error
 
 
 def verdict_of_rewards(first: float, second: float) -> Verdict:
-    """The higher reward wins, equal ones tie; one that is not a number makes the verdict invalid."""
+    """The higher reward wins, equal ones tie; one that is not a finite number makes the verdict invalid."""
     answer = json.dumps([first, second])
-    if math.isnan(first) or math.isnan(second):
-        return Verdict(None, answer, "a reward is not a number")
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return Verdict(None, answer, "a reward is not a finite number")
     choice: Choice = "tie" if first == second else "first" if first > second else "second"
     return Verdict(choice, answer, details={"rewards": [first, second]})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ ORDERS = ("policy_first", "opponent_first")
 RESULT_SETTINGS = ("judge", "template", "samples", "max_new_tokens", "top_k", "top_p", "min_p")
 RESULT_SETTINGS += ("compute_dtype", "limit", "seed")
 """What of its settings a result names, besides what is compared, on which data, at which temperatures."""
+_SCORING = ("reward", "reward_model")
+"""Judges that score each response by itself; they see identical ones too, for the mean rewards."""
 _LOG_EVERY = 50
 
 Log = Callable[[str], None]
@@ -193,8 +196,9 @@ def judge_pairs(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The journal's lines on every pair in both orders; what is not there is asked, or tied if identical."""
     lines = [_unjudged(judge, pair, order) for pair in pairs for order in ORDERS]
+    is_scored = judge.identity["judge"] in _SCORING
     for line, pair in zip(lines, [pair for pair in pairs for _ in ORDERS], strict=True):
-        if pair.is_identical and line["key"] not in journal.lines:
+        if pair.is_identical and not is_scored and line["key"] not in journal.lines:
             verdict = Verdict("tie", "", details={"identical": True})
             journal.append(_judged(line, verdict))
     missing = [line for line in lines if not journal.lines.get(line["key"], {}).get("was_asked")]
@@ -246,6 +250,8 @@ def describe_temperature(
     """The win-rate at one temperature; where they are known, mean rewards and the policy's log-ratio."""
     mine = [i for i, pair in enumerate(pairs) if pair.request.sampling.temperature == temperature]
     judged = [_as_judged(pairs[i], *verdicts[i]) for i in mine]
+    if not any(pair.policy_first and pair.opponent_first for pair in judged):
+        raise ValueError(_nothing_valid(temperature, [verdicts[i] for i in mine]))
     result = describe_pairs(judged, seed=seed)
     prompts = np.array([pair.prompt for pair in judged])
     result["verdicts"] = [[line["key"] for line in verdicts[i]] for i in mine]
@@ -264,6 +270,16 @@ def describe_temperature(
         name = "KL, nats" if is_kl else "log-ratio, nats"
         result["log_ratio"] = {name: list(cluster_bootstrap(ratios[mine], prompts, seed=seed))}
     return result
+
+
+def _nothing_valid(temperature: float, verdicts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """That there is nothing to count, and what was wrong most often."""
+    problems = Counter(line["problem"] for both in verdicts for line in both if not line["choice"])
+    (problem, count), *_ = problems.most_common(1)
+    return (
+        f"temperature {temperature:g}: none of {len(verdicts)} pairs has a valid verdict in both orders; "
+        f"{count} times: {problem} (verdicts.jsonl in the output directory has every answer)"
+    )
 
 
 def describe_usage(given: WinrateConfig, lines: Sequence[dict[str, Any]]) -> dict[str, float | int]:
@@ -332,8 +348,8 @@ def _as_judged(pair: Pair, policy_first: dict[str, Any], opponent_first: dict[st
         prompt=json.dumps(pair.request.prompt),
         policy=pair.policy.text,
         opponent=pair.opponent,
-        policy_first=policy_first["choice"],
-        opponent_first=opponent_first["choice"],
+        policy_first="tie" if pair.is_identical else policy_first["choice"],
+        opponent_first="tie" if pair.is_identical else opponent_first["choice"],
         is_identical=pair.is_identical,
     )
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.evaluation import plots
+from dpo.evaluation.journal import read_lines
 from dpo.evaluation.match import RESULT_FILE
 from dpo.evaluation.page import percent, percents, prompt_text, with_interval
 from dpo.evaluation.winrate import warnings_of
@@ -81,8 +82,22 @@ def command(run_dir: Path, result: dict[str, Any], config: Config) -> str:
         settings["opponent"] = result["opponent"]
     if result["data"] != config.data.eval:
         settings["data"] = result["data"]
-    options = [f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in settings.items()]
+    settings |= _endpoint_settings(result["judge"])
+    options = [
+        f"--{name}={json.dumps(v) if isinstance(v, (list, dict)) else v}" for name, v in settings.items()
+    ]
     return shlex.join(["dpo", "winrate", "--run", str(run_dir), *options])
+
+
+def _endpoint_settings(judge: dict[str, Any]) -> dict[str, Any]:
+    """What has to be said of a judge that is asked over the network, besides its key."""
+    if judge["judge"] != "endpoint":
+        return {}
+    return {
+        "endpoint.base_url": judge["url"].removesuffix("/chat/completions"),
+        "endpoint.model": judge["model"],
+        "endpoint.options": judge["options"],
+    }
 
 
 def _plot(opponent: str, main: str, by_temperature: dict[str, Any]) -> Markup:
@@ -132,11 +147,10 @@ def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dic
     """Both responses to every prompt, in the order of the data, with what the judge said of them.
 
     Raises:
-      ValueError: where the file lacks a verdict.
+      ValueError: where the file lacks a verdict, or a line is damaged.
     """
     wanted = {key for both in keys for key in both}
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = {line["key"]: line for line in map(json.loads, text.split("\n")[:-1]) if line["key"] in wanted}
+    lines = read_lines(path) if path.is_file() else {}
     if wanted - lines.keys():
         raise ValueError(
             f"{path} lacks {len(wanted - lines.keys())} of the verdicts that {RESULT_FILE} counts; run dpo "

@@ -64,6 +64,9 @@ def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> 
     other.write_text("".join(json.dumps(row | {"chosen": "another"}) + "\n" for row in rows))
     config = replace(config, data=replace(config.data, eval=str(other)))
     assert accuracy_difference(load_heldout(path, config), load_heldout(*runs[0])) is None
+    ours = load_heldout(*runs[0])
+    tied = ours._replace(preferences=[row._replace(ranks=(0, 0)) for row in ours.preferences])
+    assert accuracy_difference(tied, ours) is None, "the same texts, of which none is better"
     shown = _Page(write_comparison([runs[0], (path, config)]).read_text()).text
     assert "Held-out preferences other than the first run's: second" in shown
 

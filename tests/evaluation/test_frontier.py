@@ -15,8 +15,9 @@ import pytest
 from dpo.cli import INTERRUPTED, main
 from dpo.config import FrontierConfig
 from dpo.evaluation import frontier
-from dpo.evaluation.frontier import best_of_n_kl, expected_best, run_configs
+from dpo.evaluation.frontier import best_of_n_kl, expected_best, finite_rewards, run_configs
 from dpo.evaluation.frontier_figures import draw_frontier
+from dpo.evaluation.judges import RewardJudge
 from dpo.training import loop
 
 
@@ -129,6 +130,26 @@ def test_some_of_the_runs_in_the_order_asked_for() -> None:
     some = replace(given, only=["ipo:0.1", "dpo:0.5"])
     assert list(run_configs(some)) == [("ipo", 0.1), ("dpo", 0.5)]
     assert run_configs(some)["dpo", 0.5] == run_configs(given)["dpo", 0.5]
+
+
+def test_the_defaults_are_what_the_results_page_records() -> None:
+    given, page = FrontierConfig(), (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    section = page[page.index("## True reward against KL") :].split("\n## ")[0]
+    words = " ".join(section.split())
+    assert f"{given.steps} steps of {given.batch_size} rankings" in words
+    assert f"a learning rate of {given.learning_rate:g}".replace("e-0", "e-") in words
+    assert f"answers of at most {given.max_new_tokens} tokens to {given.prompts} prompts" in words
+    for step in range(given.eval_every, given.steps + 1, given.eval_every):
+        assert f"step {step}" in words
+    assert f"| {given.best_of} | " in section
+    assert section.count("| Plackett-Luce | ") == section.count("| IPO | ") == len(given.betas)
+
+
+def test_a_reward_that_is_not_finite_is_named() -> None:
+    judge = RewardJudge("log", lambda prompt, response: -np.inf if not response else 1.0, "0")
+    np.testing.assert_array_equal(finite_rewards(judge, [("p", "x"), ("p", "y")]), [1.0, 1.0])
+    with pytest.raises(ValueError, match="reward log is -inf for the response ''; allowed is a finite"):
+        finite_rewards(judge, [("p", "x"), ("p", "")])
 
 
 def test_the_legend_names_only_what_is_drawn(tmp_path: Path) -> None:

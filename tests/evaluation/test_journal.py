@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.evaluation.journal import Journal
+from dpo.evaluation.journal import Journal, read_lines
+from dpo.files import WriteError
 
 
 def test_the_newest_line_of_a_key_is_there_again(tmp_path: Path) -> None:
@@ -28,6 +29,27 @@ def test_a_line_cut_off_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
         journal.append({"key": "c"})
     with Journal(path) as again:
         assert list(again.lines) == ["a", "c"]
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    """Another one would cut off the line that the first is writing."""
+    path = tmp_path / "journal.jsonl"
+    with Journal(path), pytest.raises(ValueError, match=r"journal\.jsonl is in use by another process"):
+        Journal(path)
+    Journal(path).close()
+
+
+def test_a_reader_leaves_a_line_that_is_being_written_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b", "val')
+    assert list(read_lines(path)) == ["a"]
+    assert path.read_text().endswith('"val')
+
+
+def test_a_journal_that_cannot_be_written_names_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"a journal could not be written to .*file/journal\.jsonl"):
+        Journal(tmp_path / "file" / "journal.jsonl")
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"no": "key"}'])

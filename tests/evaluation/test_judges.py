@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from dpo.evaluation.judges import (
     ControlJudge,
     Question,
+    RewardJudge,
     Template,
     default_template,
     read_answer,
@@ -47,7 +49,15 @@ def test_any_importable_function_is_a_reward(tmp_path: Path, monkeypatch: pytest
     changed = reward_judge("my_reward:short")
     assert changed.identity["version"] != before
     verdict = verdicts(changed, Question("x", "a", "b"))[0]
-    assert (verdict.choice, verdict.problem) == (None, "a reward is not a number")
+    assert (verdict.choice, verdict.problem) == (None, "a reward is not a finite number")
+
+
+def test_a_reward_that_is_infinite_or_no_number_is_not_averaged() -> None:
+    infinite = RewardJudge("minus_inf", lambda prompt, response: -math.inf if response == "a" else 1.0, "0")
+    assert verdicts(infinite, Question("x", "a", "b"))[0].problem == "a reward is not a finite number"
+    nothing = RewardJudge("none", lambda prompt, response: None, "0")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reward none gave None for the response 'a'; allowed is a number"):
+        list(nothing.ask([Question("x", "a", "b")]))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,29 @@ def test_against_the_datas_own_responses(command: list[str], tmp_path: Path, mon
     assert texts == {"no", *(f"{text} yes" for text in PROMPTS)}
 
 
+def test_rewards_are_means_over_all_pairs(command: list[str], tmp_path: Path, monkeypatch) -> None:
+    """At temperature 0 a model against itself gives the same texts: ties, whose rewards count too."""
+    (tmp_path / "length_reward.py").write_text("def length(prompt, response): return len(response)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*command, "--judge=length_reward:length", "--temperatures=[0]", "--kl=false"]) == 0
+    figures = result_of(tmp_path / "out", "0.0")
+    assert (figures["ties_identical"], figures["wins"], figures["losses"]) == (5, 0, 0)
+    for side in ("policy", "opponent"):
+        assert figures["reward"][f"reward, {side}"][0] == figures["mean_length"][side]
+
+
+def test_judging_in_vain_says_what_was_wrong(
+    command: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nan_reward.py").write_text("def nan(prompt, response): return float('nan')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*command, "--judge=nan_reward:nan", "--kl=false"]) == 2
+    assert (
+        "temperature 1: none of 5 pairs has a valid verdict in both orders; 10 times: a reward is not a "
+        "finite number (verdicts.jsonl" in capsys.readouterr().err
+    )
+
+
 def test_an_interrupted_start_goes_on(command: list[str], tmp_path: Path, monkeypatch) -> None:
     """Sampling dies after one batch of four: the next start draws the six that are missing and no other."""
     arguments = [*command, "--judge=vader", "--kl=false", "--seed=3"]

@@ -234,6 +234,19 @@ def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
     assert "of the software" not in shown
 
 
+def test_the_command_of_an_endpoint_says_where_it_is(run: tuple[Path, Config]) -> None:
+    path = run[0] / "winrate" / "winrate.json"
+    result = json.loads(path.read_text())
+    judge = {"judge": "endpoint", "url": "http://here/v1/chat/completions", "model": "m", "template": "0"}
+    result["judge"] = judge | {"options": {"temperature": 0}}
+    result["settings"]["judge"] = "endpoint"
+    path.write_text(json.dumps(result))
+    shown = _Page(write_report(*run).read_text()).text
+    assert "--judge=endpoint" in shown
+    options = "--endpoint.base_url=http://here/v1 --endpoint.model=m"
+    assert f"{options} '--endpoint.options={{\"temperature\": 0}}'" in shown
+
+
 def test_a_run_without_win_rate_says_how_to_measure_it(run: tuple[Path, Config]) -> None:
     shutil.rmtree(run[0] / "winrate")
     assert f"dpo winrate --run '{run[0]}'" in _Page(write_report(*run).read_text()).text
