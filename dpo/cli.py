@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -583,15 +583,16 @@ RESULTS = {
 
 def figures_as_text(figures: dict[str, Any]) -> str:
     """The figures of `describe` in a few lines."""
-    from dpo.evaluation.accuracy import cautions
+    from dpo.evaluation.accuracy import BASELINES, cautions
 
     lines = [
         _counts(figures)
         + "".join(f"; {count} left out: {reason}" for reason, count in figures["left_out"].items()),
         _line("accuracy", figures["accuracy"], note=f"{figures['ties']} ties" if figures["ties"] else ""),
-        _line("  longer is better", figures["baselines"]["longer"]),
-        _line("  reference's log-prob", figures["baselines"]["reference_logp"]),
-        _line("  the same per token", figures["baselines"]["reference_logp_per_token"]),
+        *(
+            _line(f"  {words}", figures["baselines"][name], note=_gain(figures["over_baselines"][name]))
+            for name, words in BASELINES.items()
+        ),
         _line("margin (beta x log-ratio)", figures["margin"], note=f"beta {figures['beta']:g}"),
         f"{'log-ratio, nats':<28}"
         + ", ".join(
@@ -613,10 +614,13 @@ def figures_as_text(figures: dict[str, Any]) -> str:
             ),
         ]
     for name, part in figures["by_length"].items():
-        lines.append(_line(f"where {name.replace('_', ' ')}", part["accuracy"], note=_part_note(part)))
-    for source, part in figures.get("by_source", {}).items():
-        note = f"{_part_note(part)}, longer is better {part['longer'][0]:.3f}"
-        lines.append(_line(f"  {source}"[:27], part["accuracy"], note=note))
+        lines.append(_part_line(f"where {name.replace('_', ' ')}", part))
+    sources = figures.get("by_source", {})
+    width = max(map(len, sources), default=0)
+    for source, part in sources.items():
+        lines.append(
+            _part_line(f"  {source:<{width}}", part, note=f", longer is better {part['longer'][0]:.3f}")
+        )
     if "mean_of_sources" in figures:
         part = figures["mean_of_sources"]
         note = f"longer is better {part['longer'][0]:.3f}"
@@ -633,18 +637,25 @@ def _counts(figures: dict[str, Any]) -> str:
     return f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
 
 
-def _part_note(part: dict[str, Any]) -> str:
-    from dpo.evaluation.statistics import few_clusters
-
-    ties = f", {part['ties']} ties" if part["ties"] else ""
-    ece = part["calibration"]["ece"]
-    few = ", too few for an interval" if few_clusters(part["prompts"]) else ""
-    return f"{part['pairs']} pairs{ties}{few}, margin {part['margin'][0]:.3f}, calibration error {ece:.3f}"
-
-
-def _line(name: str, interval: list[float], *, note: str = "") -> str:
+def _gain(interval: Sequence[float]) -> str:
+    """The accuracy beside that of a baseline."""
     estimate, low, high = interval
-    text = f"{name:<28}{estimate:.3f}  95% {low:.3f} to {high:.3f}"
+    return f"policy {estimate:+.3f}, 95% {low:+.3f} to {high:+.3f}"
+
+
+def _part_line(name: str, part: dict[str, Any], *, note: str = "") -> str:
+    from dpo.evaluation.accuracy import part_interval
+
+    interval, remark = part_interval(part)
+    counts = f"{part['pairs']} pairs" + (f", {part['ties']} ties" if part["ties"] else "")
+    found = f"margin {part['margin'][0]:.3f}, calibration error {part['calibration']['ece']:.3f}"
+    note = ", ".join(text for text in (counts, remark, found + note) if text)
+    return _line(name, interval, note=note) if interval else f"{name:<27} {part['accuracy'][0]:.3f}  ({note})"
+
+
+def _line(name: str, interval: Sequence[float], *, note: str = "") -> str:
+    estimate, low, high = interval
+    text = f"{name:<27} {estimate:.3f}  95% {low:.3f} to {high:.3f}"
     return f"{text}  ({note})" if note else text
 
 

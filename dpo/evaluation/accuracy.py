@@ -8,6 +8,7 @@ Single labelled responses are compared with the reference itself (`as_pairs`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dpo.evaluation.statistics import cluster_bootstrap, few_clusters
+from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, mean_of_groups, without_spread
 from dpo.intervals import Interval, wilson
 from dpo.losses import Scores, make_objective
 
 NUM_BINS = 10
+BASELINES = {
+    "longer": "longer is better",
+    "reference_logp": "reference's log-prob",
+    "reference_logp_per_token": "the same per token",
+}
+"""Scores that took no training, in words."""
 _plackett_luce = jax.jit(make_objective({"name": "plackett_luce", "beta": 1.0}).loss)
 
 
@@ -94,6 +101,7 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
         "margin": list(cluster_bootstrap(delta, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)),
         "log_ratio": log_ratios(given, seed=seed),
         "baselines": baselines(rows, pairs, seed=seed),
+        "over_baselines": over_baselines(rows, pairs, seed=seed),
         "by_length": by_length(rows, pairs, beta=beta, seed=seed),
         "calibration": calibration(delta, pairs.weight),
     }
@@ -114,13 +122,26 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
 def cautions(figures: dict[str, Any]) -> list[str]:
     """What a reader of the figures has to know of their intervals."""
     found = few_clusters(figures["prompts"])
-    if figures["accuracy"][1] == figures["accuracy"][2] and "accuracy_wilson" in figures:
-        _, low, high = figures["accuracy_wilson"]
+    found += without_spread("accuracy", figures["accuracy"], figures["prompts"])
+    small = [name for name, part in figures.get("by_source", {}).items() if few_clusters(part["prompts"])]
+    if small:
         found.append(
-            f"all pairs came out alike, so that a bootstrap has no spread: Wilson's interval of the accuracy "
-            f"is {low:.3f} to {high:.3f}"
+            f"the interval of the mean of the sources is too narrow: few prompts in {', '.join(small)}"
         )
     return found
+
+
+def part_interval(part: dict[str, Any]) -> tuple[Sequence[float] | None, str]:
+    """What to show beside the accuracy of a part of the pairs, and a remark on it.
+
+    The bootstrap's interval; of fewer than FEW prompts none; where all of them came out alike, Wilson's.
+    """
+    rate, low, high = part["accuracy"]
+    if few_clusters(part["prompts"]):
+        return None, "too few for an interval"
+    if low == high:
+        return wilson(rate * part["prompts"], part["prompts"]), "all alike: Wilson's interval"
+    return part["accuracy"], ""
 
 
 def as_pairs(rows: Rows) -> Rows:
@@ -151,12 +172,16 @@ def as_pairs(rows: Rows) -> Rows:
     )
 
 
-def check_finite(rows: Rows) -> None:
-    """Refuse log-probs that are not numbers, naming their rows."""
+def check_finite(rows: Rows, places: Sequence[str] | None = None) -> None:
+    """Refuse log-probs that are not numbers, naming their rows, by `places` where they are known."""
     for name, values in (("policy", rows.policy), ("reference", rows.reference)):
-        bad = np.nonzero((rows.present & ~np.isfinite(values)).any(1))[0]
-        if len(bad):
-            raise ValueError(f"{name} log-probs of rows {bad[:20].tolist()} are not finite")
+        bad = np.nonzero((rows.present & ~np.isfinite(values)).any(1))[0].tolist()
+        if bad:
+            which = str(bad[:20]) if places is None else ", ".join(places[row] for row in bad[:5])
+            raise ValueError(
+                f"{name} log-probs of {len(bad)} of {len(rows.ranks)} rows are not finite ({which}): check "
+                "the weights, and the learning rate they were trained with"
+            )
 
 
 def outcomes(gap: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
@@ -174,6 +199,16 @@ def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[floa
     """What the same pairs give to scores that took no training: length, and the reference's own log-probs."""
     return {
         name: list(accuracy(rows, pairs, values, seed=seed))
+        for name, values in _untrained_scores(rows).items()
+    }
+
+
+def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
+    """Accuracy minus that of each baseline, paired: on the same pairs, so that what they share cancels."""
+    right = outcomes(pairs.gap(rows.log_ratio))
+    mean = partial(cluster_bootstrap, clusters=rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
+    return {
+        name: list(mean(right - outcomes(pairs.gap(values))))
         for name, values in _untrained_scores(rows).items()
     }
 
@@ -339,11 +374,10 @@ def plackett_luce_log_likelihood(rows: Rows, *, beta: float) -> Float[np.ndarray
 
 def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
     """Accuracy, and that of each baseline, every subset counting the same (as in RewardBench)."""
-    names, source = np.unique(rows.sources[pairs.row], return_inverse=True)
-    weight = pairs.weight / np.bincount(source, weights=pairs.weight)[source] / len(names)
-    clusters = rows.prompts[pairs.row]
+    clusters, sources = rows.prompts[pairs.row], rows.sources[pairs.row]
+    mean = partial(mean_of_groups, clusters=clusters, groups=sources, weights=pairs.weight, seed=seed)
     return {
-        name: list(cluster_bootstrap(outcomes(pairs.gap(values)), clusters, weights=weight, seed=seed))
+        name: list(mean(outcomes(pairs.gap(values))))
         for name, values in {"accuracy": rows.log_ratio, **_untrained_scores(rows)}.items()
     }
 

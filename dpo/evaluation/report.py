@@ -16,23 +16,17 @@ from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.evaluation import plots
-from dpo.evaluation.accuracy import as_pairs, cautions, describe, make_pairs
+from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
 from dpo.evaluation.curves import add_log_ratios, draw_run
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.page import percent, percents, render, with_interval, write_page
 from dpo.evaluation.report_match import read_match
 from dpo.evaluation.report_pairs import LEGEND, describe_extremes
-from dpo.evaluation.statistics import few_clusters
 from dpo.losses import reward_scale
 from dpo.training.tracking import METRICS_FILE, read_metrics
 from dpo.training.validation import HELDOUT_FILE
 from dpo.training.versions import versions
 
-BASELINES = {
-    "longer": "longer is better",
-    "reference_logp": "reference's log-prob",
-    "reference_logp_per_token": "the same per token",
-}
 NOTHING = ("0", "none")
 """Values of the data report that are listed together, in one line."""
 
@@ -121,7 +115,7 @@ def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
     return {
         "figures": figures,
         "cautions": cautions(figures),
-        "above_baselines": figures["accuracy"][1] > max(interval[0] for _, interval in named[1:]),
+        "above_baselines": min(low for _, low, _ in figures["over_baselines"].values()) > 0,
         "verdict_plot": Markup(plots.intervals("Held-out accuracy, 95% intervals", named, level=0.5)),
         "verdict_rows": _verdict_rows(figures),
         "breakdown": breakdown(figures),
@@ -135,6 +129,10 @@ def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
 def _verdict_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ratios = figures["log_ratio"]
     rows = [
+        *(
+            (f"accuracy minus “{words}”", with_interval(figures["over_baselines"][name]))
+            for name, words in BASELINES.items()
+        ),
         (f"margin, β {figures['beta']:g}", with_interval(figures["margin"])),
         *(
             (f"log-ratio of {word} responses, nats", with_interval(ratios[name], 2))
@@ -187,17 +185,18 @@ def breakdown(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _part_cells(part: dict[str, Any]) -> list[str]:
     """Of all columns but the first; empty where a part has no such figure."""
     ratios = part.get("log_ratio", {})
-    is_small = "prompts" in part and bool(few_clusters(part["prompts"]))
+    interval, remark = part_interval(part) if "prompts" in part else (part["accuracy"], "")
+    shown = percents(interval) if interval else ""
     return [
         str(part.get("pairs", "")),
         str(part.get("ties", "")),
         percent(part["accuracy"][0]),
-        "too few prompts" if is_small else percents(part["accuracy"]),
+        f"{shown} ({remark})" if shown and remark else shown or remark,
         ""
         if "margin" not in part
-        else f"{part['margin'][0]:.3f}"
-        if is_small
-        else with_interval(part["margin"]),
+        else with_interval(part["margin"])
+        if interval
+        else f"{part['margin'][0]:.3f}",
         *(f"{ratios[name][0]:+.2f}" if name in ratios else "" for name in ("chosen", "rejected")),
         f"{part['calibration']['ece']:.3f}" if "calibration" in part else "",
         *(percent(part[name][0]) if name in part else "" for name in BASELINES),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
-from dpo.intervals import Interval, normal_quantile
+from dpo.intervals import Interval, normal_quantile, wilson
 
 FEW = 10
 """Clusters below which a percentile bootstrap covers clearly less than it says."""
@@ -26,16 +28,69 @@ def cluster_bootstrap(
     """Percentile interval of the (weighted) mean, drawing whole clusters with replacement.
 
     Rows of one prompt stand or fall together: drawing single rows would make the interval too narrow.
+
+    Raises:
+      ValueError: without values, and for one that is not finite.
     """
     weights = np.ones(len(values)) if weights is None else weights
-    if len(values) == 0 or weights.sum() <= 0:
-        raise ValueError("no value to average; allowed is one or more with a positive weight")
+    _check(values, weights)
     _, cluster = np.unique(clusters, return_inverse=True)
     sums = np.bincount(cluster, weights=weights * values)
     sizes = np.bincount(cluster, weights=weights)
     means = _resampled_ratios(sums, sizes, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
+
+
+def mean_of_groups(
+    values: Float[np.ndarray, " n"],
+    clusters: Shaped[np.ndarray, " n"],
+    groups: Shaped[np.ndarray, " n"],
+    *,
+    weights: Float[np.ndarray, " n"],
+    seed: int = 0,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of the mean of the groups' weighted means, each group counting the same.
+
+    Whole clusters are drawn with replacement among those that are in the same groups: every resample has all
+    groups, and what the groups differ by is no part of the spread.
+
+    Raises:
+      ValueError: as `cluster_bootstrap` does.
+    """
+    _check(values, weights)
+    names, group = np.unique(groups, return_inverse=True)
+    cluster_names, cluster = np.unique(clusters, return_inverse=True)
+    shape = len(cluster_names), len(names)
+    place = cluster * shape[1] + group
+    sums = np.bincount(place, weights=weights * values, minlength=shape[0] * shape[1]).reshape(shape)
+    sizes = np.bincount(place, weights=weights, minlength=shape[0] * shape[1]).reshape(shape)
+    _, stratum = np.unique(sizes > 0, axis=0, return_inverse=True)
+    strata = [np.flatnonzero(stratum.reshape(-1) == index) for index in range(stratum.max() + 1)]
+    rng, means = np.random.default_rng(seed), []
+    at_a_time = max(1, 4_000_000 // shape[0])
+    for start in range(0, resamples, at_a_time):
+        counts = np.zeros((min(at_a_time, resamples - start), shape[0]))
+        for members in strata:
+            even = np.full(len(members), 1 / len(members))
+            counts[:, members] = rng.multinomial(len(members), even, size=len(counts))
+        means.append(((counts @ sums) / (counts @ sizes)).mean(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float((sums.sum(0) / sizes.sum(0)).mean()), float(low), float(high))
+
+
+def without_spread(name: str, interval: Sequence[float], prompts: int) -> list[str]:
+    """What to say of an interval of no width, which a bootstrap gives where all prompts came out alike."""
+    rate, low, high = interval
+    if low < high or prompts < 2:
+        return []
+    _, low, high = wilson(rate * prompts, prompts)
+    return [
+        f"all prompts came out alike, so that a bootstrap has no spread: Wilson's interval of the {name} is "
+        f"{low:.3f} to {high:.3f}"
+    ]
 
 
 def few_clusters(count: int) -> list[str]:
@@ -78,6 +133,15 @@ def _power(count: int, rate: float, baseline: float, confidence: float) -> float
     wins = np.arange(count + 1)
     tail = np.minimum(stats.binom.cdf(wins, count, baseline), stats.binom.sf(wins - 1, count, baseline))
     return float(stats.binom.pmf(wins, count, rate)[2 * tail <= 1 - confidence].sum())
+
+
+def _check(values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> None:
+    if len(values) == 0 or weights.sum() <= 0:
+        raise ValueError("no value to average; allowed is one or more with a positive weight")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{np.sum(~np.isfinite(values))} of {len(values)} values to average are not finite numbers"
+        )
 
 
 def _resampled_ratios(

@@ -15,7 +15,13 @@ from jaxtyping import Float, Shaped
 
 from dpo.evaluation.judges import Choice
 from dpo.evaluation.length_control import length_controlled
-from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, num_needed, sign_test
+from dpo.evaluation.statistics import (
+    cluster_bootstrap,
+    few_clusters,
+    num_needed,
+    sign_test,
+    without_spread,
+)
 from dpo.intervals import wilson
 
 POLICY_FIRST = {"first": 1.0, "tie": 0.5, "second": 0.0}
@@ -122,6 +128,7 @@ def describe_judge(pairs: Sequence[Judged], votes: Votes) -> dict[str, float | N
 def warnings_of(figures: dict[str, Any]) -> list[str]:
     """What a reader of the win-rate has to know first."""
     found, judge = few_clusters(figures["prompts"]), figures["judge"]
+    found += without_spread("win-rate", figures["win_rate"], figures["prompts"])
     if figures["invalid"]:
         low, high = figures["win_rate_if_invalid"]
         found.append(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dpo.cli import figures_as_text
 from dpo.evaluation import accuracy as acc
 from dpo.evaluation.accuracy import Rows, describe, make_pairs
 
@@ -136,8 +137,20 @@ def test_a_policy_that_prefers_length_is_exposed_by_the_baseline_and_the_split()
     longer = np.sign(lengths[:, 0] - lengths[:, 1]).astype(float)
     result = describe(pair_rows(longer, lengths=lengths), beta=1.0)
     assert result["accuracy"] == result["baselines"]["longer"]
+    assert result["over_baselines"]["longer"] == [0.0, 0.0, 0.0], "paired: it is right where length is"
     assert result["by_length"]["better_is_longer"]["accuracy"][0] == 1.0
     assert result["by_length"]["better_is_shorter"]["accuracy"][0] == 0.0
+
+
+def test_the_gain_over_a_baseline_is_paired() -> None:
+    """Both are right on the same half, the policy alone on one more tenth: its gain is above zero."""
+    delta = np.repeat([1.0, 1.0, -1.0], [50, 10, 40])
+    lengths = np.repeat([[9, 5], [5, 9], [5, 9]], [50, 10, 40], axis=0)
+    result = describe(pair_rows(delta, lengths=lengths), beta=1.0)
+    estimate, low, _ = result["over_baselines"]["longer"]
+    assert estimate == pytest.approx(result["accuracy"][0] - result["baselines"]["longer"][0])
+    assert low > 0
+    assert result["accuracy"][1] < result["baselines"]["longer"][2], "the intervals overlap nevertheless"
 
 
 def test_a_calibrated_policy_has_no_calibration_error_and_a_bold_one_has() -> None:
@@ -256,10 +269,28 @@ def test_an_interval_that_says_nothing_is_said_to() -> None:
     assert acc.cautions(few) == ["3 prompts: intervals that draw fewer than 10 prompts are too narrow"]
     alike = describe(pair_rows(np.ones(20)), beta=0.1)
     assert acc.cautions(alike) == [
-        "all pairs came out alike, so that a bootstrap has no spread: Wilson's interval of the accuracy is "
+        "all prompts came out alike, so that a bootstrap has no spread: Wilson's interval of the accuracy is "
         "0.839 to 1.000"
     ]
     assert acc.cautions(describe(pair_rows(np.tile([1.0, -1.0], 10)), beta=0.1)) == []
+    both = pair_rows(np.tile([1.0, -1.0], 10), sources=np.array(["a"] * 18 + ["b"] * 2))
+    assert acc.cautions(describe(both, beta=0.1)) == [
+        "the interval of the mean of the sources is too narrow: few prompts in b"
+    ]
+
+
+def test_a_part_has_the_interval_that_it_can_have() -> None:
+    """The bootstrap's; Wilson's where all came out alike; none of few prompts."""
+    delta, lengths = np.ones(29), np.full((29, 2), 7)
+    lengths[:20, 0], lengths[20:24, 0] = 9, 5
+    parts = describe(pair_rows(delta, lengths=lengths), beta=0.1)["by_length"]
+    interval, remark = acc.part_interval(parts["better_is_longer"])
+    assert interval == pytest.approx((1.0, 0.8389, 1.0), abs=1e-4)
+    assert "Wilson" in remark
+    assert acc.part_interval(parts["better_is_shorter"]) == (None, "too few for an interval")
+    delta[:5] = -1.0
+    part = describe(pair_rows(delta, lengths=lengths), beta=0.1)["by_length"]["better_is_longer"]
+    assert acc.part_interval(part) == (part["accuracy"], "")
 
 
 def test_everything_is_plain_json_and_does_not_depend_on_rubbish_where_absent() -> None:
@@ -271,8 +302,10 @@ def test_everything_is_plain_json_and_does_not_depend_on_rubbish_where_absent() 
 
 def test_numbers_that_are_none_are_refused_by_row() -> None:
     rows = pair_rows(np.array([1.0, np.nan, 2.0]))
-    with pytest.raises(ValueError, match=r"policy log-probs of rows \[1\] are not finite"):
+    with pytest.raises(ValueError, match=r"policy log-probs of 1 of 3 rows are not finite \(\[1\]\)"):
         describe(rows, beta=0.1)
+    with pytest.raises(ValueError, match=r"not finite \(x\.jsonl:7\)"):
+        acc.check_finite(rows, ["x.jsonl:5", "x.jsonl:7", "x.jsonl:8"])
 
 
 def test_ties_alone_are_refused() -> None:
@@ -286,6 +319,7 @@ def test_the_mean_of_sources_counts_every_source_the_same() -> None:
     result = describe(rows, beta=0.1)
     assert result["mean_of_sources"]["accuracy"][0] == pytest.approx(0.5)
     assert result["accuracy"][0] == pytest.approx(0.9)
+    assert result["mean_of_sources"]["accuracy"] == [0.5, 0.5, 0.5], "all that differs is the source"
     assert "mean_of_sources" not in describe(pair_rows(np.ones(3)), beta=0.1)
 
 
@@ -310,3 +344,15 @@ def test_the_calibration_curve_is_scikit_learns() -> None:
     np.testing.assert_allclose(ours["confidence"], 0.5 + mean / 2)
     share = np.array(ours["share"])
     assert ours["ece"] == pytest.approx(share @ np.abs(right - (0.5 + mean / 2)))
+
+
+def test_the_figures_are_printed_with_whole_names_and_no_interval_of_few_prompts() -> None:
+    sources = np.repeat(["LLMBar/Adversarial/GPTInst", "LLMBar/Adversarial/GPTOut"], [16, 4])
+    figures = describe(pair_rows(np.tile([1.0, -1.0], 10), sources=sources), beta=0.1) | {"left_out": {}}
+    lines = {" ".join(line.split()[:1]): line for line in figures_as_text(figures).splitlines()}
+    assert "0.500  95%" in lines["LLMBar/Adversarial/GPTInst"]
+    few = lines["LLMBar/Adversarial/GPTOut"]
+    assert "  LLMBar/Adversarial/GPTOut  0.500  (4 pairs, too few for an interval, margin" in few
+    assert "95%" not in few
+    assert "(policy +0.000, 95% -" in lines["longer"]
+    assert "! the interval of the mean of the sources is too narrow" in figures_as_text(figures)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, num_needed, sign_test
+from dpo.evaluation.statistics import (
+    cluster_bootstrap,
+    few_clusters,
+    mean_of_groups,
+    num_needed,
+    sign_test,
+    without_spread,
+)
 
 
 @pytest.mark.parametrize(("clusters", "rows"), [(100, 1), (150, 4)])
@@ -38,6 +45,52 @@ def test_weights_are_repetitions() -> None:
     weighted = cluster_bootstrap(values, names, weights=np.array([2.0, 1.0, 3.0]))
     repeated = cluster_bootstrap(np.array([1.0, 1, 0, 1, 1, 1]), np.array(["a", "a", "a", "b", "b", "b"]))
     assert weighted == pytest.approx(repeated)
+
+
+def test_what_groups_differ_by_is_no_part_of_the_spread_of_their_mean() -> None:
+    values, groups = np.repeat([1.0, 0.0], [5, 40]), np.repeat(["a", "b"], [5, 40])
+    found = mean_of_groups(values, np.arange(45), groups, weights=np.ones(45))
+    assert found == (0.5, 0.5, 0.5)
+
+
+def test_the_mean_of_one_group_has_the_clustered_interval() -> None:
+    rng = np.random.default_rng(0)
+    values, names, weights = rng.random(200), np.arange(200) // 4, rng.random(200) + 0.5
+    found = mean_of_groups(values, names, np.full(200, "all"), weights=weights)
+    assert found == pytest.approx(cluster_bootstrap(values, names, weights=weights), abs=0.01)
+    assert found.estimate == pytest.approx(np.average(values, weights=weights))
+
+
+def test_a_cluster_in_two_groups_is_drawn_for_both() -> None:
+    """Where one group holds the complements of the other's values the mean is ½, whatever is drawn."""
+    values = np.random.default_rng(0).random(30)
+    found = mean_of_groups(
+        np.concatenate([values, 1 - values]),
+        np.tile(np.arange(30), 2),
+        np.repeat(["a", "b"], 30),
+        weights=np.ones(60),
+    )
+    assert found == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_the_interval_of_the_mean_of_groups_covers_19_of_20() -> None:
+    """Three groups of unlike size and chance; their mean chance is 0.6."""
+    rng = np.random.default_rng(1)
+    groups = np.repeat([0, 1, 2], [40, 60, 120])
+    chance, covered = np.array([0.3, 0.9, 0.6])[groups], np.zeros(1500)
+    for trial in range(len(covered)):
+        values = (rng.random(220) < chance).astype(float)
+        found = mean_of_groups(
+            values, np.arange(220), groups, weights=np.ones(220), seed=trial, resamples=400
+        )
+        covered[trial] = found.low <= 0.6 <= found.high
+    assert covered.mean() == pytest.approx(0.95, abs=0.015)
+
+
+def test_an_interval_without_spread_comes_with_wilsons() -> None:
+    assert without_spread("rate", [0.8, 0.7, 0.9], 20) == []
+    assert without_spread("rate", [1.0, 1.0, 1.0], 1) == [], "that one prompt gives none is said elsewhere"
+    assert "Wilson's interval of the rate is 0.839 to 1.000" in without_spread("rate", [1.0] * 3, 20)[0]
 
 
 def test_the_sign_test_is_scipys_and_symmetric() -> None:
@@ -81,6 +134,10 @@ def test_few_prompts_are_said_to_be_few() -> None:
     ("call", "message"),
     [
         (lambda: cluster_bootstrap(np.zeros(0), np.zeros(0)), "no value to average"),
+        (
+            lambda: cluster_bootstrap(np.array([1.0, np.nan, np.inf]), np.arange(3)),
+            "2 of 3 values to average",
+        ),
         (lambda: num_needed(0.5), "two different rates"),
     ],
 )

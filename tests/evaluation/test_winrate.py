@@ -129,7 +129,8 @@ def test_a_judge_that_always_says_first_is_exposed() -> None:
 def test_a_judge_that_flips_either_way_is_not_said_to_decide_by_position() -> None:
     pairs = [pair("first", "first", prompt=str(i)) for i in range(20)]
     pairs += [pair("second", "second", prompt=str(i)) for i in range(20, 40)]
-    (warning,) = warnings_of(describe_pairs(pairs))
+    alike, warning = warnings_of(describe_pairs(pairs))
+    assert "all prompts came out alike" in alike
     assert "it says 'first' in 50% of its decisions): it is not sure of its verdicts" in warning
 
 
@@ -169,6 +170,14 @@ def test_a_fair_judge_of_a_model_against_itself_gives_one_half_without_warnings(
     assert figures["sign_test"] > 0.05
     assert figures["judge"]["says_first"] == 0.5
     assert warnings_of(figures) == []
+
+
+def test_a_policy_that_always_wins_has_wilsons_interval_beside_the_bootstraps() -> None:
+    pairs = [pair("first", "second", prompt=str(i // 2), policy="abc" * i) for i in range(40)]
+    text = figures_as_text(describe_pairs(pairs))
+    assert "win-rate              1.000  95% 1.000 to 1.000" in text
+    assert "! all prompts came out alike, so that a bootstrap has no spread: Wilson's interval" in text
+    assert "0.839 to 1.000" in text
 
 
 def test_nothing_valid_is_an_error() -> None:
