@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -36,6 +37,12 @@ BLOCK = 64
 
 SAVED_NAMES = ("attention_output", "attention_normaliser")
 """What a rematerialisation policy may save so that the forward pass is not run again."""
+
+TILES = 8
+"""Tiles a step of the loop, computed side by side (docs/performance.md)."""
+
+_ZERO = np.uint32(0)
+"""Unsigned, so that no code is made for negative places."""
 
 _HIDDEN = -1e30
 _LEAST = -1e29
@@ -94,40 +101,36 @@ def _forward(scale, softcap, block, partition, q, k, v, layout):
 
 
 def _forward_local(scale, softcap, block, q, k, v, layout):
-    tiles = _Tiles(q.shape, k.shape[2], block)
+    tiles = _Tiles(layout, q.shape[2] // k.shape[2], block)
     keys, values = _heads_first(k), _heads_first(v)
-    order, count = _schedule(layout, block)
+    schedule = _schedule(layout, block, k.shape[2])
 
-    def query_block(step, state):
-        at = tiles.index(step)
-        queries = tiles.queries(q, at)
+    def tile(at: _Place):
+        """A softmax over these keys alone: its maximum, total and weighted sum of values."""
+        operands = tiles.queries(q, at), tiles.keys(keys, at), tiles.keys(values, at)
+        product = _product(operands[0], operands[1], 1, 1)
+        scores, _ = _scores(product, tiles.visible(at), scale, softcap)
+        maximum = jnp.maximum(scores.max(axis=1), _LEAST)
+        weights = jnp.exp(scores - maximum[:, None])
+        added = _product(weights.astype(v.dtype), operands[2], 1, 0)
+        return (maximum, weights.sum(axis=1), added), (*operands, product, weights)
 
-        def key_block(n, state):
-            maximum, total, out = state
-            j = order[at.row, at.block, n]
-            scores, _ = _scores(
-                queries, tiles.keys(keys, at, j), tiles.visible(layout, at, j), scale, softcap
-            )
-            least = maximum
-            maximum = jnp.maximum(maximum, scores.max(axis=1))
-            weights, decay = jnp.exp(scores - maximum[:, None]), jnp.exp(least - maximum)
-            added = _product(weights.astype(v.dtype), tiles.keys(values, at, j), 1, 0)
-            return maximum, total * decay + weights.sum(axis=1), out * decay[:, None] + added
+    def merge(state, at: _Place, found):
+        before = [tiles.query_slice(x, at) for x in state]
+        found = [x.reshape(y.shape) for x, y in zip(found, before, strict=True)]
+        maximum = jnp.maximum(before[0], found[0])
+        decay, weight = jnp.exp(before[0] - maximum), jnp.exp(found[0] - maximum)
+        old = before[1] * decay
+        total = old + found[1] * weight
+        share = 1 / jnp.where(total == 0, 1.0, total)
+        out = before[2] * (old * share)[..., None] + found[2] * (weight * share)[..., None]
+        return tuple(tiles.write(x, new, at) for x, new in zip(state, (maximum, total, out), strict=True))
 
-        start = (
-            jnp.full(tiles.size, _LEAST),
-            jnp.zeros(tiles.size),
-            jnp.zeros((tiles.size, q.shape[-1])),
-        )
-        maximum, total, out = jax.lax.fori_loop(0, count[at.row, at.block], key_block, start)
-        total = jnp.where(total == 0, 1.0, total)
-        return (
-            tiles.write(state[0], (out / total[:, None]).astype(q.dtype), at),
-            tiles.write(state[1], maximum + jnp.log(total), at),
-        )
-
-    empty = (jnp.zeros_like(q), jnp.zeros(q.shape[:3], jnp.float32))
-    return jax.lax.fori_loop(0, tiles.steps, query_block, empty)
+    shape = q.shape[:3]
+    empty = (jnp.full(shape, _LEAST), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32))
+    (maximum, total, out), spare = _each_tile(schedule, tile, merge, empty)
+    out = _holding(out, spare).astype(q.dtype)
+    return out, maximum + jnp.log(jnp.where(total == 0, 1.0, total))
 
 
 def _backward(scale, softcap, block, partition, saved, cotangent):
@@ -137,37 +140,40 @@ def _backward(scale, softcap, block, partition, saved, cotangent):
 
 def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cotangent):
     """With P the probabilities and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP − Σ dO O), dQ = dS K, dK = dSᵀ Q."""
-    tiles = _Tiles(q.shape, k.shape[2], block)
+    tiles = _Tiles(layout, q.shape[2] // k.shape[2], block)
     keys, values = _heads_first(k), _heads_first(v)
-    order, count = _schedule(layout, block)
     offset = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    schedule = _schedule(layout, block, k.shape[2])
 
-    def query_block(step, state):
+    def tile(at: _Place):
+        our_queries, our_slopes = tiles.queries(q, at), tiles.queries(cotangent, at)
+        our_keys, our_values = tiles.keys(keys, at), tiles.keys(values, at)
+        product, by_weights = _product(our_queries, our_keys, 1, 1), _product(our_slopes, our_values, 1, 1)
+        scores, cap_slope = _scores(product, tiles.visible(at), scale, softcap)
+        weights = jnp.exp(scores - tiles.queries(normaliser, at)[:, None])
+        by_scores = weights * (by_weights - tiles.queries(offset, at)[:, None]) * scale
+        by_scores = (by_scores if cap_slope is None else by_scores * cap_slope).astype(q.dtype)
+        weights = weights.astype(v.dtype)
+        found = (
+            _product(by_scores, our_keys, 1, 0),
+            _product(by_scores, our_queries, 0, 0),
+            _product(weights, our_slopes, 0, 0),
+        )
+        operands = our_queries, our_slopes, our_keys, our_values
+        return found, (*operands, product, by_weights, weights, by_scores)
+
+    def merge(state, at: _Place, found):
         by_q, by_keys, by_values = state
-        at = tiles.index(step)
-        queries, slopes = tiles.queries(q, at), tiles.queries(cotangent, at)
-        normal, shift = tiles.queries(normaliser, at)[:, None], tiles.queries(offset, at)[:, None]
+        before = tiles.query_slice(by_q, at)
+        return (
+            tiles.write(by_q, before + found[0].reshape(before.shape), at),
+            tiles.write_keys(by_keys, tiles.key_slice(by_keys, at) + found[1][None, None], at),
+            tiles.write_keys(by_values, tiles.key_slice(by_values, at) + found[2][None, None], at),
+        )
 
-        def key_block(n, state):
-            by_queries, by_keys, by_values = state
-            j = order[at.row, at.block, n]
-            tile = tiles.keys(keys, at, j)
-            scores, cap_slope = _scores(queries, tile, tiles.visible(layout, at, j), scale, softcap)
-            weights = jnp.exp(scores - normal)
-            by_scores = weights * (_product(slopes, tiles.keys(values, at, j), 1, 1) - shift) * scale
-            by_scores = (by_scores if cap_slope is None else by_scores * cap_slope).astype(q.dtype)
-            return (
-                by_queries + _product(by_scores, tile, 1, 0),
-                tiles.add(by_keys, _product(by_scores, queries, 0, 0), at, j),
-                tiles.add(by_values, _product(weights.astype(v.dtype), slopes, 0, 0), at, j),
-            )
-
-        start = (jnp.zeros((tiles.size, q.shape[-1])), by_keys, by_values)
-        by_queries, *rest = jax.lax.fori_loop(0, count[at.row, at.block], key_block, start)
-        return tiles.write(by_q, by_queries.astype(q.dtype), at), *rest
-
-    empty = (jnp.zeros_like(q), jnp.zeros(keys.shape, jnp.float32), jnp.zeros(keys.shape, jnp.float32))
-    by_q, by_keys, by_values = jax.lax.fori_loop(0, tiles.steps, query_block, empty)
+    empty = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, keys, values))
+    (by_q, by_keys, by_values), spare = _each_tile(schedule, tile, merge, empty)
+    by_q = _holding(by_q, spare).astype(q.dtype)
     return by_q, _heads_first(by_keys).astype(k.dtype), _heads_first(by_values).astype(v.dtype)
 
 
@@ -194,82 +200,128 @@ def on_own_rows_and_heads(partition: Partition, function: Callable, q: Array, k:
     )(*leaves)
 
 
-class _Index(NamedTuple):
-    """Where a step of the outer loop is."""
+class _Place(NamedTuple):
+    """Which block of queries meets which block of keys: numbers, and slots where blocks start."""
 
     row: Array
-    block: Array
     head: Array
+    q_slot: Array
+    k_slot: Array
+    real: Array
+    """0 where the schedule is over."""
+
+
+class _Schedule(NamedTuple):
+    """The tiles to visit: the first `count` of `places`."""
+
+    places: Int[Array, "n 5"]
+    count: Int[Array, ""]
+
+
+def _each_tile(schedule: _Schedule, tile: Callable, merge: Callable, state: Any) -> tuple[Any, Any]:
+    """`merge` what `tile` finds at every place into the state; and what to hold on to (`_holding`).
+
+    A step computes `TILES` tiles that do not depend on each other, then merges them one after the other.
+    XLA's CPU runtime runs independent operations side by side if enough of them are ready and no two use
+    the same memory. Temporaries of a loop's body share memory; what a loop carries does not. So it carries
+    every product and every operand of one, though nobody reads them.
+    """
+    places = [_place(schedule, jnp.int32(n)) for n in range(TILES)]
+    spare = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: [tile(p) for p in places])
+    )
+
+    def step(n, carry):
+        state, _ = carry
+        places = [_place(schedule, n * TILES + i) for i in range(TILES)]
+        found = [tile(place) for place in places]
+        for place, (result, _) in zip(places, found, strict=True):
+            state = merge(state, place, result)
+        return state, found
+
+    return jax.lax.fori_loop(0, -(-schedule.count // TILES), step, (state, spare))
+
+
+def _holding(result: Array, spare: Any) -> Array:
+    """`result`, of which the compiler takes one entry to depend on the spare arrays, so that it keeps them.
+
+    The entry changes only if one of theirs is infinite.
+    """
+    entries = [x.reshape(-1)[0].astype(jnp.float32) for x in jax.tree.leaves(spare)]
+    first = result[(slice(1),) * result.ndim]
+    first = jnp.where(jnp.stack(entries).max() == jnp.inf, jnp.inf, first).astype(result.dtype)
+    return jax.lax.dynamic_update_slice(result, first, (_ZERO,) * result.ndim)
+
+
+def _place(schedule: _Schedule, n: Array) -> _Place:
+    place = jax.lax.dynamic_slice(schedule.places, (n.astype(jnp.uint32), _ZERO), (1, 5))[0]
+    return _Place(*(place[i] for i in range(5)))
 
 
 class _Tiles:
-    """Reads and writes blocks: [M, C] of queries with M = B * H / G, [B, C] of keys and values."""
+    """Reads and writes blocks: [M, C] of queries with M = B F, F = H / G; [B, C] of keys and values."""
 
-    def __init__(self, shape: tuple[int, ...], num_kv_heads: int, block: int):
-        R, T, H, _ = shape
-        self.block, self.folded, self.num_kv_heads = block, H // num_kv_heads, num_kv_heads
-        self.num_blocks = T // block
-        self.steps = R * self.num_blocks * num_kv_heads
-        self.size = block * self.folded
+    def __init__(self, layout: _Layout, folded: int, block: int):
+        self._layout, self._folded, self._block = layout, folded, block
+        self._query_slots = [jnp.repeat(x, folded, axis=1) for x in layout[:3]]
 
-    def index(self, step: Array) -> _Index:
-        row_block, head = step // self.num_kv_heads, step % self.num_kv_heads
-        return _Index(row_block // self.num_blocks, row_block % self.num_blocks, head)
+    def queries(self, array: Float[Array, "R T H ..."], at: _Place) -> Float[Array, "M ..."]:
+        tile = self.query_slice(array, at)
+        return tile.reshape(-1, *tile.shape[3:])
 
-    def queries(self, array: Float[Array, "R T H ..."], at: _Index) -> Float[Array, "M ..."]:
-        rest = array.shape[3:]
-        sizes = (1, self.block, self.folded, *rest)
-        return jax.lax.dynamic_slice(array, self._place(at, rest), sizes).reshape(self.size, *rest)
+    def keys(self, array: Float[Array, "R G T C"], at: _Place) -> Float[Array, "B C"]:
+        return self.key_slice(array, at)[0, 0]
+
+    def query_slice(self, array: Float[Array, "R T H ..."], at: _Place) -> Float[Array, "1 B F ..."]:
+        sizes = (1, self._block, self._folded, *array.shape[3:])
+        return jax.lax.dynamic_slice(array, self._queries_at(at, array.ndim), sizes)
+
+    def key_slice(self, array: Float[Array, "R G T C"], at: _Place) -> Float[Array, "1 1 B C"]:
+        sizes = (1, 1, self._block, array.shape[3])
+        return jax.lax.dynamic_slice(array, (at.row, at.head, at.k_slot, _ZERO), sizes)
 
     def write(
-        self, array: Float[Array, "R T H ..."], tile: Float[Array, "M ..."], at: _Index
+        self, array: Float[Array, "R T H ..."], tile: Float[Array, "1 B F ..."], at: _Place
     ) -> Float[Array, "R T H ..."]:
-        rest = array.shape[3:]
-        tile = tile.reshape(1, self.block, self.folded, *rest)
-        return jax.lax.dynamic_update_slice(array, tile, self._place(at, rest))
+        return jax.lax.dynamic_update_slice(array, tile, self._queries_at(at, array.ndim))
 
-    def keys(self, array: Float[Array, "R G T C"], at: _Index, j: Array) -> Float[Array, "B C"]:
-        sizes = (1, 1, self.block, array.shape[3])
-        return jax.lax.dynamic_slice(array, (at.row, at.head, j * self.block, 0), sizes)[0, 0]
+    def write_keys(
+        self, array: Float[Array, "R G T C"], tile: Float[Array, "1 1 B C"], at: _Place
+    ) -> Float[Array, "R G T C"]:
+        return jax.lax.dynamic_update_slice(array, tile, (at.row, at.head, at.k_slot, _ZERO))
 
-    def add(self, array: Float[Array, "R G T C"], tile: Float[Array, "B C"], at: _Index, j: Array) -> Array:
-        place = (at.row, at.head, j * self.block, 0)
-        return jax.lax.dynamic_update_slice(array, (self.keys(array, at, j) + tile)[None, None], place)
-
-    def visible(self, layout: _Layout, at: _Index, j: Array) -> Bool[Array, "M B"]:
+    def visible(self, at: _Place) -> Bool[Array, "M B"]:
         """`attention.visible` of one block of queries and one of keys."""
-        q_slot, k_slot = at.block * self.block, j * self.block
-        query = [self._slots(x, at.row, q_slot)[:, None] for x in layout[:3]]
-        key = [self._slots(x, at.row, k_slot)[None, :] for x in layout[:3]]
-        slot = jnp.arange(self.block)
-        mask = (q_slot + slot)[:, None] >= (k_slot + slot)[None, :]
+        rows = self._block * self._folded
+        query = [self._slots(x, at.row, at.q_slot * self._folded, rows)[:, None] for x in self._query_slots]
+        key = [self._slots(x, at.row, at.k_slot, self._block)[None, :] for x in self._layout[:3]]
+        q_slot = at.q_slot + np.repeat(np.arange(self._block, dtype=np.uint32), self._folded)
+        mask = q_slot[:, None] >= at.k_slot + jnp.arange(self._block, dtype=jnp.uint32)[None, :]
         mask = mask & (query[1] == key[1]) & (key[1] != 0) & ((key[2] == 0) | (key[2] == query[2]))
-        if layout.window is not None:
-            mask = mask & (query[0] - key[0] < layout.window)
-        shape = (self.block, self.folded, self.block)
-        return jnp.broadcast_to(mask[:, None, :], shape).reshape(self.size, self.block)
+        if self._layout.window is not None:
+            mask = mask & (query[0] - key[0] < self._layout.window)
+        return mask & (at.real != 0)
 
-    def _slots(self, array: Int[Array, "R T"], row: Array, start: Array) -> Int[Array, " B"]:
-        return jax.lax.dynamic_slice(array, (row, start), (1, self.block))[0]
+    def _slots(self, array: Int[Array, "R n"], row: Array, start: Array, size: int) -> Int[Array, " m"]:
+        return jax.lax.dynamic_slice(array, (row, start.astype(jnp.uint32)), (1, size))[0]
 
-    def _place(self, at: _Index, rest: tuple[int, ...]) -> tuple:
-        return at.row, at.block * self.block, at.head * self.folded, *(0 for _ in rest)
+    def _queries_at(self, at: _Place, ndim: int) -> tuple:
+        return at.row, at.q_slot, at.head * np.uint32(self._folded), *(_ZERO,) * (ndim - 3)
 
 
-def _scores(queries: Array, keys: Array, mask: Array, scale: float, softcap: float | None):
+def _scores(product: Array, mask: Array, scale: float, softcap: float | None):
     """Float32 scores where visible, and the slope of the soft-cap."""
-    scores = _product(queries, keys, 1, 1) * scale
-    slope = None
+    scores, slope = product * scale, None
     if softcap is not None:
         squashed = jnp.tanh(scores / softcap)
         scores, slope = softcap * squashed, 1 - squashed * squashed
     return jnp.where(mask, scores, _HIDDEN), slope
 
 
-def _schedule(layout: _Layout, block: int) -> tuple[Int[Array, "R n n"], Int[Array, "R n"]]:
-    """For each block of queries the blocks of keys to visit, first `count` of `order`.
+def _schedule(layout: _Layout, block: int, num_kv_heads: int) -> _Schedule:
+    """The blocks of keys that each block of queries has to see, one tile for each key/value head.
 
-    Ranges of group and branch numbers decide, so that a block too many may be visited (its mask is empty),
+    Ranges of group and branch numbers decide, so that a tile too many may be visited (its mask is empty),
     but never one too few.
     """
     R, T = layout.group.shape
@@ -283,7 +335,13 @@ def _schedule(layout: _Layout, block: int) -> tuple[Int[Array, "R n n"], Int[Arr
     if layout.window is not None:
         nearest = positions.min(axis=-1)[:, :, None] - positions.max(axis=-1)[:, None, :]
         needed = needed & (nearest < layout.window)
-    return jnp.argsort(~needed, axis=-1, stable=True), needed.sum(axis=-1)
+    chosen = jnp.stack(jnp.nonzero(needed, size=needed.size, fill_value=0), axis=1)
+    tiles = jnp.repeat(chosen, num_kv_heads, axis=0)
+    n = jnp.arange(-(-len(tiles) // TILES) * TILES)
+    count = needed.sum() * num_kv_heads
+    tiles = jnp.pad(tiles, ((0, len(n) - len(tiles)), (0, 0)))
+    columns = tiles[:, 0], n % num_kv_heads, tiles[:, 1] * block, tiles[:, 2] * block, n < count
+    return _Schedule(jnp.stack(columns, axis=1).astype(jnp.uint32), count)
 
 
 def _range(numbers: Int[Array, "R n B"], where: Bool[Array, "R n B"]) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo.models.attention import NO_WINDOW, attend_plain, visible
-from dpo.models.attention_blocked import _Layout, _schedule, attend_blocked
+from dpo.models.attention_blocked import TILES, _Layout, _schedule, attend_blocked
 
 T, C = 48, 8
 
@@ -144,9 +144,28 @@ def test_padding_gives_zeros_and_gets_no_gradient():
 def test_only_blocks_that_someone_sees_are_visited():
     """Two groups of 16 slots, then one of a prompt of 8 with responses of 8 and 8, in blocks of 8."""
     layout = _layout((((12, (2, 2)), (12, (2, 2)), (8, (8, 8))),), length=56)
-    order, count = _schedule(_Layout(**layout, window=None), 8)
-    visited = [sorted(int(j) for j in order[0, i, : count[0, i]]) for i in range(7)]
-    assert visited == [[0], [0, 1], [2], [2, 3], [4], [4, 5], [4, 6]]
+    places, count = _schedule(_Layout(**layout, window=None), 8, num_kv_heads=2)
+    visited = [(int(q) // 8, int(k) // 8, int(head)) for _, head, q, k, real in places if real]
+    blocks = [(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3), (4, 4), (5, 4), (5, 5), (6, 4), (6, 6)]
+    assert visited == [(q, k, head) for q, k in blocks for head in (0, 1)]
+    assert int(count) == len(visited)
+    assert len(places) % TILES == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_tiles_of_a_step_have_memory_of_their_own(backward):
+    """The compiled loop carries every product of queries and keys: see `_each_tile`."""
+    layout, (q, k, v, _) = _layout(), _qkv(len(ROWS), T, 4, 2)
+
+    def total(q, k, v):
+        return jnp.sum(attend_blocked(q, k, v, **layout, scale=0.3, block=16) ** 2)
+
+    text = jax.jit(jax.grad(total, (0, 1, 2)) if backward else total).lower(q, k, v).compile().as_text()
+    carried = [
+        line.split(" while(")[0].count("f32[32,16]") for line in text.splitlines() if " while(" in line
+    ]
+    # Forward: the product and its softmax; backward: that, another product and its gradient.
+    assert sorted(carried) == [2 * TILES, 4 * TILES][: 1 + backward]
 
 
 def test_memory_grows_linearly_with_the_row():
