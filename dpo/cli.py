@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -60,7 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"dpo: error: {name!r} is not a command; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        meant = "".join(f" did you mean {near}?" for near in get_close_matches(name, COMMANDS, n=1))
+        allowed = ", ".join(COMMANDS)
+        print(f"dpo: error: {name!r} is not a command;{meant} allowed: {allowed}", file=sys.stderr)
         return USAGE_ERROR
     try:
         return COMMANDS[name]([_with_underscores(argument) for argument in rest])

@@ -91,6 +91,7 @@ def test_the_module_runs_as_the_command_does() -> None:
     ("arguments", "message"),
     [
         (["nonsense"], "'nonsense' is not a command; allowed: train, evaluate"),
+        (["trian"], "'trian' is not a command; did you mean train? allowed: train, evaluate"),
         (
             ["train", "--steps=3"],
             "steps is not a setting; did you mean training.steps? allowed: run_dir, model",
@@ -108,9 +109,10 @@ def test_the_module_runs_as_the_command_does() -> None:
             ["train", f"--mesh.fsdp={'- ' * 2000}"],
             "a value holds more than 50 lists or mappings in each other",
         ),
-        (["train", "--objective.name=dppo"], "name is 'dppo'; allowed: dpo"),
+        (["train", "--objective.name=dppo"], "name is 'dppo'; did you mean dpo? allowed: dpo"),
         (["train", "--objective.beta='1e-3'"], "(str); allowed: a number > 0"),
         (["train", "--objective.gamma=1"], "unknown hyper-parameter 'gamma'"),
+        (["train", "--objective.bta=1"], "(given 1); did you mean beta? allowed: beta, "),
         (["train", "--objectives=[{name: dpo, weight: -1}]"], "weight is -1"),
         (["train", "--training.trackers=[mlflow]"], "training.trackers: Expected one of 'tensorboard'"),
         (["train", "--data.train=no_such.jsonl"], "data.train is 'no_such.jsonl': there is no such file"),

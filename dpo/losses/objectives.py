@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from dpo.losses import listwise, pairwise, unpaired
 from dpo.losses.divergences import Divergence, with_divergence
-from dpo.losses.parameters import NonNegative, Range, checked
+from dpo.losses.parameters import NonNegative, Range, checked, suggestion
 from dpo.losses.scores import Objective, Scores
 from dpo.losses.weighting import with_policy_weights, with_tail_weight
 
@@ -115,8 +115,9 @@ def _make_one(spec: dict[str, Any], *, where: str) -> Objective:
     if "name" not in spec:
         raise ValueError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
     name = spec["name"]
-    if name not in OBJECTIVES:
-        raise ValueError(f"{where}: name is {name!r}; allowed: {', '.join(OBJECTIVES)}")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        meant = suggestion(str(name), OBJECTIVES)
+        raise ValueError(f"{where}: name is {name!r}; {meant}allowed: {', '.join(OBJECTIVES)}")
     factory = OBJECTIVES[name]
     admitted = {key: modifier for key, modifier in MODIFIERS.items() if key in factory().admits}
     values = checked(

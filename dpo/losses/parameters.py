@@ -6,9 +6,10 @@ reads the signature, so that what a factory takes is written down once.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,9 +48,15 @@ def checked(factories: Sequence[Callable[..., Any]], values: dict[str, Any], *, 
         if key not in hints:
             raise ValueError(
                 f"{where}: unknown hyper-parameter {key!r} (given {values[key]!r}); "
-                f"allowed: {', '.join(hints) or 'none'}"
+                f"{suggestion(key, hints)}allowed: {', '.join(hints) or 'none'}"
             )
     return {key: _check(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+
+
+def suggestion(given: str, allowed: Iterable[str]) -> str:
+    """The allowed name that was probably meant, as a question to stand before the list of all; or nothing."""
+    near = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def parameters_of(factory: Callable[..., Any]) -> dict[str, Any]:

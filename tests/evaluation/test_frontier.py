@@ -181,7 +181,7 @@ def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pyt
         (["--betas=[0.5,-1]"], "betas is -1.0; allowed is more than 0"),
         (["--temperature_beta=0.3"], "temperature_beta is 0.3; allowed are betas: [0.5]"),
         (["--only=[dpo:0.5]"], "only has 'dpo:0.5'; allowed are plackett_luce:0.5"),
-        (["--objectives=[dpoo]"], "name is 'dpoo'; allowed"),
+        (["--objectives=[dpoo]"], "name is 'dpoo'; did you mean dpo? allowed"),
         (["--train=none.jsonl"], "train is 'none.jsonl': there is no such file"),
         (["--reward=nonsense"], "judge is 'nonsense'; allowed: vader"),
     ],

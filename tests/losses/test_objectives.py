@@ -13,6 +13,7 @@ from dpo.losses import make_objective
     ("spec", "words"),
     [
         ({"name": "dop"}, ["name", "'dop'", "dpo", "plackett_luce"]),
+        ({"name": ["dpo"]}, ["name is ['dpo']", "allowed: dpo"]),
         ({"beta": 0.1}, ["name is missing", "dpo"]),
         ({"name": "dpo", "gamma": 1.0}, ["objective dpo", "'gamma'", "1.0", "beta, label_smoothing, pairs"]),
         ({"name": "dpo", "beta": "1e-6"}, ["beta", "'1e-6'", "str", "a number > 0"]),
