@@ -326,6 +326,11 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
+        if self.objectives and self.objective != {"name": "dpo"}:
+            raise ValueError(
+                f"objective is {self.objective} and objectives is {self.objectives}; allowed is one of them "
+                "(objective: {name: dpo} is the default)"
+            )
         training = self.training
         for name, default in (("eval_every", None), ("eval_samples", 0)):
             asked = getattr(training, name)

@@ -114,6 +114,10 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--objective.gamma=1"], "unknown hyper-parameter 'gamma'"),
         (["train", "--objective.bta=1"], "(given 1); did you mean beta? allowed: beta, "),
         (["train", "--objectives=[{name: dpo, weight: -1}]"], "weight is -1"),
+        (
+            ["train", "--objective.beta=0.2", "--objectives=[{name: ipo}]"],
+            "objective is {'name': 'dpo', 'beta': 0.2} and objectives is [{'name': 'ipo'}]; allowed is one",
+        ),
         (["train", "--training.trackers=[mlflow]"], "training.trackers: Expected one of 'tensorboard'"),
         (["train", "--data.train=no_such.jsonl"], "data.train is 'no_such.jsonl': there is no such file"),
         (["train", "--data.chat_template=x.jinja"], "data.chat_template is 'x.jinja': there is no such file"),

@@ -28,7 +28,6 @@ UNUSUAL = Config(
     model=ModelConfig(source="2026", reference="true"),  # strings that YAML would read as something else
     lora=LoraConfig(rank=8, target_modules=["q_proj", "v_proj"], base_dtype="int8"),
     data=DataConfig(eval=None, max_train=7, row_length=96, shuffle=False),
-    objective={"name": "dpo", "beta": 1e-6, "label_smoothing": 0.1},
     objectives=[{"name": "dpo", "weight": 0.8}, {"name": "sft", "weight": 1e-30}],
     optimizer=OptimizerConfig(learning_rate=1e-7, max_grad_norm=None),
     training=TrainingConfig(steps=3, trackers=["tensorboard"]),
@@ -36,7 +35,10 @@ UNUSUAL = Config(
 )
 
 
-@pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=["defaults", "unusual"])
+ONE_OBJECTIVE = Config(objective={"name": "dpo", "beta": 1e-6, "label_smoothing": 0.1})
+
+
+@pytest.mark.parametrize("config", [Config(), UNUSUAL, ONE_OBJECTIVE], ids=["defaults", "unusual", "one"])
 def test_a_saved_configuration_is_complete_and_reads_back_equal(tmp_path: Path, config: Config) -> None:
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
