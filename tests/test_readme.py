@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
+import pytest
 import yaml
+from numpy.testing import assert_allclose
 
 from dpo.cli import COMMANDS
 from dpo.command_line import load_config
 from dpo.config import Config
+from dpo.losses import OBJECTIVES, Scores, make_objective, objectives
+from dpo.training import loop
+from dpo.training.loop import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,3 +93,25 @@ def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
         "training",
         "mesh",
     }
+
+
+def test_the_example_program_trains_with_its_own_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the settings that it hands over; the objective is a DPO whose margin is shifted."""
+    given: list[Config] = []
+    monkeypatch.setattr(
+        loop, "train", lambda config: given.append(config) or RunResult(Path("run"), "finished", {})
+    )
+    monkeypatch.setattr("dpo.losses.objectives.OBJECTIVES", dict(OBJECTIVES))
+    monkeypatch.setattr("dpo.losses.OBJECTIVES", objectives.OBJECTIVES)
+    exec(compile(README.split("```python")[1].split("```")[0], "README.md", "exec"), {})
+    made = make_objective(given[0].objective)
+    scores = Scores(
+        policy=jnp.asarray([[-3.0, -5.0]]),
+        reference=jnp.asarray([[-4.0, -4.0]]),
+        lengths=jnp.ones((1, 2), jnp.int32),
+        present=jnp.ones((1, 2), bool),
+        ranks=jnp.arange(2)[None],
+        scores=jnp.zeros((1, 2)),
+    )
+    assert_allclose(made(scores), [math.log1p(math.exp(1.0 - 0.1 * 2.0))], rtol=1e-6)
+    assert set(re.findall(r"has the (\d+) that", README)) == {str(len(OBJECTIVES))}
