@@ -25,7 +25,7 @@ from benchmarks.work import count_work, matmul_rate
 from dpo.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.losses import make_objective
 from dpo.models.attention import attend
-from dpo.models.decoder import GatedMLP
+from dpo.models.layers import GatedMLP
 from dpo.models.log_probs import token_log_probs
 from dpo.models.rotary import cos_sin
 from dpo.training.optimizer import make_optimizer, make_schedule

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 from dpo.data.batch import Batch
 from dpo.data.tokenization import TokenizedDataset
 from dpo.models.attention import visible
-from dpo.models.decoder import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig
 
 
 class Work(NamedTuple):

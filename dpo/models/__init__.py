@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo.models.classifier import SequenceClassifier, classify
-    from dpo.models.decoder import Decoder, DecoderConfig
+    from dpo.models.decoder import Decoder
+    from dpo.models.decoder_config import DecoderConfig
     from dpo.models.pretrained import (
         Pretrained,
         load_classifier,
@@ -33,7 +34,7 @@ __all__ = [
 
 _MODULES = {
     "Decoder": "decoder",
-    "DecoderConfig": "decoder",
+    "DecoderConfig": "decoder_config",
     "SamplingConfig": "sampling",
     "SequenceClassifier": "classifier",
     "classify": "classifier",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.models.decoder import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.families import Family
 from dpo.models.weight_names import SCORE_RULES, Rule
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dpo.models.attention import Implementation
-from dpo.models.decoder import Decoder, DecoderConfig, Remat
+from dpo.models.decoder import Decoder, Remat
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import Linear
 from dpo.models.sampling import LENGTH_MULTIPLE
 

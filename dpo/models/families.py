@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from dpo.models.attention import NO_WINDOW
-from dpo.models.decoder import Alibi, DecoderConfig
+from dpo.models.decoder_config import Alibi, DecoderConfig
 from dpo.models.rotary import Rope, make_rope, no_rope
 from dpo.models.weight_names import (
     GEMMA2_RULES,

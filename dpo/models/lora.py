@@ -27,7 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dpo.models.binding import Binding, bind
-from dpo.models.decoder import Decoder, DecoderConfig
+from dpo.models.decoder import Decoder
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.families import Family
 from dpo.models.linear import Linear
 from dpo.models.quantized import Int8Linear

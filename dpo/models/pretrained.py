@@ -22,7 +22,8 @@ from dpo.models.adapter_files import AdapterDirectory, MergedTensors, is_adapter
 from dpo.models.attention import Implementation
 from dpo.models.binding import Binding, bind, canonical_names, check_tensors
 from dpo.models.classifier import SequenceClassifier
-from dpo.models.decoder import Decoder, DecoderConfig, Remat
+from dpo.models.decoder import Decoder, Remat
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
 from dpo.models.families import Family, classifier_architecture, decoder_config, find_family
 from dpo.models.gguf_files import GgufFile

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dpo.models.decoder import Decoder, Embedding
+from dpo.models.decoder import Decoder
+from dpo.models.layers import Embedding
 from dpo.models.linear import Linear, Rounds, product
 
 BaseDtype = Literal["float32", "bfloat16", "int8"]

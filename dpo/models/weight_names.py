@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.models.decoder import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig
 
 
 class Fusion(NamedTuple):

@@ -29,7 +29,8 @@ from dpo.data.planning import Step, plan_shapes
 from dpo.data.tokenization import TokenizedDataset
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.attention import Implementation, choose_implementation
-from dpo.models.decoder import Decoder, DecoderConfig
+from dpo.models.decoder import Decoder
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
 from dpo.models.lora import add_adapters

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from dpo.models.decoder import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig
 from dpo.training.chips import Chip, Topology, ring_bandwidth
 from dpo.training.hlo import Program
 

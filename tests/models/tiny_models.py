@@ -18,7 +18,8 @@ from flax import nnx
 
 from dpo.models.binding import bind
 from dpo.models.classifier import SequenceClassifier
-from dpo.models.decoder import Decoder, DecoderConfig
+from dpo.models.decoder import Decoder
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.families import FAMILIES, classifier_architecture
 from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
 

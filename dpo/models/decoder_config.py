@@ -1,0 +1,69 @@
+"""Everything that decides what a decoder computes; `families.py` makes it from a `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo.models.rotary import Rope
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """Attention with linear biases (Press et al. 2022): slope * key position is added to a head's scores.
+
+    The bias of the query's own position is the same for all keys, so softmax does not need it.
+    """
+
+    slopes: tuple[float, ...]
+    """One a head."""
+    scale: float
+    bfloat16: bool
+    """The bias is rounded to bfloat16 before it is scaled, as Falcon does."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that decides the computation. No defaults: `families.py` states every value."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    gated_mlp: bool
+    """act(gate x) * up x, instead of act(up x)."""
+    norm: Literal["rms", "rms_offset", "layer", "layer_no_bias"]
+    """`rms_offset` multiplies by 1 + scale."""
+    norm_eps: float
+    residual: Literal["sequential", "parallel", "parallel_shared"]
+    """Attention then MLP; both from the same input with a norm each; both from one norm."""
+    pre_norm: bool
+    post_norm: bool
+    """Norms of the inputs, and of the outputs, of attention and MLP."""
+    qk_norm: Literal["none", "head", "per_head", "all_heads"]
+    """Norm of q and k over a head (one scale, or one a head), or over all heads together."""
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    position: Literal["rotary", "learned", "alibi"]
+    alibi: Alibi | None
+    position_offset: int
+    """Row of the learned table that holds position 0."""
+    max_positions: int
+    ropes: tuple[Rope, ...]
+    layer_rope: tuple[int, ...]
+    """Which of `ropes` each layer uses."""
+    windows: tuple[int, ...]
+    """Positions that each layer sees back, itself included; `NO_WINDOW` is all."""
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    """Multiplies the final hidden states, so that callers need not know it."""
+    tie_embeddings: bool

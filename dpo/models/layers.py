@@ -1,0 +1,266 @@
+"""What a decoder is made of: blocks, attention, MLPs, norms and embeddings, and who builds them.
+
+A family's differences are values of `DecoderConfig`; they choose sub-modules in `__init__`, and no `__call__`
+asks which family it is. Norms are float32 inside; the residual stream has the compute dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dpo.models.decoder_config import DecoderConfig
+from dpo.models.linear import Linear
+from dpo.models.rotary import rotate
+
+
+class Block(nnx.Module):
+    """h += attention(norm(h)); h += mlp(norm(h)), with norms of the outputs where a family has them."""
+
+    def __init__(self, make: LayerMaker):
+        config, D = make.config, make.config.hidden_size
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = make.norm(D) if config.pre_norm else _identity
+        self.self_attn = Attention(make)
+        self.attention_output_norm = make.norm(D) if config.post_norm else _identity
+        self.post_attention_layernorm = make.norm(D) if config.pre_norm else _identity
+        self.mlp = make.mlp()
+        self.mlp_output_norm = make.norm(D) if config.post_norm else _identity
+
+    def __call__(
+        self, h: Float[Array, "R T D"], rope: Any, core: Callable
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        attended, extra = self.self_attn(self.input_layernorm(h), rope, core)
+        h = h + self.attention_output_norm(attended) * self.residual_scale
+        h = h + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(h))) * self.residual_scale
+        return h, extra
+
+
+class ParallelBlock(nnx.Module):
+    """h += attention(norm(h)) + mlp(norm'(h))."""
+
+    def __init__(self, make: LayerMaker):
+        self.input_layernorm = make.norm(make.config.hidden_size)
+        self.self_attn = Attention(make)
+        self.post_attention_layernorm = make.norm(make.config.hidden_size)
+        self.mlp = make.mlp()
+
+    def __call__(
+        self, h: Float[Array, "R T D"], rope: Any, core: Callable
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        attended, extra = self.self_attn(self.input_layernorm(h), rope, core)
+        return h + attended + self.mlp(self.post_attention_layernorm(h)), extra
+
+
+class SharedParallelBlock(nnx.Module):
+    """x = norm(h); h += attention(x) + mlp(x)."""
+
+    def __init__(self, make: LayerMaker):
+        self.input_layernorm = make.norm(make.config.hidden_size)
+        self.self_attn = Attention(make)
+        self.mlp = make.mlp()
+
+    def __call__(
+        self, h: Float[Array, "R T D"], rope: Any, core: Callable
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        x = self.input_layernorm(h)
+        attended, extra = self.self_attn(x, rope, core)
+        return h + attended + self.mlp(x), extra
+
+
+class Attention(nnx.Module):
+    """Projections around `core(q, k, v)`, which attends within rows or over a cache."""
+
+    def __init__(self, make: LayerMaker):
+        config = make.config
+        D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim = C
+        self.q_proj = make.linear(D, H * C, config.qkv_bias)
+        self.k_proj = make.linear(D, G * C, config.qkv_bias)
+        self.v_proj = make.linear(D, G * C, config.qkv_bias)
+        self.o_proj = make.linear(H * C, D, config.output_bias)
+        self.q_norm, self.q_head_norm = make.qk_norms(H)
+        self.k_norm, self.k_head_norm = make.qk_norms(G)
+        self.place = make.placement()
+
+    def __call__(
+        self, x: Float[Array, "R T D"], rope: Any, core: Callable
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        q = self.q_head_norm(self._heads(self.q_norm(self.q_proj(x))))
+        k = self.k_head_norm(self._heads(self.k_norm(self.k_proj(x))))
+        v = self._heads(self.v_proj(x))
+        out, extra = core(self.place(q, rope), self.place(k, rope), v)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), extra
+
+    def _heads(self, x: Float[Array, "R T HC"]) -> Float[Array, "R T H C"]:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate x) * up x)."""
+
+    def __init__(self, make: LayerMaker):
+        config = make.config
+        self.act = _ACTIVATIONS[config.activation]
+        self.gate_proj = make.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = make.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = make.linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nnx.Module):
+    """down(act(up x))."""
+
+    def __init__(self, make: LayerMaker):
+        config = make.config
+        self.act = _ACTIVATIONS[config.activation]
+        self.up_proj = make.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = make.linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (offset + scale) over the last axis, in float32 (Zhang and Sennrich 2019).
+
+    Positions are one axis, as in `Linear`: the gradient of the scale sums over them, and over two axes XLA's
+    CPU backend takes twenty times as long.
+    """
+
+    def __init__(self, *shape: int, eps: float, offset: float, param_dtype: jnp.dtype):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - offset, param_dtype))
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        h = x.reshape(-1, *self.scale.shape).astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        return (h * _lead(scale, h.ndim)).astype(x.dtype).reshape(x.shape)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32 (Ba et al. 2016); flat, as `RMSNorm`."""
+
+    def __init__(self, *shape: int, eps: float, use_bias: bool, param_dtype: jnp.dtype):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(shape, param_dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        h = x.reshape(-1, *self.scale.shape).astype(jnp.float32)
+        h = h - jnp.mean(h, axis=-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        h = h * _lead(self.scale[...].astype(jnp.float32), h.ndim)
+        if self.bias is not None:
+            h = h + _lead(self.bias[...].astype(jnp.float32), h.ndim)
+        return h.astype(x.dtype).reshape(x.shape)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D], looked up in the compute dtype."""
+
+    def __init__(self, rows: int, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.embedding = nnx.Param(_INIT(rngs.params(), (rows, dim), param_dtype))
+
+    def __call__(self, index: Int[Array, "R T"]) -> Float[Array, "R T D"]:
+        return self.embedding[...].at[index].get(mode="clip").astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerMaker:
+    """Builds the sub-modules that a configuration asks for."""
+
+    config: DecoderConfig
+    rngs: nnx.Rngs
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    def linear(self, dim_in: int, dim_out: int, use_bias: bool) -> Linear:
+        return Linear(
+            dim_in,
+            dim_out,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=_INIT,
+            rngs=self.rngs,
+        )
+
+    def embedding(self, rows: int) -> Embedding:
+        dim = self.config.hidden_size
+        return Embedding(rows, dim, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
+
+    def norm(self, *shape: int, use_bias: bool = True) -> RMSNorm | LayerNorm:
+        common = {"eps": self.config.norm_eps, "param_dtype": self.param_dtype}
+        if self.config.norm.startswith("rms"):
+            return RMSNorm(*shape, offset=float(self.config.norm == "rms_offset"), **common)
+        return LayerNorm(*shape, use_bias=use_bias and self.config.norm == "layer", **common)
+
+    def qk_norms(self, heads: int) -> tuple[Callable, Callable]:
+        """A norm before heads are split, and one after."""
+        C = self.config.head_dim
+        shapes = {"all_heads": (heads * C,), "head": (C,), "per_head": (heads, C)}
+        if self.config.qk_norm == "none":
+            return _identity, _identity
+        norm = self.norm(*shapes[self.config.qk_norm], use_bias=False)
+        return (norm, _identity) if self.config.qk_norm == "all_heads" else (_identity, norm)
+
+    def placement(self) -> Callable:
+        return _rotate if self.config.position == "rotary" else _unplaced
+
+    def mlp(self) -> GatedMLP | MLP:
+        return GatedMLP(self) if self.config.gated_mlp else MLP(self)
+
+    def block(self) -> Block | ParallelBlock | SharedParallelBlock:
+        return _BLOCKS[self.config.residual](self)
+
+
+def stack_layers(make: LayerMaker, num_layers: int) -> Any:
+    """`num_layers` blocks whose parameters are stacked along a leading axis."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap
+    def create(rngs: nnx.Rngs) -> Any:
+        return LayerMaker(make.config, rngs, make.dtype, make.param_dtype).block()
+
+    return create(make.rngs)
+
+
+def _lead(x: Array, ndim: int) -> Array:
+    """Leading axes of size one, so that broadcasting is explicit."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
+    return rotate(x, *rope)
+
+
+def _unplaced(x: Array, rope: None) -> Array:
+    return x
+
+
+_INIT = nnx.initializers.normal(0.02)
+
+_ACTIVATIONS: dict[str, Callable] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+_BLOCKS = {"sequential": Block, "parallel": ParallelBlock, "parallel_shared": SharedParallelBlock}
