@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from dpo.models.gguf_reader import GgufContainer, GgufTensor
+from dpo.models.gguf_tokenizer import make_tokenizer
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold divisors of rotary frequencies; they become configuration."""
@@ -82,89 +83,13 @@ class GgufFile:
         return GgufTensors(self, found | left)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fast tokenizer with its chat template. (`AutoTokenizer` with a GGUF file needs torch.)
-
-        Raises:
-          ValueError: when the metadata have none, or none that can be built.
-        """
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            GGUF_TOKENIZER_TYPES,
-            convert_gguf_tokenizer,
+        """The fast tokenizer with its chat template; raises as `make_tokenizer` does."""
+        return make_tokenizer(
+            self.path,
+            self._fields,
+            architecture=self.architecture,
+            max_length=lambda: self.count("context_length"),
         )
-
-        given = self._tokenizer_fields()
-        if given["tokenizer_type"] not in GGUF_TOKENIZER_TYPES:
-            raise ValueError(
-                f"{self.path}: tokenizer.ggml.model is {given['tokenizer_type']!r}; allowed: "
-                + ", ".join(sorted(GGUF_TOKENIZER_TYPES))
-            )
-        try:
-            backend, _ = convert_gguf_tokenizer(self.architecture, given)
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(
-                f"{self.path}: no tokenizer can be built from its metadata: {type(error).__name__}: {error}"
-            ) from error
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            chat_template=self._tokenizer_field("chat_template", str),
-            add_bos_token=self._tokenizer_field(
-                "ggml.add_bos_token", bool, default=given["tokenizer_type"] == "llama"
-            ),
-            add_eos_token=self._tokenizer_field("ggml.add_eos_token", bool, default=False),
-            model_max_length=self.count("context_length"),
-            **self._special_tokens(given["tokens"]),
-        )
-
-    def _tokenizer_fields(self) -> dict[str, Any]:
-        """What the tokenizer is built from, under transformers' names."""
-        if not {"tokenizer.ggml.model", "tokenizer.ggml.tokens"} <= self._fields.keys():
-            raise ValueError(
-                f"{self.path}: its metadata have no tokenizer (tokenizer.ggml.model and .tokens)"
-            )
-        given = {
-            "tokenizer_type": self._tokenizer_field("ggml.model", str),
-            "tokens": self._tokenizer_list("tokens", str),
-        }
-        if "tokenizer.ggml.pre" in self._fields:
-            given["pre_tokenizer_type"] = self._tokenizer_field("ggml.pre", str)
-        for name, kind in (("scores", float), ("token_type", int), ("merges", str)):
-            if f"tokenizer.ggml.{name}" in self._fields:
-                given[name] = self._tokenizer_list(name, kind)
-        return given
-
-    def _tokenizer_field(self, key: str, kind: type, *, default: Any = None) -> Any:
-        """A value of the tokenizer's metadata; `ValueError` where it is of another kind than it must be."""
-        key = f"tokenizer.{key}"
-        if key not in self._fields:
-            return default
-        value = self._fields[key]
-        if type(value) is not kind:
-            raise ValueError(f"{self.path}: {key} is {value!r}; allowed: {kind.__name__}")
-        return value
-
-    def _tokenizer_list(self, name: str, kind: type) -> list[Any]:
-        values = self._tokenizer_field(f"ggml.{name}", list)
-        for index, value in enumerate(values):
-            if type(value) is not kind:
-                raise ValueError(
-                    f"{self.path}: tokenizer.ggml.{name}[{index}] is {value!r}; allowed: {kind.__name__}"
-                )
-        return values
-
-    def _special_tokens(self, tokens: list[str]) -> dict[str, str]:
-        """bos_token and so on, as far as the metadata number them."""
-        found: dict[str, str] = {}
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            key = f"ggml.{key}_token_id"
-            if f"tokenizer.{key}" not in self._fields:
-                continue
-            token_id = self._tokenizer_field(key, int)
-            if not 0 <= token_id < len(tokens):
-                raise ValueError(
-                    f"{self.path}: tokenizer.{key} is {token_id}; allowed is 0 to {len(tokens) - 1}"
-                )
-            found[f"{name}_token"] = tokens[token_id]
-        return found
 
     @property
     def licence(self) -> str | None:
