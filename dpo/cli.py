@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -115,6 +115,7 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
     if config.data.eval.endswith(DATA_FILES):
         _require_file("data", config.data.eval)
+    from dpo.evaluation.accuracy_text import figures_as_text
     from dpo.evaluation.heldout import score_heldout
     from dpo.training.setup import enable_compilation_cache
 
@@ -552,6 +553,7 @@ def print_result(run_dir: Path, config: Config) -> None:
     if not _is_newer(run_dir / "data.json", run_dir / "config.yaml"):  # that of another start
         write_json(run_dir / "data.json", report_data(config, load_tokenizer(run_dir / "export"))[0])
     if (run_dir / HELDOUT_FILE).is_file():
+        from dpo.evaluation.accuracy_text import figures_as_text
         from dpo.evaluation.heldout import load_heldout
         from dpo.evaluation.token_ratios import TOKENS_FILE, write_token_ratios
 
@@ -582,84 +584,6 @@ RESULTS = {
     "checkpoints": "checkpoints",
     "config.yaml": "settings",
 }
-
-
-def figures_as_text(figures: dict[str, Any]) -> str:
-    """The figures of `describe` in a few lines."""
-    from dpo.evaluation.accuracy import BASELINES, cautions
-
-    lines = [
-        _counts(figures)
-        + "".join(f"; {count} left out: {reason}" for reason, count in figures["left_out"].items()),
-        _line("accuracy", figures["accuracy"], note=f"{figures['ties']} ties" if figures["ties"] else ""),
-        *(
-            _line(f"  {words}", figures["baselines"][name], note=_gain(figures["over_baselines"][name]))
-            for name, words in BASELINES.items()
-        ),
-        _line("margin (beta x log-ratio)", figures["margin"], note=f"beta {figures['beta']:g}"),
-        f"{'log-ratio, nats':<28}"
-        + ", ".join(
-            f"{name} {figures['log_ratio'][name][0]:+.2f}"
-            for name in ("chosen", "rejected")
-            if name in figures["log_ratio"]
-        ),
-        f"{'calibration error':<28}{figures['calibration']['ece']:.3f}",
-    ]
-    rankings = figures.get("rankings")
-    if rankings is not None:
-        chance = rankings["chance"]
-        lines += [
-            _line("Kendall's tau", rankings["kendall_tau"]),
-            _line("best one found", rankings["top_1"], note=f"chance {chance['top_1']:.3f}"),
-            _line("NDCG", rankings["ndcg"]),
-            _line(
-                "log-likelihood", rankings["log_likelihood"], note=f"chance {chance['log_likelihood']:.3f}"
-            ),
-        ]
-    for name, part in figures["by_length"].items():
-        lines.append(_part_line(f"where {name.replace('_', ' ')}", part))
-    sources = figures.get("by_source", {})
-    width = max(map(len, sources), default=0)
-    for source, part in sources.items():
-        lines.append(
-            _part_line(f"  {source:<{width}}", part, note=f", longer is better {part['longer'][0]:.3f}")
-        )
-    if "mean_of_sources" in figures:
-        part = figures["mean_of_sources"]
-        note = f"longer is better {part['longer'][0]:.3f}"
-        lines.append(_line("  mean of the sources", part["accuracy"], note=note))
-    return "\n".join([*lines, *(f"! {text}" for text in cautions(figures))])
-
-
-def _counts(figures: dict[str, Any]) -> str:
-    if figures["unpaired"]:
-        return (
-            f"held out: {figures['rows']} labelled responses, {figures['prompts']} prompts; right is "
-            "likelier than under the reference if desirable, less likely if not"
-        )
-    return f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
-
-
-def _gain(interval: Sequence[float]) -> str:
-    """The accuracy beside that of a baseline."""
-    estimate, low, high = interval
-    return f"policy {estimate:+.3f}, 95% {low:+.3f} to {high:+.3f}"
-
-
-def _part_line(name: str, part: dict[str, Any], *, note: str = "") -> str:
-    from dpo.evaluation.accuracy import part_interval
-
-    interval, remark = part_interval(part)
-    counts = f"{part['pairs']} pairs" + (f", {part['ties']} ties" if part["ties"] else "")
-    found = f"margin {part['margin'][0]:.3f}, calibration error {part['calibration']['ece']:.3f}"
-    note = ", ".join(text for text in (counts, remark, found + note) if text)
-    return _line(name, interval, note=note) if interval else f"{name:<27} {part['accuracy'][0]:.3f}  ({note})"
-
-
-def _line(name: str, interval: Sequence[float], *, note: str = "") -> str:
-    estimate, low, high = interval
-    text = f"{name:<27} {estimate:.3f}  95% {low:.3f} to {high:.3f}"
-    return f"{text}  ({note})" if note else text
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,89 @@
+"""Held-out figures as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpo.evaluation.accuracy import BASELINES, cautions, part_interval
+
+
+def figures_as_text(figures: dict[str, Any]) -> str:
+    """The figures of `accuracy.describe`, and what was left out of them, in a few lines."""
+    lines = [
+        _counts(figures)
+        + "".join(f"; {count} left out: {reason}" for reason, count in figures["left_out"].items()),
+        _line("accuracy", figures["accuracy"], note=f"{figures['ties']} ties" if figures["ties"] else ""),
+        *(
+            _line(f"  {words}", figures["baselines"][name], note=_gain(figures["over_baselines"][name]))
+            for name, words in BASELINES.items()
+        ),
+        _line("margin (beta x log-ratio)", figures["margin"], note=f"beta {figures['beta']:g}"),
+        f"{'log-ratio, nats':<28}"
+        + ", ".join(
+            f"{name} {figures['log_ratio'][name][0]:+.2f}"
+            for name in ("chosen", "rejected")
+            if name in figures["log_ratio"]
+        ),
+        f"{'calibration error':<28}{figures['calibration']['ece']:.3f}",
+    ]
+    lines += [] if "rankings" not in figures else _ranking_lines(figures["rankings"])
+    lines += _part_lines(figures)
+    return "\n".join([*lines, *(f"! {text}" for text in cautions(figures))])
+
+
+def _counts(figures: dict[str, Any]) -> str:
+    if figures["unpaired"]:
+        return (
+            f"held out: {figures['rows']} labelled responses, {figures['prompts']} prompts; right is "
+            "likelier than under the reference if desirable, less likely if not"
+        )
+    return f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
+
+
+def _ranking_lines(rankings: dict[str, Any]) -> list[str]:
+    chance = rankings["chance"]
+    return [
+        _line("Kendall's tau", rankings["kendall_tau"]),
+        _line("best one found", rankings["top_1"], note=f"chance {chance['top_1']:.3f}"),
+        _line("NDCG", rankings["ndcg"]),
+        _line("log-likelihood", rankings["log_likelihood"], note=f"chance {chance['log_likelihood']:.3f}"),
+    ]
+
+
+def _part_lines(figures: dict[str, Any]) -> list[str]:
+    """By length, and by source."""
+    lines = []
+    for name, part in figures["by_length"].items():
+        lines.append(_part_line(f"where {name.replace('_', ' ')}", part))
+    sources = figures.get("by_source", {})
+    width = max(map(len, sources), default=0)
+    for source, part in sources.items():
+        lines.append(
+            _part_line(f"  {source:<{width}}", part, note=f", longer is better {part['longer'][0]:.3f}")
+        )
+    if "mean_of_sources" in figures:
+        part = figures["mean_of_sources"]
+        note = f"longer is better {part['longer'][0]:.3f}"
+        lines.append(_line("  mean of the sources", part["accuracy"], note=note))
+    return lines
+
+
+def _gain(interval: Sequence[float]) -> str:
+    """The accuracy beside that of a baseline."""
+    estimate, low, high = interval
+    return f"policy {estimate:+.3f}, 95% {low:+.3f} to {high:+.3f}"
+
+
+def _part_line(name: str, part: dict[str, Any], *, note: str = "") -> str:
+    interval, remark = part_interval(part)
+    counts = f"{part['pairs']} pairs" + (f", {part['ties']} ties" if part["ties"] else "")
+    found = f"margin {part['margin'][0]:.3f}, calibration error {part['calibration']['ece']:.3f}"
+    note = ", ".join(text for text in (counts, remark, found + note) if text)
+    return _line(name, interval, note=note) if interval else f"{name:<27} {part['accuracy'][0]:.3f}  ({note})"
+
+
+def _line(name: str, interval: Sequence[float], *, note: str = "") -> str:
+    estimate, low, high = interval
+    text = f"{name:<27} {estimate:.3f}  95% {low:.3f} to {high:.3f}"
+    return f"{text}  ({note})" if note else text
