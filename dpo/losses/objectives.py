@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import jax
 from jaxtyping import Float
 
-from dpo.losses import listwise, pairwise, unpaired
+from dpo.losses import listwise, pairwise, reference_free, unpaired, whole_batch
 from dpo.losses.divergences import Divergence, with_divergence
 from dpo.losses.parameters import NonNegative, Range, checked, suggestion
 from dpo.losses.scores import Objective, Scores
@@ -25,9 +25,9 @@ PAIRWISE: dict[str, Callable[..., Objective]] = {
     "hinge": pairwise.hinge,
     "robust": pairwise.robust,
     "dpo_norm": pairwise.dpo_norm,
-    "simpo": pairwise.simpo,
-    "cpo": pairwise.cpo,
-    "orpo": pairwise.orpo,
+    "simpo": reference_free.simpo,
+    "cpo": reference_free.cpo,
+    "orpo": reference_free.orpo,
     "exo": pairwise.exo,
     "nca": pairwise.nca,
     "bco_pair": pairwise.bco_pair,
@@ -40,9 +40,9 @@ PAIRWISE: dict[str, Callable[..., Objective]] = {
     "r_dpo": pairwise.r_dpo,
     "odpo": pairwise.odpo,
     "reward_distillation": pairwise.reward_distillation,
-    "aot": pairwise.aot,
-    "aot_unpaired": pairwise.aot_unpaired,
-    "sft": pairwise.sft,
+    "aot": whole_batch.aot,
+    "aot_unpaired": whole_batch.aot_unpaired,
+    "sft": whole_batch.sft,
 }
 
 LISTWISE: dict[str, Callable[..., Objective]] = {

@@ -1,5 +1,7 @@
 """Objectives on pairs: functions of (chosen, rejected), taken to rankings by `pairs.on_pairs`.
 
+Those without a reference are in `reference_free.py`, those of a whole batch in `whole_batch.py`.
+
 Throughout, s_w and s_l are the log-ratios log π/ρ of the chosen and the rejected response, |y| a response's
 tokens, δ = β (s_w − s_l), and σ the logistic function. The gradient weight is −∂L/∂δ where the loss is a
 function of δ.
@@ -11,17 +13,14 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from dpo.losses.bradley_terry import bradley_terry, negative_log_sigmoid
-from dpo.losses.pairs import Pairs, Side, on_all_pairs_at_once, on_pairs
+from dpo.losses.pairs import Pairs, Side, on_pairs
 from dpo.losses.parameters import FlipProbability, NonNegative, Range, Strength
-from dpo.losses.scores import Objective, Scores
+from dpo.losses.scores import Objective
 
 _OF_REWARDS = frozenset({"divergence", "ld_alpha", "wpo"})
-
-_LARGEST_MEAN_LOG_PROB = -1e-6
-"""ORPO's odds p/(1 − p) stay finite."""
 
 
 def dpo(beta: Strength = 0.1, label_smoothing: FlipProbability = 0.0, pairs: Pairs = "all") -> Objective:
@@ -140,84 +139,6 @@ def dpo_norm(beta: Strength = 5.0, pairs: Pairs = "all") -> Objective:
         return negative_log_sigmoid(beta * gap)
 
     return Objective(on_pairs(loss, pairs), admits=_OF_REWARDS)
-
-
-def simpo(
-    beta: Strength = 2.0,
-    gamma: NonNegative = 1.0,
-    label_smoothing: FlipProbability = 0.0,
-    pairs: Pairs = "all",
-) -> Objective:
-    """SimPO: the average log-probability is the reward, with a margin and no reference.
-
-    Formula: −(1 − ε) log σ(m) − ε log σ(−m), m = β (log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ
-    Gradient weight: σ(−m) − ε
-    Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6
-    Defaults: β = 2, γ = 1 (the paper's for Llama-3-Base, Table 8; it advises β 2 to 2.5, γ 0.5 to 1.5)
-    Data: pairs or rankings; no reference
-    Reported: above DPO by up to 6.4 points on AlpacaEval 2 and 7.5 on Arena-Hard, tuned; high learning rates
-        cost GSM8K and MMLU (the paper's appendix)
-    Use: when memory or time for a reference is missing, or length bias is the problem
-    """
-
-    def loss(chosen: Side, rejected: Side) -> Float[Array, "P M"]:
-        margin = beta * (chosen.mean_log_prob - rejected.mean_log_prob) - gamma
-        return bradley_terry(margin, label_smoothing=label_smoothing)
-
-    return Objective(on_pairs(loss, pairs), reference_free=True, admits=frozenset({"wpo"}))
-
-
-def cpo(
-    beta: Strength = 0.1,
-    nll_weight: NonNegative = 1.0,
-    label_smoothing: FlipProbability = 0.0,
-    pairs: Pairs = "all",
-) -> Objective:
-    """Contrastive preference optimisation: DPO with a uniform reference, and likelihood of the chosen
-    response.
-
-    Formula: −(1 − ε) log σ(u) − ε log σ(−u) − λ log π(y_w)/|y_w|, u = β (log π(y_w) − log π(y_l))
-    Gradient weight: σ(−u) − ε
-    Source: Xu et al. 2024, arXiv:2401.08417; the likelihood is per token here, as in TRL's CPOTrainer (which
-        averages over the batch's tokens; ours is per response, so no batch split changes it)
-    Defaults: β = 0.1, λ = 1 (TRL's)
-    Data: pairs or rankings; no reference
-    Reported: ALMA-R matches or exceeds the WMT winners and GPT-4 in translation (WMT'21, '22, '23)
-    Use: translation-like tasks with good chosen responses
-    """
-
-    def loss(chosen: Side, rejected: Side) -> Float[Array, "P M"]:
-        preference = bradley_terry(beta * (chosen.policy - rejected.policy), label_smoothing=label_smoothing)
-        return preference - nll_weight * chosen.mean_log_prob
-
-    return Objective(on_pairs(loss, pairs), reference_free=True, admits=frozenset({"wpo"}))
-
-
-def orpo(beta: Strength = 0.1, nll_weight: NonNegative = 1.0, pairs: Pairs = "all") -> Objective:
-    """ORPO: likelihood of the chosen response plus the log odds ratio of the per-token probabilities.
-
-    Formula: −w log p_w − β log σ(log[p_w/(1 − p_w)] − log[p_l/(1 − p_l)]), p = π(y)^(1/|y|)
-    Gradient weight: β σ(−log odds ratio) / (1 − p) in each log p
-    Source: Hong et al. 2024, arXiv:2403.07691, Eq. 3, 4, 6 and 7 (β is the paper's λ)
-    Defaults: β = 0.1 (the paper's for Mistral 7B; 0.2 for Llama-2 7B, 0.25 for Phi-2), w = 1 (the paper's)
-    Data: pairs or rankings; no reference
-    Reported: fine-tuning and preference learning in one stage, from a base model: Mistral 7B reaches 12.2% on
-        AlpacaEval 2
-    Use: instead of SFT followed by DPO
-    """
-
-    def log_odds(side: Side) -> Float[Array, "P M"]:
-        log_prob = jnp.minimum(side.mean_log_prob, _LARGEST_MEAN_LOG_PROB)
-        # log(1 − e^x): expm1 is exact near 0, log1p far from it.
-        near = jnp.log(-jnp.expm1(jnp.maximum(log_prob, -1.0)))
-        far = jnp.log1p(-jnp.exp(jnp.minimum(log_prob, -0.5)))
-        return log_prob - jnp.where(log_prob > -0.7, near, far)
-
-    def loss(chosen: Side, rejected: Side) -> Float[Array, "P M"]:
-        ratio = negative_log_sigmoid(log_odds(chosen) - log_odds(rejected))
-        return beta * ratio - nll_weight * chosen.mean_log_prob
-
-    return Objective(on_pairs(loss, pairs), reference_free=True, admits=frozenset({"wpo"}))
 
 
 def exo(
@@ -473,84 +394,3 @@ def reward_distillation(beta: Strength = 0.1, pairs: Pairs = "all") -> Objective
         return (delta - (chosen.scores - rejected.scores)) ** 2
 
     return Objective(on_pairs(loss, pairs), needs=frozenset({"scores"}), admits=_OF_REWARDS)
-
-
-def aot(beta: Strength = 0.1, label_smoothing: FlipProbability = 0.0, pairs: Pairs = "all") -> Objective:
-    """AOT: the sorted policy gaps of the batch should dominate the sorted reference gaps.
-
-    Formula: −(1 − ε) log σ(d) − ε log σ(−d), d_i = β (i-th smallest of log π(y_w)/π(y_l) − i-th smallest of
-        log ρ(y_w)/ρ(y_l))
-    Gradient weight: σ(−d) − ε
-    Source: Melnyk et al. 2024, arXiv:2406.05882, §3, paired form
-    Defaults: β = 0.1 (as DPO's); ε = 0 (TRL's)
-    Data: pairs or rankings; statistics of the whole batch
-    Reported: state of the art among 7B models on the Open LLM benchmarks and AlpacaEval, when it appeared
-    Use: large batches
-    """
-
-    def loss(chosen: Side, rejected: Side, exists: Bool[Array, "P M"]) -> Float[Array, "P M"]:
-        gap = chosen.policy - rejected.policy
-        reference_gap = chosen.reference - rejected.reference
-        return bradley_terry(
-            beta * _minus_same_rank(gap, reference_gap, exists), label_smoothing=label_smoothing
-        )
-
-    return Objective(on_all_pairs_at_once(loss, pairs), whole_batch=True, admits=frozenset({"ld_alpha"}))
-
-
-def aot_unpaired(
-    beta: Strength = 0.1, label_smoothing: FlipProbability = 0.0, pairs: Pairs = "all"
-) -> Objective:
-    """AOT on unpaired responses: the sorted chosen log-ratios should dominate the sorted rejected ones.
-
-    Formula: −(1 − ε) log σ(d) − ε log σ(−d), d_i = β (i-th smallest s_w − i-th smallest s_l)
-    Gradient weight: σ(−d) − ε
-    Source: Melnyk et al. 2024, arXiv:2406.05882, §3, unpaired form
-    Defaults: β = 0.1 (as DPO's); ε = 0 (TRL's)
-    Data: pairs or rankings; statistics of the whole batch
-    Reported: as aot
-    Use: large batches in which chosen and rejected are not answers to the same prompts
-    """
-
-    def loss(chosen: Side, rejected: Side, exists: Bool[Array, "P M"]) -> Float[Array, "P M"]:
-        gap = _minus_same_rank(chosen.log_ratio, rejected.log_ratio, exists)
-        return bradley_terry(beta * gap, label_smoothing=label_smoothing)
-
-    return Objective(on_all_pairs_at_once(loss, pairs), whole_batch=True, admits=frozenset({"ld_alpha"}))
-
-
-def sft() -> Objective:
-    """Likelihood of the best response, averaged over the batch's tokens: a term for sums (DPO + NLL, MPO).
-
-    Formula: −Σ log π(y_best) / Σ |y_best|, both sums over the whole batch
-    Gradient weight: 1 on every token of the best response
-    Source: TRL's sft term; Pang et al. 2024, arXiv:2404.19733 (DPO + NLL); Wang et al. 2024,
-        arXiv:2411.10442, §3.2 (MPO)
-    Defaults: none
-    Data: anything with a best response; statistics of the whole batch; no reference
-    Reported: crucial for iterated DPO on reasoning (Pang et al.)
-    Use: `objectives: [{name: dpo, weight: 0.8}, {name: bco_pair, weight: 0.2}, {name: sft, weight: 1.0}]` is
-        MPO
-    """
-
-    def loss(scores: Scores) -> Float[Array, " P"]:
-        best = scores.present & (scores.ranks == 0)
-        tokens = jnp.maximum(jnp.sum(jnp.where(best, scores.lengths, 0)), 1)
-        mean = -jnp.sum(jnp.where(best, scores.policy, 0.0)) / tokens
-        return jnp.broadcast_to(mean, scores.policy.shape[:1])
-
-    return Objective(loss, whole_batch=True, reference_free=True)
-
-
-def _minus_same_rank(
-    values: Float[Array, "P M"], others: Float[Array, "P M"], exists: Bool[Array, "P M"]
-) -> Float[Array, "P M"]:
-    """Each value minus the one of `others` that has the same rank in sorted order, over the batch's pairs.
-
-    The result stays with the pair whose value it is, so that a prompt keeps its own loss.
-    """
-    last = jnp.where(exists, 0.0, jnp.inf).ravel()
-    order = jnp.argsort(values.ravel() + last, stable=True)
-    rank = jnp.argsort(order, stable=True)
-    matched = others.ravel()[jnp.argsort(others.ravel() + last, stable=True)][rank]
-    return values - jnp.where(exists.ravel(), matched, 0.0).reshape(values.shape)
