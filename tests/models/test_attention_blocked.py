@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_rows import make_layout, make_qkv
 
 from dpo.models.attention import NO_WINDOW, attend_plain, visible
 from dpo.models.attention_blocked import TILES, _Layout, _schedule, attend_blocked
@@ -20,25 +21,11 @@ ROWS = (
 
 
 def _layout(rows=ROWS, length=T) -> dict:
-    positions, group, branch = (np.zeros((len(rows), length), np.int32) for _ in range(3))
-    for r, groups in enumerate(rows):
-        slot = 0
-        for g, (prompt, responses) in enumerate(groups, start=1):
-            for b, (start, size) in enumerate([(0, prompt), *((prompt, n) for n in responses)]):
-                where = slice(slot, slot + size)
-                positions[r, where] = start + np.arange(size)
-                group[r, where], branch[r, where] = g, b
-                slot += size
-    return {"positions": jnp.array(positions), "group": jnp.array(group), "branch": jnp.array(branch)}
+    return make_layout(rows, length)
 
 
 def _qkv(rows, length, H, G, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((H, C), (G, C), (G, C), (H, C))
-    return [
-        jax.random.normal(key, (rows, length, *shape)).astype(dtype)
-        for key, shape in zip(keys, shapes, strict=True)
-    ]
+    return make_qkv(rows, length, (H, G), C, dtype)
 
 
 def _compare(layout, H, G, dtype=jnp.float32, atol=2e-5, **options):

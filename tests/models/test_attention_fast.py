@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_rows import make_layout, make_qkv
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -39,28 +40,6 @@ ROOT = Path(__file__).parents[2]
 ROWS = (((30, (25, 14)), (20, (9, 12))), ((70, (40, 28)),))
 
 
-def make_layout(length, rows=ROWS) -> dict:
-    positions, group, branch = (np.zeros((len(rows), length), np.int32) for _ in range(3))
-    for r, groups in enumerate(rows):
-        slot = 0
-        for g, (prompt, responses) in enumerate(groups, start=1):
-            for b, (start, size) in enumerate([(0, prompt), *((prompt, n) for n in responses)]):
-                where = slice(slot, slot + size)
-                positions[r, where] = start + np.arange(size)
-                group[r, where], branch[r, where] = g, b
-                slot += size
-    return {"positions": jnp.array(positions), "group": jnp.array(group), "branch": jnp.array(branch)}
-
-
-def make_qkv(rows, length, heads, dtype=jnp.float32):
-    H, G = heads
-    keys = jax.random.split(jax.random.key(0), 4)
-    return [
-        jax.random.normal(key, (rows, length, n, C)).astype(dtype)
-        for key, n in zip(keys, (H, G, G, H), strict=True)
-    ]
-
-
 def value_and_gradients(attention, q, k, v, cotangent, real):
     """Of what a real token gets; and the output itself."""
 
@@ -74,9 +53,9 @@ def value_and_gradients(attention, q, k, v, cotangent, real):
 def assert_same_as_plain(
     attention, *, heads, length=140, dtype=jnp.float32, tolerance=2e-5, window=None, **how
 ):
-    layout = make_layout(length)
+    layout = make_layout(ROWS, length)
     mask, real = visible(**layout, window=window), (layout["group"] != 0)[..., None, None]
-    q, k, v, cotangent = make_qkv(len(ROWS), length, heads, dtype)
+    q, k, v, cotangent = make_qkv(len(ROWS), length, heads, C, dtype)
     (_, out), gradients = value_and_gradients(
         partial(attention, mask=mask, scale=0.3, **how), q, k, v, cotangent, real
     )
@@ -122,9 +101,9 @@ def test_the_way_to_cudnn_is_plain(heads, length):
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=["split", "whole"])
 def test_a_mesh_changes_nothing(implementation, heads):
     """Rows over two devices, heads over two where they can be split."""
-    layout = make_layout(140)
+    layout = make_layout(ROWS, 140)
     partition = Partition(Mesh(np.asarray(jax.devices()[:4]).reshape(1, 2, 2), AXES))
-    q, k, v, cotangent = make_qkv(len(ROWS), 140, heads)
+    q, k, v, cotangent = make_qkv(len(ROWS), 140, heads, C)
     real = (layout["group"] != 0)[..., None, None]
 
     def attention(q, k, v, implementation=implementation, partition=ONE_DEVICE):
@@ -193,8 +172,8 @@ def test_a_model_checks_its_attention_when_it_is_made():
 
 def test_the_forward_kernel_is_not_run_again():
     """Under rematerialisation its output and its normaliser are saved: one kernel forward, two backward."""
-    layout = make_layout(140)
-    q, k, v, _ = make_qkv(len(ROWS), 140, (2, 1))
+    layout = make_layout(ROWS, 140)
+    q, k, v, _ = make_qkv(len(ROWS), 140, (2, 1), C)
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 
     def loss(q):
@@ -244,8 +223,8 @@ def test_a_step_with_splash_is_compiled_for_a_tpu(tmp_path):
 def test_cudnn_s_call_is_made_for_a_gpu(monkeypatch):
     """Shapes, dtypes and the mask pass its own checks, forward and backward; running it needs a GPU."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    layout = make_layout(141)
-    q, k, v, _ = make_qkv(len(ROWS), 141, (4, 2), jnp.bfloat16)
+    layout = make_layout(ROWS, 141)
+    q, k, v, _ = make_qkv(len(ROWS), 141, (4, 2), C, jnp.bfloat16)
     gradient = jax.grad(lambda q: attend_cudnn(q, k, v, visible(**layout), scale=0.3).sum())
     text = jax.jit(gradient).trace(q).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaScaleBiasSoftmax(" in text
