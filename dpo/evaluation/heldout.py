@@ -16,7 +16,15 @@ from dpo.data.preferences import Preference, digest, fingerprint, read_preferenc
 from dpo.data.tokenization import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.training.reference import score_rows
-from dpo.training.setup import Dataset, load_policy, make_score, open_reference, read_dataset, scoring_loader
+from dpo.training.setup import (
+    Dataset,
+    load_policy,
+    make_score,
+    open_reference,
+    read_dataset,
+    require_embeddings,
+    scoring_loader,
+)
 from dpo.training.sharding import own_mesh
 from dpo.training.validation import DATA_KEY, HELDOUT_FILE
 
@@ -108,6 +116,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
 def _score_policy(config: Config, mesh: Mesh) -> tuple[np.ndarray, Dataset]:
     policy = load_policy(config.model, mesh)
     dataset = read_dataset(config.data, policy.pretrained.tokenizer, heldout=True)
+    require_embeddings(dataset, policy.pretrained.model.config, name="data.eval")
     rows = score_rows(
         make_score(policy, mesh, chunk=config.model.log_prob_chunk)(policy.params),
         scoring_loader(config.data, dataset.tokens, mesh).batches(),

@@ -77,9 +77,10 @@ def classify(
     """Logits of every sequence, with its index, batch by batch; sequences of similar length go together.
 
     Raises:
-      ValueError: for a sequence without tokens, or one that is longer than the model's learned positions.
+      ValueError: for a sequence without tokens, with a token that the model does not know, or longer than
+        its learned positions.
     """
-    _check_lengths(model, sequences)
+    _check_sequences(model, sequences)
     graphdef, params = nnx.split(model)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for start in range(0, len(order), batch_size):
@@ -121,10 +122,16 @@ def _make_batch(
     return tuple(map(jnp.asarray, (tokens, positions, group, np.zeros_like(tokens), pooled)))
 
 
-def _check_lengths(model: SequenceClassifier, sequences: Sequence[Sequence[int]]) -> None:
+def _check_sequences(model: SequenceClassifier, sequences: Sequence[Sequence[int]]) -> None:
     empty = [i for i, sequence in enumerate(sequences) if len(sequence) == 0]
     if empty:
         raise ValueError(f"sequences {empty} have no tokens; at least one is needed")
+    largest = max((max(sequence) for sequence in sequences), default=0)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"a sequence has token {largest}; the model knows {model.config.vocab_size} from 0: its "
+            "tokenizer has tokens that it was not resized for"
+        )
     longest = max((len(sequence) for sequence in sequences), default=0)
     if model.config.position == "learned" and longest > model.config.max_positions:
         raise ValueError(

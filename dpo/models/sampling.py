@@ -73,7 +73,7 @@ def generate(
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt is needed")
-    _check_lengths(model, prompts, sampling.max_new_tokens)
+    _check_prompts(model, prompts, sampling.max_new_tokens)
     graphdef, params = nnx.split(model)
     rules = replace(sampling, max_new_tokens=_round_up(sampling.max_new_tokens))
     responses: list[list[int]] = [[]] * len(prompts)
@@ -96,7 +96,7 @@ def stream(
     model: Decoder, prompt: Sequence[int], *, sampling: SamplingConfig, seed: int, stop_tokens: Sequence[int]
 ) -> Iterator[int]:
     """The tokens of `generate` for one prompt, each as soon as it is drawn."""
-    _check_lengths(model, [prompt], sampling.max_new_tokens)
+    _check_prompts(model, [prompt], sampling.max_new_tokens)
     graphdef, params = nnx.split(model)
     batch = _make_batch([prompt], [seed], 1)
     rules = replace(sampling, max_new_tokens=_round_up(sampling.max_new_tokens))
@@ -325,10 +325,16 @@ def _make_batch(prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch_si
     return _Batch(*map(jnp.asarray, (tokens, lengths, np.pad(np.asarray(seeds, np.uint32), padding))))
 
 
-def _check_lengths(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompts {empty} have no tokens; at least one is needed")
+    largest = max((max(prompt) for prompt in prompts), default=0)
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"a prompt has token {largest}; the model knows {model.config.vocab_size} from 0: its tokenizer "
+            "has tokens that it was not resized for"
+        )
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
     if model.config.position == "learned" and longest > model.config.max_positions:
         raise ValueError(

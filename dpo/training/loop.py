@@ -54,6 +54,7 @@ from dpo.training.setup import (
     objective_names,
     open_reference,
     read_dataset,
+    require_embeddings,
     require_preferences,
     scoring_loader,
 )
@@ -250,7 +251,9 @@ def prepare(config: Config) -> Run:
     peers = all_processes()
     dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective, names=names)
     heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers) if config.data.eval else None
+    require_embeddings(dataset, policy.pretrained.model.config, name="data.train")
     if heldout is not None:
+        require_embeddings(heldout, policy.pretrained.model.config, name="data.eval")
         require_preferences(heldout.tokens, name=str(config.data.eval))
     if config.training.keep_best is not None and heldout is not None and heldout.tokens.max_responses < 2:
         raise ValueError(

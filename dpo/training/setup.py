@@ -29,6 +29,7 @@ from dpo.data.tokenization import TokenizedDataset, tokenize, tokenize_part
 from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
+from dpo.models.decoder_config import DecoderConfig
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
 from dpo.models.partition import Partition
@@ -241,6 +242,34 @@ def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
         raise ValueError(
             f"data.eval is {name}: none of its {len(tokens)} rows has two responses of different rank; "
             "allowed: at least one that has, or labelled single responses, or no data.eval"
+        )
+
+
+def require_embeddings(dataset: Dataset, model: DecoderConfig, *, name: str) -> None:
+    """Refuse data that a model has no embeddings for: looking them up would silently take others.
+
+    Raises:
+      ValueError: with the first row whose tokens are not in the model's vocabulary, or are more than its
+        learned positions.
+    """
+    tokens = dataset.tokens
+    longest = tokens.prompt_lengths + tokens.response_lengths.max(axis=1)
+    largest = np.maximum(
+        np.maximum.reduceat(tokens.prompt_tokens, tokens.prompt_offsets[:-1]),
+        np.maximum.reduceat(tokens.response_tokens, tokens.response_offsets[tokens.row_offsets[:-1]]),
+    )
+    unknown, beyond = largest >= model.vocab_size, longest > model.max_positions
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise ValueError(
+            f"{name}: {dataset.location(row)} has token {largest[row]}, and the model "
+            f"knows {model.vocab_size} from 0: its tokenizer has tokens that it was not resized for"
+        )
+    if model.position == "learned" and beyond.any():
+        row = int(beyond.argmax())
+        raise ValueError(
+            f"{name}: {dataset.location(row)} has {longest[row]} tokens, and the model "
+            f"{model.max_positions} learned positions; allowed: data.max_length up to that"
         )
 
 

@@ -84,12 +84,15 @@ def test_what_is_no_classifier_is_refused_and_a_classifier_is_no_policy(tmp_path
         load_decoder(open_checkpoint(tmp_path / "reward"))
 
 
-def test_sequences_without_tokens_or_beyond_learned_positions_are_refused(tmp_path):
+def test_sequences_without_tokens_or_embeddings_are_refused(tmp_path):
     model = load(write_classifier(tmp_path, "gpt2"))
     with pytest.raises(ValueError, match=r"sequences \[1\] have no tokens"):
         list(classify(model, [[1], []]))
     with pytest.raises(ValueError, match="65 tokens; the model has 64 positions"):
         list(classify(model, [[1] * 65]))
+    V = model.config.vocab_size
+    with pytest.raises(ValueError, match=f"a sequence has token {V}; the model knows {V} from 0"):
+        list(classify(model, [[1], [1, V]]))
 
 
 def test_every_named_architecture_is_transformers(tmp_path):

@@ -118,6 +118,13 @@ def test_settings_out_of_range_are_named():
         SamplingConfig(top_p=1.5)
 
 
+def test_tokens_that_the_model_does_not_know_are_refused(model):
+    V = model.config.vocab_size
+    for prompts in ([[1], [2, V]], [[V]]):
+        with pytest.raises(ValueError, match=f"a prompt has token {V}; the model knows {V} from 0"):
+            generate(model, prompts, sampling=RULES, seeds=[0] * len(prompts), stop_tokens=[])
+
+
 def test_positions_that_a_learned_table_lacks_are_refused(tmp_path):
     gpt2 = load_case(tmp_path, "gpt2")
     with pytest.raises(ValueError, match="need 66 positions; the model has 64"):

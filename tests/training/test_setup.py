@@ -1,0 +1,38 @@
+"""Data that a model has no embeddings for are refused: looking them up would take others without a word."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_model import byte_tokenizer, tiny_config
+
+from dpo.data.preferences import ReadPreferences
+from dpo.data.tokenization import make_dataset
+from dpo.models.pretrained import read_config
+from dpo.training.setup import Dataset, require_embeddings
+
+MODEL = replace(
+    read_config(tiny_config(byte_tokenizer()))[1], vocab_size=10, position="learned", max_positions=6
+)
+
+
+def data(*rows: tuple[list[int], list[list[int]]]) -> Dataset:
+    """One row a line, from line 1."""
+    tokens = make_dataset([prompt for prompt, _ in rows], [responses for _, responses in rows])
+    locations = [f"a.jsonl:{line}" for line in range(1, len(rows) + 1)]
+    return Dataset(ReadPreferences([], len(rows), {}, []), tokens, locations)
+
+
+def test_the_first_row_with_an_unknown_token_is_named():
+    known = ([9, 0], [[1, 9], [2]])
+    require_embeddings(data(known), MODEL, name="data.train")
+    for unknown in (([10], [[1], [2]]), ([1], [[1], [10]])):
+        with pytest.raises(ValueError, match=r"^data.train: a.jsonl:2 has token 10, .* knows 10 from 0"):
+            require_embeddings(data(known, unknown, ([11], [[1]])), MODEL, name="data.train")
+
+
+def test_learned_positions_end():
+    fits, beyond = ([1, 2, 3], [[1, 2, 3], [1]]), ([1, 2, 3], [[1], [1, 2, 3, 4]])
+    require_embeddings(data(fits), MODEL, name="data.eval")
+    with pytest.raises(ValueError, match=r"^data.eval: a.jsonl:2 has 7 tokens, and the model 6 learned"):
+        require_embeddings(data(fits, beyond), MODEL, name="data.eval")
+    require_embeddings(data(fits, beyond), replace(MODEL, position="rotary"), name="data.eval")
