@@ -112,7 +112,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (policy.params, policy.frozen)
     )
     config = policy.pretrained.model.config
-    dataset = read_dataset(data, policy.pretrained.tokenizer).tokens
+    read = read_dataset(data, policy.pretrained.tokenizer)
+    dataset = read.tokens
     epoch = len(dataset) // options.batch
     if epoch < num_steps:
         raise SystemExit(f"{options.data} has {len(dataset)} rows; {num_steps * options.batch} are needed")
@@ -134,6 +135,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         scoring.batches(0, scored.stop),
         num_rows=len(dataset),
         num_responses=dataset.max_responses,
+        locate=read.location,
     )
     reference_time = _since(began)
     num_scored = sum(int((scoring.indices(step) >= 0).sum()) for step in scored)
