@@ -34,7 +34,7 @@ from dpo.models.decoder_config import DecoderConfig
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
 from dpo.models.lora import add_adapters
-from dpo.models.partition import ROWS, TENSOR, Partition
+from dpo.models.partition import DATA, FSDP, ROWS, TENSOR, Partition
 from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
 from dpo.models.quantized import hold
 from dpo.models.shapes import SHAPE_PREFIX, read_shape
@@ -545,6 +545,7 @@ def _advice(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]
             "heads: attention is computed by every device of the axis"
         )
     if plan.fits:
+        yield from _smaller_groups(plan)
         return
     memory, parts = plan.memory, partition["data"] * partition["fsdp"]
     held = memory.parameters + memory.optimizer
@@ -561,3 +562,19 @@ def _advice(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]
         yield f"model.log_prob_chunk {config.model.log_prob_chunk // 2}: half the logits at a time"
     if held > 0.5 * memory.limit or plan.workload.shape.rows <= parts * config.training.micro_batches:
         yield f"a larger topology: {int(np.ceil(memory.total / memory.limit))} times the devices would do"
+
+
+_GROUP = 16
+"""Chips that gather and scatter by pieces; the TPU's compiler makes sums over all of 64 and more instead."""
+
+
+def _smaller_groups(plan: Plan) -> Iterator[str]:
+    """Fewer devices to a group of `fsdp`, where communication takes longest and memory allows."""
+    fsdp, memory = plan.mesh[FSDP], plan.memory
+    more = (memory.parameters + memory.optimizer) * (fsdp // _GROUP - 1)
+    waits = plan.times is not None and plan.times.communication == plan.times.hidden
+    if fsdp >= 4 * _GROUP and fsdp % _GROUP == 0 and waits and more < memory.free:
+        data = plan.mesh[DATA] * fsdp // _GROUP
+        yield (
+            f"mesh.data {data}, mesh.fsdp {_GROUP}: communication takes longest; {more / 2**30:.2f} GiB more"
+        )

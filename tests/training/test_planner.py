@@ -27,7 +27,7 @@ from dpo.training.planner import (
     read_decoder,
     trace_step,
 )
-from dpo.training.roofline import Work, count_flops, forward_flops
+from dpo.training.roofline import Times, Work, count_flops, forward_flops
 from dpo.training.sharding import make_mesh
 
 SMALL_CONFIG = (
@@ -103,6 +103,21 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(plan):
     assert "GiB too much" in text
     for what in ("mesh.fsdp 8 instead of 2", "model.compute_dtype bfloat16", "a larger topology: 4 times"):
         assert what in text
+
+
+def test_where_communication_takes_longest_smaller_groups_are_named(plan):
+    """256 devices instead of 8: in groups of 16 each holds 16 times as much of the state."""
+    waits = plan._replace(mesh={"data": 1, "fsdp": 256, "tensor": 1}, times=Times(1.0, 2.0, 3.0))
+    more = 15 * (plan.memory.parameters + plan.memory.optimizer)
+    [advice] = planner._advice(settings(), waits, SMALL)
+    assert advice.startswith("mesh.data 16, mesh.fsdp 16: communication takes longest")
+    assert advice.endswith(f"{more / 2**30:.2f} GiB more")
+    for other in (
+        {"times": Times(1.0, 3.0, 2.0)},
+        {"mesh": {"data": 16, "fsdp": 16, "tensor": 1}},
+        {"memory": plan.memory._replace(limit=plan.memory.total + more / 2)},
+    ):
+        assert list(planner._advice(settings(), waits._replace(**other), SMALL)) == []
 
 
 @pytest.mark.parametrize(
