@@ -37,7 +37,7 @@ _FREE = frozenset(
         "opt-barrier",
         "add-dependency",
         "iota",
-        "copy-done",
+        "async-start",
     ]
 )
 """Instructions that move no bytes themselves."""
@@ -228,16 +228,25 @@ def _fused(computations: dict[str, list[_Instruction]]) -> set[str]:
 def _traffic(
     instruction: _Instruction, shapes: dict[str, str], computations: dict[str, list[_Instruction]]
 ) -> float:
-    """Bytes that an instruction reads and writes: of a slice what it takes, of an update what it writes."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+    """Bytes that an instruction reads and writes: of a slice what it takes, of an update what it writes.
+
+    What begins here and ends elsewhere gives a tuple that has its operands too, then what it writes.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done") or '"AllocateBuffer"' in instruction.attributes:
         return 0.0
     operands = [_memory_bytes(shapes.get(name, "")) for name in instruction.operands]
     result = _memory_bytes(instruction.shape)
-    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2.0 * result
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * operands[1]
-    if instruction.opcode != "fusion":
+    if opcode == "slice-start":
+        part = shape_bytes(instruction.shape) - shape_bytes(shapes[instruction.operands[0]])
+        return float(min(part, operands[0]) + result - operands[0])
+    if opcode.endswith("-start") and opcode != "all-reduce-start":
+        return float(result)
+    if opcode in ("dynamic-slice", "gather", "slice"):
+        return float(min(shape_bytes(instruction.shape), operands[0]) + result)
+    if opcode == "dynamic-update-slice":
+        return float(operands[1] + min(shape_bytes(shapes[instruction.operands[1]]), result))
+    if opcode != "fusion":
         return float(sum(operands) + result)
     body = next((computations.get(name, []) for name, _ in _called(instruction)), [])
     return _fusion_reads(body, operands) + _fusion_writes(body, result)

@@ -89,6 +89,27 @@ def test_a_slice_of_a_stack_is_read_alone():
     assert read_program(TEXT, 16).bytes_accessed == loop + 2 * 1024 + (1024 + 64)
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # From memory to a place beside the cores, and back: one read, one write.
+        ("(f32[64,4]{1,0:S(1)}, f32[64,4]{1,0}, u32[]{:S(2)}) copy-start(%x)", 1024),
+        ("((f32[64,4]{1,0}), f32[16,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:4]}", 256),
+        ("((f32[64,4]{1,0}), f32[16,4]{1,0}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:4]}", 512),
+        ("(f32[64,4]{1,0}, f32[64,4]{1,0}, u32[]{:S(2)}) collective-permute-start(%x)", 2048),
+        ("f32[16,4]{1,0:S(1)} slice(%x), slice={[0:16], [0:4]}", 256),
+        ('f32[16,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+    ],
+)
+def test_what_ends_elsewhere_moves_its_bytes_once(line, moved):
+    text = f"""ENTRY %main (x: f32[64,4]) -> f32[64,4] {{
+  %x = f32[64,4]{{1,0}} parameter(0)
+  %begun = {line}
+}}
+"""
+    assert read_program(text, 1).bytes_accessed == pytest.approx(moved, abs=4)  # and a word about its state
+
+
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         parse_computations("HloModule nothing\n")
