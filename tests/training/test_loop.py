@@ -103,7 +103,8 @@ EVALUATED = [
 @pytest.mark.parametrize("specs", EVALUATED, ids=str)
 def test_the_held_out_loss_of_the_training_rows_is_the_next_steps_loss(config, specs):
     """Each step takes all 12 rows, so that the next one's loss is of the rows and weights just evaluated."""
-    config = replace(config, data={"eval": config.data.train, "layout": "padded"}, objectives=specs)
+    config = replace(config, data={"eval": config.data.train, "layout": "padded"})
+    config = replace(config, objective={"name": "dpo"}, objectives=specs)
     config = replace(config, training={"batch_size": 12, "steps": 3, "eval_every": 1})
     summary = train(config).summary
     trained = [row["loss"] for row in lines(config) if "loss" in row]
