@@ -38,7 +38,7 @@ BLOCK = 64
 SAVED_NAMES = ("attention_output", "attention_normaliser")
 """What a rematerialisation policy may save so that the forward pass is not run again."""
 
-TILES = 8
+TILES = 6
 """Tiles a step of the loop, computed side by side (docs/performance.md)."""
 
 _ZERO = np.uint32(0)
@@ -221,25 +221,26 @@ class _Schedule(NamedTuple):
 def _each_tile(schedule: _Schedule, tile: Callable, merge: Callable, state: Any) -> tuple[Any, Any]:
     """`merge` what `tile` finds at every place into the state; and what to hold on to (`_holding`).
 
-    A step computes `TILES` tiles that do not depend on each other, then merges them one after the other.
+    A step computes up to `TILES` that do not depend on each other, then merges them one after the other.
     XLA's CPU runtime runs independent operations side by side if enough of them are ready and no two use
     the same memory. Temporaries of a loop's body share memory; what a loop carries does not. So it carries
     every product and every operand of one, though nobody reads them.
     """
-    places = [_place(schedule, jnp.int32(n)) for n in range(TILES)]
+    width = min(TILES, len(schedule.places))
+    places = [_place(schedule, jnp.int32(i)) for i in range(width)]
     spare = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: [tile(p) for p in places])
     )
 
     def step(n, carry):
         state, _ = carry
-        places = [_place(schedule, n * TILES + i) for i in range(TILES)]
+        places = [_place(schedule, n * width + i) for i in range(width)]
         found = [tile(place) for place in places]
         for place, (result, _) in zip(places, found, strict=True):
             state = merge(state, place, result)
         return state, found
 
-    return jax.lax.fori_loop(0, -(-schedule.count // TILES), step, (state, spare))
+    return jax.lax.fori_loop(0, -(-schedule.count // width), step, (state, spare))
 
 
 def _holding(result: Array, spare: Any) -> Array:
@@ -337,7 +338,7 @@ def _schedule(layout: _Layout, block: int, num_kv_heads: int) -> _Schedule:
         needed = needed & (nearest < layout.window)
     chosen = jnp.stack(jnp.nonzero(needed, size=needed.size, fill_value=0), axis=1)
     tiles = jnp.repeat(chosen, num_kv_heads, axis=0)
-    n = jnp.arange(-(-len(tiles) // TILES) * TILES)
+    n = jnp.arange(len(tiles) + -len(tiles) % min(TILES, len(tiles)))
     count = needed.sum() * num_kv_heads
     tiles = jnp.pad(tiles, ((0, len(n) - len(tiles)), (0, 0)))
     columns = tiles[:, 0], n % num_kv_heads, tiles[:, 1] * block, tiles[:, 2] * block, n < count
