@@ -208,17 +208,18 @@ def _notes(runs: Sequence[ComparedRun]) -> list[str]:
 
 def differing_settings(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs, run_dir apart, by their dotted names."""
-    flat = [_flatten(asdict(config)) for config in configs]
+    flat = [flat_settings(asdict(config)) for config in configs]
     names = dict.fromkeys(name for one in flat for name in one if name != "run_dir")
     found = [(name, [one.get(name, "") for one in flat]) for name in names]
     return [(name, values) for name, values in found if len(set(values)) > 1]
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings as text by their dotted names."""
     flat: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flat_settings(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = str(value)
     return flat

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from jaxtyping import Float
 
 from dpo.config import (
@@ -37,10 +38,12 @@ from dpo.config import (
     WinrateConfig,
     heldout_settings,
 )
+from dpo.evaluation.comparison import flat_settings
 from dpo.evaluation.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.evaluation.journal import Journal
 from dpo.evaluation.judges import RewardJudge, reward_judge
 from dpo.evaluation.match import play, read_prompts
+from dpo.evaluation.report import read_summary
 from dpo.evaluation.rewards import Prompt
 from dpo.evaluation.samples import Player, Request, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
@@ -48,7 +51,8 @@ from dpo.files import replace_text
 from dpo.losses import make_objective
 from dpo.models.pretrained import load_pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig
-from dpo.training.loop import settings_fingerprint, train
+from dpo.training.identity import resolved_settings, settings_fingerprint
+from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids
 from dpo.training.setup import Policy, load_policy
 from dpo.training.sharding import make_mesh
@@ -67,6 +71,8 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
     """
     output = Path(given.output)
     configs = run_configs(given)
+    for config in configs.values():
+        _require_same_settings(config)
     reward = reward_judge(given.reward)
     prompts = [row.prompt for row in read_prompts(next(iter(configs.values())), log)]
     with Journal(output / "points.jsonl") as points:
@@ -120,6 +126,28 @@ def run_config(given: FrontierConfig, name: str, beta: float) -> Config:
     )
     make_objective(config.objective)
     return config
+
+
+def _require_same_settings(config: Config) -> None:
+    """Raise `ValueError` for a run that was finished with other settings, which would be trained over.
+
+    Its checkpoint, by which training itself would refuse, is deleted.
+    """
+    run_dir = Path(config.run_dir)
+    summary = read_summary(run_dir)
+    if summary is None or summary["settings"] == settings_fingerprint(config):
+        return
+    then = flat_settings(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    now = flat_settings(asdict(config))
+    differing = [
+        f"{name} is {now[name]}, was {then.get(name, 'not there')}"
+        for name in resolved_settings(config)
+        if now.get(name) != then.get(name)
+    ]
+    raise ValueError(
+        f"{run_dir} is finished with other settings ({', '.join(differing)}); give another output, or delete "
+        "the run to train it anew"
+    )
 
 
 class _Observers:

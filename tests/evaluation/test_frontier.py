@@ -118,6 +118,14 @@ def test_the_experiment_is_whole_and_resumable(
     assert main(command) == 0
     assert before == files_of(out)
 
+    # a finished run is not trained anew in its place
+    assert main([*command, "--learning_rate=0.02"]) == 2
+    assert (
+        "out/plackett_luce_beta0.5 is finished with other settings (optimizer.learning_rate is 0.02, was "
+        "0.01); give another output"
+    ) in capsys.readouterr().err
+    assert before == files_of(out)
+
     # other prompts of a finished run can't be answered any more
     capsys.readouterr()
     assert main([*command, "--max_new_tokens=5"]) == 2
