@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from dpo.command_line import USAGE_ERROR, Settings, SettingsParser, build, load_config, settings_parser
 from dpo.config import (
     Config,
+    DataConfig,
     DiffusionConfig,
     EvaluateConfig,
     ExportConfig,
@@ -49,6 +51,8 @@ STOPPED = 130
 """Exit code after a second signal, or one that came when there was nothing to save."""
 DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv", ".arrow")
 """Endings of data sources that can only be files; others may be directories or on the hub."""
+FIRST_ROWS = 8
+"""Rows of a file of preferences that are parsed before anything is loaded."""
 INTERRUPTED = 75
 """Exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
 
@@ -58,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"dpo {version('dpo')}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
@@ -450,6 +457,9 @@ def check_winrate(config: Config, judge: str) -> WinrateConfig:
 def check_settings(config: Config) -> None:
     """What the types of the settings can't say: the objective, the trackers' packages, files that are named.
 
+    Of files of preferences the first rows are parsed, so that wrong columns are not found after the model is
+    loaded.
+
     Raises:
       ValueError: naming the key, the value and what is allowed.
     """
@@ -462,9 +472,30 @@ def check_settings(config: Config) -> None:
         _require_file("lora.init", f"{config.lora.init}/adapter_config.json")
     if config.data.chat_template is not None:
         _require_file("data.chat_template", config.data.chat_template)
-    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and source.endswith(DATA_FILES):
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir is {config.run_dir!r}, a file; allowed: a directory, there or not yet")
+    data = config.data
+    for key, source, split, limit in (
+        ("data.train", data.train, data.train_split, data.max_train),
+        ("data.eval", data.eval, data.eval_split, data.max_eval),
+    ):
+        if source is None:
+            continue
+        if source.endswith(DATA_FILES):
             _require_file(key, source)
+        if Path(source).is_file() or (Path(source).is_absolute() and not Path(source).is_dir()):
+            _check_first_rows(source, split, limit, data)
+
+
+def _check_first_rows(source: str, split: str, limit: int | None, data: DataConfig) -> None:
+    """Where one of them is malformed and must not be, all rows are read, and the error is about all."""
+    from dpo.data.preferences import read_part, read_preferences
+    from dpo.data.sources import Part
+
+    first = Part(rows=min(limit or FIRST_ROWS, FIRST_ROWS))
+    if read_part(source, split, first, data.expand).problems and data.on_error == "stop":
+        read_preferences(source, split=split, on_error=data.on_error, limit=limit, expand=data.expand)
 
 
 _NO_TPU = {
@@ -608,7 +639,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "dpo COMMAND --help lists every setting with its type, default and meaning.",
+            "dpo COMMAND --help lists every setting with its type, default and meaning; dpo --version.",
         ]
     )
 

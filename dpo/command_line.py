@@ -75,20 +75,33 @@ def _measure(value: Any, measured: dict[int, tuple[int, int]]) -> tuple[int, int
 set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
+_CONFIG_OPTION = re.compile(r"--config(=|$)")
+_FILE_ERROR = re.compile(r"(Problems parsing config|Unexpected config): ")
 _NOT_SETTINGS = ("help", "config", "print_config", "print_shtab")
 
 
 class SettingsParser(ArgumentParser):
     """A parser whose errors fit in a few lines and exit with code 2."""
 
+    _files: tuple[str, ...] = ()
+    """Values of `--config` on the command line."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"{self.prog}: error: {explain(message, self.setting_names())}", file=sys.stderr)
+        text = explain(message, self.setting_names())
+        if _FILE_ERROR.match(text) and self._files:  # the parser does not say in which
+            text = f"{' or '.join(self._files)}: {_FILE_ERROR.sub('', text, count=1)}"
+        print(f"{self.prog}: error: {text}", file=sys.stderr)
         print(f"(all settings: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
+        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        pairs = zip(given, [*given, ""][1:], strict=True)
+        self._files = tuple(
+            arg.partition("=")[2] or following for arg, following in pairs if _CONFIG_OPTION.match(arg)
+        )
         try:
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(args, *rest, **kwargs)
         except RecursionError:
             self.error(f"a value holds more than {MAX_YAML_DEPTH} lists or mappings in each other")
 
@@ -168,6 +181,11 @@ def _config_parser() -> _RaisingParser:
 
 def explain(message: str, names: list[str]) -> str:
     """Rewrite a parser's message: dotted key first, plain words for types, near names for unknown keys."""
+    bare = re.fullmatch(r"unrecognized arguments: ([\w.]+)(=\S*)?", message.strip())
+    if bare and bare[1] in names:
+        return (
+            f"{bare[0].rpartition(' ')[2]}: settings begin with two dashes: --{bare[1]}{bare[2] or '=VALUE'}"
+        )
     unknown = _unknown_key(message)
     if unknown:
         return f"{unknown} is not a setting{_suggestion(unknown, names)}"

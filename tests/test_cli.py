@@ -105,6 +105,12 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--training.steps=-1"], "training.steps is -1; allowed is at least 1"),
         (["train", "--data.layout=dense"], "data.layout: Expected one of 'padded', 'packed', 'shared'"),
         (["train", "--config=none.yaml"], "/none.yaml'"),
+        (["train", "--config", str(ROOT / "LICENSE")], "LICENSE: "),
+        (
+            ["train", "training.steps=3"],
+            "training.steps=3: settings begin with two dashes: --training.steps=3",
+        ),
+        (["train", f"--data.train={ROOT / 'Makefile'}"], "Makefile: a file ending in ''; allowed are .jsonl"),
         (
             ["train", f"--mesh.fsdp={'- ' * 2000}"],
             "a value holds more than 50 lists or mappings in each other",
@@ -141,6 +147,25 @@ def test_what_is_wrong_is_named_and_exits_with_2(
         arguments = [*arguments, f"--run_dir={tmp_path / 'run'}", "--model.source=/no/such/model"]
     assert message in refused(capsys, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_wrong_columns_and_a_run_dir_that_is_a_file_are_found_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """All malformed rows are counted then, not the first ones only; skipped ones are no reason to stop."""
+    path = tmp_path / "columns.jsonl"
+    path.write_text('{"prompt": "a", "response_a": "b"}\n' * 20)
+    given = [f"--data.train={path}", "--model.source=/no/such/model", f"--run_dir={tmp_path / 'run'}"]
+    error = refused(capsys, "train", *given)
+    assert "columns.jsonl: 20 of 20 rows are malformed" in error
+    assert "columns.jsonl:1: field '(row)': found no complete kind of row" in error
+    assert "no model at '/no/such/model'" in refused(capsys, "train", *given, "--data.on_error=skip")
+    assert f"run_dir is '{path}', a file" in refused(capsys, "train", *given, f"--run_dir={path}")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dpo ")
 
 
 def test_a_bug_keeps_its_traceback(

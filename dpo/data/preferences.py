@@ -160,7 +160,9 @@ def check_read(source: str, read: ReadPreferences, num_preferences: int, on_erro
         num_malformed = sum(count for reason, count in read.skipped.items() if reason != TIED_PAIR)
         raise DataError(source, read.problems, num_malformed, read.num_rows)
     if not num_preferences:
-        raise ValueError(f"{source}: no usable row among {read.num_rows} (left out: {read.skipped})")
+        left_out = ", ".join(f"{count} x {reason}" for reason, count in read.skipped.items())
+        found = f"no usable row among {read.num_rows}: left out {left_out}" if left_out else "it has no rows"
+        raise ValueError(f"{source}: {found}")
 
 
 def expand_ranking(preference: Preference, expand: Expand) -> tuple[list[Preference], int]:
