@@ -90,11 +90,12 @@ def _common_folder(runs: Sequence[tuple[str | Path, Config]]) -> Path:
 
 
 def _gather(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    rows = _table(runs)
     return {
         "title": f"{len(runs)} runs",
         "subtitle": " · ".join(dict.fromkeys(objective_name(run.config) for run in runs)),
         "verdict_plots": _verdict_plots(runs),
-        "rows": _table(runs),
+        "rows": rows,
         "runs": [
             {
                 "name": run.name,
@@ -103,17 +104,18 @@ def _gather(runs: Sequence[ComparedRun]) -> dict[str, Any]:
             }
             for index, run in enumerate(runs)
         ],
-        "notes": _notes(runs),
+        "notes": _notes(runs, rows),
         "curves": draw_runs({run.name: run.metrics for run in runs}),
         "settings": differing_settings([run.config for run in runs]),
     }
 
 
+GAIN = "accuracy minus the first run's"
 ROWS = (
     "objective",
     "steps",
     "held-out accuracy",
-    "accuracy minus the first run's",
+    GAIN,
     "margin δ",
     "calibration error",
     "win-rate",
@@ -185,11 +187,13 @@ def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
     ]
 
 
-def _notes(runs: Sequence[ComparedRun]) -> list[str]:
+def _notes(runs: Sequence[ComparedRun], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
     """What a reader has to know before comparing columns."""
     notes = [
         "Intervals are 95%, by bootstrap over prompts. “Accuracy minus the first run's” is the paired "
         "difference on the same pairs: it says more than two intervals that overlap."
+        if any(name == GAIN for name, _ in rows)
+        else "Intervals are 95%, by bootstrap over prompts."
     ]
     apart = [
         run.name

@@ -48,6 +48,10 @@ PANELS: Sequence[Panel] = (
 )
 
 
+EXACT = {"learning_rate"}
+"""Metrics without noise."""
+
+
 def add_log_ratios(metrics: Metrics, *, beta: float) -> list[dict[str, int | float]]:
     """The same lines with log-ratios, which are rewards over β."""
     return [
@@ -71,6 +75,7 @@ def draw_run(metrics: Metrics) -> list[Markup]:
                 *zip(*found, strict=True),
                 colour=index if len(panel.series) > 1 else int(held),
                 is_heldout=held,
+                is_exact=name in EXACT,
             )
             for index, (name, label) in enumerate(panel.series)
             for held in (False, True)
@@ -88,7 +93,14 @@ def draw_runs(runs: Mapping[str, Metrics]) -> list[Markup]:
         for name, label in panel.series:
             title = panel.title if len(panel.series) == 1 else f"{panel.title}: {label}"
             lines = [
-                Curve(run, *zip(*found, strict=True), colour=index, is_heldout=held, is_one_of_many=True)
+                Curve(
+                    run,
+                    *zip(*found, strict=True),
+                    colour=index,
+                    is_heldout=held,
+                    is_one_of_many=True,
+                    is_exact=name in EXACT,
+                )
                 for index, (run, metrics) in enumerate(runs.items())
                 for held in (False, True)
                 if (found := points(metrics, f"eval/{name}" if held else name))

@@ -56,6 +56,8 @@ class Curve(NamedTuple):
     is_heldout: bool = False
     is_one_of_many: bool = False
     """Without the noise behind the running mean."""
+    is_exact: bool = False
+    """A schedule: drawn as it is, since a running mean would come late."""
 
 
 def curves(title: str, lines: Sequence[Curve], *, level: float | None = None, legend: bool = True) -> str:
@@ -145,7 +147,7 @@ def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
         axes.plot(steps, values, "o--", color=colour, markersize=4, linewidth=1, label=line.label or "_")
         return
     window = max(1, len(values) // 15)
-    if window < 3:
+    if window < 3 or line.is_exact:
         axes.plot(steps, values, color=colour, linewidth=1.4, label=line.label)
         return
     if not line.is_one_of_many:

@@ -27,6 +27,12 @@ from dpo.training.tracking import METRICS_FILE, read_metrics
 from dpo.training.validation import HELDOUT_FILE
 from dpo.training.versions import versions
 
+_GAINS = {
+    "longer": "“longer is better”",
+    "reference_logp": "the reference's log-prob",
+    "reference_logp_per_token": "its log-prob per token",
+}
+"""BASELINES where each stands for itself."""
 NOTHING = ("0", "none")
 """Values of the data report that are listed together, in one line."""
 
@@ -130,8 +136,8 @@ def _verdict_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ratios = figures["log_ratio"]
     rows = [
         *(
-            (f"accuracy minus “{words}”", with_interval(figures["over_baselines"][name]))
-            for name, words in BASELINES.items()
+            (f"accuracy minus that of {words}", with_interval(figures["over_baselines"][name]))
+            for name, words in _GAINS.items()
         ),
         (f"margin, β {figures['beta']:g}", with_interval(figures["margin"])),
         *(

@@ -23,7 +23,7 @@ _BLANK = 0x2800
 
 
 class Series(NamedTuple):
-    """One line."""
+    """One line; without a label it is not in the legend."""
 
     label: str
     xs: Sequence[float | int]
@@ -48,6 +48,8 @@ def draw(title: str, series: Sequence[Series], *, width: int, height: int) -> Te
     text = Text(no_wrap=True)
     text.append(title, "bold")
     for one in series if len(series) > 1 else ():
+        if not one.label:
+            continue
         text.append(f"  {one.label}", one.style)
     for line in range(lines):
         label = _number(high) if line == 0 else _number(low) if line == lines - 1 and low < high else ""

@@ -117,7 +117,10 @@ def _plots(metrics: Metrics, width: int) -> Table:
 
 
 def _series(panel: Panel, metrics: Metrics) -> list[Series]:
-    """Training lines, smoothed; held-out ones in the other colour, or dimmed where there are two lines."""
+    """Training lines, smoothed; held-out ones in the other colour, or dimmed where there are two lines.
+
+    The dimmed ones are not named: there is no room for four names.
+    """
     found = []
     for index, (name, label) in enumerate(panel.series):
         if trained := points(metrics, name):
@@ -133,7 +136,7 @@ def _series(panel: Panel, metrics: Metrics) -> list[Series]:
         if heldout := points(metrics, f"eval/{name}"):
             style = f"dim {_COLOURS[index]}" if len(panel.series) > 1 else "magenta"
             steps, values = zip(*heldout, strict=True)
-            name = f"{label}, held out" if len(panel.series) > 1 else "held out"
+            name = "" if len(panel.series) > 1 else "held out"
             found.append(Series(name, steps, values, style))
     return found
 

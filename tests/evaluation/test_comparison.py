@@ -69,6 +69,8 @@ def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> 
     assert accuracy_difference(tied, ours) is None, "the same texts, of which none is better"
     shown = _Page(write_comparison([runs[0], (path, config)]).read_text()).text
     assert "Held-out preferences other than the first run's: second" in shown
+    assert "paired difference" not in shown, "there is no such row"
+    assert "paired difference" in _Page(write_comparison(runs).read_text()).text
 
 
 def test_only_settings_that_differ_are_listed() -> None:

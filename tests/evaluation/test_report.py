@@ -308,6 +308,17 @@ def test_figures_take_the_pages_colours() -> None:
     assert "<title>a &lt; b</title>" in svg
 
 
+def test_a_schedule_is_drawn_as_it_is() -> None:
+    """The running mean of a noisy metric is drawn over its faint values; that of a schedule would be late."""
+    values = [float(step) for step in range(90)]
+    noisy, exact = (
+        plots.curves("x", [plots.Curve("x", range(90), values, is_exact=is_exact)])
+        for is_exact in (False, True)
+    )
+    assert "stroke-opacity: 0.35" in noisy
+    assert "stroke-opacity" not in exact
+
+
 def test_names_with_dollars_are_names_and_no_formulas() -> None:
     svg = plots.intervals(
         "over $a$b\\frac$", [("$x", (0.5, 0.4, 0.6)), ("runs/$\\frac$", (0.5, 0.4, 0.6))], level=0.5

@@ -107,3 +107,9 @@ def test_steps_of_epochs_are_counted_as_training_counts_them() -> None:
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path)]) == 2
     assert "config.yaml: there is no such file" in capsys.readouterr().err
+
+
+def test_the_names_of_two_lines_fit_into_the_narrowest_plot(run: tuple[Path, Config]) -> None:
+    with (run[0] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "eval/rewards/chosen": 0.1, "eval/rewards/rejected": -0.1}) + "\n")
+    assert "Log-ratio, nats  chosen  rejected" in seen(run)[1]
