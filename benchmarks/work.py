@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dpo.data.batch import Batch
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.models.attention import visible
 from dpo.models.decoder_config import DecoderConfig
 

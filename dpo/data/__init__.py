@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from dpo.data.loader import Loader, evaluation_loader, training_loader
     from dpo.data.packing import Shape, pack
     from dpo.data.preferences import DataError, Preference, read_preferences
-    from dpo.data.tokenization import TokenizedDataset, tokenize
+    from dpo.data.tokenization import tokenize
+    from dpo.data.tokenized import TokenizedDataset
 
 __all__ = [
     "Batch",
@@ -33,7 +34,8 @@ __all__ = [
 _MODULES = {
     "batch": ("Batch",),
     "preferences": ("DataError", "Preference", "read_preferences"),
-    "tokenization": ("TokenizedDataset", "tokenize"),
+    "tokenization": ("tokenize",),
+    "tokenized": ("TokenizedDataset",),
     "packing": ("Shape", "pack"),
     "loader": ("Loader", "evaluation_loader", "training_loader"),
     "inspection": ("inspect_dataset", "render_example", "render_report"),

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.data.control_characters import show_controls
 from dpo.data.preferences import Message, Preference, ReadPreferences
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.intervals import wilson
 
 Report = dict[str, Any]

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from dpo.data.batch import Batch
 from dpo.data.packing import Layout, Shape, pack
 from dpo.data.planning import Step, plan_shapes
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 
 OwnRows = Callable[[int], Collection[int]]
 """Which of so many rows of a batch are to be filled; without it all are."""

@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.losses.scores import MISMATCHED
 
 

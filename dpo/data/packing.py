@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo.data.batch import Batch
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 
 Layout = Literal["padded", "packed", "shared"]
 

@@ -24,7 +24,7 @@ from dpo.data.preferences import (
     read_part,
 )
 from dpo.data.sources import Part, cut
-from dpo.data.tokenization import TokenizedDataset, TokenizedPart, join_parts
+from dpo.data.tokenized import TokenizedDataset, TokenizedPart, join_parts
 
 
 class Peers(NamedTuple):

@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 
 
 def has_order(dataset: TokenizedDataset) -> Bool[np.ndarray, " n"]:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from dpo.config import Config
 from dpo.data.preferences import Preference, digest, fingerprint, read_preferences
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.training.reference import score_rows
 from dpo.training.setup import (

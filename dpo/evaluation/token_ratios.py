@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dpo.config import Config
 from dpo.data.preferences import Preference
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
 from dpo.files import replace_text

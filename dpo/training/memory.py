@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from dpo.config import Config, TrainingConfig
 from dpo.data.loader import Loader
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.files import replace_text
 from dpo.losses import Objective
 from dpo.training.distributed import from_main, on_main

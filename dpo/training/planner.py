@@ -26,7 +26,7 @@ from dpo.config import Config, MeshConfig
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.packing import Shape
 from dpo.data.planning import Step, plan_shapes
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.models.attention import Implementation, choose_implementation
 from dpo.models.decoder import Decoder

@@ -25,7 +25,8 @@ from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import Preference, ReadPreferences, read_preferences
 from dpo.data.templates import read_template
 from dpo.data.ties import has_order, without_ties
-from dpo.data.tokenization import TokenizedDataset, tokenize, tokenize_part
+from dpo.data.tokenization import tokenize, tokenize_part
+from dpo.data.tokenized import TokenizedDataset
 from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks

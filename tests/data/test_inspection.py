@@ -13,7 +13,8 @@ from dpo.data.inspection import (
     render_report,
 )
 from dpo.data.preferences import Preference, Problem, ReadPreferences
-from dpo.data.tokenization import make_dataset, tokenize
+from dpo.data.tokenization import tokenize
+from dpo.data.tokenized import make_dataset
 
 USER = {"role": "user", "content": "Hello, World!"}
 ASSISTANT = {"role": "assistant", "content": "Hi."}

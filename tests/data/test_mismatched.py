@@ -3,7 +3,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from dpo.data.mismatched import add_mismatched
-from dpo.data.tokenization import TokenizedDataset
+from dpo.data.tokenized import TokenizedDataset
 from dpo.losses.scores import MISMATCHED
 
 

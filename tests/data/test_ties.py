@@ -1,7 +1,7 @@
 from numpy.testing import assert_array_equal
 
 from dpo.data.ties import has_order, without_ties
-from dpo.data.tokenization import make_dataset
+from dpo.data.tokenized import make_dataset
 
 PROMPTS = [[1], [2, 2], [3], [4, 4, 4]]
 RESPONSES = [[[5], [6, 6]], [[7], [8]], [[9, 9]], [[10], [11], [12, 12]]]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dpo.data.packing import Layout
-from dpo.data.tokenization import TokenizedDataset, make_dataset
+from dpo.data.tokenized import TokenizedDataset, make_dataset
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared")
 END = 2

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from dpo.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.loader import training_loader
 from dpo.data.packing import Shape
-from dpo.data.tokenization import make_dataset
+from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective, reward_scale
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder

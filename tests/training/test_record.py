@@ -2,7 +2,7 @@ import jax.numpy as jnp
 
 from dpo.data.loader import evaluation_loader
 from dpo.data.preferences import ReadPreferences
-from dpo.data.tokenization import make_dataset
+from dpo.data.tokenized import make_dataset
 from dpo.training.record import StepClock
 from dpo.training.setup import Dataset
 

@@ -6,7 +6,7 @@ import pytest
 from tiny_model import byte_tokenizer, tiny_config
 
 from dpo.data.preferences import ReadPreferences
-from dpo.data.tokenization import make_dataset
+from dpo.data.tokenized import make_dataset
 from dpo.models.pretrained import read_config
 from dpo.training.setup import Dataset, require_embeddings
 

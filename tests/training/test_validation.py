@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 
 from dpo.data.loader import evaluation_loader
 from dpo.data.preferences import ReadPreferences
-from dpo.data.tokenization import make_dataset
+from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective
 from dpo.training.reference import ReferenceStore
 from dpo.training.setup import Dataset
