@@ -207,8 +207,6 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
         needs scores and a response has none.
     """
     tokens = dataset.tokens
-    if "mismatched" in objective.needs:
-        return dataset._replace(tokens=add_mismatched(tokens))
     if "scores" in objective.needs and (location := dataset.location_without_score()):
         raise ValueError(
             f"{' + '.join(names)} needs scores; {location} has none (field 'scores', one a response)"
@@ -225,7 +223,9 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
             f"objective {', '.join(ordered)} compares responses of different rank, but all {len(tokens)} "
             "rows of data.train are ties; allowed: at least one row with two ranks"
         )
-    return dataset._replace(tokens=without_ties(tokens)) if only_pairs_teach(names) else dataset
+    if only_pairs_teach(names):
+        return dataset._replace(tokens=without_ties(tokens))
+    return dataset._replace(tokens=add_mismatched(tokens)) if "mismatched" in objective.needs else dataset
 
 
 def only_pairs_teach(names: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Data that a model has no embeddings for are refused: looking them up would take others without a word."""
+"""Data that do not go with a model or an objective are refused, and what an objective needs is added."""
 
 from dataclasses import replace
 
@@ -7,8 +7,9 @@ from tiny_model import byte_tokenizer, tiny_config
 
 from dpo.data.preferences import ReadPreferences
 from dpo.data.tokenized import make_dataset
+from dpo.losses import make_objective
 from dpo.models.pretrained import read_config
-from dpo.training.setup import Dataset, require_embeddings
+from dpo.training.setup import Dataset, fit_to_objective, require_embeddings
 
 MODEL = replace(
     read_config(tiny_config(byte_tokenizer()))[1], vocab_size=10, position="learned", max_positions=6
@@ -36,3 +37,16 @@ def test_learned_positions_end():
     with pytest.raises(ValueError, match=r"^data.eval: a.jsonl:2 has 7 tokens, and the model 6 learned"):
         require_embeddings(data(fits, beyond), MODEL, name="data.eval")
     require_embeddings(data(fits, beyond), replace(MODEL, position="rotary"), name="data.eval")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["kto", "dpo"], "objective dpo compares responses, but every"), (["kto", "odpo"], "needs scores")],
+)
+def test_a_sum_with_kto_is_refused_where_its_other_terms_would_be(names, message):
+    """The responses that measure KTO's baseline are no second ones that could be compared."""
+    singles = data(([1], [[2]]), ([3], [[4]]))
+    alone = fit_to_objective(singles, make_objective({"name": "kto"}), names=["kto"])
+    assert alone.tokens.num_responses.tolist() == [2, 2]
+    with pytest.raises(ValueError, match=message):
+        fit_to_objective(singles, make_objective([{"name": name} for name in names]), names=names)
