@@ -138,7 +138,7 @@ def part_interval(part: dict[str, Any]) -> tuple[Sequence[float] | None, str]:
     """
     rate, low, high = part["accuracy"]
     if few_clusters(part["prompts"]):
-        return None, "too few for an interval"
+        return None, "too few prompts for an interval"
     if low == high:
         return wilson(rate * part["prompts"], part["prompts"]), "all alike: Wilson's interval"
     return part["accuracy"], ""

@@ -287,7 +287,7 @@ def test_a_part_has_the_interval_that_it_can_have() -> None:
     interval, remark = acc.part_interval(parts["better_is_longer"])
     assert interval == pytest.approx((1.0, 0.8389, 1.0), abs=1e-4)
     assert "Wilson" in remark
-    assert acc.part_interval(parts["better_is_shorter"]) == (None, "too few for an interval")
+    assert acc.part_interval(parts["better_is_shorter"]) == (None, "too few prompts for an interval")
     delta[:5] = -1.0
     part = describe(pair_rows(delta, lengths=lengths), beta=0.1)["by_length"]["better_is_longer"]
     assert acc.part_interval(part) == (part["accuracy"], "")
@@ -352,7 +352,7 @@ def test_the_figures_are_printed_with_whole_names_and_no_interval_of_few_prompts
     lines = {" ".join(line.split()[:1]): line for line in figures_as_text(figures).splitlines()}
     assert "0.500  95%" in lines["LLMBar/Adversarial/GPTInst"]
     few = lines["LLMBar/Adversarial/GPTOut"]
-    assert "  LLMBar/Adversarial/GPTOut  0.500  (4 pairs, too few for an interval, margin" in few
+    assert "  LLMBar/Adversarial/GPTOut  0.500  (4 pairs, too few prompts for an interval, margin" in few
     assert "95%" not in few
     assert "(policy +0.000, 95% -" in lines["longer"]
     assert "! the interval of the mean of the sources is too narrow" in figures_as_text(figures)
