@@ -52,7 +52,8 @@ def draw(title: str, series: Sequence[Series], *, width: int, height: int) -> Te
             continue
         text.append(f"  {one.label}", one.style)
     for line in range(lines):
-        label = _number(high) if line == 0 else _number(low) if line == lines - 1 and low < high else ""
+        value = high if line == 0 else low if line == lines - 1 and low < high else None
+        label = "" if value is None else _number(value, high - low)
         text.append(f"\n{label:>{LABEL - 1}} ", "dim")
         for code, style in zip(dots[line], styles[line], strict=True):
             text.append(chr(_BLANK + int(code)), style)
@@ -79,5 +80,6 @@ def _connect(x: np.ndarray, y: np.ndarray) -> list[tuple[int, int]]:
     return found
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+def _number(value: float, span: float) -> str:
+    """Three digits in at most LABEL − 1 characters; what the plot could not tell from zero is zero."""
+    return f"{0.0 if abs(value) < 1e-3 * span else value:.3g}"

@@ -52,3 +52,10 @@ def test_labels_are_the_extremes_and_the_ends() -> None:
 def test_one_value_is_a_line_in_the_middle(ys: list[float]) -> None:
     rows = np.nonzero(dots_of(lines_of(ys)))[0]
     assert len(set(rows.tolist())) == 1
+
+
+def test_what_is_zero_to_the_eye_is_zero() -> None:
+    """A margin that starts at -2.04e-06 would not fit beside the plot, and says nothing."""
+    text = draw("x", [Series("a", [0, 1], [-2.04e-6, 0.263], "")], width=40, height=6).plain
+    assert "\n       0 " in text
+    assert len({len(line) for line in text.splitlines()[1:-1]}) == 1
