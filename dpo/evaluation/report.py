@@ -121,7 +121,7 @@ def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
     return {
         "figures": figures,
         "cautions": cautions(figures),
-        "above_baselines": min(low for _, low, _ in figures["over_baselines"].values()) > 0,
+        "not_above": [_GAINS[name] for name, (_, low, _) in figures["over_baselines"].items() if low <= 0],
         "verdict_plot": Markup(plots.intervals("Held-out accuracy, 95% intervals", named, level=0.5)),
         "verdict_rows": _verdict_rows(figures),
         "breakdown": breakdown(figures),
