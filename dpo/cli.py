@@ -494,7 +494,8 @@ def _check_first_rows(source: str, split: str, limit: int | None, data: DataConf
     from dpo.data.sources import Part
 
     first = Part(rows=min(limit or FIRST_ROWS, FIRST_ROWS))
-    if read_part(source, split, first, data.expand).problems and data.on_error == "stop":
+    read = read_part(source, split, first, data.expand)
+    if not read.num_rows or (read.problems and data.on_error == "stop"):
         read_preferences(source, split=split, on_error=data.on_error, limit=limit, expand=data.expand)
 
 

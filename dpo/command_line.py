@@ -89,7 +89,7 @@ class SettingsParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = explain(message, self.setting_names())
         if _FILE_ERROR.match(text) and self._files:  # the parser does not say in which
-            text = f"{' or '.join(self._files)}: {_FILE_ERROR.sub('', text, count=1)}"
+            text = f"{' or '.join(self._files)}: not a YAML file of settings: {_FILE_ERROR.sub('', text)}"
         print(f"{self.prog}: error: {text}", file=sys.stderr)
         print(f"(all settings: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)

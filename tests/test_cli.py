@@ -105,7 +105,7 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--training.steps=-1"], "training.steps is -1; allowed is at least 1"),
         (["train", "--data.layout=dense"], "data.layout: Expected one of 'padded', 'packed', 'shared'"),
         (["train", "--config=none.yaml"], "/none.yaml'"),
-        (["train", "--config", str(ROOT / "LICENSE")], "LICENSE: "),
+        (["train", "--config", str(ROOT / "LICENSE")], "LICENSE: not a YAML file of settings: "),
         (
             ["train", "training.steps=3"],
             "training.steps=3: settings begin with two dashes: --training.steps=3",
@@ -160,6 +160,10 @@ def test_wrong_columns_and_a_run_dir_that_is_a_file_are_found_before_anything_is
     assert "columns.jsonl: 20 of 20 rows are malformed" in error
     assert "columns.jsonl:1: field '(row)': found no complete kind of row" in error
     assert "no model at '/no/such/model'" in refused(capsys, "train", *given, "--data.on_error=skip")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl: it has no rows" in refused(
+        capsys, "train", *given, f"--data.train={tmp_path}/empty.jsonl"
+    )
     assert f"run_dir is '{path}', a file" in refused(capsys, "train", *given, f"--run_dir={path}")
 
 

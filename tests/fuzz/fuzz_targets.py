@@ -192,7 +192,7 @@ OVERRIDE_SEEDS = [
     b"--training.steps=3\n--objective.beta=0.2\n--model.remat\ndots",
     b"--run_dir\nruns/x\n--data.max_train=5\n--data.shuffle=false\n--optimizer.max_grad_norm=null",
     b'--objective={"name": "dpo"}\n--training.trackers=["tensorboard"]\n--mesh.fsdp=2',
-    b"--objectives=[{name: dpo}]\n--data.eval=null\n--objective.name=ipo",
+    b"--objectives=[{name: dpo}]\n--data.eval=null\n--objective.name=dpo",
     b"--objectives+={name: sft}\n--training.trackers+=wandb\n--model.source=x",
 ]
 
