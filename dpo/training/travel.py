@@ -54,7 +54,7 @@ def read_travel(
         return columns in vocabulary - hidden and rows not in {1, *hidden} and not is_piece
 
     gathers = [c for c in program.collectives if c.kind == "all-gather"]
-    logits = [c for c in program.collectives if any(map(is_logits, _given(c)))]
+    logits = [c for c in program.collectives if any(map(is_logits, _given(c, r"b?f\d+\w*")))]
     brought = {tuple(sorted(dims)) for c in program.collectives for dims in _brought(c)}
     return Travel(
         largest_gather=max(gathers, key=lambda c: c.size, default=None),
@@ -84,9 +84,9 @@ def _without_fsdp(axes: Axes) -> Axes:
     return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis != FSDP)
 
 
-def _given(collective: Collective) -> list[Dims]:
-    """What a device gives."""
-    shapes = re.findall(r"\[([\d,]*)\]", collective.arrays)
+def _given(collective: Collective, dtype: str = r"\w+") -> list[Dims]:
+    """What a device gives, of a dtype that fits the regex; ids of tokens are as many as there are slots."""
+    shapes = re.findall(rf"\b{dtype}\[([\d,]*)\]", collective.arrays)
     return [_dims(int(d) for d in shape.split(",") if d) for shape in shapes]
 
 

@@ -41,7 +41,7 @@ def test_what_a_step_should_do_is_neither():
         ("all-reduce", "f32[1,1024,3072], f32[1,1024]", 1),
         ("collective-permute", "bf16[1,64,3072]", 1),
         ("all-gather", "f32[18992]", 1),
-        ("all-gather", "s32[8,256]", 1),
+        ("all-gather", "s32[8,18992]", 1),
     )
     assert found.parameters == []
     assert found.logits == []
