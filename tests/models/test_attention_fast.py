@@ -197,18 +197,22 @@ def kernels(jaxpr):
 
 @pytest.mark.slow
 def test_a_step_with_splash_is_compiled_for_a_tpu(tmp_path):
-    """SmolLM2-135M on 4 chips, rows of 2,048: the memory of plain attention's scores is saved."""
+    """Two layers, heads of 64, rows of 1,024, on 4 chips: the memory of plain attention's scores is saved."""
     library = Path(os.environ.get("TPU_LIBRARY_PATH", cache_directory() / "libtpu" / "libtpu" / "libtpu.so"))
     if not library.is_file():
         pytest.skip(f"{library} is not there (see dpo plan --topology v5e:2x2)")
+    small = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(read_shape("shape:smollm2-135m") | small | heads))
     plans = {}
     for attention in ("plain", "splash"):
         output = tmp_path / f"{attention}.json"
         subprocess.run(
             [
                 *(sys.executable, "-m", "dpo", "plan", str(ROOT / "configs" / "scaling.yaml")),
-                *("--topology", "v5e:2x2", "--prompt_tokens=1024", "--response_tokens=512"),
-                *("--data.max_length=2048", "--data.row_length=2048", "--training.batch_size=16"),
+                *("--topology", "v5e:2x2", "--model.source", str(tmp_path)),
+                *("--prompt_tokens=512", "--response_tokens=256", "--training.batch_size=16"),
+                *("--data.max_length=1024", "--data.row_length=1024"),
                 *(f"--model.attention={attention}", "--output", str(output)),
             ],
             env={**os.environ, "TPU_LIBRARY_PATH": str(library)},
