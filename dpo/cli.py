@@ -259,7 +259,7 @@ def frontier(arguments: list[str]) -> int:
     for name in ("train", "eval"):
         _require_file(name, getattr(given, name))
     sys.path.append(os.getcwd())  # where a reward given as module:function is looked for last
-    from dpo.evaluation.frontier import run
+    from dpo.experiments.frontier import run
     from dpo.training.setup import enable_compilation_cache
 
     enable_compilation_cache()
@@ -277,7 +277,7 @@ def diffusion(arguments: list[str]) -> int:
     from dpo.losses import make_objective
 
     make_objective(config.objective)
-    from dpo.diffusion.experiment import run
+    from dpo.experiments.diffusion import run
 
     run(config, log=print_plain)
     print_plain(f"figures and results.json: {config.run_dir}")

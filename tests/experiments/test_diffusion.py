@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
-from dpo.diffusion.experiment import draw_preferences
 from dpo.diffusion.mixture import Mixture
+from dpo.experiments.diffusion import draw_preferences
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

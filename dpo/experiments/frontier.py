@@ -39,7 +39,6 @@ from dpo.config import (
     heldout_settings,
 )
 from dpo.evaluation.comparison import flat_settings
-from dpo.evaluation.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.evaluation.journal import Journal
 from dpo.evaluation.judges import RewardJudge, reward_judge
 from dpo.evaluation.match import play, read_prompts
@@ -47,6 +46,7 @@ from dpo.evaluation.report import read_summary
 from dpo.evaluation.rewards import Prompt
 from dpo.evaluation.samples import Player, Request, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.files import replace_text
 from dpo.losses import make_objective
 from dpo.models.pretrained import load_pretrained, stop_tokens

@@ -20,13 +20,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dpo.config import DiffusionConfig, save_config
-from dpo.diffusion import figures, variance_exploding
+from dpo.diffusion import variance_exploding
 from dpo.diffusion.mixture import Mixture, ddim_moments
 from dpo.diffusion.network import Network, denoising_loss, fit, noise_predictor
 from dpo.diffusion.preference import Sharing, diffusion_scores, draw_noising, score_weights
 from dpo.diffusion.samplers import ddim
 from dpo.diffusion.schedule import SCHEDULES, Schedule
 from dpo.diffusion.shared_noise import recovered_share, summed_share
+from dpo.experiments import diffusion_figures as figures
 from dpo.losses import make_objective, reward_scale
 
 PATH_SAMPLERS = ("mean_only", "stochastic", "deterministic")
