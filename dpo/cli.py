@@ -122,8 +122,8 @@ def evaluate(arguments: list[str]) -> int:
         raise ValueError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
     if config.data.eval.endswith(DATA_FILES):
         _require_file("data", config.data.eval)
-    from dpo.evaluation.accuracy_text import figures_as_text
     from dpo.evaluation.heldout import score_heldout
+    from dpo.pages.accuracy_text import figures_as_text
     from dpo.training.setup import enable_compilation_cache
 
     enable_compilation_cache()
@@ -232,11 +232,11 @@ def report(arguments: list[str]) -> int:
     given = build(ReportConfig, values, parser)
     runs = [(run, load_config(Path(run) / "config.yaml")) for run in dict.fromkeys(values.run)]
     if len(runs) == 1:
-        from dpo.evaluation.report import write_report
+        from dpo.pages.report import write_report
 
         path = write_report(*runs[0], output=given.output)
     else:
-        from dpo.evaluation.comparison import write_comparison
+        from dpo.pages.comparison import write_comparison
 
         path = write_comparison(runs, output=given.output)
     print_plain(f"report: {path}")
@@ -247,7 +247,7 @@ def watch(arguments: list[str]) -> int:
     """Draw a run's curves in text while it goes on; ends when the run does."""
     given = read_settings(WatchConfig, "watch", arguments)
     config = load_config(Path(given.run) / "config.yaml")
-    from dpo.evaluation.watch import watch as follow
+    from dpo.pages.watch import watch as follow
 
     finished = follow(Path(given.run), config, interval=given.interval, once=given.once)
     return 0 if finished or given.once else INTERRUPTED
@@ -314,7 +314,7 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
         print_plain(usage_as_text(result["usage"]))
     print_plain(f"all figures: {output / RESULT_FILE}; every verdict: {output / 'verdicts.jsonl'}")
     if run is not None and given.run is not None and given.output is None:
-        from dpo.evaluation.report import write_report
+        from dpo.pages.report import write_report
 
         print_plain(f"report: {write_report(given.run, run)}")
 
@@ -332,9 +332,9 @@ def generate(arguments: list[str]) -> int:
         raise ValueError("give either a prompt or --interactive: dpo generate MODEL PROMPT")
     import jax.numpy as jnp
 
-    from dpo.evaluation.chat import converse, respond
     from dpo.models.pretrained import load_pretrained
     from dpo.models.sampling import SamplingConfig
+    from dpo.pages.chat import converse, respond
     from dpo.training.setup import enable_compilation_cache
 
     enable_compilation_cache()
@@ -578,16 +578,16 @@ def report_data(config: Config, tokenizer: Any, *, heldout: bool = False) -> tup
 
 def print_result(run_dir: Path, config: Config) -> None:
     """The held-out verdict and where everything is."""
-    from dpo.evaluation.report import write_report
     from dpo.models.pretrained import load_tokenizer
+    from dpo.pages.report import write_report
     from dpo.training.validation import HELDOUT_FILE
 
     if not _is_newer(run_dir / "data.json", run_dir / "config.yaml"):  # that of another start
         write_json(run_dir / "data.json", report_data(config, load_tokenizer(run_dir / "export"))[0])
     if (run_dir / HELDOUT_FILE).is_file():
-        from dpo.evaluation.accuracy_text import figures_as_text
         from dpo.evaluation.heldout import load_heldout
         from dpo.evaluation.token_ratios import TOKENS_FILE, write_token_ratios
+        from dpo.pages.accuracy_text import figures_as_text
 
         heldout, beta = load_heldout(run_dir, config), beta_of(config)
         figures = describe_heldout(heldout, beta=beta, seed=0)

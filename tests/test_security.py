@@ -99,8 +99,8 @@ def test_templates_of_others_are_rendered_by_the_process_of_their_own_only():
         )
     }
     # the second renders this project's own page, with everything escaped
-    assert makers == {"dpo/data/template_worker.py", "dpo/evaluation/page.py"}
-    assert "autoescape=True" in SOURCES[Path("dpo/evaluation/page.py")]
+    assert makers == {"dpo/data/template_worker.py", "dpo/pages/page.py"}
+    assert "autoescape=True" in SOURCES[Path("dpo/pages/page.py")]
 
 
 # ---- models ----

@@ -1,1 +1,1 @@
-"""What is run once to learn something: the reward-KL frontier, and Diffusion-DPO where the optimum is known."""
+"""What is run once to learn something: the reward-KL frontier, and Diffusion-DPO with a known optimum."""

@@ -38,11 +38,9 @@ from dpo.config import (
     WinrateConfig,
     heldout_settings,
 )
-from dpo.evaluation.comparison import flat_settings
 from dpo.evaluation.journal import Journal
 from dpo.evaluation.judges import RewardJudge, reward_judge
 from dpo.evaluation.match import play, read_prompts
-from dpo.evaluation.report import read_summary
 from dpo.evaluation.rewards import Prompt
 from dpo.evaluation.samples import Player, Request, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
@@ -51,6 +49,8 @@ from dpo.files import replace_text
 from dpo.losses import make_objective
 from dpo.models.pretrained import load_pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig
+from dpo.pages.comparison import flat_settings
+from dpo.pages.report import read_summary
 from dpo.training.identity import resolved_settings, settings_fingerprint
 from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dpo.evaluation import accuracy as acc
 from dpo.evaluation.accuracy import Rows, describe, make_pairs
-from dpo.evaluation.accuracy_text import figures_as_text
+from dpo.pages.accuracy_text import figures_as_text
 
 
 def make_rows(seed: int = 0, *, n: int = 60, K: int = 5, ragged: bool = True, ties: bool = True) -> Rows:

@@ -11,11 +11,11 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.evaluation import plots
 from dpo.evaluation.journal import read_lines
 from dpo.evaluation.match import RESULT_FILE
-from dpo.evaluation.page import percent, percents, prompt_text, with_interval
 from dpo.evaluation.winrate import warnings_of
+from dpo.pages import plots
+from dpo.pages.page import percent, percents, prompt_text, with_interval
 
 MATCH_DIR = "winrate"
 """Of a run: where `dpo winrate --run RUN` writes."""

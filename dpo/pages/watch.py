@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo.config import Config
-from dpo.evaluation import terminal_plots
-from dpo.evaluation.curves import PANELS, Metrics, Panel, add_log_ratios, points
-from dpo.evaluation.report import objective_name
-from dpo.evaluation.terminal_plots import Series
 from dpo.losses import reward_scale
+from dpo.pages import terminal_plots
+from dpo.pages.curves import PANELS, Metrics, Panel, add_log_ratios, points
+from dpo.pages.report import objective_name
+from dpo.pages.terminal_plots import Series
 from dpo.training.lock import is_held
 from dpo.training.tracking import METRICS_FILE, SHOWN, read_metrics, time_left
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dpo.cli import INTERRUPTED, main
 from dpo.config import Config, TrainingConfig, save_config
-from dpo.evaluation.watch import run_state, total_steps, watch
+from dpo.pages.watch import run_state, total_steps, watch
 from dpo.training.lock import exclusive
 
 

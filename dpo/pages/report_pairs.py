@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.evaluation.heldout import Heldout
-from dpo.evaluation.page import prompt_text
 from dpo.evaluation.token_ratios import TOKENS_FILE, OrderedPair, extreme_pairs
+from dpo.pages.page import prompt_text
 
 LEVELS = (0.1, 0.5, 1.0, 2.0)
 """Nats of log π − log ρ, either way, from which on a token has the first, second … shade."""

@@ -8,10 +8,10 @@ import pytest
 
 from dpo.cli import main
 from dpo.data.tokenization import tokenize_prompts
-from dpo.evaluation.chat import converse, respond
 from dpo.evaluation.samples import stop_tokens
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.sampling import SamplingConfig, generate
+from dpo.pages.chat import converse, respond
 
 RULES = SamplingConfig(max_new_tokens=24, temperature=1.0)
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from dpo.evaluation import plots
-from dpo.evaluation.plots import Curve
+from dpo.pages import plots
+from dpo.pages.plots import Curve
 
 Metrics = Sequence[Mapping[str, int | float]]
 """Lines of metrics.jsonl."""

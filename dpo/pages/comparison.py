@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.evaluation import plots
 from dpo.evaluation.accuracy import as_pairs, describe, make_pairs, outcomes
-from dpo.evaluation.curves import add_log_ratios, draw_runs
 from dpo.evaluation.heldout import Heldout, load_heldout
-from dpo.evaluation.page import percent, percents, render, with_interval, write_page
-from dpo.evaluation.report import describe_steps, objective_name, require_metrics
-from dpo.evaluation.report_match import read_match
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.intervals import Interval
 from dpo.losses import reward_scale
+from dpo.pages import plots
+from dpo.pages.curves import add_log_ratios, draw_runs
+from dpo.pages.page import percent, percents, render, with_interval, write_page
+from dpo.pages.report import describe_steps, objective_name, require_metrics
+from dpo.pages.report_match import read_match
 from dpo.training.tracking import METRICS_FILE, read_metrics
 from dpo.training.validation import HELDOUT_FILE
 

@@ -15,14 +15,14 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.evaluation import plots
 from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
-from dpo.evaluation.curves import add_log_ratios, draw_run
 from dpo.evaluation.heldout import Heldout, load_heldout
-from dpo.evaluation.page import percent, percents, render, with_interval, write_page
-from dpo.evaluation.report_match import read_match
-from dpo.evaluation.report_pairs import LEGEND, describe_extremes
 from dpo.losses import reward_scale
+from dpo.pages import plots
+from dpo.pages.curves import add_log_ratios, draw_run
+from dpo.pages.page import percent, percents, render, with_interval, write_page
+from dpo.pages.report_match import read_match
+from dpo.pages.report_pairs import LEGEND, describe_extremes
 from dpo.training.tracking import METRICS_FILE, read_metrics
 from dpo.training.validation import HELDOUT_FILE
 from dpo.training.versions import versions

@@ -14,13 +14,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from dpo.config import Config, DataConfig, save_config
-from dpo.evaluation import plots
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.evaluation.match import RESULT_SETTINGS
-from dpo.evaluation.report import BREAKDOWN, breakdown, write_report
 from dpo.evaluation.winrate import Judged, describe_pairs
 from dpo.files import WriteError
+from dpo.pages import plots
+from dpo.pages.report import BREAKDOWN, breakdown, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} & ‘ok’"
 

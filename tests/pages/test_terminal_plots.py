@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo.evaluation.terminal_plots import LABEL, Series, draw
+from dpo.pages.terminal_plots import LABEL, Series, draw
 
 
 def lines_of(ys, *, xs=None, width: int = 40, height: int = 10) -> list[str]:

@@ -15,8 +15,8 @@ from test_report import HOSTILE, _Page, open_in_chromium, run  # noqa: F401
 from dpo.cli import main
 from dpo.config import Config, OptimizerConfig, save_config
 from dpo.evaluation.accuracy import describe
-from dpo.evaluation.comparison import accuracy_difference, differing_settings, write_comparison
 from dpo.evaluation.heldout import load_heldout
+from dpo.pages.comparison import accuracy_difference, differing_settings, write_comparison
 
 
 @pytest.fixture
