@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo.evaluation.rewards import vader
+from dpo.judging.rewards import vader
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.sampling import SamplingConfig, generate
 

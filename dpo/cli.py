@@ -299,8 +299,8 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     if config.data.eval.endswith(DATA_FILES):
         _require_file("data", config.data.eval)
     sys.path.append(os.getcwd())  # where a judge given as module:function is looked for last
-    from dpo.evaluation.match import RESULT_FILE, play
-    from dpo.evaluation.winrate import figures_as_text, usage_as_text
+    from dpo.judging.match import RESULT_FILE, play
+    from dpo.judging.winrate import figures_as_text, usage_as_text
     from dpo.training.setup import enable_compilation_cache
 
     enable_compilation_cache()
@@ -444,7 +444,7 @@ def check_winrate(config: Config, judge: str) -> WinrateConfig:
     Raises:
       ValueError: without held-out data, for an unknown judge, or one that more has to be said of.
     """
-    from dpo.evaluation.match import open_judge
+    from dpo.judging.match import open_judge
 
     if config.data.eval is None:
         raise ValueError(f"winrate is {judge}, and data.eval is not set; allowed: both")

@@ -25,12 +25,34 @@ BELOW = {
     "data": {"losses", "intervals"},
     "models": {"files"},
     "training": {"models", "data", "losses", "config", "files"},
-    "evaluation": {"training", "models", "data", "losses", "config", "files", "intervals"},
-    "pages": {"evaluation", "training", "models", "data", "losses", "config", "files", "intervals"},
-    "experiments": {"pages", "evaluation", "training", "models", "diffusion", "losses", "config", "files"},
+    "evaluation": {"training", "data", "losses", "config", "files", "intervals"},
+    "judging": {"evaluation", "training", "models", "data", "config", "files", "intervals"},
+    "pages": {
+        "judging",
+        "evaluation",
+        "training",
+        "models",
+        "data",
+        "losses",
+        "config",
+        "files",
+        "intervals",
+    },
+    "experiments": {
+        "pages",
+        "judging",
+        "evaluation",
+        "training",
+        "models",
+        "diffusion",
+        "losses",
+        "config",
+        "files",
+    },
     "cli": {
         "experiments",
         "pages",
+        "judging",
         "evaluation",
         "training",
         "models",
@@ -83,4 +105,4 @@ def test_no_import_goes_in_a_circle() -> None:
 def test_settings_are_known_to_the_rim_only() -> None:
     """data, models and losses take plain arguments, so that they can be used without a run."""
     knowing = {layer(module) for module in MODULES if "dpo.config" in imported_modules(module)}
-    assert knowing <= {"cli", "experiments", "pages", "evaluation", "training", "command_line"}
+    assert knowing <= {"cli", "experiments", "pages", "judging", "evaluation", "training", "command_line"}

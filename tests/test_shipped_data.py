@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo.data.preferences import read_preferences
-from dpo.evaluation.rewards import vader
+from dpo.judging.rewards import vader
 
 DATA = Path(__file__).parents[1] / "data"
 SPLITS = ("train", "eval")

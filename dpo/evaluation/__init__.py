@@ -1,14 +1,11 @@
 """What a trained policy is worth: held-out figures, their intervals, and a page that shows them."""
 
 from dpo.evaluation.accuracy import Rows, describe
-from dpo.evaluation.rewards import REWARDS, Reward
 from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
 from dpo.intervals import Interval, wilson
 
 __all__ = [
-    "REWARDS",
     "Interval",
-    "Reward",
     "Rows",
     "cluster_bootstrap",
     "describe",

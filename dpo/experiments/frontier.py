@@ -38,14 +38,14 @@ from dpo.config import (
     WinrateConfig,
     heldout_settings,
 )
-from dpo.evaluation.journal import Journal
-from dpo.evaluation.judges import RewardJudge, reward_judge
-from dpo.evaluation.match import play, read_prompts
-from dpo.evaluation.rewards import Prompt
-from dpo.evaluation.samples import Player, Request, model_identity, sample_responses
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.files import replace_text
+from dpo.judging.journal import Journal
+from dpo.judging.judges import RewardJudge, reward_judge
+from dpo.judging.match import play, read_prompts
+from dpo.judging.rewards import Prompt
+from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective
 from dpo.models.pretrained import load_pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig

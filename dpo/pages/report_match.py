@@ -11,9 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.evaluation.journal import read_lines
-from dpo.evaluation.match import RESULT_FILE
-from dpo.evaluation.winrate import warnings_of
+from dpo.judging.journal import read_lines
+from dpo.judging.match import RESULT_FILE
+from dpo.judging.winrate import warnings_of
 from dpo.pages import plots
 from dpo.pages.page import percent, percents, prompt_text, with_interval
 

@@ -9,7 +9,7 @@ import pytest
 
 from dpo.data.preferences import read_preferences
 from dpo.data.tokenization import tokenize
-from dpo.evaluation.local_judge import sequence_log_probs
+from dpo.judging.local_judge import sequence_log_probs
 from dpo.models.embedded import cached_embedded
 from dpo.models.pretrained import load_tokenizer
 

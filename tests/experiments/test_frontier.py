@@ -14,10 +14,10 @@ import pytest
 
 from dpo.cli import INTERRUPTED, main
 from dpo.config import FrontierConfig
-from dpo.evaluation.judges import RewardJudge
 from dpo.experiments import frontier
 from dpo.experiments.frontier import best_of_n_kl, expected_best, finite_rewards, run_configs
 from dpo.experiments.frontier_figures import draw_frontier
+from dpo.judging.judges import RewardJudge
 from dpo.training import loop
 
 

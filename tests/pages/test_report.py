@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from dpo.config import Config, DataConfig, save_config
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
-from dpo.evaluation.match import RESULT_SETTINGS
-from dpo.evaluation.winrate import Judged, describe_pairs
 from dpo.files import WriteError
+from dpo.judging.match import RESULT_SETTINGS
+from dpo.judging.winrate import Judged, describe_pairs
 from dpo.pages import plots
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
 

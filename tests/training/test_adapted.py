@@ -26,7 +26,7 @@ from dpo.config import (
 )
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
-from dpo.evaluation.samples import model_identity
+from dpo.judging.samples import model_identity
 from dpo.training import export, loop
 from dpo.training.adapted import open_policy
 from dpo.training.checkpoint import Checkpoints

@@ -10,7 +10,7 @@ import pytest
 from tiny_model import write_tiny_model
 
 from dpo.config import MeshConfig, ModelConfig
-from dpo.evaluation.local_judge import sequence_log_probs
+from dpo.judging.local_judge import sequence_log_probs
 from dpo.models.pretrained import stop_tokens
 from dpo.training.on_policy import OnPolicy
 from dpo.training.setup import load_policy

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.evaluation.journal import Journal, read_lines
 from dpo.files import WriteError
+from dpo.judging.journal import Journal, read_lines
 
 
 def test_the_newest_line_of_a_key_is_there_again(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from dpo.evaluation.judges import Choice
-from dpo.evaluation.length_control import length_controlled
 from dpo.evaluation.statistics import (
     cluster_bootstrap,
     few_clusters,
@@ -23,6 +21,8 @@ from dpo.evaluation.statistics import (
     without_spread,
 )
 from dpo.intervals import wilson
+from dpo.judging.judges import Choice
+from dpo.judging.length_control import length_controlled
 
 POLICY_FIRST = {"first": 1.0, "tie": 0.5, "second": 0.0}
 

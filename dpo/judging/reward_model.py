@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo.data.tokenization import tokenize_answers
-from dpo.evaluation.judges import Question, Verdict, verdict_of_rewards
+from dpo.judging.judges import Question, Verdict, verdict_of_rewards
 from dpo.models.classifier import classify
 from dpo.models.pretrained import count_labels, load_classifier, open_checkpoint
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from dpo.data.templates import SandboxedTemplate, read_template
-from dpo.evaluation.rewards import REWARDS, Prompt, Reward
+from dpo.judging.rewards import REWARDS, Prompt, Reward
 
 Choice = Literal["first", "second", "tie"]
 LETTERS: dict[str, Choice] = {"A": "first", "B": "second", "C": "tie"}

@@ -18,8 +18,10 @@ import numpy as np
 
 from dpo.config import Config, WinrateConfig
 from dpo.data.preferences import Preference, read_preferences
-from dpo.evaluation.journal import Journal
-from dpo.evaluation.judges import (
+from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.files import replace_text
+from dpo.judging.journal import Journal
+from dpo.judging.judges import (
     CONTROLS,
     ControlJudge,
     Judge,
@@ -29,12 +31,10 @@ from dpo.evaluation.judges import (
     default_template,
     reward_judge,
 )
-from dpo.evaluation.local_judge import LocalJudge, local_source, sequence_log_probs
-from dpo.evaluation.reward_model import RewardModelJudge, reward_model_source
-from dpo.evaluation.samples import Player, Request, Sample, model_identity, sample_responses
-from dpo.evaluation.statistics import cluster_bootstrap
-from dpo.evaluation.winrate import Judged, describe_pairs
-from dpo.files import replace_text
+from dpo.judging.local_judge import LocalJudge, local_source, sequence_log_probs
+from dpo.judging.reward_model import RewardModelJudge, reward_model_source
+from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
+from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.embedded import cache_directory
 from dpo.models.pretrained import load_pretrained
 from dpo.models.sampling import SamplingConfig
@@ -118,7 +118,7 @@ def open_judge(given: WinrateConfig) -> Judge:
         return RewardModelJudge(reward_model, identity=identity, compute_dtype=given.compute_dtype)
     source = local_source(given.judge)
     if given.judge == "endpoint":
-        from dpo.evaluation.endpoint import EndpointJudge
+        from dpo.judging.endpoint import EndpointJudge
 
         cache = Path(given.endpoint.cache or cache_directory() / "judge")
         return EndpointJudge(

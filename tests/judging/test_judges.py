@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.evaluation.judges import (
+from dpo.judging.judges import (
     ControlJudge,
     Question,
     RewardJudge,

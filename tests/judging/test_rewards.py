@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.evaluation.rewards import REWARDS, vader
+from dpo.judging.rewards import REWARDS, vader
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 from dpo.config import DataConfig, MeshConfig, ModelConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
-from dpo.evaluation.judges import LETTERS, Question, Template, Verdict
+from dpo.judging.judges import LETTERS, Question, Template, Verdict
 from dpo.training.setup import Policy, load_policy, make_score, scoring_loader
 from dpo.training.sharding import make_mesh
 

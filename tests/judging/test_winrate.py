@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo.evaluation.judges import CONTROLS, Question
 from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
-from dpo.evaluation.winrate import (
+from dpo.intervals import wilson
+from dpo.judging.judges import CONTROLS, Question
+from dpo.judging.winrate import (
     Judged,
     describe_pairs,
     figures_as_text,
@@ -15,7 +16,6 @@ from dpo.evaluation.winrate import (
     usage_as_text,
     warnings_of,
 )
-from dpo.intervals import wilson
 
 # (verdict with the policy first, verdict with the opponent first): what the pair counts, whether it flips
 ORDERS = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from dpo.evaluation.length_control import RIDGE, fit_logistic, length_controlled
+from dpo.judging.length_control import RIDGE, fit_logistic, length_controlled
 
 
 def sigmoid(x):

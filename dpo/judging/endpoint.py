@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx2 as httpx
 
 from dpo.config import EndpointConfig
-from dpo.evaluation.judges import Question, Template, Verdict, read_answer
+from dpo.judging.judges import Question, Template, Verdict, read_answer
 
 GIVE_UP_AFTER = 8
 """So many questions in a row without any answer, all retries included, stop the command."""

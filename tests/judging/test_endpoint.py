@@ -15,9 +15,9 @@ import pytest
 
 from dpo.cli import main
 from dpo.config import EndpointConfig
-from dpo.evaluation import endpoint as endpoint_module
-from dpo.evaluation.endpoint import EndpointJudge
-from dpo.evaluation.judges import Question, Template
+from dpo.judging import endpoint as endpoint_module
+from dpo.judging.endpoint import EndpointJudge
+from dpo.judging.judges import Question, Template
 
 
 class Response(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
-from dpo.evaluation import match, samples
-from dpo.evaluation.local_judge import verdict_of_log_probs
+from dpo.judging import match, samples
+from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.models import sampling
 from dpo.models.pretrained import load_pretrained
 
