@@ -176,12 +176,12 @@ def plan(arguments: list[str]) -> int:
     parser = command_parser("plan", Config, PlanConfig)
     values = parser.parse_args(arguments)
     config, given = build(Config, values, parser), build(PlanConfig, values, parser)
-    from dpo.training.chips import parse_topology
+    from dpo.planning.chips import parse_topology
 
     topology = parse_topology(given.topology or "cpu:1")
     prepare_compiler(topology.num_devices)
-    from dpo.training.plan_text import plan_as_numbers, plan_as_text
-    from dpo.training.planner import (
+    from dpo.planning.plan_text import plan_as_numbers, plan_as_text
+    from dpo.planning.planner import (
         choose_lengths,
         make_plan_within_limit,
         open_target,

@@ -26,6 +26,7 @@ BELOW = {
     "models": {"files"},
     "training": {"models", "data", "losses", "config", "files"},
     "evaluation": {"training", "data", "losses", "config", "files", "intervals"},
+    "planning": {"training", "models", "data", "losses", "config"},
     "judging": {"evaluation", "training", "models", "data", "config", "files", "intervals"},
     "pages": {
         "judging",
@@ -53,6 +54,7 @@ BELOW = {
         "experiments",
         "pages",
         "judging",
+        "planning",
         "evaluation",
         "training",
         "models",
@@ -105,4 +107,13 @@ def test_no_import_goes_in_a_circle() -> None:
 def test_settings_are_known_to_the_rim_only() -> None:
     """data, models and losses take plain arguments, so that they can be used without a run."""
     knowing = {layer(module) for module in MODULES if "dpo.config" in imported_modules(module)}
-    assert knowing <= {"cli", "experiments", "pages", "judging", "evaluation", "training", "command_line"}
+    assert knowing <= {
+        "cli",
+        "experiments",
+        "pages",
+        "judging",
+        "planning",
+        "evaluation",
+        "training",
+        "command_line",
+    }

@@ -22,11 +22,11 @@ from dpo.models.lora import Method, add_adapters, choose_linears, model_bindings
 from dpo.models.partition import Partition
 from dpo.models.pretrained import read_config
 from dpo.models.sampling import SamplingConfig, generate
-from dpo.training.chips import Chip, Topology
-from dpo.training.hlo import read_program
-from dpo.training.planner import Target, Workload, trace_step
+from dpo.planning.chips import Chip, Topology
+from dpo.planning.hlo import read_program
+from dpo.planning.planner import Target, Workload, trace_step
+from dpo.planning.roofline import Work
 from dpo.training.program import make_program
-from dpo.training.roofline import Work
 from dpo.training.sharding import (
     make_mesh,
     parameter_rules,

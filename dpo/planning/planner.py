@@ -38,9 +38,11 @@ from dpo.models.partition import DATA, FSDP, ROWS, TENSOR, Partition
 from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
 from dpo.models.quantized import hold
 from dpo.models.shapes import SHAPE_PREFIX, read_shape
+from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology
+from dpo.planning.hlo import Program, read_program
+from dpo.planning.roofline import Times, Work, count_flops, forward_flops, step_times
+from dpo.planning.travel import Travel, read_travel, split_parameters
 from dpo.training.adapted import starting_adapters
-from dpo.training.chips import CHIPS, GPUS_A_HOST, Chip, Topology
-from dpo.training.hlo import Program, read_program
 from dpo.training.memory import (
     candidates,
     device_bytes,
@@ -51,7 +53,6 @@ from dpo.training.memory import (
     temporary_bytes,
 )
 from dpo.training.program import count_steps, make_program
-from dpo.training.roofline import Times, Work, count_flops, forward_flops, step_times
 from dpo.training.setup import fit_to_objective, make_loader, objective_names, read_dataset
 from dpo.training.sharding import (
     batch_sharding,
@@ -62,7 +63,6 @@ from dpo.training.sharding import (
     row_multiple,
     with_sharding,
 )
-from dpo.training.travel import Travel, read_travel, split_parameters
 
 
 def install_command() -> str:

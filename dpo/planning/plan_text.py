@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from dpo.training.chips import GIB
-from dpo.training.planner import Plan, Target
-from dpo.training.travel import Travel
+from dpo.planning.chips import GIB
+from dpo.planning.planner import Plan, Target
+from dpo.planning.travel import Travel
 
 _LISTED = 6
 """Collectives that are listed one by one."""

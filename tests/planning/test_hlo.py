@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dpo.training.hlo import Collective, parse_computations, read_program, shape_bytes
+from dpo.planning.hlo import Collective, parse_computations, read_program, shape_bytes
 
 TEXT = """HloModule jit_step, is_scheduled=true
 

@@ -13,10 +13,10 @@ from dpo.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, 
 from dpo.losses import make_objective
 from dpo.models.pretrained import read_config
 from dpo.models.shapes import read_shape
-from dpo.training import planner
-from dpo.training.chips import CHIPS, Topology, parse_topology
-from dpo.training.plan_text import plan_as_numbers, plan_as_text
-from dpo.training.planner import (
+from dpo.planning import planner
+from dpo.planning.chips import CHIPS, Topology, parse_topology
+from dpo.planning.plan_text import plan_as_numbers, plan_as_text
+from dpo.planning.planner import (
     Target,
     assumed_lengths,
     candidate_meshes,
@@ -27,7 +27,7 @@ from dpo.training.planner import (
     read_decoder,
     trace_step,
 )
-from dpo.training.roofline import Times, Work, count_flops, forward_flops
+from dpo.planning.roofline import Times, Work, count_flops, forward_flops
 from dpo.training.sharding import make_mesh
 
 SMALL_CONFIG = (

@@ -1,6 +1,6 @@
 import pytest
 
-from dpo.training.chips import CHIPS, Topology, parse_topology, ring_bandwidth
+from dpo.planning.chips import CHIPS, Topology, parse_topology, ring_bandwidth
 
 
 @pytest.mark.parametrize(

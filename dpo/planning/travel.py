@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.models.decoder import DecoderConfig
 from dpo.models.partition import FSDP, TENSOR, Axes
-from dpo.training.hlo import Collective, Program
+from dpo.planning.hlo import Collective, Program
 from dpo.training.sharding import Rules, parameter_placement
 
 Dims = tuple[int, ...]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dpo.models.decoder_config import DecoderConfig
-from dpo.training.chips import Chip, Topology, ring_bandwidth
-from dpo.training.hlo import Program
+from dpo.planning.chips import Chip, Topology, ring_bandwidth
+from dpo.planning.hlo import Program
 
 
 class Work(NamedTuple):
