@@ -20,8 +20,9 @@ import numpy as np
 import safetensors.numpy
 
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
+from dpo.models.adapters import Adapter, linear_bindings, module_names
 from dpo.models.binding import Binding
-from dpo.models.lora import Adapter, Method, linear_bindings, module_names
+from dpo.models.lora import Method
 from dpo.models.weights import SafetensorsDirectory, Tensors, read_json_object
 
 CONFIG_FILE = "adapter_config.json"

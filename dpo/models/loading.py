@@ -8,7 +8,7 @@ peak is at most the model plus what is left of the largest one: the last ones ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo.models.binding import Binding
+from dpo.models.partition import Placement
 from dpo.models.weights import Tensors
-
-Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""Where a parameter lives, by its path (such as layers.mlp.up_proj.kernel) and shape."""
 
 MAX_PIECE_BYTES = 16 * 2**20
 """Tensors are read in runs of rows of about this size, as float32."""

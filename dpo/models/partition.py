@@ -11,7 +11,7 @@ The compiler fills in the rest from these constraints and from where the paramet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +26,9 @@ VOCABULARY = (TENSOR, FSDP)
 
 Axes = str | tuple[str, ...] | None
 """What one dimension is split over."""
+
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""Where a parameter lives, by its path (such as layers.mlp.up_proj.kernel) and shape."""
 
 
 @dataclass(frozen=True)

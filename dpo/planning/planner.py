@@ -28,12 +28,12 @@ from dpo.data.packing import Shape
 from dpo.data.planning import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
 from dpo.losses import Objective, make_objective, reward_scale
+from dpo.models.adapters import add_adapters
 from dpo.models.attention import Implementation, choose_implementation
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
-from dpo.models.lora import add_adapters
 from dpo.models.partition import DATA, FSDP, ROWS, TENSOR, Partition
 from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
 from dpo.models.quantized import hold

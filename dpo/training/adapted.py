@@ -16,11 +16,8 @@ from jax.sharding import Mesh
 
 from dpo.config import Config, LoraConfig
 from dpo.models.adapter_files import AdapterDirectory, load_adapters, save_adapters
-from dpo.models.binding import Binding
-from dpo.models.decoder import Decoder
-from dpo.models.lora import (
+from dpo.models.adapters import (
     Adapter,
-    Method,
     add_adapters,
     choose_linears,
     get_adapters,
@@ -28,6 +25,9 @@ from dpo.models.lora import (
     model_bindings,
     new_adapters,
 )
+from dpo.models.binding import Binding
+from dpo.models.decoder import Decoder
+from dpo.models.lora import Method
 from dpo.models.pretrained import open_checkpoint, read_config
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy

@@ -19,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.config import MeshConfig
 from dpo.data.batch import ROW_FIELDS, Batch
-from dpo.models.loading import Placement
-from dpo.models.partition import AXES, FSDP, ROWS, TENSOR, Partition
+from dpo.models.partition import AXES, FSDP, ROWS, TENSOR, Partition, Placement
 from dpo.training.distributed import is_alone
 
 Rules = Sequence[tuple[str, PartitionSpec]]

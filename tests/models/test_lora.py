@@ -11,9 +11,7 @@ from lora_cases import COMBINATIONS, METHODS, bindings_of, hidden, random_adapte
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, batch_arrays, load_case
 
-from dpo.models.log_probs import token_log_probs
-from dpo.models.lora import (
-    LoraLinear,
+from dpo.models.adapters import (
     choose_linears,
     get_adapters,
     linear_bindings,
@@ -21,6 +19,8 @@ from dpo.models.lora import (
     module_names,
     new_adapters,
 )
+from dpo.models.log_probs import token_log_probs
+from dpo.models.lora import LoraLinear
 
 
 def loss(model):

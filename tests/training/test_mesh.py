@@ -15,10 +15,11 @@ from dpo.data.loader import training_loader
 from dpo.data.packing import Shape
 from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective, reward_scale
+from dpo.models.adapters import add_adapters, choose_linears, model_bindings, new_adapters
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder
 from dpo.models.families import decoder_config
-from dpo.models.lora import Method, add_adapters, choose_linears, model_bindings, new_adapters
+from dpo.models.lora import Method
 from dpo.models.partition import Partition
 from dpo.models.pretrained import read_config
 from dpo.models.sampling import SamplingConfig, generate
