@@ -75,6 +75,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from dpo.losses import make_objective
     from dpo.training.adapted import open_policy
     from dpo.training.optimizer import make_optimizer, make_schedule
+    from dpo.training.placement import place_batch
     from dpo.training.reference import ReferenceStore, score_rows
     from dpo.training.setup import (
         enable_compilation_cache,
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         read_dataset,
         scoring_loader,
     )
-    from dpo.training.sharding import make_mesh, place_batch
+    from dpo.training.sharding import make_mesh
     from dpo.training.step import init_state, make_train_step
 
     enable_compilation_cache()

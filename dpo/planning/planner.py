@@ -52,10 +52,10 @@ from dpo.training.memory import (
     saving_bytes,
     temporary_bytes,
 )
+from dpo.training.placement import batch_sharding
 from dpo.training.program import count_steps, make_program
 from dpo.training.setup import fit_to_objective, make_loader, objective_names, read_dataset
 from dpo.training.sharding import (
-    batch_sharding,
     make_mesh,
     parameter_rules,
     parameter_sharding,

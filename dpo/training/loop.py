@@ -37,6 +37,7 @@ from dpo.training.lock import exclusive
 from dpo.training.memory import Fit, Parts, choose_memory, keep_choice, with_remat
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.on_policy import Observe, open_on_policy
+from dpo.training.placement import place_batch
 from dpo.training.preflight import check_first_loss, expected_first_loss
 from dpo.training.program import count_steps, make_program
 from dpo.training.record import Record
@@ -58,7 +59,7 @@ from dpo.training.setup import (
     require_preferences,
     scoring_loader,
 )
-from dpo.training.sharding import make_mesh, parameter_rules, place_batch
+from dpo.training.sharding import make_mesh, parameter_rules
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
 from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
 from dpo.training.validation import (

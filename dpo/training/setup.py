@@ -37,6 +37,7 @@ from dpo.models.partition import Partition
 from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.quantized import BaseDtype, hold
 from dpo.training.distributed import from_all, from_main, on_main
+from dpo.training.placement import place_batch
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
 from dpo.training.sharding import (
     PARAMETER_RULES,
@@ -44,7 +45,6 @@ from dpo.training.sharding import (
     own_rows,
     parameter_placement,
     parameter_sharding,
-    place_batch,
     row_multiple,
 )
 from dpo.training.step import Params, make_eval_step

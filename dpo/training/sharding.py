@@ -1,4 +1,4 @@
-"""Where parameters and batches live: a mesh, ordered (regex → PartitionSpec) rules, rows of a batch.
+"""Where parameters live: a mesh, ordered (regex → PartitionSpec) rules, and the rows that a process holds.
 
 Axes: `data` splits rows and copies parameters, `fsdp` splits rows and parameters, `tensor` splits heads and
 hidden units. One device is the mesh (1, 1, 1): the same code, no special case. What is between parameters and
@@ -18,7 +18,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.config import MeshConfig
-from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.models.partition import AXES, FSDP, ROWS, TENSOR, Partition, Placement
 from dpo.training.distributed import is_alone
 
@@ -126,17 +125,6 @@ def parameter_placement(mesh: Mesh, rules: Rules = PARAMETER_RULES) -> Placement
         return NamedSharding(mesh, _fit(spec, shape, mesh))
 
     return place
-
-
-def batch_sharding(mesh: Mesh) -> Any:
-    """Rows over data and fsdp, per-prompt arrays on every device; a `Batch` of shardings."""
-    rows, everywhere = NamedSharding(mesh, PartitionSpec(ROWS)), replicated(mesh)
-    return Batch._make(rows if name in ROW_FIELDS else everywhere for name in Batch._fields)
-
-
-def place_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """The batch on the mesh; of several processes, each places the rows of its own devices (`own_rows`)."""
-    return place(batch, batch_sharding(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
