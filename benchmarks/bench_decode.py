@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bench import ROOT, _cell, _cpu_name, _spread
-from dpo.models.pretrained import Pretrained, load_pretrained, save_pretrained
+from dpo.huggingface.pretrained import Pretrained, load_pretrained, save_pretrained
 from dpo.models.sampling import SamplingConfig, generate
 
 Decode = Callable[[list[list[int]], int], list[list[int]]]

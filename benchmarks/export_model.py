@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dpo.models.pretrained import load_pretrained, save_pretrained
+from dpo.huggingface.pretrained import load_pretrained, save_pretrained
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.judging.rewards import vader
-from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.sampling import SamplingConfig, generate
 
 HERE = Path(__file__).parent

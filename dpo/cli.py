@@ -154,7 +154,7 @@ def inspect(arguments: list[str]) -> int:
     config, given = build(Config, values, parser), build(InspectConfig, values, parser)
     check_settings(config)
     from dpo.data.inspection import render_example, render_report
-    from dpo.models.pretrained import load_tokenizer
+    from dpo.huggingface.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.source)
     report, dataset = report_data(config, tokenizer, heldout=given.heldout)
@@ -332,7 +332,7 @@ def generate(arguments: list[str]) -> int:
         raise ValueError("give either a prompt or --interactive: dpo generate MODEL PROMPT")
     import jax.numpy as jnp
 
-    from dpo.models.pretrained import load_pretrained
+    from dpo.huggingface.pretrained import load_pretrained
     from dpo.models.sampling import SamplingConfig
     from dpo.pages.chat import converse, respond
     from dpo.training.setup import enable_compilation_cache
@@ -509,7 +509,7 @@ _NO_TPU = {
 
 def prepare_compiler(num_devices: int) -> None:
     """Let JAX, not yet started, see so many CPU devices and no others, and find the TPU's compiler."""
-    from dpo.models.embedded import cache_directory
+    from dpo.huggingface.embedded import cache_directory
 
     flag = "--xla_force_host_platform_device_count"
     if flag not in os.environ.get("XLA_FLAGS", ""):
@@ -578,7 +578,7 @@ def report_data(config: Config, tokenizer: Any, *, heldout: bool = False) -> tup
 
 def print_result(run_dir: Path, config: Config) -> None:
     """The held-out verdict and where everything is."""
-    from dpo.models.pretrained import load_tokenizer
+    from dpo.huggingface.pretrained import load_tokenizer
     from dpo.pages.report import write_report
     from dpo.training.validation import HELDOUT_FILE
 

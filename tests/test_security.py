@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dpo.data.control_characters import show_controls
-from dpo.models import embedded
-from dpo.models.embedded import EmbeddedModel, fetch_embedded
-from dpo.models.pretrained import load_tokenizer
+from dpo.huggingface import embedded
+from dpo.huggingface.embedded import EmbeddedModel, fetch_embedded
+from dpo.huggingface.pretrained import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.relative_to(ROOT): path.read_text("utf-8") for path in sorted((ROOT / "dpo").rglob("*.py"))}

@@ -11,9 +11,9 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpo.huggingface.pretrained import read_config, save_pretrained
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
-from dpo.models.pretrained import read_config, save_pretrained
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>\n{% endfor %}"

@@ -41,13 +41,13 @@ from dpo.config import (
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.files import replace_text
+from dpo.huggingface.pretrained import load_pretrained, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.judges import RewardJudge, reward_judge
 from dpo.judging.match import play, read_prompts
 from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective
-from dpo.models.pretrained import load_pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig
 from dpo.pages.comparison import flat_settings
 from dpo.pages.report import read_summary

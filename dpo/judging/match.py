@@ -20,6 +20,8 @@ from dpo.config import Config, WinrateConfig
 from dpo.data.preferences import Preference, read_preferences
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.files import replace_text
+from dpo.huggingface.embedded import cache_directory
+from dpo.huggingface.pretrained import load_pretrained
 from dpo.judging.journal import Journal
 from dpo.judging.judges import (
     CONTROLS,
@@ -35,8 +37,6 @@ from dpo.judging.local_judge import LocalJudge, local_source, sequence_log_probs
 from dpo.judging.reward_model import RewardModelJudge, reward_model_source
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.judging.winrate import Judged, describe_pairs
-from dpo.models.embedded import cache_directory
-from dpo.models.pretrained import load_pretrained
 from dpo.models.sampling import SamplingConfig
 from dpo.training.setup import given_chat_template
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo.data.tokenization import tokenize_answers
+from dpo.huggingface.pretrained import count_labels, load_classifier, open_checkpoint
 from dpo.judging.judges import Question, Verdict, verdict_of_rewards
 from dpo.models.classifier import classify
-from dpo.models.pretrained import count_labels, load_classifier, open_checkpoint
 
 PREFIX = "reward_model:"
 

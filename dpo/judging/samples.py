@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from dpo.data.templates import TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
+from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
+from dpo.huggingface.pretrained import Pretrained, open_checkpoint, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.rewards import Prompt
-from dpo.models.adapter_files import AdapterDirectory, is_adapter
-from dpo.models.pretrained import Pretrained, open_checkpoint, stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
 
 

@@ -1,4 +1,4 @@
-"""Everything that decides what a decoder computes; `families.py` makes it from a `config.json`."""
+"""Everything that decides what a decoder computes; `huggingface.families` makes it from a `config.json`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Alibi:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that decides the computation. No defaults: `families.py` states every value."""
+    """Everything that decides the computation. No defaults: `dpo.huggingface.families` states every value."""
 
     vocab_size: int
     hidden_size: int

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dpo.data.preferences import Message
 from dpo.data.tokenization import tokenize_prompts
-from dpo.models.pretrained import Pretrained, stop_tokens
+from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig, stream
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"

@@ -27,17 +27,17 @@ from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.packing import Shape
 from dpo.data.planning import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
+from dpo.huggingface.adapters import add_adapters
+from dpo.huggingface.embedded import cache_directory
+from dpo.huggingface.pretrained import load_tokenizer, open_checkpoint, read_config
+from dpo.huggingface.shapes import SHAPE_PREFIX, read_shape
 from dpo.losses import Objective, make_objective, reward_scale
-from dpo.models.adapters import add_adapters
 from dpo.models.attention import Implementation, choose_implementation
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
 from dpo.models.partition import DATA, FSDP, ROWS, TENSOR, Partition
-from dpo.models.pretrained import load_tokenizer, open_checkpoint, read_config
 from dpo.models.quantized import hold
-from dpo.models.shapes import SHAPE_PREFIX, read_shape
 from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology
 from dpo.planning.hlo import Program, read_program
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops, step_times

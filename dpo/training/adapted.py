@@ -15,8 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dpo.config import Config, LoraConfig
-from dpo.models.adapter_files import AdapterDirectory, load_adapters, save_adapters
-from dpo.models.adapters import (
+from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters, save_adapters
+from dpo.huggingface.adapters import (
     Adapter,
     add_adapters,
     choose_linears,
@@ -25,10 +25,10 @@ from dpo.models.adapters import (
     model_bindings,
     new_adapters,
 )
-from dpo.models.binding import Binding
+from dpo.huggingface.binding import Binding
+from dpo.huggingface.pretrained import open_checkpoint, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
-from dpo.models.pretrained import open_checkpoint, read_config
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy
 from dpo.training.sharding import Rules, parameter_rules, parameter_sharding, place

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
-from dpo.models.pretrained import open_checkpoint, save_pretrained
+from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card

@@ -25,9 +25,9 @@ from dpo.config import Config, save_config
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader
 from dpo.files import replace_text, writing
+from dpo.huggingface.pretrained import save_pretrained
+from dpo.huggingface.weights import read_json_object
 from dpo.losses import Objective, make_objective, reward_scale
-from dpo.models.pretrained import save_pretrained
-from dpo.models.weights import read_json_object
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote

@@ -13,9 +13,9 @@ import yaml
 from flax import nnx
 
 from dpo.config import Config
+from dpo.huggingface.pretrained import Pretrained
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
-from dpo.models.pretrained import Pretrained
 from dpo.training.identity import PLACES
 
 METRICS = {

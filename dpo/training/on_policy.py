@@ -21,7 +21,7 @@ from dpo.config import Config
 from dpo.data.packing import Shape, pack
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset, make_dataset
-from dpo.models.pretrained import stop_tokens
+from dpo.huggingface.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
 from dpo.training.distributed import fetch
 from dpo.training.reference import Score

@@ -27,14 +27,14 @@ from dpo.data.templates import read_template
 from dpo.data.ties import has_order, without_ties
 from dpo.data.tokenization import tokenize, tokenize_part
 from dpo.data.tokenized import TokenizedDataset
+from dpo.huggingface.embedded import cache_directory
+from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.losses import Objective
 from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.embedded import cache_directory
 from dpo.models.linear import round_products
 from dpo.models.partition import Partition
-from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.quantized import BaseDtype, hold
 from dpo.training.distributed import from_all, from_main, on_main
 from dpo.training.placement import place_batch

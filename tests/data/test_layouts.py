@@ -12,8 +12,8 @@ from toy_rows import END, LAYOUTS, VOCAB, random_dataset
 from transformers import LlamaConfig
 
 from dpo.data.packing import Shape, pack
+from dpo.huggingface.families import decoder_config
 from dpo.models.decoder import Decoder
-from dpo.models.families import decoder_config
 from dpo.training.step import response_sums
 
 P, K = 5, 3

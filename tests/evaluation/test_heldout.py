@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_run import finished  # noqa: F401
 from safetensors.numpy import load_file, save_file
-from test_report import run  # noqa: F401
 
 from dpo.config import Config
 from dpo.data.preferences import digest, fingerprint, read_preferences
@@ -16,7 +16,7 @@ from dpo.evaluation.heldout import load_heldout
 
 
 @pytest.fixture
-def known_run(run: tuple[Path, Config]) -> tuple[Path, Config]:  # noqa: F811
+def known_run(run: tuple[Path, Config]) -> tuple[Path, Config]:
     """A run that knows the preferences that it was evaluated on."""
     path, config = run
     numbers = load_file(path / "heldout.safetensors")

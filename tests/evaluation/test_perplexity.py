@@ -9,9 +9,9 @@ import pytest
 
 from dpo.data.preferences import read_preferences
 from dpo.data.tokenization import tokenize
+from dpo.huggingface.embedded import cached_embedded
+from dpo.huggingface.pretrained import load_tokenizer
 from dpo.judging.local_judge import sequence_log_probs
-from dpo.models.embedded import cached_embedded
-from dpo.models.pretrained import load_tokenizer
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 NUM_RESPONSES, MAX_LENGTH = 200, 256

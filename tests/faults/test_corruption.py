@@ -12,7 +12,7 @@ from tiny_run import outcome
 
 from dpo.config import TrainingConfig
 from dpo.files import damaged_files
-from dpo.models.pretrained import load_pretrained
+from dpo.huggingface.pretrained import load_pretrained
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.reference import _read
 from dpo.training.saving import find_resume

@@ -19,8 +19,8 @@ with atheris.instrument_imports(include=["dpo"], enable_loader_override=False):
     import dpo.data.preferences
     import dpo.data.sources
     import dpo.data.templates
-    import dpo.models.gguf_files
-    import dpo.models.weights  # noqa: F401
+    import dpo.huggingface.gguf_files
+    import dpo.huggingface.weights  # noqa: F401
 
 from fuzz_run import Target, ignoring_warnings  # noqa: E402
 from fuzz_targets import targets  # noqa: E402

@@ -327,7 +327,7 @@ def safetensors_index(data: bytes) -> object:
 
 
 def _read_all(path: Path) -> object:
-    from dpo.models.weights import SafetensorsDirectory
+    from dpo.huggingface.weights import SafetensorsDirectory
 
     directory = SafetensorsDirectory(path)
     for name, shape in directory.shapes.items():
@@ -391,7 +391,7 @@ TENSOR_NAMES = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.we
 
 def gguf_file(data: bytes) -> object:
     """A GGUF file: metadata, configuration, special tokens, tensors."""
-    from dpo.models.gguf_files import GgufFile
+    from dpo.huggingface.gguf_files import GgufFile
 
     path = folder("gguf") / "model.gguf"
     path.write_bytes(data)
@@ -404,7 +404,7 @@ def gguf_file(data: bytes) -> object:
 
 def gguf_tokenizer(data: bytes) -> object:
     """The tokenizer that the metadata of a GGUF file describe."""
-    from dpo.models.gguf_files import GgufFile
+    from dpo.huggingface.gguf_files import GgufFile
 
     path = folder("gguf") / "model.gguf"
     path.write_bytes(data)

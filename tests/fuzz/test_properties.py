@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dpo.command_line import load_config, settings_parser
 from dpo.config import Config
 from dpo.data.templates import Limits, SandboxedTemplate
-from dpo.models.weights import read_safetensors_header
+from dpo.huggingface.weights import read_safetensors_header
 
 quick = settings(max_examples=60, deadline=None)
 NAMES = settings_parser(Config).setting_names()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
+from dpo.huggingface.pretrained import load_pretrained
 from dpo.judging import match, samples
 from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.models import sampling
-from dpo.models.pretrained import load_pretrained
 
 PROMPTS = ["Say A.", "Say B.", "What now?", "Name a fruit.", "Is it late?", "Say A."]
 

@@ -17,10 +17,10 @@ from flax import nnx
 from score_cases import make_scores
 from transformers import LlamaConfig
 
+from dpo.huggingface.families import decoder_config
 from dpo.losses import Scores, make_objective
 from dpo.losses.divergences import reward_of_ratio
 from dpo.models.decoder import Decoder
-from dpo.models.families import decoder_config
 
 N = 5
 REWARD = np.array([0.6, -0.3, 0.1, 0.9, -0.7])

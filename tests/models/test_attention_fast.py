@@ -18,6 +18,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 
+from dpo.huggingface.embedded import cache_directory
+from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.shapes import read_shape
 from dpo.models.attention import (
     attend,
     attend_plain,
@@ -28,10 +31,7 @@ from dpo.models.attention import (
 from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.attention_fast import attend_cudnn, attend_splash, block_size
 from dpo.models.decoder import Decoder
-from dpo.models.embedded import cache_directory
 from dpo.models.partition import AXES, ONE_DEVICE, Partition
-from dpo.models.pretrained import read_config
-from dpo.models.shapes import read_shape
 
 C = 8
 ROOT = Path(__file__).parents[2]

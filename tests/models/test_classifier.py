@@ -7,15 +7,15 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import CLASSIFIERS, ORACLES, SEQUENCES, write_checkpoint, write_classifier
 
-from dpo.models.classifier import classify, pooled_position
-from dpo.models.families import classifier_architecture
-from dpo.models.pretrained import (
+from dpo.huggingface.families import classifier_architecture
+from dpo.huggingface.pretrained import (
     count_labels,
     load_classifier,
     load_decoder,
     open_checkpoint,
     save_pretrained,
 )
+from dpo.models.classifier import classify, pooled_position
 
 QUICK = ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "falcon"]
 

@@ -11,7 +11,7 @@ from lora_cases import COMBINATIONS, METHODS, bindings_of, hidden, random_adapte
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, batch_arrays, load_case
 
-from dpo.models.adapters import (
+from dpo.huggingface.adapters import (
     choose_linears,
     get_adapters,
     linear_bindings,

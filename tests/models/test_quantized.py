@@ -7,7 +7,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 from tiny_models import TOKENS, batch_arrays, load_case
 
-from dpo.models.adapters import merge_adapters
+from dpo.huggingface.adapters import merge_adapters
 from dpo.models.linear import Linear
 from dpo.models.quantized import Int8Linear, hold
 

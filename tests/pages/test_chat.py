@@ -8,8 +8,8 @@ import pytest
 
 from dpo.cli import main
 from dpo.data.tokenization import tokenize_prompts
+from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.judging.samples import stop_tokens
-from dpo.models.pretrained import Pretrained, load_pretrained
 from dpo.models.sampling import SamplingConfig, generate
 from dpo.pages.chat import converse, respond
 

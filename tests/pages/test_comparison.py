@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_run import HOSTILE, Page, finished, open_in_chromium  # noqa: F401
 from safetensors.numpy import load_file, save_file
-from test_report import HOSTILE, _Page, open_in_chromium, run  # noqa: F401
 
 from dpo.cli import main
 from dpo.config import Config, OptimizerConfig, save_config
@@ -20,7 +20,7 @@ from dpo.pages.comparison import accuracy_difference, differing_settings, write_
 
 
 @pytest.fixture
-def runs(run: tuple[Path, Config]) -> list[tuple[Path, Config]]:  # noqa: F811
+def runs(run: tuple[Path, Config]) -> list[tuple[Path, Config]]:
     """A run, and another with a higher learning rate whose policy is wrong on ten more pairs."""
     first, config = run
     second = first.with_name("second")
@@ -36,7 +36,7 @@ def runs(run: tuple[Path, Config]) -> list[tuple[Path, Config]]:  # noqa: F811
 
 def test_one_page_has_all_runs_and_refers_to_nothing_outside(runs, tmp_path: Path) -> None:
     text = write_comparison(runs, output=tmp_path / "page.html").read_text()
-    page = _Page(text)
+    page = Page(text)
     shown = " ".join(page.text.split())
     for name in ("run<b>", "second"):
         assert name in shown
@@ -67,10 +67,10 @@ def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> 
     ours = load_heldout(*runs[0])
     tied = ours._replace(preferences=[row._replace(ranks=(0, 0)) for row in ours.preferences])
     assert accuracy_difference(tied, ours) is None, "the same texts, of which none is better"
-    shown = _Page(write_comparison([runs[0], (path, config)]).read_text()).text
+    shown = Page(write_comparison([runs[0], (path, config)]).read_text()).text
     assert "Held-out preferences other than the first run's: second" in shown
     assert "paired difference" not in shown, "there is no such row"
-    assert "paired difference" in _Page(write_comparison(runs).read_text()).text
+    assert "paired difference" in Page(write_comparison(runs).read_text()).text
 
 
 def test_only_settings_that_differ_are_listed() -> None:

@@ -5,153 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_run import HOSTILE, Page, finished, open_in_chromium  # noqa: F401
 from safetensors.numpy import save_file
 
-from dpo.config import Config, DataConfig, save_config
+from dpo.config import Config, save_config
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
-from dpo.judging.match import RESULT_SETTINGS
-from dpo.judging.winrate import Judged, describe_pairs
 from dpo.pages import plots
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
-
-HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} & ‘ok’"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> tuple[Path, Config]:
-    """What a finished run of 90 steps leaves, with hostile text wherever text comes from outside."""
-    run_dir = tmp_path / "run<b>"
-    run_dir.mkdir()
-    rng = np.random.default_rng(0)
-    rows = [
-        {"prompt": f"{HOSTILE} {i}", "chosen": HOSTILE, "rejected": "plain", "source": f"s<i>{i % 2}"}
-        for i in range(30)
-    ]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with (run_dir / "metrics.jsonl").open("w") as file:
-        for step in range(90):
-            noise = float(rng.normal(0, 0.05))
-            metrics = {
-                "loss": 0.69 - 0.004 * step + noise,
-                "rewards/accuracies": 0.5 + 0.005 * step,
-                "seconds": 2.0,
-            }
-            metrics |= {"rewards/chosen": 0.01 * step, "rewards/rejected": -0.02 * step, "grad_norm": "inf"}
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-            if step % 30 == 29:
-                file.write(
-                    json.dumps({"step": step + 1, "eval/rewards/accuracies": 0.4 + 0.005 * step}) + "\n"
-                )
-    reference = rng.normal(-60, 10, (30, 2))
-    numbers = {
-        "policy": reference + np.stack([rng.normal(4, 5, 30), rng.normal(-3, 5, 30)], 1),
-        "reference": reference,
-        "present": np.ones((30, 2), bool),
-        "lengths": rng.integers(5, 50, (30, 2)),
-        "ranks": np.tile([0, 1], (30, 1)),
-        "origin": np.arange(30),
-    }
-    save_file(
-        {name: np.ascontiguousarray(values) for name, values in numbers.items()},
-        run_dir / "heldout.safetensors",
-    )
-    (run_dir / "data.json").write_text(
-        json.dumps({"rows": 30, "sources": {HOSTILE: 30}, "problems": [HOSTILE]})
-    )
-    write_match(run_dir / "winrate")
-    write_tokens(run_dir, tmp_path, numbers)
-    config = Config(run_dir=str(run_dir), data=DataConfig(eval=str(tmp_path / "eval.jsonl")))
-    save_config(config, run_dir / "config.yaml")
-    (run_dir / "summary.json").write_text("{}")
-    return run_dir, config
-
-
-def write_match(directory: Path) -> None:
-    """What `dpo winrate` leaves for 12 prompts, each with hostile text: two wins to one loss."""
-    directory.mkdir()
-    lines, judged = [], []
-    for i in range(12):
-        wins = i % 3 > 0
-        prompt = [{"role": "user", "content": f"{HOSTILE} {i}"}]
-        rewards = [0.9, -0.1] if wins else [0.2, 0.3 + 0.01 * i]
-        common = {"prompt": prompt, "policy": HOSTILE, "opponent": f"other {i}", "temperature": 1.0}
-        common["winner"] = "policy" if wins else "opponent"
-        lines += [
-            {"key": f"{i}a", **common, "details": {"rewards": rewards}},
-            {"key": f"{i}b", **common, "details": {"rewards": rewards[::-1]}},
-        ]
-        first, second = ("first", "second") if wins else ("second", "first")
-        judged.append(Judged(f"{i}", HOSTILE + "x" * i, f"other {i}", first, second))
-    figures = describe_pairs(judged) | {
-        "verdicts": [[f"{i}a", f"{i}b"] for i in range(12)],
-        "reward": {"reward, policy": [0.6, 0.5, 0.7], "reward, opponent": [0.1, 0.0, 0.2]},
-        "log_ratio": {"KL, nats": [12.0, 11.0, 13.0]},
-    }
-    result = {
-        "policy": "p",
-        "opponent": Config().model.source,
-        "data": "eval.jsonl",
-        "judge": {"judge": "reward", "reward": f"vader {HOSTILE}"},
-        "settings": dict.fromkeys(RESULT_SETTINGS) | {"judge": "vader", "seed": 0, "samples": 1},
-        "temperatures": {"0.5": figures, "1.0": figures},
-    }
-    (directory / "winrate.json").write_text(json.dumps(result))
-    stale = {"key": "stale", "prompt": "not of this result"}
-    (directory / "verdicts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [stale, *lines]))
-
-
-def write_tokens(run_dir: Path, tmp_path: Path, numbers: dict[str, np.ndarray]) -> None:
-    """Per-token log-probs of every pair, in two tokens of which one is far from the reference."""
-    delta = 0.1 * np.diff(numbers["reference"] - numbers["policy"], axis=1)[:, 0]
-    side = {"tokens": [HOSTILE, "", " end\n"], "policy": [-1.0, -9.0, -1.0], "reference": [-4.0, -1.0, -1.2]}
-    pairs = [
-        {"location": f"{tmp_path}/eval.jsonl:{row + 1}", "row": row, "better": 0, "worse": 1, "delta": value}
-        | {"sides": {"better": side, "worse": side}}
-        for row, value in enumerate(delta.tolist())
-    ]
-    (run_dir / "evaluation.tokens.json").write_text(json.dumps({"pairs": pairs}))
-
-
-class _Page(HTMLParser):
-    """Tags that are open, tags with attributes, and the visible text."""
-
-    VOID = ("meta", "br", "path", "use", "img")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == [], "every tag is closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self._open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_is_well_formed_and_refers_to_nothing_outside(run: tuple[Path, Config]) -> None:
     text = write_report(*run).read_text()
-    page = _Page(text)
+    page = Page(text)
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     references = [
         value
@@ -169,13 +40,13 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside(run: tuple[Path, 
 def test_markup_from_data_and_models_is_shown_as_text(run: tuple[Path, Config]) -> None:
     text = write_report(*run).read_text()
     assert "<script>alert" not in text
-    shown = _Page(text).text
+    shown = Page(text).text
     assert shown.count(HOSTILE) >= 4  # a sample, its prompt, a pair, the data report
     assert "{{ 7 * 7 }}" in shown
 
 
 def test_the_verdict_comes_first_with_interval_and_baseline(run: tuple[Path, Config]) -> None:
-    shown = " ".join(_Page(write_report(*run).read_text()).text.split())
+    shown = " ".join(Page(write_report(*run).read_text()).text.split())
     start = shown.index("of held-out pairs in the right order")
     assert "95% interval" in shown[start : start + 100]
     assert "Preferring the longer response gives" in shown[start : start + 250]
@@ -183,7 +54,7 @@ def test_the_verdict_comes_first_with_interval_and_baseline(run: tuple[Path, Con
 
 
 def test_the_win_rate_stands_beside_the_accuracy(run: tuple[Path, Config]) -> None:
-    shown = " ".join(_Page(write_report(*run).read_text()).text.split())
+    shown = " ".join(Page(write_report(*run).read_text()).text.split())
     start = shown.index("Win-rate over the reference")
     assert "66.7% of its responses win, ties counting half (95% interval" in shown[start : start + 100]
     assert "KL, nats a response: 12.0 (11.0 to 13.0)" in shown[start : start + 500]
@@ -192,7 +63,7 @@ def test_the_win_rate_stands_beside_the_accuracy(run: tuple[Path, Config]) -> No
 
 def test_responses_stand_side_by_side_with_their_scores(run: tuple[Path, Config]) -> None:
     """The first six prompts in the order of the data, then where the reference is furthest ahead."""
-    shown = " ".join(_Page(write_report(*run).read_text()).text.split())
+    shown = " ".join(Page(write_report(*run).read_text()).text.split())
     assert "policy wins, difference +1.000" in shown
     assert shown.index("reference wins, difference -0.100") < shown.index("policy wins, difference +1.000")
     assert "policy, score +0.900" in shown
@@ -203,7 +74,7 @@ def test_responses_stand_side_by_side_with_their_scores(run: tuple[Path, Config]
 
 
 def test_tokens_have_the_colour_of_their_log_ratio(run: tuple[Path, Config]) -> None:
-    page = _Page(write_report(*run).read_text())
+    page = Page(write_report(*run).read_text())
     spans = [attributes for tag, attributes in page.tags if tag == "span" and "title" in attributes]
     assert len(spans) == 2 * 2 * 10  # two pieces a side, two sides a pair, five pairs at each end
     assert {span.get("class") for span in spans} == {"up4", "down4"}
@@ -223,13 +94,13 @@ def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) ->
 
 
 def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
-    shown = _Page(write_report(*run).read_text()).text
+    shown = Page(write_report(*run).read_text()).text
     assert f"dpo train --config '{run[0]}/config.yaml'" in shown, "quoted: the directory is run<b>"
     assert "--judge=vader" in shown
     assert "--temperatures=[0.5, 1.0]" in shown
     assert "(of the software that wrote this page)" in shown
     (run[0] / "summary.json").write_text('{"versions": {"jax": "0.0.1"}}')
-    shown = _Page(write_report(*run).read_text()).text
+    shown = Page(write_report(*run).read_text()).text
     assert "0.0.1" in shown
     assert "of the software" not in shown
 
@@ -241,7 +112,7 @@ def test_the_command_of_an_endpoint_says_where_it_is(run: tuple[Path, Config]) -
     result["judge"] = judge | {"options": {"temperature": 0}}
     result["settings"]["judge"] = "endpoint"
     path.write_text(json.dumps(result))
-    shown = _Page(write_report(*run).read_text()).text
+    shown = Page(write_report(*run).read_text()).text
     assert "--judge=endpoint" in shown
     options = "--endpoint.base_url=http://here/v1 --endpoint.model=m"
     assert f"{options} '--endpoint.options={{\"temperature\": 0}}'" in shown
@@ -249,7 +120,7 @@ def test_the_command_of_an_endpoint_says_where_it_is(run: tuple[Path, Config]) -
 
 def test_a_run_without_win_rate_says_how_to_measure_it(run: tuple[Path, Config]) -> None:
     shutil.rmtree(run[0] / "winrate")
-    assert f"dpo winrate --run '{run[0]}'" in _Page(write_report(*run).read_text()).text
+    assert f"dpo winrate --run '{run[0]}'" in Page(write_report(*run).read_text()).text
 
 
 def test_a_line_separator_in_an_answer_ends_no_line(run: tuple[Path, Config]) -> None:
@@ -274,7 +145,7 @@ def test_a_policy_within_its_baselines_is_said_to_be(run: tuple[Path, Config]) -
     numbers = load_file(run_dir / "heldout.safetensors")
     numbers["policy"] = numbers["reference"] + np.tile([[1.0, 0.0], [0.0, 1.0]], (15, 1))
     save_file(numbers, run_dir / "heldout.safetensors")
-    shown = " ".join(_Page(write_report(run_dir, config).read_text()).text.split())
+    shown = " ".join(Page(write_report(run_dir, config).read_text()).text.split())
     assert "so this policy is not shown to be better than “longer is better” or the reference's log" in shown
     numbers["policy"] = numbers["reference"] + np.array([[1.0, 0.0]])
     save_file(numbers, run_dir / "heldout.safetensors")
@@ -284,7 +155,7 @@ def test_a_policy_within_its_baselines_is_said_to_be(run: tuple[Path, Config]) -
 def test_an_unfinished_run_is_reported_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 0.69}\n{"step": 1, "lo')
     save_config(Config(), tmp_path / "config.yaml")
-    shown = _Page(write_report(tmp_path, Config()).read_text()).text
+    shown = Page(write_report(tmp_path, Config()).read_text()).text
     assert "it is not finished" in shown
     assert "1 steps" in shown
 
@@ -329,7 +200,7 @@ def test_names_with_dollars_are_names_and_no_formulas() -> None:
 
 def test_parts_of_the_pairs_have_a_table(run: tuple[Path, Config]) -> None:
     """By length difference and by source: margin, log-ratios and calibration too."""
-    page = " ".join(_Page(write_report(*run).read_text()).text.split())
+    page = " ".join(Page(write_report(*run).read_text()).text.split())
     table = page[page.index("".join(BREAKDOWN)) :]
     for name in ("better is longer", "better is shorter", "s<i>0", "s<i>1", "mean of the sources"):
         assert name in table
@@ -362,7 +233,7 @@ def test_labelled_responses_are_reported_as_what_they_are(run: tuple[Path, Confi
         "origin": np.arange(30),
     }
     save_file(numbers, run_dir / "heldout.safetensors")
-    page = " ".join(_Page(write_report(run_dir, config).read_text()).text.split())
+    page = " ".join(Page(write_report(run_dir, config).read_text()).text.split())
     assert "50.0% of labelled held-out responses moved as they should" in page
     assert "30 responses to 30 prompts" in page
     assert "Pairs that the policy orders worst" not in page
@@ -374,7 +245,7 @@ def test_a_run_of_one_prompt_is_reported_with_a_warning(run: tuple[Path, Config]
     run_dir, config = run
     numbers = {name: values[:1] for name, values in load_file(run_dir / "heldout.safetensors").items()}
     save_file(numbers, run_dir / "heldout.safetensors")
-    page = _Page(write_report(run_dir, config).read_text()).text
+    page = Page(write_report(run_dir, config).read_text()).text
     assert "1 prompt: nothing can be drawn" in page
 
 
@@ -390,26 +261,6 @@ def test_rows_that_were_dropped_at_tokenisation_are_counted(run: tuple[Path, Con
 def test_a_page_that_cannot_be_written_names_its_path(run: tuple[Path, Config], tmp_path: Path) -> None:
     with pytest.raises(WriteError, match=r"the page could not be written to .*none/page\.html"):
         write_report(*run, output=tmp_path / "none" / "page.html")
-
-
-def open_in_chromium(
-    page: Path, picture: Path, *, width: int = 1280, height: int = 900, scheme: str = "light"
-):
-    """What the browser logs to its console while it shows a page; the picture is what it shows."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    done = subprocess.run(
-        [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--enable-logging=stderr", f"--screenshot={picture}", f"--window-size={width},{height}",
-            f"--user-data-dir={picture.with_suffix('.profile')}",
-            *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
-            f"file://{page}",
-        ],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.browser

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dpo.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
+from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.shapes import read_shape
 from dpo.losses import make_objective
-from dpo.models.pretrained import read_config
-from dpo.models.shapes import read_shape
 from dpo.planning import planner
 from dpo.planning.chips import CHIPS, Topology, parse_topology
 from dpo.planning.plan_text import plan_as_numbers, plan_as_text
@@ -311,7 +311,7 @@ def test_a_tpu_slice_is_compiled_for(tmp_path):
     import subprocess
     import sys
 
-    from dpo.models.embedded import cache_directory
+    from dpo.huggingface.embedded import cache_directory
 
     library = Path(os.environ.get("TPU_LIBRARY_PATH", cache_directory() / "libtpu" / "libtpu" / "libtpu.so"))
     if not library.is_file():

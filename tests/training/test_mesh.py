@@ -14,14 +14,14 @@ from dpo.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Trainin
 from dpo.data.loader import training_loader
 from dpo.data.packing import Shape
 from dpo.data.tokenized import make_dataset
+from dpo.huggingface.adapters import add_adapters, choose_linears, model_bindings, new_adapters
+from dpo.huggingface.families import decoder_config
+from dpo.huggingface.pretrained import read_config
 from dpo.losses import make_objective, reward_scale
-from dpo.models.adapters import add_adapters, choose_linears, model_bindings, new_adapters
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder
-from dpo.models.families import decoder_config
 from dpo.models.lora import Method
 from dpo.models.partition import Partition
-from dpo.models.pretrained import read_config
 from dpo.models.sampling import SamplingConfig, generate
 from dpo.planning.chips import Chip, Topology
 from dpo.planning.hlo import read_program

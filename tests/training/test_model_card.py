@@ -10,8 +10,8 @@ import yaml
 
 from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, DistributedConfig, ExportConfig, ModelConfig
-from dpo.models.licences import read_front_matter, read_licence
-from dpo.models.pretrained import Pretrained
+from dpo.huggingface.licences import read_front_matter, read_licence
+from dpo.huggingface.pretrained import Pretrained
 from dpo.training import export
 from dpo.training.export import choose_dtype, default_output, export_checkpoint, heldout_metrics
 from dpo.training.model_card import model_card

@@ -10,8 +10,8 @@ import pytest
 from tiny_model import write_tiny_model
 
 from dpo.config import MeshConfig, ModelConfig
+from dpo.huggingface.pretrained import stop_tokens
 from dpo.judging.local_judge import sequence_log_probs
-from dpo.models.pretrained import stop_tokens
 from dpo.training.on_policy import OnPolicy
 from dpo.training.setup import load_policy
 from dpo.training.sharding import make_mesh

@@ -7,8 +7,8 @@ from tiny_model import byte_tokenizer, tiny_config
 
 from dpo.data.preferences import ReadPreferences
 from dpo.data.tokenized import make_dataset
+from dpo.huggingface.pretrained import read_config
 from dpo.losses import make_objective
-from dpo.models.pretrained import read_config
 from dpo.training.setup import Dataset, fit_to_objective, require_embeddings
 
 MODEL = replace(

@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.testing import assert_array_equal
 from tiny_models import CASES, write_checkpoint
 
-from dpo.models import loading
-from dpo.models.pretrained import load_decoder, open_checkpoint
-from dpo.models.weights import SafetensorsDirectory
+from dpo.huggingface import loading
+from dpo.huggingface.pretrained import load_decoder, open_checkpoint
+from dpo.huggingface.weights import SafetensorsDirectory
 
 BASES = [case for case in CASES if "-" not in case]
 
@@ -107,7 +107,7 @@ import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
+from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config
 
 def memory(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

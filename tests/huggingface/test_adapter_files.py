@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, case_config, load_case, write_checkpoint
 
 from dpo.files import CHECKSUMS_FILE
-from dpo.models.adapter_files import AdapterDirectory, load_adapters, save_adapters
+from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters, save_adapters
+from dpo.huggingface.pretrained import load_decoder, open_checkpoint
 from dpo.models.lora import Method
-from dpo.models.pretrained import load_decoder, open_checkpoint
 
 
 def logits(model):

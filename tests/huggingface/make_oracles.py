@@ -1,7 +1,7 @@
-"""Compare every family with transformers' torch models; write tests/models/oracles.json and docs/models.md.
+"""Compare every family with transformers' torch models; write oracles.json beside this and docs/models.md.
 
-    python -m tests.models.make_oracles            the families
-    python -m tests.models.make_oracles --smollm2  the embedded model
+    python -m tests.huggingface.make_oracles            the families
+    python -m tests.huggingface.make_oracles --smollm2  the embedded model
 
 Needs torch. The numbers kept are what transformers computes in float32, so that tests without torch hold the
 decoder to them. `--smollm2` makes those of the embedded model, as transformers itself reads its file.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -32,9 +32,9 @@ from tiny_models import (
 )
 from torch_models import torch_greedy, torch_log_probs, torch_logits, torch_model, torch_scores
 
-from dpo.models.embedded import fetch_embedded
-from dpo.models.families import FAMILIES, classifier_architecture, find_family
-from dpo.models.gguf_files import ARCHITECTURES
+from dpo.huggingface.embedded import fetch_embedded
+from dpo.huggingface.families import FAMILIES, classifier_architecture, find_family
+from dpo.huggingface.gguf_files import ARCHITECTURES
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 SMOLLM2 = ORACLES.with_name("smollm2_oracle.json")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from dpo.models.weights import SafetensorsDirectory, read_safetensors_header
+from dpo.huggingface.weights import SafetensorsDirectory, read_safetensors_header
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

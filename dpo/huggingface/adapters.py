@@ -21,10 +21,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dpo.models.binding import Binding, bind
+from dpo.huggingface.binding import Binding, bind
+from dpo.huggingface.families import Family
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.families import Family
 from dpo.models.lora import DoraLinear, LoraLinear, Method
 
 ALL_LINEAR = "all-linear"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, batch_arrays, write_checkpoint
 
-from dpo.models import loading
-from dpo.models.gguf_files import ARCHITECTURES, GgufFile
-from dpo.models.gguf_reader import GgufContainer
-from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
+from dpo.huggingface import loading
+from dpo.huggingface.gguf_files import ARCHITECTURES, GgufFile
+from dpo.huggingface.gguf_reader import GgufContainer
+from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config
 
 KINDS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 

@@ -20,10 +20,10 @@ import numpy as np
 import safetensors.numpy
 
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
-from dpo.models.adapters import Adapter, linear_bindings, module_names
-from dpo.models.binding import Binding
+from dpo.huggingface.adapters import Adapter, linear_bindings, module_names
+from dpo.huggingface.binding import Binding
+from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
 from dpo.models.lora import Method
-from dpo.models.weights import SafetensorsDirectory, Tensors, read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -16,14 +16,14 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from dpo.models.binding import bind
+from dpo.huggingface.binding import bind
+from dpo.huggingface.families import FAMILIES, classifier_architecture
+from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.families import FAMILIES, classifier_architecture
-from dpo.models.pretrained import load_decoder, open_checkpoint, read_config
 
-ORACLES = Path(__file__).with_name("oracles.json")
+ORACLES = Path(__file__).with_name("huggingface") / "oracles.json"
 
 
 def tokens_of(seed: int) -> np.ndarray:

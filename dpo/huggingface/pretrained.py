@@ -18,19 +18,19 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
-from dpo.models.adapter_files import AdapterDirectory, MergedTensors, is_adapter
+from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
+from dpo.huggingface.binding import Binding, bind, canonical_names, check_tensors
+from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
+from dpo.huggingface.families import Family, classifier_architecture, decoder_config, find_family
+from dpo.huggingface.gguf_files import GgufFile
+from dpo.huggingface.licences import read_licence
+from dpo.huggingface.loading import Placement, load_parameters
+from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
 from dpo.models.attention import Implementation
-from dpo.models.binding import Binding, bind, canonical_names, check_tensors
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder, Remat
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
-from dpo.models.families import Family, classifier_architecture, decoder_config, find_family
-from dpo.models.gguf_files import GgufFile
-from dpo.models.licences import read_licence
-from dpo.models.loading import Placement, load_parameters
 from dpo.models.partition import ONE_DEVICE, Partition
-from dpo.models.weights import SafetensorsDirectory, Tensors, read_json_object
 
 
 class Pretrained(NamedTuple):

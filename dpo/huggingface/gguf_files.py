@@ -17,8 +17,8 @@ import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.models.gguf_reader import GgufContainer, GgufTensor
-from dpo.models.gguf_tokenizer import make_tokenizer
+from dpo.huggingface.gguf_reader import GgufContainer, GgufTensor
+from dpo.huggingface.gguf_tokenizer import make_tokenizer
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold divisors of rotary frequencies; they become configuration."""

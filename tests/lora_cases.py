@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from tiny_models import TOKENS, batch_arrays, case_config
 
-from dpo.models.adapters import add_adapters, choose_linears, model_bindings, new_adapters
+from dpo.huggingface.adapters import add_adapters, choose_linears, model_bindings, new_adapters
+from dpo.huggingface.pretrained import read_config
 from dpo.models.lora import Method
-from dpo.models.pretrained import read_config
 
 METHODS = {"lora": Method(), "rslora": Method(use_rslora=True), "dora": Method(use_dora=True)}
 COMBINATIONS = [

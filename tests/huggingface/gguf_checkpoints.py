@@ -1,7 +1,7 @@
 """Tiny GGUF files, written as llama.cpp's conversion script would from a Hugging Face directory.
 
 What the script does to each family (names, permutations, transposes, offsets) is written here from its side,
-and undone in `dpo/models/gguf_files.py` from the other.
+and undone in `dpo/huggingface/gguf_files.py` from the other.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo.huggingface.families import Family
+from dpo.huggingface.weight_names import SCORE_RULES, Rule
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.families import Family
-from dpo.models.weight_names import SCORE_RULES, Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -12,9 +12,9 @@ import numpy as np
 from tiny_models import batch_arrays, load_case, tokens_of
 from torch_models import torch_greedy, torch_log_probs, torch_logits, torch_model
 
+from dpo.huggingface.pretrained import save_pretrained
 from dpo.models.decoder import Decoder
 from dpo.models.log_probs import token_log_probs
-from dpo.models.pretrained import save_pretrained
 from dpo.models.sampling import SamplingConfig, generate
 
 NEW_TOKENS = 32

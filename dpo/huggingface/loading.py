@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo.models.binding import Binding
+from dpo.huggingface.binding import Binding
+from dpo.huggingface.weights import Tensors
 from dpo.models.partition import Placement
-from dpo.models.weights import Tensors
 
 MAX_PIECE_BYTES = 16 * 2**20
 """Tensors are read in runs of rows of about this size, as float32."""

@@ -14,10 +14,7 @@ import ml_dtypes
 import numpy as np
 from transformers import PreTrainedConfig
 
-from dpo.models.attention import NO_WINDOW
-from dpo.models.decoder_config import Alibi, DecoderConfig
-from dpo.models.rotary import Rope, make_rope, no_rope
-from dpo.models.weight_names import (
+from dpo.huggingface.weight_names import (
     GEMMA2_RULES,
     GPT2_RULES,
     GPT_NEO_RULES,
@@ -32,6 +29,9 @@ from dpo.models.weight_names import (
     Rule,
     falcon_rules,
 )
+from dpo.models.attention import NO_WINDOW
+from dpo.models.decoder_config import Alibi, DecoderConfig
+from dpo.models.rotary import Rope, make_rope, no_rope
 
 
 class Family(NamedTuple):
