@@ -73,6 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         TrainingConfig,
     )
     from dpo.losses import make_objective
+    from dpo.parallel.sharding import make_mesh
     from dpo.training.adapted import open_policy
     from dpo.training.optimizer import make_optimizer, make_schedule
     from dpo.training.placement import place_batch
@@ -84,7 +85,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         read_dataset,
         scoring_loader,
     )
-    from dpo.training.sharding import make_mesh
     from dpo.training.step import init_state, make_train_step
 
     enable_compilation_cache()

@@ -28,9 +28,9 @@ from dpo.models.attention import attend
 from dpo.models.layers import GatedMLP
 from dpo.models.log_probs import token_log_probs
 from dpo.models.rotary import cos_sin
+from dpo.parallel.sharding import make_mesh
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.setup import enable_compilation_cache, load_policy, make_loader, read_dataset
-from dpo.training.sharding import make_mesh
 from dpo.training.step import init_state, make_train_step
 
 

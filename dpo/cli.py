@@ -94,7 +94,7 @@ def train(arguments: list[str]) -> int:
     from dpo.training.loop import train as run
 
     result = run(config)
-    from dpo.training.distributed import is_alone, is_main
+    from dpo.parallel.distributed import is_alone, is_main
 
     if not is_main():
         return INTERRUPTED if result.status == "interrupted" else 0

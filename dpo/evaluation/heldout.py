@@ -15,6 +15,7 @@ from dpo.config import Config
 from dpo.data.preferences import Preference, digest, fingerprint, read_preferences
 from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
+from dpo.parallel.sharding import own_mesh
 from dpo.training.reference import score_rows
 from dpo.training.setup import (
     Dataset,
@@ -25,7 +26,6 @@ from dpo.training.setup import (
     require_embeddings,
     scoring_loader,
 )
-from dpo.training.sharding import own_mesh
 from dpo.training.validation import DATA_KEY, HELDOUT_FILE
 
 

@@ -20,9 +20,9 @@ from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
 from dpo.files import replace_text
+from dpo.parallel.sharding import own_mesh
 from dpo.training.placement import place_batch
 from dpo.training.setup import Policy, load_policy, scoring_loader, tokenize_preferences
-from dpo.training.sharding import own_mesh
 from dpo.training.step import make_token_step
 
 TOKENS_FILE = "evaluation.tokens.json"

@@ -51,11 +51,11 @@ from dpo.losses import make_objective
 from dpo.models.sampling import SamplingConfig
 from dpo.pages.comparison import flat_settings
 from dpo.pages.report import read_summary
+from dpo.parallel.sharding import make_mesh
 from dpo.training.identity import resolved_settings, settings_fingerprint
 from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids
 from dpo.training.setup import Policy, load_policy
-from dpo.training.sharding import make_mesh
 from dpo.training.step import Params
 
 RESULT_FILE = "frontier.json"

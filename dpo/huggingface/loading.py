@@ -17,7 +17,7 @@ import numpy as np
 
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.weights import Tensors
-from dpo.models.partition import Placement
+from dpo.parallel.partition import Placement
 
 MAX_PIECE_BYTES = 16 * 2**20
 """Tensors are read in runs of rows of about this size, as float32."""

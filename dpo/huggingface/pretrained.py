@@ -30,7 +30,7 @@ from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder, Remat
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.partition import ONE_DEVICE, Partition
+from dpo.parallel.partition import ONE_DEVICE, Partition
 
 
 class Pretrained(NamedTuple):

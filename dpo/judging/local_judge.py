@@ -14,8 +14,8 @@ from dpo.config import DataConfig, MeshConfig, ModelConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.judging.judges import LETTERS, Question, Template, Verdict
+from dpo.parallel.sharding import make_mesh
 from dpo.training.setup import Policy, load_policy, make_score, scoring_loader
-from dpo.training.sharding import make_mesh
 
 VERDICTS = ("A", "B")
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
 from dpo.models.attention_fast import attend_cudnn, attend_splash
-from dpo.models.partition import ONE_DEVICE, ROWS, TENSOR, Partition
+from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 Implementation = Literal["auto", "plain", "blocked", "splash", "cudnn"]
 Window = int | Int[Array, ""] | None

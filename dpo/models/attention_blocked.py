@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo.models.partition import ONE_DEVICE, ROWS, TENSOR, Partition
+from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 BLOCK = 64
 """Slots a block: the quickest of 32, 64, 128 and 256 for heads of 64 on AVX-512 (docs/performance.md)."""

@@ -27,8 +27,8 @@ from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.layers import Embedding, LayerMaker, stack_layers
 from dpo.models.linear import PRODUCT, Rounds
-from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 from dpo.models.rotary import cos_sin
+from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 
 Remat = Literal["none", "dots", "full"]
 

@@ -24,8 +24,8 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
-from dpo.models.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
 from dpo.models.products import rounded_sum
+from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
 
 
 def token_log_probs(

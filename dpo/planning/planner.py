@@ -36,8 +36,16 @@ from dpo.models.attention import Implementation, choose_implementation
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import round_products
-from dpo.models.partition import DATA, FSDP, ROWS, TENSOR, Partition
 from dpo.models.quantized import hold
+from dpo.parallel.partition import DATA, FSDP, ROWS, TENSOR, Partition
+from dpo.parallel.sharding import (
+    make_mesh,
+    parameter_rules,
+    parameter_sharding,
+    replicated,
+    row_multiple,
+    with_sharding,
+)
 from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology
 from dpo.planning.hlo import Program, read_program
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops, step_times
@@ -55,14 +63,6 @@ from dpo.training.memory import (
 from dpo.training.placement import batch_sharding
 from dpo.training.program import count_steps, make_program
 from dpo.training.setup import fit_to_objective, make_loader, objective_names, read_dataset
-from dpo.training.sharding import (
-    make_mesh,
-    parameter_rules,
-    parameter_sharding,
-    replicated,
-    row_multiple,
-    with_sharding,
-)
 
 
 def install_command() -> str:

@@ -16,9 +16,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.models.decoder import DecoderConfig
-from dpo.models.partition import FSDP, TENSOR, Axes
+from dpo.parallel.partition import FSDP, TENSOR, Axes
+from dpo.parallel.sharding import Rules, parameter_placement
 from dpo.planning.hlo import Collective, Program
-from dpo.training.sharding import Rules, parameter_placement
 
 Dims = tuple[int, ...]
 """Lengths of an array's dimensions, without those of 1."""

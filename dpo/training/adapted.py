@@ -29,9 +29,9 @@ from dpo.huggingface.binding import Binding
 from dpo.huggingface.pretrained import open_checkpoint, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
+from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy
-from dpo.training.sharding import Rules, parameter_rules, parameter_sharding, place
 from dpo.training.step import Params
 
 ADAPTER_DIRECTORY = "adapter"

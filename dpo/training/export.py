@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
 from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
+from dpo.parallel.sharding import own_mesh
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.optimizer import make_optimizer, make_schedule
-from dpo.training.sharding import own_mesh
 from dpo.training.step import init_state
 from dpo.training.tracking import METRICS_FILE, read_metrics
 

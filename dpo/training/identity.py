@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dpo.config import Config
 from dpo.data.batch import Batch
 from dpo.data.preferences import Preference, digest, fingerprint
-from dpo.training.distributed import from_all
+from dpo.parallel.distributed import from_all
 from dpo.training.reference import ReferenceStore, Rows, Score
 from dpo.training.setup import Dataset, Policy, given_chat_template
 from dpo.training.versions import PACKAGES, versions

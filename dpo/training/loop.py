@@ -28,9 +28,10 @@ from dpo.files import replace_text, writing
 from dpo.huggingface.pretrained import save_pretrained
 from dpo.huggingface.weights import read_json_object
 from dpo.losses import Objective, make_objective, reward_scale
+from dpo.parallel.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
+from dpo.parallel.sharding import make_mesh, parameter_rules
 from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
 from dpo.training.identity import Identity, reference_identity, run_identity, settings_fingerprint, take_probe
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
 from dpo.training.lock import exclusive
@@ -59,7 +60,6 @@ from dpo.training.setup import (
     require_preferences,
     scoring_loader,
 )
-from dpo.training.sharding import make_mesh, parameter_rules
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
 from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
 from dpo.training.validation import (

@@ -37,12 +37,12 @@ from dpo.data.loader import Loader
 from dpo.data.tokenized import TokenizedDataset
 from dpo.files import replace_text
 from dpo.losses import Objective
-from dpo.training.distributed import from_main, on_main
+from dpo.parallel.distributed import from_main, on_main
+from dpo.parallel.sharding import row_multiple
 from dpo.training.identity import settings_fingerprint
 from dpo.training.placement import place_batch
 from dpo.training.program import Program, make_program
 from dpo.training.setup import Policy, make_loader, scoring_loader
-from dpo.training.sharding import row_multiple
 from dpo.training.step import make_eval_step
 from dpo.training.validation import HELDOUT_NEEDS
 

@@ -23,10 +23,10 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset, make_dataset
 from dpo.huggingface.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
-from dpo.training.distributed import fetch
+from dpo.parallel.distributed import fetch
+from dpo.parallel.sharding import parameter_rules, row_multiple
 from dpo.training.reference import Score
 from dpo.training.setup import Dataset, Policy, given_chat_template, load_policy, make_score
-from dpo.training.sharding import parameter_rules, row_multiple
 from dpo.training.step import Params
 
 Observe = Callable[[int, Params], Mapping[str, float]]

@@ -7,8 +7,8 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.data.batch import ROW_FIELDS, Batch
-from dpo.models.partition import ROWS
-from dpo.training.sharding import place, replicated
+from dpo.parallel.partition import ROWS
+from dpo.parallel.sharding import place, replicated
 
 
 def batch_sharding(mesh: Mesh) -> Any:

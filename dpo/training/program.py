@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from dpo.config import Config, TrainingConfig
 from dpo.losses import Objective
+from dpo.parallel.sharding import parameter_rules, parameter_sharding, with_sharding
 from dpo.training.optimizer import make_optimizer, make_schedule
-from dpo.training.sharding import parameter_rules, parameter_sharding, with_sharding
 from dpo.training.step import Params, TrainState, TrainStep, init_state, make_train_step
 
 

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo.data.batch import Batch
 from dpo.files import damaged_files, new_directory, unlisted_files, writing
-from dpo.training.distributed import fetch, from_main, on_main
+from dpo.parallel.distributed import fetch, from_main, on_main
 from dpo.training.tracking import time_left
 
 FORMAT = 2

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.config import TrainingConfig
+from dpo.parallel.distributed import on_main
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.distributed import on_main
 from dpo.training.identity import FOLLOWING, ROOTS, Identity, check_probe, differences, require_same
 from dpo.training.step import TrainState
 

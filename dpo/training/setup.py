@@ -34,12 +34,10 @@ from dpo.losses.objectives import UNPAIRED
 from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import round_products
-from dpo.models.partition import Partition
 from dpo.models.quantized import BaseDtype, hold
-from dpo.training.distributed import from_all, from_main, on_main
-from dpo.training.placement import place_batch
-from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
-from dpo.training.sharding import (
+from dpo.parallel.distributed import from_all, from_main, on_main
+from dpo.parallel.partition import Partition
+from dpo.parallel.sharding import (
     PARAMETER_RULES,
     Rules,
     own_rows,
@@ -47,6 +45,8 @@ from dpo.training.sharding import (
     parameter_sharding,
     row_multiple,
 )
+from dpo.training.placement import place_batch
+from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
 from dpo.training.step import Params, make_eval_step
 
 SINGLE_RESPONSE = frozenset({*UNPAIRED, "sft"})

@@ -22,9 +22,9 @@ from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.losses import Objective, RunningMean, Scores
 from dpo.losses.weighting import in_head
 from dpo.models.log_probs import collision_log_probs, token_log_probs
-from dpo.models.partition import ONE_DEVICE, ROWS, Partition
+from dpo.parallel.partition import ONE_DEVICE, ROWS, Partition
+from dpo.parallel.sharding import replicated
 from dpo.training.metrics import Metrics, preference_metrics
-from dpo.training.sharding import replicated
 
 Params = Any
 """A pure dict of arrays: the trainable (or the frozen) parameters of a model."""

@@ -26,7 +26,7 @@ POLICIES |= {"template_date": "2024-07-26"}
 
 
 class Exchange:
-    """What `dpo.training.distributed` does between processes, between threads."""
+    """What `dpo.parallel.distributed` does between processes, between threads."""
 
     def __init__(self, count):
         self._meet = threading.Barrier(count, timeout=30)

@@ -31,7 +31,7 @@ from dpo.models.attention import (
 from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.attention_fast import attend_cudnn, attend_splash, block_size
 from dpo.models.decoder import Decoder
-from dpo.models.partition import AXES, ONE_DEVICE, Partition
+from dpo.parallel.partition import AXES, ONE_DEVICE, Partition
 
 C = 8
 ROOT = Path(__file__).parents[2]

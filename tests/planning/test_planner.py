@@ -13,6 +13,7 @@ from dpo.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, 
 from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
 from dpo.losses import make_objective
+from dpo.parallel.sharding import make_mesh
 from dpo.planning import planner
 from dpo.planning.chips import CHIPS, Topology, parse_topology
 from dpo.planning.plan_text import plan_as_numbers, plan_as_text
@@ -28,7 +29,6 @@ from dpo.planning.planner import (
     trace_step,
 )
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops
-from dpo.training.sharding import make_mesh
 
 SMALL_CONFIG = (
     read_shape("shape:smollm2-135m")

@@ -9,9 +9,9 @@ import pytest
 from dpo.config import MeshConfig
 from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
+from dpo.parallel.sharding import PARAMETER_RULES, make_mesh
 from dpo.planning.hlo import Collective, Program
 from dpo.planning.travel import read_travel, split_parameters
-from dpo.training.sharding import PARAMETER_RULES, make_mesh
 
 DECODER = read_config(read_shape("shape:qwen3-0.6b"))[1]
 L, D, F, V = 28, 1024, 3072, 151936

@@ -27,6 +27,7 @@ from dpo.config import (
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
 from dpo.judging.samples import model_identity
+from dpo.parallel.sharding import make_mesh
 from dpo.training import export, loop
 from dpo.training.adapted import open_policy
 from dpo.training.checkpoint import Checkpoints
@@ -34,7 +35,6 @@ from dpo.training.export import export_checkpoint
 from dpo.training.loop import train
 from dpo.training.optimizer import make_optimizer
 from dpo.training.setup import load_policy
-from dpo.training.sharding import make_mesh
 from dpo.training.step import init_state
 
 KINDS = [

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from stopping import stop_after
 
 from dpo.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dpo.parallel.sharding import make_mesh
 from dpo.training import loop
 from dpo.training.loop import train
-from dpo.training.sharding import make_mesh
 
 ONE = (1, 1, 1)
 

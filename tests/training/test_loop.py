@@ -15,9 +15,9 @@ from stopping import stop_after
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.preferences import digest, fingerprint, read_preferences
 from dpo.files import write_checksums
+from dpo.parallel.sharding import make_mesh
 from dpo.training import loop, program
 from dpo.training.loop import train
-from dpo.training.sharding import make_mesh
 from dpo.training.validation import DATA_KEY
 
 

@@ -13,10 +13,10 @@ from numpy.testing import assert_allclose
 from stopping import stop_after
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dpo.parallel.sharding import make_mesh
 from dpo.training import loop, memory
 from dpo.training.loop import train
 from dpo.training.memory import GIB, Choice, candidates, first_that_fits, limit_bytes, other_bytes
-from dpo.training.sharding import make_mesh
 
 LIMITLESS = 1e6
 

@@ -21,15 +21,15 @@ from dpo.losses import make_objective, reward_scale
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
-from dpo.models.partition import Partition
 from dpo.models.sampling import SamplingConfig, generate
+from dpo.parallel.partition import Partition
+from dpo.parallel.sharding import make_mesh, parameter_rules, parameter_sharding, place, row_multiple
 from dpo.planning.chips import Chip, Topology
 from dpo.planning.hlo import read_program
 from dpo.planning.planner import Target, Workload, trace_step
 from dpo.planning.roofline import Work
 from dpo.training.placement import place_batch
 from dpo.training.program import make_program
-from dpo.training.sharding import make_mesh, parameter_rules, parameter_sharding, place, row_multiple
 from dpo.training.step import make_eval_step
 
 VOCAB, LAYERS, STEPS, PROMPTS = 70, 3, 10, 8  # 70 columns are not divisible by 8 devices

@@ -12,9 +12,9 @@ from tiny_model import write_tiny_model
 from dpo.config import MeshConfig, ModelConfig
 from dpo.huggingface.pretrained import stop_tokens
 from dpo.judging.local_judge import sequence_log_probs
+from dpo.parallel.sharding import make_mesh
 from dpo.training.on_policy import OnPolicy
 from dpo.training.setup import load_policy
-from dpo.training.sharding import make_mesh
 
 PROMPTS = [[1, 5, 6], [1, 9, 9, 9, 20], [1, 40]]
 

@@ -5,7 +5,7 @@
     tensor    heads, hidden units and the vocabulary
 
 The compiler fills in the rest from these constraints and from where the parameters are
-(`dpo.training.sharding`). Without a mesh, or on one device, every constraint is nothing.
+(`dpo.parallel.sharding`). Without a mesh, or on one device, every constraint is nothing.
 """
 
 from __future__ import annotations

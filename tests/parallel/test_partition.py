@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from dpo.models.attention import attend
 from dpo.models.log_probs import collision_log_probs, token_log_probs
-from dpo.models.partition import AXES, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
+from dpo.parallel.partition import AXES, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
 
 
 def slow(*values):

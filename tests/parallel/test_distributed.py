@@ -17,7 +17,7 @@ from numpy.testing import assert_allclose
 from safetensors.numpy import load_file
 
 from dpo.config import DistributedConfig
-from dpo.training.distributed import PEER_LOST, Cluster, find_cluster
+from dpo.parallel.distributed import PEER_LOST, Cluster, find_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -297,7 +297,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, tmp_pat
 def test_a_step_that_takes_too_long_ends_with_all_stacks(tmp_path):
     program = (
         "import time\n"
-        "from dpo.training.distributed import Deadline\n"
+        "from dpo.parallel.distributed import Deadline\n"
         "def hang():\n    time.sleep(60)\n"
         "with Deadline(0.3) as watch:\n"
         "    watch.step(1)\n"  # a new shape, which has its time to compile

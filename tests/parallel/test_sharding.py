@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dpo.config import MeshConfig
-from dpo.training.sharding import make_mesh, own_mesh, parameter_sharding, row_multiple
+from dpo.parallel.sharding import make_mesh, own_mesh, parameter_sharding, row_multiple
 
 
 def specs(mesh, shapes):

@@ -2,7 +2,7 @@
 
 Axes: `data` splits rows and copies parameters, `fsdp` splits rows and parameters, `tensor` splits heads and
 hidden units. One device is the mesh (1, 1, 1): the same code, no special case. What is between parameters and
-batch is in `dpo.models.partition`.
+batch is in `dpo.parallel.partition`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo.config import MeshConfig
-from dpo.models.partition import AXES, FSDP, ROWS, TENSOR, Partition, Placement
-from dpo.training.distributed import is_alone
+from dpo.parallel.distributed import is_alone
+from dpo.parallel.partition import AXES, FSDP, ROWS, TENSOR, Partition, Placement
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 

@@ -1,0 +1,1 @@
+"""Mesh, partition, processes, votes: knows no batch and no model."""
