@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from dpo.data.batch import Batch
 from dpo.data.packing import Layout, Shape, pack
-from dpo.data.planning import Step, plan_shapes
+from dpo.data.shapes import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
 
 OwnRows = Callable[[int], Collection[int]]

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from dpo.config import Config, MeshConfig
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.packing import Shape
-from dpo.data.planning import Step, plan_shapes
+from dpo.data.shapes import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.adapters import add_adapters
 from dpo.huggingface.embedded import cache_directory

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.data.packing import lay_out
-from dpo.data.planning import Step, choose_sizes, plan_shapes
+from dpo.data.shapes import Step, choose_sizes, plan_shapes
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 4), st.floats(0, 20))
