@@ -1,5 +1,5 @@
 """docs/objectives.md and its figure, from the docstrings and the functions: `python -m
-dpo.losses.document`."""
+docs.make_objectives`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dpo.losses.objectives import LISTWISE, MODIFIERS, PAIRWISE, UNPAIRED, make_
 from dpo.losses.parameters import allowed_values, parameters_of
 from dpo.losses.scores import Objective, Scores
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parent
 
 FIELDS = ("Formula", "Gradient weight", "Source", "Defaults", "Data", "Reported", "Use")
 """What a factory's docstring says after its first line, in this order."""
 
 _INTRODUCTION = """# Objectives
 
-Made by `python -m dpo.losses.document` from the docstrings in `dpo/losses`; a test keeps it up to date.
+Made by `python -m docs.make_objectives` from the docstrings in `dpo/losses`; a test keeps it up to date.
 
 An objective is chosen in the settings, `objective: {name: dpo, beta: 0.1}`, or as a weighted sum,
 `objectives: [{name: dpo, weight: 0.8}, {name: sft, weight: 1.0}]`. A hyper-parameter that an objective does

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from docs.make_objectives import DOCS, curve, described, markdown
 from dpo.losses import OBJECTIVES
-from dpo.losses.document import DOCS, curve, described, markdown
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -15,7 +15,7 @@ def test_every_docstring_has_all_fields(name):
 
 
 def test_the_page_is_up_to_date():
-    """Otherwise run `python -m dpo.losses.document`."""
+    """Otherwise run `python -m docs.make_objectives`."""
     assert (DOCS / "objectives.md").read_text() == markdown()
 
 
