@@ -174,12 +174,6 @@ def anchors(path: Path) -> set[str]:
     return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
-def test_the_readme_names_every_page() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (line,) = [line for line in readme.splitlines() if line.startswith("docs/ ")]
-    assert set(re.findall(r"\w+\.md", line)) == {path.name for path in (ROOT / "docs").glob("*.md")}
-
-
 def test_the_design_says_what_every_dependency_is_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]

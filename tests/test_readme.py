@@ -1,4 +1,4 @@
-"""What the README says is where is there, and nothing of the package is left out."""
+"""What docs/layout.md lists is there, and nothing is left out of it; what the README shows works."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from dpo.training.loop import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAYOUT = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
 
 
 def listed_paths() -> list[Path]:
-    """Paths of the tree under "What is where", by indentation."""
-    block = README.split("## What is where")[1].split("```")[1]
+    """Paths of the tree in docs/layout.md, by indentation."""
+    block = LAYOUT.split("```")[1]
     found, parents = [], []
     for line in block.strip("\n").splitlines():
         indent = (len(line) - len(line.lstrip())) // 2
@@ -39,17 +40,17 @@ def listed_paths() -> list[Path]:
 
 def test_everything_listed_exists() -> None:
     missing = [str(path) for path in listed_paths() if not (ROOT / path).exists()]
-    assert not missing, f"README.md lists what is not there: {missing}"
+    assert not missing, f"docs/layout.md lists what is not there: {missing}"
 
 
-def test_every_file_of_the_package_is_listed_with_a_comment() -> None:
+def test_every_file_of_the_package_and_every_page_is_listed_with_a_comment() -> None:
     there = {
         path.relative_to(ROOT)
-        for path in (ROOT / "dpo").rglob("*")
+        for path in (*(ROOT / "dpo").rglob("*"), *(ROOT / "docs").glob("*.md"))
         if path.is_file() and "__pycache__" not in path.parts
     }
     unlisted = sorted(map(str, there - set(listed_paths())))
-    assert not unlisted, f"README.md's tree lacks {unlisted}"
+    assert not unlisted, f"the tree in docs/layout.md lacks {unlisted}: add a line with a comment for each"
 
 
 def test_commands_in_the_examples_exist() -> None:
