@@ -22,8 +22,8 @@ BELOW = {
     "command_line": {"config"},
     "losses": set(),
     "diffusion": {"losses"},
-    "data": {"losses", "intervals"},
-    "parallel": {"config"},
+    "parallel": set(),
+    "data": {"parallel", "losses", "intervals"},
     "models": {"parallel"},
     "huggingface": {"models", "parallel", "files"},
     "training": {"huggingface", "models", "parallel", "data", "losses", "config", "files"},
@@ -122,7 +122,7 @@ def test_no_import_goes_in_a_circle() -> None:
 
 
 def test_settings_are_known_to_the_rim_only() -> None:
-    """data, models and losses take plain arguments, so that they can be used without a run."""
+    """data, models, losses and parallel take plain arguments, so that they can be used without a run."""
     knowing = {layer(module) for module in MODULES if "dpo.config" in imported_modules(module)}
     assert knowing <= {
         "cli",
@@ -132,6 +132,5 @@ def test_settings_are_known_to_the_rim_only() -> None:
         "planning",
         "evaluation",
         "training",
-        "parallel",
         "command_line",
     }

@@ -20,15 +20,13 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from dpo.config import DistributedConfig
 
 PEER_LOST = 75
 """Exit code when another process has gone or hangs: the same command goes on from the newest checkpoint."""
@@ -42,6 +40,27 @@ _EXCHANGE_BYTES = 1 << 26
 """What `from_all` puts on a device at a time."""
 _PORTS = range(61440, 65536)
 """Ports that a job's number is mapped to, as JAX does."""
+
+
+@runtime_checkable
+class Meeting(Protocol):
+    """Where the processes of a run meet, as far as it was said, and how long each waits for the others.
+
+    The settings `distributed` are one; `DistributedConfig` describes the fields.
+    """
+
+    @property
+    def cluster(self) -> str: ...
+    @property
+    def coordinator(self) -> str | None: ...
+    @property
+    def num_processes(self) -> int | None: ...
+    @property
+    def process_id(self) -> int | None: ...
+    @property
+    def start_timeout(self) -> float: ...
+    @property
+    def heartbeat_timeout(self) -> float: ...
 
 
 class Cluster(NamedTuple):
@@ -59,7 +78,7 @@ class Cluster(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(config: DistributedConfig) -> Iterator[None]:
+def joined(given: Meeting) -> Iterator[None]:
     """Meet the other processes, if there are any, and end with them.
 
     A process that fails leaves at once, so that the others notice and do not wait.
@@ -67,11 +86,11 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     Raises:
       ValueError: when the processes do not find one another in time, or one of them is lost later.
     """
-    cluster = None if jax.distributed.is_initialized() else find_cluster(config, os.environ)
+    cluster = None if jax.distributed.is_initialized() else find_cluster(given, os.environ)
     if cluster is None:
         yield
         return
-    _start(cluster, config)
+    _start(cluster, given)
     last = is_main()
     try:
         yield
@@ -91,7 +110,7 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def find_cluster(config: DistributedConfig, environment: Mapping[str, str]) -> Cluster | None:
+def find_cluster(given: Meeting, environment: Mapping[str, str]) -> Cluster | None:
     """Who starts this process says where the others are: settings first, then the launcher's variables.
 
     None: this is the only process.
@@ -99,33 +118,33 @@ def find_cluster(config: DistributedConfig, environment: Mapping[str, str]) -> C
     Raises:
       ValueError: when it is one of several but where they meet, their number or its own is not known.
     """
-    if config.cluster == "none":
+    if given.cluster == "none":
         return None
-    given = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
+    address = given.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     for launcher, find in _LAUNCHERS.items():
-        if config.cluster not in ("auto", launcher):
+        if given.cluster not in ("auto", launcher):
             continue
         found = find(environment)
         if found is not None:
-            return _complete(found, config, given)
-        if config.cluster == launcher:
+            return _complete(found, given, address)
+        if given.cluster == launcher:
             raise ValueError(
                 f"distributed.cluster is {launcher}, but its variables are not in the environment; allowed "
                 f"here are auto, none, or distributed.coordinator with num_processes and process_id"
             )
-    if given is None and config.num_processes in (None, 1):
+    if address is None and given.num_processes in (None, 1):
         return None
-    return _complete(Cluster(None, None, None, "settings"), config, given)
+    return _complete(Cluster(None, None, None, "settings"), given, address)
 
 
-def _complete(found: Cluster, config: DistributedConfig, coordinator: str | None) -> Cluster | None:
+def _complete(found: Cluster, given: Meeting, coordinator: str | None) -> Cluster | None:
     """What was found, with the settings in the place of what was not; None for a single process."""
     if found.found_in == "tpu":
         return found
     cluster = found._replace(
         coordinator=coordinator or found.coordinator,
-        num_processes=_first(config.num_processes, found.num_processes),
-        process_id=_first(config.process_id, found.process_id),
+        num_processes=_first(given.num_processes, found.num_processes),
+        process_id=_first(given.process_id, found.process_id),
     )
     if cluster.num_processes == 1:
         return None
@@ -220,7 +239,7 @@ _LAUNCHERS: dict[str, Callable[[Mapping[str, str]], Cluster | None]] = {
 """The order is important: SLURM may start mpirun or run on Kubernetes, and knows most."""
 
 
-def _start(cluster: Cluster, config: DistributedConfig) -> None:
+def _start(cluster: Cluster, given: Meeting) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # signals are ours (dpo.training.interrupt)
     try:
         jax.distributed.initialize(
@@ -229,15 +248,15 @@ def _start(cluster: Cluster, config: DistributedConfig) -> None:
             process_id=cluster.process_id,
             local_device_ids=cluster.local_device,
             cluster_detection_method=None if cluster.coordinator is None else "deactivate",
-            initialization_timeout=int(config.start_timeout),
-            heartbeat_timeout_seconds=int(config.heartbeat_timeout),
+            initialization_timeout=int(given.start_timeout),
+            heartbeat_timeout_seconds=int(given.heartbeat_timeout),
             shutdown_timeout_seconds=LEAVE_SECONDS,
         )
     except jax.errors.JaxRuntimeError as error:
         atexit.register(_leave, PEER_LOST)
         raise ValueError(
             f"process {cluster.process_id} of {cluster.num_processes} ({cluster.found_in}) did not meet the "
-            f"others at {cluster.coordinator} within {config.start_timeout:g} s (distributed.start_timeout): "
+            f"others at {cluster.coordinator} within {given.start_timeout:g} s (distributed.start_timeout): "
             f"{str(error).splitlines()[0]}"
         ) from error
 

@@ -10,18 +10,38 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo.config import MeshConfig
 from dpo.parallel.distributed import is_alone
 from dpo.parallel.partition import AXES, FSDP, ROWS, TENSOR, Partition, Placement
 
 Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+@runtime_checkable
+class Sizes(Protocol):
+    """Devices along each axis, -1 for the rest of them: the settings of a mesh, or anything alike."""
+
+    @property
+    def data(self) -> int: ...
+    @property
+    def fsdp(self) -> int: ...
+    @property
+    def tensor(self) -> int: ...
+
+
+class MeshSizes(NamedTuple):
+    """Sizes that no settings gave."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
 
 # The order is important: the first match wins. Specs are of the last dimensions; leading ones (the stacked
 # layer axis) are not split. Adapters are small: they are split only where their linear's heads or units are.
@@ -39,14 +59,14 @@ PARAMETER_RULES: Rules = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(given: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
     """Lay the devices out along (data, fsdp, tensor).
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [given.data, given.fsdp, given.tensor]
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh is {dict(zip(AXES, sizes, strict=True))}; at most one size may be -1")
     known = int(np.prod([size for size in sizes if size != -1]))
@@ -61,15 +81,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def own_mesh(config: MeshConfig) -> Mesh:
+def own_mesh(given: Sizes) -> Mesh:
     """The mesh of what one process does alone: the run's, or where that does not fit, its devices on `fsdp`.
 
     What a run left is exported and evaluated on other machines too; results agree to rounding.
     """
-    devices, sizes = jax.local_devices(), (config.data, config.fsdp, config.tensor)
+    devices, sizes = jax.local_devices(), (given.data, given.fsdp, given.tensor)
     rest, known = -1 in sizes, math.prod(size for size in sizes if size != -1)
     fits = len(devices) % known == 0 if rest else len(devices) == known
-    return make_mesh(config if is_alone() and fits else MeshConfig(data=1, fsdp=-1, tensor=1), devices)
+    return make_mesh(given if is_alone() and fits else MeshSizes(data=1, fsdp=-1, tensor=1), devices)
 
 
 def row_multiple(mesh: Mesh) -> int:
