@@ -32,8 +32,9 @@ class ModelConfig:
     backward (losses stay exact) or both; when not given, both if compute_dtype is bfloat16, else neither."""
     remat: Literal["none", "dots", "full"] = "dots"
     """What the backward pass recomputes: nothing, all but matrix products, or (least memory) whole layers."""
-    attention: Literal["auto", "plain", "blocked", "splash", "cudnn"] = "auto"
-    """As measured best for the device and the rows' length, or as named: splash on TPUs, cudnn on GPUs."""
+    attention: Literal["auto", "plain", "blocked", "ranges", "splash", "cudnn"] = "auto"
+    """The code that computes attention. auto is blocked on CPUs, ranges on GPUs and plain on TPUs. ranges and
+    cudnn need a GPU (cudnn with bfloat16), splash needs a TPU."""
     log_prob_chunk: int = 1024
     """Scored tokens of a device that meet the vocabulary at a time (bounds memory to chunk x V floats)."""
 

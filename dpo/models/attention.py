@@ -11,6 +11,7 @@ a prompt and a late branch in the row, but not in the sequence.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -19,18 +20,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
 from dpo.models.attention_fast import attend_cudnn, attend_splash
+from dpo.models.attention_ranges import attend_ranges
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
-Implementation = Literal["auto", "plain", "blocked", "splash", "cudnn"]
+Implementation = Literal["auto", "plain", "blocked", "ranges", "splash", "cudnn"]
 Window = int | Int[Array, ""] | None
 
 AUTOMATIC: dict[str, tuple[tuple[int, Implementation], ...]] = {
     "cpu": ((1, "blocked"),),
+    "gpu": ((1, "ranges"),),
 }
-"""What `auto` is by platform, from so many tokens a row on, where something else than `plain` was measured to
-be better (docs/performance.md, "Attention on accelerators")."""
+"""What `auto` is by platform, from so many tokens a row on, where it is not `plain` (docs/performance.md,
+"Attention on accelerators"): on CPUs as measured, on GPUs what keeps no scores and reads no block in vain."""
 
-_REQUIRED_PLATFORM = {"splash": "tpu", "cudnn": "gpu"}
+_REQUIRED_PLATFORM = {"splash": "tpu", "cudnn": "gpu", "ranges": "gpu"}
 
 NO_WINDOW = 2**30
 """A window that hides nothing, for scanned layers of which only some have one."""
@@ -41,7 +44,7 @@ _HIDDEN = -1e30
 
 def skips_blocks(partition: Partition = ONE_DEVICE) -> bool:
     """Whether `auto` visits only what some query may see: a long row then costs no more than short ones."""
-    return partition.platform == "cpu"
+    return partition.platform in ("cpu", "gpu")
 
 
 def check_implementation(
@@ -124,7 +127,7 @@ def attend(
 
     `key_bias` is added to a key's scores (ALiBi); only `plain` has it. On a mesh rows stay on their devices,
     and so do heads where both kinds of them can be split; else every device of the axis computes all heads.
-    Away from their platforms `splash` is interpreted and `cudnn` is XLA's stand-in, for tests.
+    Away from their platforms `ranges` and `splash` are interpreted and `cudnn` is XLA's stand-in, for tests.
     """
     heads = partition.divides(TENSOR, q.shape[2], k.shape[2])
     q, k, v = (partition.constrain(x, ROWS, None, heads) for x in (q, k, v))
@@ -144,13 +147,10 @@ def attend(
             softcap=softcap,
             partition=partition,
         )
-    if implementation == "splash":
-
-        def on_device(q: Array, k: Array, v: Array, *layout: Array) -> Array:
-            interpret = partition.platform != "tpu"
-            return attend_splash(q, k, v, visible(*layout), scale=scale, softcap=softcap, interpret=interpret)
-
+    if implementation in ("ranges", "splash"):
         layout = (positions, group, branch, *([] if window is None else [jnp.asarray(window, jnp.int32)]))
+        kernel = _ranges_on_device if implementation == "ranges" else _splash_on_device
+        on_device = partial(kernel, scale=scale, softcap=softcap, platform=partition.platform)
         return on_own_rows_and_heads(partition, on_device, q, k, v, *layout)
     mask = visible(positions, group, branch, window)
     if implementation == "cudnn":
@@ -160,6 +160,22 @@ def attend(
     else:
         out = attend_plain(q, k, v, mask, scale=scale, softcap=softcap, key_bias=key_bias)
     return partition.constrain(out, ROWS, None, heads)
+
+
+def _ranges_on_device(
+    q: Array, k: Array, v: Array, *layout: Array, scale: float, softcap: float | None, platform: str
+) -> Array:
+    """`ranges` over the rows and heads of one device; `layout` as `visible` takes it."""
+    names = ("positions", "group", "branch", "window")
+    where = dict(zip(names, layout, strict=False))
+    return attend_ranges(q, k, v, **where, scale=scale, softcap=softcap, interpret=platform != "gpu")
+
+
+def _splash_on_device(
+    q: Array, k: Array, v: Array, *layout: Array, scale: float, softcap: float | None, platform: str
+) -> Array:
+    """`splash` over the rows and heads of one device; `layout` as `visible` takes it."""
+    return attend_splash(q, k, v, visible(*layout), scale=scale, softcap=softcap, interpret=platform != "tpu")
 
 
 def attend_plain(

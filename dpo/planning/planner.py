@@ -169,7 +169,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         length=workload.shape.row_length,
         has_key_bias=decoder.alibi is not None,
     )
-    if how in ("blocked", "splash"):  # a loop over as many blocks as some query sees
+    if how in ("blocked", "ranges", "splash"):  # a loop over as many blocks as some query sees
         flops += _ATTENTION_PASSES * attention
     began = time.perf_counter()
     try:

@@ -97,8 +97,10 @@ def test_the_way_to_cudnn_is_plain(heads, length):
     assert_same_as_plain(cudnn, heads=heads, length=length, dtype=jnp.bfloat16, tolerance=6e-2)
 
 
-@pytest.mark.parametrize("implementation", ["splash", "cudnn"])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=["split", "whole"])
+@pytest.mark.parametrize(
+    "implementation", ["splash", "cudnn", pytest.param("ranges", marks=pytest.mark.slow)]
+)
 def test_a_mesh_changes_nothing(implementation, heads):
     """Rows over two devices, heads over two where they can be split."""
     layout = make_layout(ROWS, 140)
@@ -137,7 +139,7 @@ def on(platform):
 
 @pytest.mark.parametrize(
     ("platform", "length", "expected"),
-    [("cpu", 64, "blocked"), ("tpu", 4096, "plain"), ("gpu", 4096, "plain")],
+    [("cpu", 64, "blocked"), ("tpu", 4096, "plain"), ("gpu", 64, "ranges")],
 )
 def test_auto_is_what_was_measured(platform, length, expected):
     choose = partial(choose_implementation, partition=on(platform), length=length)
@@ -151,6 +153,8 @@ def test_auto_is_what_was_measured(platform, length, expected):
     [
         ("splash", "cpu", {}, "splash needs a tpu and the platform is cpu"),
         ("cudnn", "cpu", {}, "cudnn needs a gpu and the platform is cpu"),
+        ("ranges", "cpu", {}, "ranges needs a gpu and the platform is cpu"),
+        ("ranges", "gpu", {"has_key_bias": True}, "ALiBi"),
         ("splash", "tpu", {"has_key_bias": True}, "ALiBi"),
         ("blocked", "cpu", {"has_key_bias": True}, "ALiBi"),
         ("cudnn", "gpu", {"softcap": 50.0}, r"no soft-capping, which this model has \(50.0\)"),
