@@ -464,9 +464,10 @@ def check_settings(config: Config) -> None:
       ValueError: naming the key, the value and what is allowed.
     """
     from dpo.losses import make_objective
+    from dpo.runs import specification
     from dpo.training.tracking import require_trackers
 
-    make_objective(config.objectives or config.objective)
+    make_objective(specification(config))
     require_trackers(config.training.trackers)
     if config.lora.init is not None:
         _require_file("lora.init", f"{config.lora.init}/adapter_config.json")
@@ -550,8 +551,9 @@ def _require_file(key: str, path: str) -> None:
 def beta_of(config: Config) -> float:
     """The β that turns log-ratios into rewards for a configuration's objective."""
     from dpo.losses import reward_scale
+    from dpo.runs import specification
 
-    return reward_scale(config.objectives or config.objective)
+    return reward_scale(specification(config))
 
 
 def describe_heldout(heldout: Heldout, *, beta: float, seed: int) -> dict[str, Any]:
@@ -580,13 +582,13 @@ def print_result(run_dir: Path, config: Config) -> None:
     """The held-out verdict and where everything is."""
     from dpo.huggingface.pretrained import load_tokenizer
     from dpo.pages.report import write_report
-    from dpo.training.validation import HELDOUT_FILE
+    from dpo.runs import HELDOUT_FILE, TOKENS_FILE
 
     if not _is_newer(run_dir / "data.json", run_dir / "config.yaml"):  # that of another start
         write_json(run_dir / "data.json", report_data(config, load_tokenizer(run_dir / "export"))[0])
     if (run_dir / HELDOUT_FILE).is_file():
         from dpo.evaluation.heldout import load_heldout
-        from dpo.evaluation.token_ratios import TOKENS_FILE, write_token_ratios
+        from dpo.evaluation.token_ratios import write_token_ratios
         from dpo.pages.accuracy_text import figures_as_text
 
         heldout, beta = load_heldout(run_dir, config), beta_of(config)

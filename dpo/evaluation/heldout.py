@@ -16,6 +16,7 @@ from dpo.data.preferences import Preference, digest, fingerprint, read_preferenc
 from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.parallel.sharding import own_mesh
+from dpo.runs import HELDOUT_FILE
 from dpo.training.reference import score_rows
 from dpo.training.setup import (
     Dataset,
@@ -26,7 +27,7 @@ from dpo.training.setup import (
     require_embeddings,
     scoring_loader,
 )
-from dpo.training.validation import DATA_KEY, HELDOUT_FILE
+from dpo.training.validation import DATA_KEY
 
 
 class Heldout(NamedTuple):

@@ -25,8 +25,6 @@ from dpo.training.placement import place_batch
 from dpo.training.setup import Policy, load_policy, scoring_loader, tokenize_preferences
 from dpo.training.step import make_token_step
 
-TOKENS_FILE = "evaluation.tokens.json"
-"""Beside evaluation.json of a run; for another output FILE.json it is FILE.tokens.json."""
 NUM_PAIRS = 5
 """Pairs at each end."""
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"

@@ -29,6 +29,7 @@ from dpo.diffusion.schedule import SCHEDULES, Schedule
 from dpo.diffusion.shared_noise import recovered_share, summed_share
 from dpo.experiments import diffusion_figures as figures
 from dpo.losses import make_objective, reward_scale
+from dpo.runs import CONFIG_FILE
 
 PATH_SAMPLERS = ("mean_only", "stochastic", "deterministic")
 STEP_COUNTS = (10, 20, 50, 100, 200, 500, 1000)
@@ -45,7 +46,7 @@ def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> dict[str, Any
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
+    save_config(config, run_dir / CONFIG_FILE)
     mixture, beta = mixture_of(config), reward_scale(config.objective)
     slope = np.array(config.reward)
     optimum = mixture.tilted(slope, beta)

@@ -49,9 +49,8 @@ from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective
 from dpo.models.sampling import SamplingConfig
-from dpo.pages.comparison import flat_settings
-from dpo.pages.report import read_summary
 from dpo.parallel.sharding import make_mesh
+from dpo.runs import CHECKPOINTS_DIRECTORY, CONFIG_FILE, EXPORT_DIRECTORY, flat_settings, read_summary
 from dpo.training.identity import resolved_settings, settings_fingerprint
 from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids
@@ -81,7 +80,7 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
             log(f"run {number} of {len(configs)}: {name}, beta {beta:g} ({config.run_dir})")
             if train(config, observe=observers.of(name, beta, config)).status == "interrupted":
                 return None
-            shutil.rmtree(Path(config.run_dir) / "checkpoints", ignore_errors=True)
+            shutil.rmtree(Path(config.run_dir) / CHECKPOINTS_DIRECTORY, ignore_errors=True)
             jax.clear_caches()
         lines = {key: observers.line(*key, config) for key, config in configs.items()}
     del observers
@@ -137,7 +136,7 @@ def _require_same_settings(config: Config) -> None:
     summary = read_summary(run_dir)
     if summary is None or summary["settings"] == settings_fingerprint(config):
         return
-    then = flat_settings(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    then = flat_settings(yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8")))
     now = flat_settings(asdict(config))
     differing = [
         f"{name} is {now[name]}, was {then.get(name, 'not there')}"
@@ -317,7 +316,7 @@ def temperatures(
 ) -> list[dict[str, Any]]:
     """Win-rates over the opponent by sampling temperature: the reference, and each objective at one β."""
     players = {"reference": given.model} | {
-        name: str(Path(config.run_dir) / "export")
+        name: str(Path(config.run_dir) / EXPORT_DIRECTORY)
         for (name, beta), config in configs.items()
         if beta == given.temperature_beta
     }

@@ -19,10 +19,9 @@ from dpo.losses import reward_scale
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_runs
 from dpo.pages.page import percent, percents, render, with_interval, write_page
-from dpo.pages.report import describe_steps, objective_name, require_metrics
+from dpo.pages.report import describe_steps, require_metrics
 from dpo.pages.report_match import read_match
-from dpo.training.tracking import METRICS_FILE, read_metrics
-from dpo.training.validation import HELDOUT_FILE
+from dpo.runs import HELDOUT_FILE, METRICS_FILE, flat_settings, objective_title, read_metrics, specification
 
 
 class ComparedRun(NamedTuple):
@@ -66,7 +65,7 @@ def accuracy_difference(run: Heldout, other: Heldout) -> Interval | None:
 
 def _read(name: str, path: Path, config: Config) -> ComparedRun:
     require_metrics(path)
-    beta = reward_scale(config.objectives or config.objective)
+    beta = reward_scale(specification(config))
     heldout = load_heldout(path, config) if (path / HELDOUT_FILE).is_file() else None
     return ComparedRun(
         name,
@@ -93,7 +92,7 @@ def _gather(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     rows = _table(runs)
     return {
         "title": f"{len(runs)} runs",
-        "subtitle": " · ".join(dict.fromkeys(objective_name(run.config) for run in runs)),
+        "subtitle": " · ".join(dict.fromkeys(objective_title(run.config) for run in runs)),
         "verdict_plots": _verdict_plots(runs),
         "rows": rows,
         "runs": [
@@ -131,7 +130,7 @@ def _table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
 
 
 def _cells(run: ComparedRun, first: ComparedRun) -> list[str]:
-    cells = [objective_name(run.config), describe_steps(run.metrics)]
+    cells = [objective_title(run.config), describe_steps(run.metrics)]
     if run.figures is None or run.heldout is None:
         cells += ["", "", "", ""]
     else:
@@ -212,18 +211,7 @@ def _notes(runs: Sequence[ComparedRun], rows: Sequence[tuple[str, list[str]]]) -
 
 def differing_settings(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs, run_dir apart, by their dotted names."""
-    flat = [flat_settings(asdict(config)) for config in configs]
+    flat = [{name: str(value) for name, value in flat_settings(asdict(config)).items()} for config in configs]
     names = dict.fromkeys(name for one in flat for name in one if name != "run_dir")
     found = [(name, [one.get(name, "") for one in flat]) for name in names]
     return [(name, values) for name, values in found if len(set(values)) > 1]
-
-
-def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings as text by their dotted names."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= flat_settings(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = str(value)
-    return flat

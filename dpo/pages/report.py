@@ -23,8 +23,17 @@ from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import percent, percents, render, with_interval, write_page
 from dpo.pages.report_match import read_match
 from dpo.pages.report_pairs import LEGEND, describe_extremes
-from dpo.training.tracking import METRICS_FILE, read_metrics
-from dpo.training.validation import HELDOUT_FILE
+from dpo.runs import (
+    CONFIG_FILE,
+    DATA_FILE,
+    HELDOUT_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    objective_title,
+    read_metrics,
+    read_summary,
+    specification,
+)
 from dpo.training.versions import versions
 
 _GAINS = {
@@ -46,7 +55,7 @@ def write_report(run_dir: str | Path, config: Config, *, output: str | Path | No
     run_dir = Path(run_dir)
     require_metrics(run_dir)
     return write_page(
-        Path(output or run_dir / "report.html"), render("report.html.jinja", _gather(run_dir, config))
+        Path(output or run_dir / REPORT_FILE), render("report.html.jinja", _gather(run_dir, config))
     )
 
 
@@ -59,13 +68,13 @@ def require_metrics(run_dir: Path) -> None:
 def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     summary = read_summary(run_dir)
     metrics = read_metrics(run_dir / METRICS_FILE)
-    beta = reward_scale(config.objectives or config.objective)
+    beta = reward_scale(specification(config))
     match = read_match(run_dir, config)
-    data = _data_rows(run_dir / "data.json")
-    again = ["--config", f"{run_dir}/config.yaml", "--run_dir", f"{run_dir}_again"]
+    data = _data_rows(run_dir / DATA_FILE)
+    again = ["--config", f"{run_dir}/{CONFIG_FILE}", "--run_dir", f"{run_dir}_again"]
     commands = [shlex.join(["dpo", "train", *again])]
     content: dict[str, Any] = {
-        "title": f"{objective_name(config)} on {Path(config.data.train).name}",
+        "title": f"{objective_title(config)} on {Path(config.data.train).name}",
         "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
         "finished": summary is not None,
         "figures": None,
@@ -75,7 +84,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
         "data_rows": [row for row in data if row[1] not in NOTHING],
         "data_none": [name for name, value in data if value in NOTHING],
         "commands": commands + ([] if match is None else [match["command"]]),
-        "settings": (run_dir / "config.yaml").read_text(encoding="utf-8"),
+        "settings": (run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
         "versions": (summary or {}).get("versions") or versions(),
         "versions_are_the_runs": "versions" in (summary or {}),
     }
@@ -85,23 +94,6 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
         content["pair_lists"] = describe_extremes(run_dir, heldout, beta=beta)
         content["legend"] = LEGEND
     return content
-
-
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """What a finished run says of itself; None for one that is not finished."""
-    path = run_dir / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def objective_name(config: Config) -> str:
-    """An objective with its hyper-parameters, or a sum of several."""
-    specs = config.objectives or [config.objective]
-    return " + ".join(
-        f"{spec['name']} ({', '.join(f'{key} {value}' for key, value in spec.items() if key != 'name')})"
-        if len(spec) > 1
-        else str(spec["name"])
-        for spec in specs
-    )
 
 
 def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:

@@ -16,8 +16,8 @@ from dpo.judging.match import RESULT_FILE
 from dpo.judging.winrate import warnings_of
 from dpo.pages import plots
 from dpo.pages.page import percent, percents, prompt_text, with_interval
+from dpo.runs import WINRATE_DIRECTORY
 
-MATCH_DIR = "winrate"
 """Of a run: where `dpo winrate --run RUN` writes."""
 NUM_SAMPLES = 6
 """Prompts whose responses are shown, from the start of the data: nobody picked them."""
@@ -28,7 +28,7 @@ _DEFAULTS = {"samples": 1, "compute_dtype": "float32", "seed": 0}
 
 def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
     """What a page shows of the run's win-rate; None where there is none."""
-    path = run_dir / MATCH_DIR / RESULT_FILE
+    path = run_dir / WINRATE_DIRECTORY / RESULT_FILE
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.evaluation.heldout import Heldout
-from dpo.evaluation.token_ratios import TOKENS_FILE, OrderedPair, extreme_pairs
+from dpo.evaluation.token_ratios import OrderedPair, extreme_pairs
 from dpo.pages.page import prompt_text
+from dpo.runs import TOKENS_FILE
 
 LEVELS = (0.1, 0.5, 1.0, 2.0)
 """Nats of log π − log ρ, either way, from which on a token has the first, second … shade."""

@@ -16,10 +16,10 @@ from dpo.config import Config
 from dpo.losses import reward_scale
 from dpo.pages import terminal_plots
 from dpo.pages.curves import PANELS, Metrics, Panel, add_log_ratios, points
-from dpo.pages.report import objective_name
 from dpo.pages.terminal_plots import Series
+from dpo.runs import METRICS_FILE, SUMMARY_FILE, objective_title, read_metrics, specification
 from dpo.training.lock import is_held
-from dpo.training.tracking import METRICS_FILE, SHOWN, read_metrics, time_left
+from dpo.training.tracking import SHOWN, time_left
 
 PANEL_WIDTH, PANEL_HEIGHT = 38, 9
 """Characters and lines of a plot, at least."""
@@ -69,15 +69,15 @@ def run_state(run_dir: Path) -> str:
     """running, finished or stopped."""
     if is_held(run_dir):
         return "running"
-    return "finished" if (run_dir / "summary.json").is_file() else "stopped"
+    return "finished" if (run_dir / SUMMARY_FILE).is_file() else "stopped"
 
 
 def picture(run_dir: Path, config: Config, state: str, width: int) -> Group:
     """What there is to see: how far the run is, its curves, the newest held-out figures."""
-    beta = reward_scale(config.objectives or config.objective)
+    beta = reward_scale(specification(config))
     path = run_dir / METRICS_FILE
     metrics = add_log_ratios(read_metrics(path), beta=beta) if path.is_file() else []
-    head = Text.assemble((run_dir.resolve().name, "bold"), f"  {objective_name(config)}")
+    head = Text.assemble((run_dir.resolve().name, "bold"), f"  {objective_title(config)}")
     return Group(head, _progress(config, metrics, state), "", _plots(metrics, width), _heldout(metrics))
 
 

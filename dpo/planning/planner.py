@@ -50,6 +50,7 @@ from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology
 from dpo.planning.hlo import Program, read_program
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops, step_times
 from dpo.planning.travel import Travel, read_travel, split_parameters
+from dpo.runs import objective_names, specification
 from dpo.training.adapted import starting_adapters
 from dpo.training.memory import (
     candidates,
@@ -62,7 +63,7 @@ from dpo.training.memory import (
 )
 from dpo.training.placement import batch_sharding
 from dpo.training.program import count_steps, make_program
-from dpo.training.setup import fit_to_objective, make_loader, objective_names, read_dataset
+from dpo.training.setup import fit_to_objective, make_loader, read_dataset
 
 
 def install_command() -> str:
@@ -154,8 +155,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
     Raises:
       ValueError: when the mesh does not fit the devices, or the lengths no row.
     """
-    specification = config.objectives or config.objective
-    objective, beta = make_objective(specification), reward_scale(specification)
+    objective, beta = make_objective(specification(config)), reward_scale(specification(config))
     mesh = make_mesh(config.mesh, target.devices)
     workload = lengths(config, mesh, target.chip.platform == "cpu")
     traced, memory = trace_step(
@@ -507,7 +507,7 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
             f"is a shape (model.source is {config.model.source!r}), or neither: then the data's lengths count"
         )
     dataset = read_dataset(config.data, load_tokenizer(config.model.source))
-    objective = make_objective(config.objectives or config.objective)
+    objective = make_objective(specification(config))
     return data_lengths(fit_to_objective(dataset, objective, names=objective_names(config)).tokens)
 
 

@@ -34,9 +34,6 @@ from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy
 from dpo.training.step import Params
 
-ADAPTER_DIRECTORY = "adapter"
-"""Where a finished run leaves its adapters as peft's files, in the run directory."""
-
 
 def open_policy(config: Config, mesh: Mesh) -> Policy:
     """The policy before its first update. Names and files of adapters are checked before weights are read.

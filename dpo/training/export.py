@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from dpo.config import Config, ExportConfig
 from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
 from dpo.parallel.sharding import own_mesh
-from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
+from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
+from dpo.training.adapted import export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.step import init_state
-from dpo.training.tracking import METRICS_FILE, read_metrics
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,7 +31,7 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         raise ValueError(
             f"format is 'adapter', but {given.run} has none: its config has no lora.rank or lora.init"
         )
-    directory = Path(given.run) / "checkpoints"
+    directory = Path(given.run) / CHECKPOINTS_DIRECTORY
     if not directory.is_dir():
         raise ValueError(f"{directory} is not there: {given.run} has no checkpoint")
     dtype = choose_dtype(given.dtype, config.model.source)
@@ -70,7 +70,7 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
 def default_output(given: ExportConfig, dtype: str) -> Path:
     """Where a run leaves its own export; another step or dtype goes beside it and replaces nothing else."""
     merged = given.format == "merged"
-    name = "export" if merged else ADAPTER_DIRECTORY
+    name = EXPORT_DIRECTORY if merged else ADAPTER_DIRECTORY
     step = "" if given.step is None else f"-{given.step}"
     return Path(given.run) / (name + step + (f"-{dtype}" if merged and dtype != "float32" else ""))
 

@@ -21,6 +21,7 @@ from dpo.config import Config
 from dpo.data.batch import Batch
 from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.parallel.distributed import from_all
+from dpo.runs import flat_settings
 from dpo.training.reference import ReferenceStore, Rows, Score
 from dpo.training.setup import Dataset, Policy, given_chat_template
 from dpo.training.versions import PACKAGES, versions
@@ -107,7 +108,7 @@ def resolved_settings(config: Config) -> dict[str, Any]:
     """Every setting that decides what a run computes, by its dotted name."""
     return {
         name: value
-        for name, value in _flatten(asdict(config)).items()
+        for name, value in flat_settings(asdict(config)).items()
         if name not in NOT_IDENTITY and name.partition(".")[0] not in NOT_IDENTITY
     }
 
@@ -215,13 +216,6 @@ def _fingerprint_rows(rows: Rows) -> str:
     for name, values in sorted(rows.items()):
         digest.update(f"{name} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:

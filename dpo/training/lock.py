@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo.files import writing
-
-LOCK_FILE = "lock"
+from dpo.runs import LOCK_FILE
 
 
 @contextmanager

@@ -26,11 +26,24 @@ from dpo.data.batch import Batch
 from dpo.data.loader import Loader
 from dpo.files import replace_text, writing
 from dpo.huggingface.pretrained import save_pretrained
-from dpo.huggingface.weights import read_json_object
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.parallel.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
 from dpo.parallel.sharding import make_mesh, parameter_rules
-from dpo.training.adapted import ADAPTER_DIRECTORY, export_adapters, open_policy, plain_model
+from dpo.runs import (
+    ADAPTER_DIRECTORY,
+    CHECKPOINTS_DIRECTORY,
+    CONFIG_FILE,
+    EXPORT_DIRECTORY,
+    HELDOUT_FILE,
+    METRICS_FILE,
+    REFERENCE_DIRECTORY,
+    SUMMARY_FILE,
+    objective_names,
+    read_metrics,
+    read_summary,
+    specification,
+)
+from dpo.training.adapted import export_adapters, open_policy, plain_model
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.identity import Identity, reference_identity, run_identity, settings_fingerprint, take_probe
 from dpo.training.interrupt import StopRequested, stop_requests, stoppable
@@ -53,7 +66,6 @@ from dpo.training.setup import (
     load_policy,
     make_loader,
     make_score,
-    objective_names,
     open_reference,
     read_dataset,
     require_embeddings,
@@ -61,18 +73,9 @@ from dpo.training.setup import (
     scoring_loader,
 )
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
-from dpo.training.tracking import METRICS_FILE, Tracker, open_trackers, read_metrics, require_trackers
-from dpo.training.validation import (
-    HELDOUT_FILE,
-    HELDOUT_NEEDS,
-    Validation,
-    make_mean_loss,
-    why_no_loss,
-)
+from dpo.training.tracking import Tracker, open_trackers, require_trackers
+from dpo.training.validation import HELDOUT_NEEDS, Validation, make_mean_loss, why_no_loss
 from dpo.training.versions import versions
-
-SUMMARY_FILE = "summary.json"
-"""What a run came to, written last: a directory that has one is finished."""
 
 Evaluate = Callable[..., dict[str, float] | None]
 """(state, steps done[, where to keep log-probs]) → held-out metrics, logged."""
@@ -138,7 +141,9 @@ def _train(
     run = prepare(given)
     config = run.config
     stop_requested = shared_vote(stop_requested, run.mesh)
-    with Checkpoints(run.run_dir / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
+    with Checkpoints(
+        run.run_dir / CHECKPOINTS_DIRECTORY, keep=config.training.keep_checkpoints
+    ) as checkpoints:
         notes: list[str] = []
         resume = find_resume(
             checkpoints,
@@ -234,8 +239,7 @@ def _train(
 def prepare(config: Config) -> Run:
     """Check the settings, load the policy, read the data, plan the steps."""
     # What can be wrong with settings is found before anything is loaded.
-    specification = config.objectives or config.objective
-    objective, beta = make_objective(specification), reward_scale(specification)
+    objective, beta = make_objective(specification(config)), reward_scale(specification(config))
     require_trackers(config.training.trackers)
     if config.training.reference_every is not None and config.model.reference is not None:
         raise ValueError(
@@ -294,9 +298,9 @@ def _begin(run: Run, given: Config, settings: str) -> None:
 
     A summary that is there is of other settings: the run is not finished any more.
     """
-    with writing("the settings", run.run_dir / "config.yaml"):  # what may differ is so for one start only
+    with writing("the settings", run.run_dir / CONFIG_FILE):  # what may differ is so for one start only
         start = replace(given, training=replace(given.training, allow_changed=[]))
-        save_config(start, run.run_dir / "config.yaml")
+        save_config(start, run.run_dir / CONFIG_FILE)
         (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
     if run.memory is not None:
         keep_choice(run.memory, run.run_dir, limit=given.training.memory_limit, settings=settings)
@@ -411,7 +415,7 @@ def _finish(
     best: int | None,
 ) -> RunResult:
     """Export the policy and write the summary, last: a run that has one is finished."""
-    pretrained, export = run.policy.pretrained, run.run_dir / "export"
+    pretrained, export = run.policy.pretrained, run.run_dir / EXPORT_DIRECTORY
     params, frozen = on_this_host((state.params, run.policy.frozen))
     if is_main():
         policy = run.policy._replace(frozen=frozen)
@@ -503,7 +507,7 @@ def _score_references(
             mesh=run.mesh,
             needs=needs,
             log=tracker.message,
-            copy_in=run.run_dir / "reference",
+            copy_in=run.run_dir / REFERENCE_DIRECTORY,
         )
 
     # Rows that are too short for the held-out data are found before the training data are scored.
@@ -528,11 +532,8 @@ def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
     Raises:
       ValueError: naming the file, when it is damaged.
     """
-    path = run_dir / SUMMARY_FILE
-    if not path.exists():
-        return None
-    summary = read_json_object(path, path.read_bytes())
-    return summary if summary.get("settings") == settings else None
+    summary = read_summary(run_dir)
+    return summary if summary is not None and summary.get("settings") == settings else None
 
 
 def _describe(run: Run, tracker: Tracker) -> None:

@@ -39,6 +39,7 @@ from dpo.files import replace_text
 from dpo.losses import Objective
 from dpo.parallel.distributed import from_main, on_main
 from dpo.parallel.sharding import row_multiple
+from dpo.runs import MEMORY_FILE
 from dpo.training.identity import settings_fingerprint
 from dpo.training.placement import place_batch
 from dpo.training.program import Program, make_program
@@ -47,8 +48,6 @@ from dpo.training.step import make_eval_step
 from dpo.training.validation import HELDOUT_NEEDS
 
 GIB = 2.0**30
-MEMORY_FILE = "memory.json"
-"""What was chosen when the run began, in the run directory."""
 LEAST_CHUNK = 32
 """Scored tokens that meet the vocabulary at a time, below which nothing is gained."""
 

@@ -16,6 +16,7 @@ from dpo.config import Config
 from dpo.huggingface.pretrained import Pretrained
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
+from dpo.runs import objective_terms, specification, term_title
 from dpo.training.identity import PLACES
 
 METRICS = {
@@ -53,7 +54,7 @@ def model_card(
     `metrics` are those of the held-out data after `num_steps` updates, if they were evaluated then.
     """
     name = _base_name(config, base)
-    objectives = config.objectives or [config.objective]
+    objectives = objective_terms(config)
     return "\n".join(
         [
             "---",
@@ -79,7 +80,7 @@ def count_parameters(model: Decoder) -> int:
 
 
 def _front_matter(config: Config, base: Pretrained) -> dict[str, Any]:
-    objectives = config.objectives or [config.objective]
+    objectives = objective_terms(config)
     matter: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -117,15 +118,14 @@ def _how_to_load() -> list[str]:
 
 def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int) -> list[str]:
     data, training, optimizer = config.data, config.training, config.optimizer
-    specification = config.objectives or config.objective
     rows = {
         "base model": name,
         "loaded from": _data(config.model.source),
         "licence of the base": base.licence or "not stated where it was loaded from",
         "reference": _data(config.model.reference or "the base model"),
         "trained": _trained(config),
-        "objective": "; ".join(map(_objective, config.objectives or [config.objective])),
-        "beta": f"{reward_scale(specification):g}",
+        "objective": "; ".join(map(term_title, objective_terms(config))),
+        "beta": f"{reward_scale(specification(config)):g}",
         "training data": _data(data.train),
         "held-out data": "none" if data.eval is None else _data(data.eval),
         "steps": f"{num_steps} of {training.batch_size} prompts",
@@ -156,11 +156,6 @@ def _trained(config: Config) -> str:
 def _data(source: str) -> str:
     """A hub id, or the name of a file or directory here."""
     return Path(source).name if Path(source).exists() else source
-
-
-def _objective(specification: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in specification.items() if key != "name")
-    return specification["name"] + (f" ({settings})" if settings else "")
 
 
 def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:

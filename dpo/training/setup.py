@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpo.config import Config, DataConfig, ModelConfig, TrainingConfig
+from dpo.config import DataConfig, ModelConfig, TrainingConfig
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader, Packing, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
@@ -94,11 +94,6 @@ class Dataset(NamedTuple):
         if not missing.any():
             return None
         return self.location(np.searchsorted(self.tokens.row_offsets, missing.argmax(), side="right") - 1)
-
-
-def objective_names(config: Config) -> list[str]:
-    """The objective of a run, or those that its loss is a sum of."""
-    return [entry["name"] for entry in config.objectives or [config.objective]]
 
 
 def enable_compilation_cache() -> None:

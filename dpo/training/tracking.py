@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dpo.files import replace_text, writing
+from dpo.runs import METRICS_FILE, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
 SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
@@ -115,26 +115,6 @@ def require_trackers(names: Sequence[str]) -> None:
                 f"training.trackers names {name!r}, whose package {PACKAGES[name]} is not installed; "
                 f"install it with: pip install {PACKAGES[name]} (or this project with its extra: '.[{name}]')"
             )
-
-
-def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
-    """The lines of a metrics.jsonl, without a last line that was cut off in the middle of writing.
-
-    Raises:
-      ValueError: naming a line that is not what was written.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]
-    rows = []
-    for number, line in enumerate(complete, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({name: v if name == "step" else float(v) for name, v in row.items()})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}:{number} is damaged: {error}; delete the line to go on without it"
-            ) from error
-    return rows
 
 
 class JsonLines:

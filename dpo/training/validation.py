@@ -22,10 +22,8 @@ from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
 from dpo.training.setup import SINGLE_RESPONSE, Dataset, only_pairs_teach
 from dpo.training.step import make_scores
 
-HELDOUT_FILE = "heldout.safetensors"
-"""Log-probs of the last held-out evaluation, in the run directory."""
 DATA_KEY = "preferences"
-"""In its metadata: the fingerprint of the preferences that it is about."""
+"""In the metadata of held-out log-probs: the fingerprint of the preferences that it is about."""
 HELDOUT_NEEDS = frozenset({"head", "log_collision"})
 """What else than log-probs is computed of held-out rows where the objective needs it."""
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dpo.training.tracking import TimeLeft, open_trackers, read_metrics, require_trackers
+from dpo.runs import read_metrics
+from dpo.training.tracking import TimeLeft, open_trackers, require_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 

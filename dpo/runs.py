@@ -1,0 +1,122 @@
+"""A run directory: what its files are called, what can be read there, and a run's settings in other forms.
+
+RUN/
+  config.yaml           the settings
+  metrics.jsonl         a line of metrics a step and a held-out evaluation
+  checkpoints/          what the run goes on from (dpo/training/checkpoint.py)
+  reference/            its copy of the reference's log-probs
+  memory.json           what training.memory_limit chose
+  heldout.safetensors   log-probs of the last held-out evaluation
+  export/, adapter/     the policy for Hugging Face, its adapters for peft
+  summary.json          what the run came to, written last: a directory that has one is finished
+  data.json             what the training data hold, for the report
+  evaluation.json       held-out figures; evaluation.tokens.json: token by token, for a few pairs
+  winrate/              what `dpo winrate` left
+  report.html           the report
+  lock                  held by the process that writes here
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo.config import Config
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS_DIRECTORY = "checkpoints"
+REFERENCE_DIRECTORY = "reference"
+MEMORY_FILE = "memory.json"
+HELDOUT_FILE = "heldout.safetensors"
+EXPORT_DIRECTORY = "export"
+ADAPTER_DIRECTORY = "adapter"
+SUMMARY_FILE = "summary.json"
+DATA_FILE = "data.json"
+EVALUATION_FILE = "evaluation.json"
+TOKENS_FILE = "evaluation.tokens.json"
+"""Beside `EVALUATION_FILE`; for another output FILE.json it is FILE.tokens.json."""
+WINRATE_DIRECTORY = "winrate"
+REPORT_FILE = "report.html"
+LOCK_FILE = "lock"
+
+
+# ---- what a run left ----
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
+    """What a finished run came to; None for one that is not finished.
+
+    Raises:
+      ValueError: naming the file, when it is damaged.
+    """
+    path = Path(run_dir) / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path}: must be a JSON object, not {type(summary).__name__}")
+    return summary
+
+
+def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
+    """The lines of a metrics.jsonl, without a last line that was cut off in the middle of writing.
+
+    Raises:
+      ValueError: naming a line that is not what was written.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({name: v if name == "step" else float(v) for name, v in row.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}:{number} is damaged: {error}; delete the line to go on without it"
+            ) from error
+    return rows
+
+
+# ---- what a run was given ----
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names: {"model": {"remat": "dots"}} is {"model.remat": "dots"}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        within = isinstance(value, Mapping)
+        flat |= flat_settings(value, f"{prefix}{name}.") if within else {f"{prefix}{name}": value}
+    return flat
+
+
+def specification(config: Config) -> dict[str, Any] | list[dict[str, Any]]:
+    """What `make_objective` and `reward_scale` take: one objective, or the terms of a sum."""
+    return config.objectives or config.objective
+
+
+def objective_terms(config: Config) -> list[dict[str, Any]]:
+    """The objectives of a run with their hyper-parameters: one, or those that its loss is a sum of."""
+    return config.objectives or [config.objective]
+
+
+def objective_names(config: Config) -> list[str]:
+    """The names of a run's objectives."""
+    return [term["name"] for term in objective_terms(config)]
+
+
+def objective_title(config: Config) -> str:
+    """A run's objectives as a reader sees them, such as "dpo (beta 0.1) + sft"."""
+    return " + ".join(map(term_title, objective_terms(config)))
+
+
+def term_title(term: Mapping[str, Any]) -> str:
+    """One objective with its hyper-parameters."""
+    settings = ", ".join(f"{key} {value}" for key, value in term.items() if key != "name")
+    return f"{term['name']} ({settings})" if settings else str(term["name"])
