@@ -7,9 +7,13 @@ process starts, so they can only be set by starting again.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, and what lies in it may be anybody's
+
 import os
 import platform
-import sys
 from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"

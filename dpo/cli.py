@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -90,7 +90,7 @@ def train(arguments: list[str]) -> int:
     values = parser.parse_args(arguments)
     config = build_train_settings(values, parser)
     check_settings(config)
-    matched = None if values.winrate is None else check_winrate(config, values.winrate)
+    matched = None if values.winrate is None else check_winrate(config, values.winrate, arguments)
     from dpo.training.loop import train as run
 
     result = run(config)
@@ -258,10 +258,12 @@ def frontier(arguments: list[str]) -> int:
     given = read_settings(FrontierConfig, "frontier", arguments)
     for name in ("train", "eval"):
         _require_file(name, getattr(given, name))
-    sys.path.append(os.getcwd())  # where a reward given as module:function is looked for last
     from dpo.experiments.frontier import run
+    from dpo.judging.functions import require_own_word
     from dpo.training.setup import enable_compilation_cache
 
+    if ":" in given.reward:
+        require_own_word(given.reward, setting="reward", arguments=arguments)
     enable_compilation_cache()
     result = run(given, log=print_plain)
     if result is None:
@@ -287,6 +289,9 @@ def diffusion(arguments: list[str]) -> int:
 def winrate(arguments: list[str]) -> int:
     """How often a judge prefers the policy's responses over an opponent's, both orders judged."""
     given = read_settings(WinrateConfig, "winrate", arguments)
+    from dpo.judging.kinds import require_word_for_code
+
+    require_word_for_code(given.judge, setting="judge", arguments=arguments)
     measure_winrate(given, None if given.run is None else load_config(Path(given.run) / "config.yaml"))
     return 0
 
@@ -298,7 +303,6 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
         raise ValueError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
     if config.data.eval.endswith(DATA_FILES):
         _require_file("data", config.data.eval)
-    sys.path.append(os.getcwd())  # where a judge given as module:function is looked for last
     from dpo.judging.match import RESULT_FILE, play
     from dpo.judging.winrate import figures_as_text, usage_as_text
     from dpo.training.setup import enable_compilation_cache
@@ -438,19 +442,19 @@ def command_parser(command: str, *settings: type) -> SettingsParser:
     return settings_parser(*settings, prog=f"dpo {command}", description=text)
 
 
-def check_winrate(config: Config, judge: str) -> WinrateConfig:
+def check_winrate(config: Config, judge: str, arguments: Sequence[str]) -> WinrateConfig:
     """What `dpo train --winrate JUDGE` will measure, refused before anything is trained where it cannot be.
 
     Raises:
       ValueError: without held-out data, for an unknown judge, or one that more has to be said of.
     """
-    from dpo.judging.match import open_judge
+    from dpo.judging.kinds import open_judge, require_word_for_code
 
     if config.data.eval is None:
         raise ValueError(f"winrate is {judge}, and data.eval is not set; allowed: both")
-    sys.path.append(os.getcwd())  # where a judge given as module:function is looked for last
+    require_word_for_code(judge, setting="winrate", arguments=arguments)
     given = WinrateConfig(run=config.run_dir, judge=judge, max_new_tokens=config.training.eval_max_new_tokens)
-    open_judge(given)
+    open_judge(given, print_plain)
     return given
 
 

@@ -72,7 +72,7 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
     configs = run_configs(given)
     for config in configs.values():
         _require_same_settings(config)
-    reward = reward_judge(given.reward)
+    reward = reward_judge(given.reward, setting="reward")
     prompts = [row.prompt for row in read_prompts(next(iter(configs.values())), log)]
     with Journal(output / "points.jsonl") as points:
         observers = _Observers(given, prompts, reward, points)

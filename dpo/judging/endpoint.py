@@ -12,15 +12,16 @@ import json
 import os
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httpx2 as httpx
 
-from dpo.config import EndpointConfig
-from dpo.judging.judges import Question, Template, Verdict, read_answer
+from dpo.config import EndpointConfig, WinrateConfig
+from dpo.huggingface.embedded import cache_directory
+from dpo.judging.judges import Log, Question, Template, Verdict, default_template, read_answer
 
 GIVE_UP_AFTER = 8
 """So many questions in a row without any answer, all retries included, stop the command."""
@@ -32,6 +33,8 @@ _WRONG_SETTING = {401: "api_key_env", 403: "api_key_env", 404: "base_url or endp
 
 class EndpointJudge:
     """Asks `settings.model` at `settings.base_url` for verdicts."""
+
+    scores_each: ClassVar[bool] = False
 
     def __init__(self, settings: EndpointConfig, template: Template, *, cache: Path) -> None:
         """Raises `ValueError` when base_url or model is missing."""
@@ -152,6 +155,23 @@ class EndpointJudge:
         content = json.dumps({"url": self._url, "body": body}, sort_keys=True)
         name = hashlib.sha256(content.encode()).hexdigest()
         return self._cache / name[:2] / f"{name}.json"
+
+
+def open_endpoint(given: WinrateConfig, source: str, log: Log) -> EndpointJudge:
+    """The judge that the settings under `endpoint` describe."""
+    del source, log
+    cache = Path(given.endpoint.cache or cache_directory() / "judge")
+    template = Template(given.template or default_template("endpoint"))
+    return EndpointJudge(given.endpoint, template, cache=cache)
+
+
+def command_line_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What asks the same endpoint again, besides its key."""
+    return {
+        "endpoint.base_url": identity["url"].removesuffix("/chat/completions"),
+        "endpoint.model": identity["model"],
+        "endpoint.options": identity["options"],
+    }
 
 
 class _Reply(NamedTuple):

@@ -8,7 +8,6 @@ the judge's identity, so that verdicts given under another template are never mi
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -16,11 +15,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+from dpo.config import WinrateConfig
 from dpo.data.templates import SandboxedTemplate, read_template
+from dpo.judging.functions import import_function
 from dpo.judging.rewards import REWARDS, Prompt, Reward
 
+Log = Callable[[str], None]
 Choice = Literal["first", "second", "tie"]
 LETTERS: dict[str, Choice] = {"A": "first", "B": "second", "C": "tie"}
 """What a judge that reads text calls the two responses, and a tie."""
@@ -52,6 +54,9 @@ class Verdict(NamedTuple):
 class Judge(Protocol):
     """Anything that gives verdicts."""
 
+    scores_each: ClassVar[bool]
+    """Whether it scores each response by itself: it is asked about identical ones too, for the means."""
+
     @property
     def identity(self) -> dict[str, Any]:
         """All that its verdicts depend on besides the question."""
@@ -69,6 +74,7 @@ class RewardJudge:
     name: str
     reward: Reward
     version: str
+    scores_each: ClassVar[bool] = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -109,6 +115,7 @@ class ControlJudge:
     """A judge with a known fault; the figures of `dpo winrate` have to expose it."""
 
     name: str
+    scores_each: ClassVar[bool] = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -135,30 +142,30 @@ CONTROLS: dict[str, Callable[[Question], Choice]] = {"first": _prefer_first, "lo
 """`first` decides by position alone: every pair flips. `longer` decides by length alone."""
 
 
-def reward_judge(name: str) -> RewardJudge:
+def open_control(given: WinrateConfig, source: str, log: Log) -> ControlJudge:
+    """The control that `--judge` names."""
+    del source, log
+    return ControlJudge(given.judge)
+
+
+def open_reward(given: WinrateConfig, source: str, log: Log) -> RewardJudge:
+    """The reward that `--judge` names."""
+    del source, log
+    return reward_judge(given.judge, setting="judge")
+
+
+def reward_judge(name: str, *, setting: str) -> RewardJudge:
     """The judge of a reward in REWARDS, or of any importable function as `module:function`.
 
     Raises:
       ValueError: when there is no such reward, module or function.
     """
-    reward = REWARDS.get(name) or _import_reward(name)
+    if name not in REWARDS and ":" not in name:
+        raise ValueError(f"{setting} is {name!r}; allowed: {', '.join([*REWARDS, 'module:function'])}")
+    reward: Reward = REWARDS.get(name) or import_function(name, setting=setting)
     file = inspect.getsourcefile(inspect.unwrap(reward))
     content = b"" if file is None else Path(file).read_bytes()
     return RewardJudge(name, reward, hashlib.sha256(content).hexdigest()[:16])
-
-
-def _import_reward(name: str) -> Reward:
-    module, _, function = name.partition(":")
-    if not function:
-        allowed = [*REWARDS, *CONTROLS, "endpoint", "local:MODEL", "reward_model:DIR", "module:function"]
-        raise ValueError(f"judge is {name!r}; allowed: {', '.join(allowed)}")
-    try:
-        found: Reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"judge {name!r}: {error}; it must be importable from {Path.cwd()}") from error
-    if not callable(found):
-        raise ValueError(f"judge {name!r} is not a function; allowed: (prompt, response) to a number")
-    return found
 
 
 class Template:

@@ -6,14 +6,15 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from dpo.config import DataConfig, MeshConfig, ModelConfig
+from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
-from dpo.judging.judges import LETTERS, Question, Template, Verdict
+from dpo.judging.judges import LETTERS, Log, Question, Template, Verdict, default_template
+from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
 from dpo.training.setup import Policy, load_policy, make_score, scoring_loader
 
@@ -22,6 +23,8 @@ VERDICTS = ("A", "B")
 
 class LocalJudge:
     """Compares log p(A) and log p(B) after the rendered template; nothing is sampled."""
+
+    scores_each: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -105,23 +108,21 @@ def sequence_log_probs(
     return logps
 
 
-def local_source(judge: str) -> str | None:
-    """The MODEL of `local:MODEL`, or None for another judge.
+def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
+    """The judge `local:SOURCE`.
 
     Raises:
-      ValueError: where nothing follows the colon, and for a directory that is not a causal language model.
+      ValueError: for a directory that is not a causal language model.
     """
-    kind, _, source = judge.partition(":")
-    if kind != "local":
-        return None
-    if not source:
-        raise ValueError(f"judge is {judge!r}; allowed: local:MODEL, a directory, GGUF file or hub id")
-    config = Path(source) / "config.json"
+    del log
+    config = Path(source).expanduser() / "config.json"
     if config.is_file():
         architectures = json.loads(config.read_text()).get("architectures") or []
         if any(name.endswith("ForSequenceClassification") for name in architectures):
             raise ValueError(
-                f"judge {judge!r}: {architectures[0]} is a reward model; allowed here are causal language "
-                f"models (a reward model is the judge reward_model:{source})"
+                f"judge {given.judge!r}: {architectures[0]} is a reward model; allowed here are causal "
+                f"language models (a reward model is the judge reward_model:{source})"
             )
-    return source
+    template = Template(given.template or default_template("local"))
+    identity = model_identity(source)
+    return LocalJudge(source, template, identity=identity, compute_dtype=given.compute_dtype)

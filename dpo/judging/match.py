@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,21 +20,11 @@ from dpo.config import Config, WinrateConfig
 from dpo.data.preferences import Preference, read_preferences
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.files import replace_text
-from dpo.huggingface.embedded import cache_directory
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.judging.journal import Journal
-from dpo.judging.judges import (
-    CONTROLS,
-    ControlJudge,
-    Judge,
-    Question,
-    Template,
-    Verdict,
-    default_template,
-    reward_judge,
-)
-from dpo.judging.local_judge import LocalJudge, local_source, sequence_log_probs
-from dpo.judging.reward_model import RewardModelJudge, reward_model_source
+from dpo.judging.judges import Judge, Log, Question, Verdict
+from dpo.judging.kinds import find_kind, open_judge
+from dpo.judging.local_judge import sequence_log_probs
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.sampling import SamplingConfig
@@ -47,11 +37,7 @@ ORDERS = ("policy_first", "opponent_first")
 RESULT_SETTINGS = ("judge", "template", "samples", "max_new_tokens", "top_k", "top_p", "min_p")
 RESULT_SETTINGS += ("compute_dtype", "limit", "seed")
 """What of its settings a result names, besides what is compared, on which data, at which temperatures."""
-_SCORING = ("reward", "reward_model")
-"""Judges that score each response by itself; they see identical ones too, for the mean rewards."""
 _LOG_EVERY = 50
-
-Log = Callable[[str], None]
 
 
 class Pair(NamedTuple):
@@ -71,7 +57,7 @@ class Pair(NamedTuple):
 
 def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dict[str, Any]:
     """Win-rate figures of `config.model.source` against `config.model.reference` on `config.data.eval`."""
-    judge = open_judge(given)
+    judge = open_judge(given, log)
     preferences = read_prompts(config, log)
     requests = [
         Request(preference.prompt, number, _sampling(given, temperature))
@@ -98,45 +84,11 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
             for temperature in dict.fromkeys(given.temperatures)
         },
     }
-    if given.judge == "endpoint":
+    if find_kind(given.judge)[0].is_paid:
         result["usage"] = describe_usage(given, [line for both in verdicts for line in both])
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     replace_text(output / RESULT_FILE, text, what="the win-rate")
     return result
-
-
-def open_judge(given: WinrateConfig) -> Judge:
-    """The judge that the settings name.
-
-    Raises:
-      ValueError: when there is none of this name, or a template is given to a judge that reads none.
-    """
-    reward_model = reward_model_source(given.judge)
-    if reward_model is not None:
-        _refuse_template(given)
-        identity = model_identity(reward_model)
-        return RewardModelJudge(reward_model, identity=identity, compute_dtype=given.compute_dtype)
-    source = local_source(given.judge)
-    if given.judge == "endpoint":
-        from dpo.judging.endpoint import EndpointJudge
-
-        cache = Path(given.endpoint.cache or cache_directory() / "judge")
-        return EndpointJudge(
-            given.endpoint, Template(given.template or default_template("endpoint")), cache=cache
-        )
-    if source is not None:
-        template = Template(given.template or default_template("local"))
-        identity = model_identity(source)
-        return LocalJudge(source, template, identity=identity, compute_dtype=given.compute_dtype)
-    _refuse_template(given)
-    return ControlJudge(given.judge) if given.judge in CONTROLS else reward_judge(given.judge)
-
-
-def _refuse_template(given: WinrateConfig) -> None:
-    if given.template is not None:
-        raise ValueError(
-            f"template is {given.template!r}, but judge {given.judge} reads none; endpoint and local do"
-        )
 
 
 def read_prompts(config: Config, log: Log) -> list[Preference]:
@@ -196,9 +148,8 @@ def judge_pairs(
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The journal's lines on every pair in both orders; what is not there is asked, or tied if identical."""
     lines = [_unjudged(judge, pair, order) for pair in pairs for order in ORDERS]
-    is_scored = judge.identity["judge"] in _SCORING
     for line, pair in zip(lines, [pair for pair in pairs for _ in ORDERS], strict=True):
-        if pair.is_identical and not is_scored and line["key"] not in journal.lines:
+        if pair.is_identical and not judge.scores_each and line["key"] not in journal.lines:
             verdict = Verdict("tie", "", details={"identical": True})
             journal.append(_judged(line, verdict))
     missing = [line for line in lines if not journal.lines.get(line["key"], {}).get("was_asked")]

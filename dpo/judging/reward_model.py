@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from dpo.config import WinrateConfig
 from dpo.data.tokenization import tokenize_answers
 from dpo.huggingface.pretrained import count_labels, load_classifier, open_checkpoint
-from dpo.judging.judges import Question, Verdict, verdict_of_rewards
+from dpo.judging.judges import Log, Question, Verdict, verdict_of_rewards
+from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify
-
-PREFIX = "reward_model:"
 
 
 class RewardModelJudge:
     """Prefers the response whose conversation, chat template applied, has the higher score."""
+
+    scores_each: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -35,7 +37,9 @@ class RewardModelJudge:
         """
         labels = count_labels(open_checkpoint(source))
         if labels != 1:
-            raise ValueError(f"judge {PREFIX}{source}: the model has {labels} labels; a reward model has 1")
+            raise ValueError(
+                f"judge reward_model:{source}: the model has {labels} labels; a reward model has 1"
+            )
         self._source, self._weights = source, identity
         self._compute_dtype, self._batch_size = compute_dtype, batch_size
 
@@ -83,15 +87,9 @@ class RewardModelJudge:
         yield from ((i, float(logits[0])) for i, logits in scored)
 
 
-def reward_model_source(judge: str) -> str | None:
-    """The DIR of `reward_model:DIR`, or None for another judge.
-
-    Raises:
-      ValueError: where nothing follows the colon.
-    """
-    if not judge.startswith(PREFIX):
-        return None
-    source = judge.removeprefix(PREFIX)
-    if not source:
-        raise ValueError(f"judge is {judge!r}; allowed: {PREFIX}DIR, a directory or hub id of a reward model")
-    return str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
+def open_reward_model(given: WinrateConfig, source: str, log: Log) -> RewardModelJudge:
+    """The judge `reward_model:SOURCE`."""
+    del log
+    path = Path(source).expanduser()
+    source = str(path) if path.exists() else source
+    return RewardModelJudge(source, identity=model_identity(source), compute_dtype=given.compute_dtype)

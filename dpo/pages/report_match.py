@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.judging.journal import read_lines
+from dpo.judging.kinds import find_kind
 from dpo.judging.match import RESULT_FILE
 from dpo.judging.winrate import warnings_of
 from dpo.pages import plots
@@ -82,22 +83,12 @@ def command(run_dir: Path, result: dict[str, Any], config: Config) -> str:
         settings["opponent"] = result["opponent"]
     if result["data"] != config.data.eval:
         settings["data"] = result["data"]
-    settings |= _endpoint_settings(result["judge"])
+    kind, _ = find_kind(result["settings"]["judge"])
+    settings |= kind.settings(result["judge"])
     options = [
         f"--{name}={json.dumps(v) if isinstance(v, (list, dict)) else v}" for name, v in settings.items()
     ]
     return shlex.join(["dpo", "winrate", "--run", str(run_dir), *options])
-
-
-def _endpoint_settings(judge: dict[str, Any]) -> dict[str, Any]:
-    """What has to be said of a judge that is asked over the network, besides its key."""
-    if judge["judge"] != "endpoint":
-        return {}
-    return {
-        "endpoint.base_url": judge["url"].removesuffix("/chat/completions"),
-        "endpoint.model": judge["model"],
-        "endpoint.options": judge["options"],
-    }
 
 
 def _plot(opponent: str, main: str, by_temperature: dict[str, Any]) -> Markup:

@@ -28,7 +28,7 @@ def verdicts(judge, *questions: Question):
 
 
 def test_vader_prefers_praise_in_either_order_and_ties_equals() -> None:
-    judge = reward_judge("vader")
+    judge = reward_judge("vader", setting="judge")
     first, second, same = verdicts(
         judge, Question("x", PRAISE, BLAME), Question("x", BLAME, PRAISE), Question("x", "Rain.", "Snow.")
     )
@@ -41,12 +41,12 @@ def test_any_importable_function_is_a_reward(tmp_path: Path, monkeypatch: pytest
     """Its file's hash is in the identity: an edited reward gives no stale verdicts."""
     (tmp_path / "my_reward.py").write_text("def short(prompt, response):\n    return -len(response)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    judge = reward_judge("my_reward:short")
+    judge = reward_judge("my_reward:short", setting="judge")
     assert verdicts(judge, Question("x", "long answer", "no"))[0].choice == "second"
     before = judge.identity["version"]
     (tmp_path / "my_reward.py").write_text("def short(prompt, response):\n    return float('nan')\n")
     del sys.modules["my_reward"]
-    changed = reward_judge("my_reward:short")
+    changed = reward_judge("my_reward:short", setting="judge")
     assert changed.identity["version"] != before
     verdict = verdicts(changed, Question("x", "a", "b"))[0]
     assert (verdict.choice, verdict.problem) == (None, "a reward is not a finite number")
@@ -63,7 +63,7 @@ def test_a_reward_that_is_infinite_or_no_number_is_not_averaged() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vadr", "judge is 'vadr'; allowed: vader, first, longer, endpoint, local:MODEL, reward_model:DIR, "),
+        ("vadr", "judge is 'vadr'; allowed: vader, module:function"),
         ("no_such_module:f", "No module named 'no_such_module'"),
         ("json:no_such", "has no attribute 'no_such'"),
         ("sys:version", "is not a function"),
@@ -71,7 +71,7 @@ def test_a_reward_that_is_infinite_or_no_number_is_not_averaged() -> None:
 )
 def test_an_unknown_judge_is_named(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        reward_judge(name)
+        reward_judge(name, setting="judge")
 
 
 def test_controls_have_their_fault() -> None:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
+from dpo.config import WinrateConfig
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.judging import match, samples
+from dpo.judging.judges import Template
+from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.models import sampling
 
@@ -188,13 +191,13 @@ def test_a_local_model_judges_by_the_log_probs_of_its_verdicts(
     log_probs = json.loads(line["answer"])
     assert log_probs["A"] - log_probs["B"] == pytest.approx(a - b, abs=1e-4)
     assert line["choice"] == ("first" if a > b else "second")
-    assert line["judge"]["template"] == match.Template(template).sha256
+    assert line["judge"]["template"] == Template(template).sha256
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--judge=nonsense"], "judge is 'nonsense'; allowed: vader, first, longer, endpoint"),
+        (["--judge=nonsense"], "judge is 'nonsense'; allowed: vader, module:function, endpoint"),
         (["--judge=endpoint"], "endpoint.base_url is not given"),
         (["--judge=local:"], "judge is 'local:'; allowed: local:MODEL"),
         (["--template=x.jinja"], "template is 'x.jinja', but judge vader reads none"),
@@ -233,7 +236,24 @@ def test_a_log_prob_that_is_no_number_is_an_invalid_verdict() -> None:
 def test_a_reward_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     with pytest.raises(ValueError, match="a reward model is the judge reward_model:"):
-        match.local_source(f"local:{tmp_path}")
+        open_judge(WinrateConfig(run="run", judge=f"local:{tmp_path}"), print)
+
+
+@pytest.mark.parametrize(
+    "judge", ["", "nonsense", ":f", "module:", "local:", "reward_model:", "vader:", "vader:f", "endpoint:x"]
+)
+def test_what_is_no_judge_is_refused(judge: str) -> None:
+    with pytest.raises(ValueError, match=f"^judge is {judge!r}; allowed: "):
+        find_kind(judge)
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_every_row_of_the_table_is_found_and_documented(name: str) -> None:
+    kind = JUDGES[name]
+    spelt = name if kind.source is None else f"{name}:{kind.source}"
+    assert find_kind(spelt)[0] is kind
+    page = (Path(__file__).parents[2] / "docs" / "winrate.md").read_text()
+    assert f"`{spelt}`" in page
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from dpo.cli import main
 from dpo.huggingface.pretrained import load_classifier, open_checkpoint
 from dpo.judging import reward_model
 from dpo.judging.judges import Question
-from dpo.judging.reward_model import RewardModelJudge, reward_model_source
+from dpo.judging.reward_model import RewardModelJudge
 from dpo.models.classifier import classify
 
 
@@ -103,6 +103,3 @@ def test_what_is_no_reward_model_is_said_so(tmp_path: Path, capsys: pytest.Captu
         ValueError, match="allowed for a classifier or reward model of model_type llama is Llama"
     ):
         RewardModelJudge(str(causal), identity="")
-    with pytest.raises(ValueError, match="allowed: reward_model:DIR"):
-        reward_model_source("reward_model:")
-    assert reward_model_source("vader") is None

@@ -1,0 +1,60 @@
+"""Functions of the user's own, named as `module:function`: the only place where their code is imported.
+
+The working directory is no place that Python imports from while a command of this project runs: what lies
+in it may have been downloaded. It becomes the last one while the module that the user names is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def import_function(name: str, *, setting: str) -> Callable[..., Any]:
+    """The function that `module:function` names; its module is looked for here after everywhere else.
+
+    What the function itself imports while it runs is no longer looked for in the working directory.
+
+    Raises:
+      ValueError: when there is no such module or function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        with _working_directory_last():
+            found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{setting} {name!r}: {error}; it must be importable from {Path.cwd()}") from error
+    if not callable(found):
+        raise ValueError(f"{setting} {name!r} is not a function; allowed: (prompt, response) to a number")
+    return found
+
+
+def require_own_word(name: str, *, setting: str, arguments: Sequence[str]) -> None:
+    """Refuse a function that is named in a settings file alone: importing it runs what may be others' code.
+
+    Raises:
+      ValueError: when `--SETTING` is not among the arguments of the command.
+    """
+    option = f"--{setting}"
+    if not any(argument == option or argument.startswith(f"{option}=") for argument in arguments):
+        raise ValueError(
+            f"{setting} is {name!r} in a settings file; a function's module is code that would run, so it "
+            f"has to be said on the command line: {option}={name}"
+        )
+
+
+@contextmanager
+def _working_directory_last() -> Iterator[None]:
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        places = [place for place, path in enumerate(sys.path) if path == here]
+        if places:
+            del sys.path[places[-1]]

@@ -1,0 +1,92 @@
+"""A function of the user's own is imported from here on the user's word, and nothing else ever is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo.cli import main
+from dpo.judging.functions import import_function
+
+HOSTILE = "from pathlib import Path\nPath(__file__).with_name('RAN').write_text(__name__)\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_module_is_found_here_and_only_while_it_is_imported(here: Path) -> None:
+    (here / "beside_my_judge.py").write_text("LIMIT = 3\n")
+    (here / "my_judge_found_here.py").write_text(
+        "from beside_my_judge import LIMIT\ndef short(prompt, response):\n    return LIMIT - len(response)\n"
+    )
+    (here / "json.py").write_text("raise RuntimeError('the library is found before what lies here')\n")
+    before = list(sys.path)
+    assert import_function("my_judge_found_here:short", setting="judge")("x", "ab") == 1
+    assert sys.path == before
+    assert importlib.util.find_spec("beside_my_judge_too") is None
+    with pytest.raises(
+        ValueError, match=r"judge 'no_such_module_here:f': No module named .* importable from"
+    ):
+        import_function("no_such_module_here:f", setting="judge")
+    assert sys.path == before
+
+
+def test_a_judge_that_is_no_function_leaves_the_path_alone(
+    here: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What libraries look for while models are loaded and run is never looked for here."""
+    (here / "zstandard_found_here.py").write_text(HOSTILE)
+    (here / "prompts.jsonl").write_text(json.dumps({"prompt": "Say A.", "chosen": "A", "rejected": "B"}))
+    from dpo.judging import samples
+
+    real, seen = samples.generate, []
+
+    def look(*arguments, **rules):
+        seen.append(importlib.util.find_spec("zstandard_found_here"))
+        return real(*arguments, **rules)
+
+    monkeypatch.setattr(samples, "generate", look)
+    command = ["winrate", f"--policy={tiny_model_dir}", "--opponent=data:best", "--data=prompts.jsonl"]
+    assert main([*command, "--output=out", "--judge=longer", "--max_new_tokens=4"]) == 0
+    assert seen == [None]
+
+
+def test_python_m_imports_nothing_from_here(here: Path) -> None:
+    for name in ("pathlib", "platform", "json", "jsonargparse", "yaml", "rich", "jax"):
+        (here / f"{name}.py").write_text("open('RAN', 'w').write(__name__)\n")
+    done = subprocess.run([sys.executable, "-m", "dpo", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("dpo "), done.stderr
+    assert not (here / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"), [("winrate", "judge"), ("frontier", "reward"), ("train", "winrate")]
+)
+def test_a_settings_file_alone_does_not_run_a_module(
+    here: Path, command: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = f"named_in_a_file_of_{command}:f"
+    (here / f"named_in_a_file_of_{command}.py").write_text(HOSTILE)
+    (here / "rows.jsonl").write_text(json.dumps({"prompt": "Say A.", "chosen": "A", "rejected": "B"}))
+    settings: dict[str, object] = {setting: function}
+    settings |= {
+        "winrate": {"policy": "p", "opponent": "data:best", "data": "rows.jsonl", "output": "out"},
+        "frontier": {"train": "rows.jsonl", "eval": "rows.jsonl"},
+        "train": {"run_dir": "run", "data": {"train": "rows.jsonl", "eval": "rows.jsonl"}},
+    }[command]
+    (here / "settings.yaml").write_text(json.dumps(settings))
+    assert main([command, "--config=settings.yaml"]) == 2
+    message = f"{setting} is {function!r} in a settings file"
+    assert message in capsys.readouterr().err
+    assert not (here / "RAN").exists()
+    assert main([command, "--config=settings.yaml", f"--{setting}={function}"]) == 2
+    assert "has no attribute 'f'" in capsys.readouterr().err
+    assert (here / "RAN").exists(), "on the user's word it is imported"
