@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,6 +39,7 @@ from dpo.config import (
     heldout_settings,
 )
 from dpo.data.control_characters import show_controls
+from dpo.distribution import find_data, version
 
 if TYPE_CHECKING:
     from dpo.evaluation.heldout import Heldout
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        print(f"dpo {version('dpo')}")
+        print(f"dpo {version()}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
@@ -489,7 +489,8 @@ def check_settings(config: Config) -> None:
             continue
         if source.endswith(DATA_FILES):
             _require_file(key, source)
-        if Path(source).is_file() or (Path(source).is_absolute() and not Path(source).is_dir()):
+        path = Path(find_data(source))
+        if path.is_file() or (path.is_absolute() and not path.is_dir()):
             _check_first_rows(source, split, limit, data)
 
 
@@ -548,7 +549,7 @@ def _with_underscores(argument: str) -> str:
 
 
 def _require_file(key: str, path: str) -> None:
-    if not Path(path).is_file():
+    if not Path(find_data(path)).is_file():
         raise ValueError(f"{key} is {path!r}: there is no such file (the working directory is {Path.cwd()})")
 
 

@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from dpo.config import Config
+from dpo.distribution import find_settings, settings_names
 
 USAGE_ERROR = 2
 """Exit code for anything wrong with the command line or the settings."""
@@ -77,6 +78,7 @@ set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 _CONFIG_OPTION = re.compile(r"--config(=|$)")
 _FILE_ERROR = re.compile(r"(Problems parsing config|Unexpected config): ")
+_NO_FILE = re.compile(r"config: File does not exist: ")
 _NOT_SETTINGS = ("help", "config", "print_config", "print_shtab")
 
 
@@ -90,18 +92,20 @@ class SettingsParser(ArgumentParser):
         text = explain(message, self.setting_names())
         if _FILE_ERROR.match(text) and self._files:  # the parser does not say in which
             text = f"{' or '.join(self._files)}: not a YAML file of settings: {_FILE_ERROR.sub('', text)}"
+        if _NO_FILE.match(text):
+            text += f"; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
         print(f"{self.prog}: error: {text}", file=sys.stderr)
         print(f"(all settings: {self.prog} --help)", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
-        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        given = _with_shipped_settings([str(arg) for arg in (sys.argv[1:] if args is None else args)])
         pairs = zip(given, [*given, ""][1:], strict=True)
         self._files = tuple(
             arg.partition("=")[2] or following for arg, following in pairs if _CONFIG_OPTION.match(arg)
         )
         try:
-            return super().parse_args(args, *rest, **kwargs)
+            return super().parse_args(given, *rest, **kwargs)
         except RecursionError:
             self.error(f"a value holds more than {MAX_YAML_DEPTH} lists or mappings in each other")
 
@@ -111,11 +115,29 @@ class SettingsParser(ArgumentParser):
         return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
 
 
+def _with_shipped_settings(arguments: list[str]) -> list[str]:
+    """Arguments with the path of a shipped file of settings where `--config` gives its name."""
+    found, follows = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if follows:
+            argument = find_settings(argument)
+        elif option == "--config" and equals:
+            argument = f"--config={find_settings(value)}"
+        follows = argument == "--config"
+        found.append(argument)
+    return found
+
+
 def settings_parser(*settings: type, prog: str | None = None, description: str = "") -> SettingsParser:
     """A parser for `--config FILE`, required fields by position, and a dotted option for every other."""
     parser = SettingsParser(prog=prog, description=description)
+    names = ", ".join(settings_names())
     parser.add_argument(
-        "--config", action="config", help="YAML file with settings; options that come after it override it."
+        "--config",
+        action="config",
+        help=f"YAML file of settings, or the name of one that comes with the package ({names}). Options that "
+        "come after it override it.",
     )
     for kind in settings:
         parser.add_class_arguments(kind, nested_key=None, fail_untyped=True, as_positional=True)

@@ -105,7 +105,7 @@ class LoraConfig:
 class DataConfig:
     """Where preferences come from and how they become token ids and rows."""
 
-    train: str = "data/sentiment_train.jsonl"
+    train: str = "shipped:sentiment_train.jsonl"
     """JSONL or Parquet file, directory, or hub id of the training preferences."""
     eval: str | None = None
     """The held-out preferences, in the same formats; nothing is held out when not given."""

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo.distribution import find_data
+
 MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""
 
@@ -83,7 +85,7 @@ class _Source(NamedTuple):
 
 
 def _open(source: str, split: str) -> _Source:
-    path = Path(source)
+    path = Path(find_data(source))
     suffix = ".jsonl" if path.name.endswith(".jsonl.gz") else path.suffix
     if path.is_file():
         if suffix not in _READERS:

@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.config import Config
+from dpo.distribution import find_data
 from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.losses import reward_scale
@@ -74,7 +75,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     again = ["--config", f"{run_dir}/{CONFIG_FILE}", "--run_dir", f"{run_dir}_again"]
     commands = [shlex.join(["dpo", "train", *again])]
     content: dict[str, Any] = {
-        "title": f"{objective_title(config)} on {Path(config.data.train).name}",
+        "title": f"{objective_title(config)} on {Path(find_data(config.data.train)).name}",
         "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
         "finished": summary is not None,
         "figures": None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
 from dpo.runs import objective_terms, specification, term_title
 from dpo.training.identity import PLACES
+from dpo.training.versions import versions
 
 METRICS = {
     "loss": "mean of the objective",
@@ -132,7 +132,7 @@ def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int
         "optimiser": f"AdamW, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}",
         "longest prompt plus response": f"{data.max_length} tokens ({data.truncation})",
         "seed": str(training.seed),
-        "software": ", ".join(f"{package} {version(package)}" for package in ("dpo", "jax", "transformers")),
+        "software": ", ".join(f"{name} {versions()[name]}" for name in ("dpo", "jax", "transformers")),
     }
     return [
         "## How it was made",

@@ -7,6 +7,8 @@ from importlib import metadata
 
 import jax
 
+from dpo import distribution
+
 PACKAGES = (
     *("dpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"),
     *("transformers", "tokenizers", "jinja2"),
@@ -26,7 +28,9 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
+    if package == "dpo":
+        return distribution.version()
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a copy of the sources
+    except metadata.PackageNotFoundError:
         return "not installed"
