@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo.losses.objectives import LISTWISE, MODIFIERS, PAIRWISE, UNPAIRED, make_objective
+from dpo.losses.objectives import LISTWISE, MODIFIERS, OBJECTIVES, PAIRWISE, UNPAIRED, make_objective
 from dpo.losses.parameters import allowed_values, parameters_of
 from dpo.losses.scores import Objective, Scores
 
@@ -30,7 +30,7 @@ An objective is chosen in the settings, `objective: {name: dpo, beta: 0.1}`, or 
 `objectives: [{name: dpo, weight: 0.8}, {name: sft, weight: 1.0}]`. A hyper-parameter that an objective does
 not use is an error. The loss of a step is the mean over its prompts. Rows whose responses are all tied have
 no pair: they are left out and counted at the start (`no_pair`), unless a term of the sum learns from them
-(**kto**, **bco**, **sft**, **infonca**); the terms over pairs are 0 there.
+({from_ties}); the terms over pairs are 0 there. Prompts with one response are for {from_singles}.
 
 Notation: s = log π(y|x) − log ρ(y|x) is the log-ratio of a response, w the chosen and l the rejected one, |y|
 the number of scored tokens, δ = β (s_w − s_l), σ the logistic function. The gradient weight is −∂L/∂δ where
@@ -83,7 +83,10 @@ def main() -> None:
 
 def markdown() -> str:
     """The whole page."""
-    parts = [_INTRODUCTION, _overview(), _MODIFIERS]
+    introduction = _INTRODUCTION.replace(
+        "{from_ties}", _names_where(lambda objective: objective.learns_from_ties)
+    ).replace("{from_singles}", _names_where(lambda objective: objective.learns_from_single_responses))
+    parts = [introduction, _overview(), _MODIFIERS]
     for title, (factories, figure) in _GROUPS.items():
         parts += [f"## {title}\n", *([figure] if figure else [])]
         parts += [_section(name, factory) for name, factory in factories.items()]
@@ -154,6 +157,10 @@ def curve(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     deltas = jnp.linspace(-6.0, 6.0, 61)
     losses, slopes = jax.jit(jax.vmap(jax.value_and_grad(loss)))(deltas)
     return np.asarray(deltas), np.asarray(losses), -np.asarray(slopes)
+
+
+def _names_where(condition: Callable[[Objective], bool]) -> str:
+    return ", ".join(f"**{name}**" for name, make in OBJECTIVES.items() if condition(make()))
 
 
 def _overview() -> str:

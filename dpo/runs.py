@@ -106,11 +106,6 @@ def objective_terms(config: Config) -> list[dict[str, Any]]:
     return config.objectives or [config.objective]
 
 
-def objective_names(config: Config) -> list[str]:
-    """The names of a run's objectives."""
-    return [term["name"] for term in objective_terms(config)]
-
-
 def objective_title(config: Config) -> str:
     """A run's objectives as a reader sees them, such as "dpo (beta 0.1) + sft"."""
     return " + ".join(map(term_title, objective_terms(config)))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo.config import Config
-from dpo.runs import SUMMARY_FILE, flat_settings, objective_names, objective_title, read_summary
+from dpo.runs import SUMMARY_FILE, flat_settings, objective_title, read_summary
 
 
 def test_settings_are_flat_by_dotted_names_and_an_empty_section_has_none():
@@ -18,7 +18,6 @@ def test_settings_are_flat_by_dotted_names_and_an_empty_section_has_none():
 
 def test_a_sum_is_titled_by_its_terms():
     config = Config(objectives=[{"name": "dpo", "beta": 0.1}, {"name": "sft"}])
-    assert objective_names(config) == ["dpo", "sft"]
     assert objective_title(config) == "dpo (beta 0.1) + sft"
     assert objective_title(Config()) == "dpo"
 

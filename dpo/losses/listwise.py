@@ -149,7 +149,7 @@ def infonca(beta: Strength = 0.1, alpha: Strength = 1.0) -> Objective:
         log_sum = jax.nn.logsumexp(rewards, axis=1, where=present, keepdims=True)
         return -jnp.sum(jnp.where(present, target * (rewards - log_sum), 0.0), axis=1)
 
-    return Objective(loss, needs=frozenset({"scores"}), admits=_OF_LISTS)
+    return Objective(loss, needs=frozenset({"scores"}), learns_from_ties=True, admits=_OF_LISTS)
 
 
 def _lambda_weights(

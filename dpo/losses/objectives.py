@@ -111,6 +111,11 @@ def reward_scale(spec: dict[str, Any] | Sequence[dict[str, Any]]) -> float:
     return 1.0
 
 
+def names_that_learn_from_single_responses() -> list[str]:
+    """The objectives for data with one response a prompt, sorted."""
+    return sorted(name for name, make in OBJECTIVES.items() if make().learns_from_single_responses)
+
+
 def _make_one(spec: dict[str, Any], *, where: str) -> Objective:
     if "name" not in spec:
         raise ValueError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
@@ -124,6 +129,7 @@ def _make_one(spec: dict[str, Any], *, where: str) -> Objective:
         [factory, *admitted.values()], {k: v for k, v in spec.items() if k != "name"}, where=where
     )
     objective = factory(**{key: value for key, value in values.items() if key not in admitted})
+    objective = replace(objective, name=name)
     return _modified(objective, {key: values[key] for key in admitted if values.get(key, False) is not False})
 
 
@@ -165,4 +171,8 @@ def _weighted_sum(terms: list[tuple[float, Objective]]) -> Objective:
         whole_batch=any(objective.whole_batch for objective in objectives),
         reference_free=all(objective.reference_free for objective in objectives),
         ordered=any(objective.ordered for objective in objectives),
+        learns_from_ties=any(objective.learns_from_ties for objective in objectives),
+        learns_from_single_responses=all(objective.learns_from_single_responses for objective in objectives),
+        name=" + ".join(objective.name for objective in objectives),
+        terms=tuple(objectives),
     )

@@ -4,10 +4,9 @@ The step makes `Scores` from per-token log-probs `[R, N]`, their `owner` (respon
 
     policy          segment sum of the policy's log-probs over owner
     reference       the same under the reference, looked up in the store
-    log_collision   segment sum over owner of log Σ_v π(v)², the policy's collision log-probability at each
-                    scored position (`weighting.py`); only when "log_collision" is in the objective's `needs`
-    policy_head     segment sum over the tokens that `weighting.in_head` marks, and `reference_head` likewise
-                    from the store; only when "head" is in the objective's `needs`
+    log_collision, policy_head, reference_head
+                    segment sums of what `sums.EXTRA_SUMS` says; only when "log_collision" or "head" is in the
+                    objective's `needs`
     shift           `RunningMean.mean` carried in the train state, updated with `Objective.observe(scores)`
                     before the loss; only when "shift" is in the objective's `needs`
 
@@ -23,6 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
+
+from dpo.losses.sums import EXTRA_SUMS
 
 MISMATCHED = 2**30
 """Rank of a response that belongs to another prompt: it measures KTO's baseline and is never compared."""
@@ -60,14 +61,23 @@ Loss = Callable[[Scores], Float[jax.Array, " P"]]
 """Loss of each prompt. The step takes the mean over the prompts of the global batch."""
 
 
+OTHER_NEEDS = frozenset({"scores", "mismatched", "shift"})
+"""What an objective may need besides log-probs and extra sums: the first two of the data, the last of the
+step."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss for each prompt, and what it takes to compute it. Call it like the function it holds."""
 
     loss: Loss
     needs: frozenset[str] = frozenset()
-    """Beyond log-probs: "scores" or "mismatched" (the data must have them), "log_collision", "head",
-    "shift"."""
+    """Beyond log-probs: names in `EXTRA_SUMS` and `OTHER_NEEDS`."""
+    learns_from_ties: bool = False
+    """A row says something to it although no response of it ranks above another; of a sum: to a term."""
+    learns_from_single_responses: bool = False
+    """A prompt with one response, which is a row without order, says something to it; of a sum: to all
+    terms."""
     whole_batch: bool = False
     """A prompt's loss depends on the other prompts: call it once, on the scores of the whole batch."""
     reference_free: bool = False
@@ -76,9 +86,34 @@ class Objective:
     """It jumps where two implicit rewards change places, so rounding decides its value at log-ratio zero."""
     admits: frozenset[str] = frozenset()
     """Modifiers that make sense with it: "divergence", "ld_alpha", "wpo" (see `weighting`, `divergences`)."""
+    name: str = "(unnamed)"
+    """What messages call it; `make_objective` gives it the name of the settings."""
+    terms: tuple[Objective, ...] = ()
+    """What it is a weighted sum of; empty where it is no sum."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.needs.difference(EXTRA_SUMS, OTHER_NEEDS))
+        if unknown:
+            allowed = ", ".join(sorted({*EXTRA_SUMS, *OTHER_NEEDS}))
+            raise ValueError(f"an objective's needs are {', '.join(unknown)}; allowed: {allowed}")
+        if self.learns_from_single_responses and not self.learns_from_ties:
+            raise ValueError(
+                "an objective that learns from single responses learns from rows without an order: "
+                "learns_from_ties must be true too"
+            )
 
     def __call__(self, scores: Scores) -> Float[jax.Array, " P"]:
         return self.loss(scores)
+
+    @property
+    def sums(self) -> frozenset[str]:
+        """The extra sums that it reads."""
+        return self.needs.intersection(EXTRA_SUMS)
+
+    @property
+    def reference_sums(self) -> frozenset[str]:
+        """Those of them that it reads of the reference too, whose store has them beside the log-probs."""
+        return frozenset(name for name in self.sums if EXTRA_SUMS[name].reference is not None)
 
     def expected_initial_loss(self, scores: Scores) -> Float[jax.Array, " P"] | None:
         """What the loss must be while the policy still is the reference; None if it says nothing.
@@ -87,7 +122,10 @@ class Objective:
         """
         if self.reference_free or self.ordered:
             return None
-        return self.loss(scores._replace(policy=scores.reference, policy_head=scores.reference_head))
+        known = {
+            extra.policy: getattr(scores, extra.reference) for extra in EXTRA_SUMS.values() if extra.reference
+        }
+        return self.loss(scores._replace(policy=scores.reference, **known))
 
     def observe(self, scores: Scores) -> tuple[Float[jax.Array, "P K"], Bool[jax.Array, "P K"]]:
         """The values, and which of them count, whose running mean the step hands back as `Scores.shift`."""

@@ -53,7 +53,13 @@ def kto(
         return _mean_over_responses(value, labelled)
 
     needs = frozenset({"mismatched"}) if baseline == "mismatched" else frozenset()
-    return Objective(loss, needs=needs, whole_batch=baseline != "none")
+    return Objective(
+        loss,
+        needs=needs,
+        whole_batch=baseline != "none",
+        learns_from_ties=True,
+        learns_from_single_responses=True,
+    )
 
 
 def bco(
@@ -88,7 +94,13 @@ def bco(
         return _mean_over_responses(value, labelled)
 
     needs = frozenset({"shift"}) if shift == "running" else frozenset()
-    return Objective(loss, needs=needs, whole_batch=shift == "batch")
+    return Objective(
+        loss,
+        needs=needs,
+        whole_batch=shift == "batch",
+        learns_from_ties=True,
+        learns_from_single_responses=True,
+    )
 
 
 def _labelled(scores: Scores) -> Bool[Array, "P K"]:

@@ -1,10 +1,9 @@
-"""Weightings of tokens and examples that compose with many objectives, and the statistics they need."""
+"""Weightings of tokens and examples that compose with many objectives; what they read is in `sums.py`."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from dpo.losses.scores import Scores
 
@@ -35,27 +34,3 @@ def with_policy_weights(scores: Scores) -> Scores:
     assert scores.log_collision is not None, "wpo needs Scores.log_collision"
     excess = (scores.policy - scores.log_collision) / jnp.maximum(scores.lengths, 1)
     return scores._replace(weights=jax.lax.stop_gradient(jnp.exp(excess).astype(scores.policy.dtype)))
-
-
-def log_collision(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """log Σ_v π(v)², the log-probability that two samples agree."""
-    return jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * jax.nn.logsumexp(logits, axis=-1)
-
-
-def in_head(
-    owner: Int[Array, "R N"],
-    positions: Int[Array, "R N"],
-    lengths: Int[Array, "P K"],
-    present: Bool[Array, "P K"],
-) -> Bool[Array, "R N"]:
-    """Which scored tokens are within the length of their prompt's shortest response.
-
-    `positions` are those of the predicting tokens (`batch.positions` at `batch.source`), which rise by one
-    along a response; `owner` is p·K + k, and P·K for padding, which is never in the head.
-    """
-    P, K = lengths.shape
-    start = jax.ops.segment_min(positions.ravel(), owner.ravel(), P * K + 1)
-    offset = positions - start[owner]
-    shortest = jnp.min(jnp.where(present, lengths, jnp.iinfo(lengths.dtype).max), axis=1)
-    limit = jnp.concatenate([jnp.repeat(shortest, K), jnp.zeros(1, lengths.dtype)])
-    return offset < limit[owner]

@@ -75,7 +75,13 @@ def sft() -> Objective:
         mean = -jnp.sum(jnp.where(best, scores.policy, 0.0)) / tokens
         return jnp.broadcast_to(mean, scores.policy.shape[:1])
 
-    return Objective(loss, whole_batch=True, reference_free=True)
+    return Objective(
+        loss,
+        whole_batch=True,
+        reference_free=True,
+        learns_from_ties=True,
+        learns_from_single_responses=True,
+    )
 
 
 def _minus_same_rank(

@@ -55,25 +55,6 @@ def token_log_probs(
     return _token_log_probs(_Settings(chunk, softcap, keep_logits, rounds_backward), partition, arrays)
 
 
-def collision_log_probs(
-    hidden: Float[Array, "*R N D"],
-    embedding: Float[Array, "V D"],
-    *,
-    chunk: int,
-    softcap: float | None = None,
-    bias: Float[Array, " V"] | None = None,
-    partition: Partition = ONE_DEVICE,
-) -> Float32[Array, "*R N"]:
-    """log Σ_v p_v² at each position: how likely two samples agree. Carries no gradient."""
-
-    def reduce(logits: Array) -> Array:
-        return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
-
-    return _reduce_logits(
-        reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias, partition=partition
-    )
-
-
 def token_entropies(
     hidden: Float[Array, "*R N D"],
     embedding: Float[Array, "V D"],
@@ -89,9 +70,31 @@ def token_entropies(
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
-    return _reduce_logits(
+    return reduce_logits(
         reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias, partition=partition
     )
+
+
+def reduce_logits(
+    reduce: Callable[[Float32[Array, "M V"]], Float32[Array, " M"]],
+    hidden: Float[Array, "*R N D"],
+    embedding: Float[Array, "V D"],
+    *,
+    chunk: int,
+    softcap: float | None = None,
+    bias: Float[Array, " V"] | None = None,
+    partition: Partition = ONE_DEVICE,
+) -> Float32[Array, "*R N"]:
+    """`reduce` applied to every position's logits, chunk by chunk. Carries no gradient."""
+    hidden, embedding, bias = jax.lax.stop_gradient((hidden, embedding, bias))
+    embedding = partition.constrain(embedding, VOCABULARY)
+    chunks = _Chunks(hidden.shape[:-1], chunk * partition.size(ROWS))
+
+    def reduce_chunk(hidden: Array) -> Array:
+        logits = _logits(partition.constrain(hidden, DATA), embedding, bias, softcap)
+        return reduce(partition.constrain(logits, DATA, VOCABULARY))
+
+    return chunks.join(jax.lax.map(reduce_chunk, chunks.split(hidden)))
 
 
 class _Settings(NamedTuple):
@@ -315,28 +318,6 @@ class _Shard:
             "logits": PartitionSpec(None, DATA, (FSDP,) if self._tensor is None else VOCABULARY),
         }
         return known.get(name, PartitionSpec(ROWS))
-
-
-def _reduce_logits(
-    reduce: Callable[[Array], Array],
-    hidden: Array,
-    embedding: Array,
-    *,
-    chunk: int,
-    softcap: float | None,
-    bias: Array | None,
-    partition: Partition,
-) -> Array:
-    """`reduce` applied to every position's logits, chunk by chunk, without derivative."""
-    hidden, embedding, bias = jax.lax.stop_gradient((hidden, embedding, bias))
-    embedding = partition.constrain(embedding, VOCABULARY)
-    chunks = _Chunks(hidden.shape[:-1], chunk * partition.size(ROWS))
-
-    def reduce_chunk(hidden: Array) -> Array:
-        logits = _logits(partition.constrain(hidden, DATA), embedding, bias, softcap)
-        return reduce(partition.constrain(logits, DATA, VOCABULARY))
-
-    return chunks.join(jax.lax.map(reduce_chunk, chunks.split(hidden)))
 
 
 class _Chunks:

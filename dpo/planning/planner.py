@@ -50,7 +50,7 @@ from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology
 from dpo.planning.hlo import Program, read_program
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops, step_times
 from dpo.planning.travel import Travel, read_travel, split_parameters
-from dpo.runs import objective_names, specification
+from dpo.runs import specification
 from dpo.training.adapted import starting_adapters
 from dpo.training.memory import (
     candidates,
@@ -244,7 +244,7 @@ def trace_step(
     sums = jax.ShapeDtypeStruct(
         (workload.prompts, workload.responses), jnp.float32, sharding=replicated(mesh)
     )
-    reference = dict.fromkeys(["logps", *(objective.needs & {"head"})], sums)
+    reference = dict.fromkeys(["logps", *objective.reference_sums], sums)
     traced = program.step.trace(state, frozen, batch, reference)  # type: ignore[attr-defined]
     parameters, here = device_bytes((state.params, frozen)), target.topology.kind == "cpu"
     memory = Memory(
@@ -508,7 +508,7 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
         )
     dataset = read_dataset(config.data, load_tokenizer(config.model.source))
     objective = make_objective(specification(config))
-    return data_lengths(fit_to_objective(dataset, objective, names=objective_names(config)).tokens)
+    return data_lengths(fit_to_objective(dataset, objective).tokens)
 
 
 def _visible(prompts: np.ndarray, responses: np.ndarray, layout: str) -> float:

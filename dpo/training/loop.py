@@ -38,7 +38,6 @@ from dpo.runs import (
     METRICS_FILE,
     REFERENCE_DIRECTORY,
     SUMMARY_FILE,
-    objective_names,
     read_metrics,
     read_summary,
     specification,
@@ -74,7 +73,7 @@ from dpo.training.setup import (
 )
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
 from dpo.training.tracking import Tracker, open_trackers, require_trackers
-from dpo.training.validation import HELDOUT_NEEDS, Validation, make_mean_loss, why_no_loss
+from dpo.training.validation import Validation, make_mean_loss, why_no_loss
 from dpo.training.versions import versions
 
 Evaluate = Callable[..., dict[str, float] | None]
@@ -169,7 +168,7 @@ def _train(
 
             # Reference: from here on its log-probs are data.
             score_with = make_score(
-                run.policy, run.mesh, chunk=config.model.log_prob_chunk, needs=run.objective.needs & {"head"}
+                run.policy, run.mesh, chunk=config.model.log_prob_chunk, needs=run.objective.reference_sums
             )
             reference, validation = _score_references(run, score_with, tracker, stop_requested)
             stores = {"train": reference, "eval": validation and validation.reference}
@@ -177,11 +176,10 @@ def _train(
             resume.require_same(known, log=tracker.message)
             run = run._replace(identity=run.identity | known)
             observe = observe or open_on_policy(config, run.policy, run.heldout, run.mesh)
-            needs = run.objective.needs & HELDOUT_NEEDS
             judge_with = score_with
-            if needs - {"head"}:  # what the reference's log-probs are stored without
+            if run.objective.sums != run.objective.reference_sums:  # stored without those of the policy alone
                 chunk = config.model.log_prob_chunk
-                judge_with = make_score(run.policy, run.mesh, chunk=chunk, needs=needs)
+                judge_with = make_score(run.policy, run.mesh, chunk=chunk, needs=run.objective.sums)
             evaluate = _make_evaluate(validation, run.beta, judge_with, observe, tracker, stop_requested)
 
             # Step: the policy's parameters become the state, which is donated from step to step.
@@ -252,9 +250,8 @@ def prepare(config: Config) -> Run:
 
     policy = open_policy(config, mesh)
     tokenizer = policy.pretrained.tokenizer
-    names = objective_names(config)
     peers = all_processes()
-    dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective, names=names)
+    dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective)
     heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers) if config.data.eval else None
     require_embeddings(dataset, policy.pretrained.model.config, name="data.train")
     if heldout is not None:
@@ -486,7 +483,7 @@ def _score_references(
     A moving reference has no store for the training data: its log-probs hold for a few steps only. Held-out
     preferences are always measured against the reference as it was at the start.
     """
-    config, needs = run.config, run.objective.needs
+    config, needs = run.config, run.objective.reference_sums
     weights, score = run.policy.fingerprint, score_with(run.policy.params)
     other = run.policy.base
     if config.model.reference is not None:
@@ -495,7 +492,7 @@ def _score_references(
     if other is not None:
         chunk = config.model.log_prob_chunk
         weights = other.fingerprint
-        score = make_score(other, run.mesh, chunk=chunk, needs=needs & {"head"})(other.params)
+        score = make_score(other, run.mesh, chunk=chunk, needs=needs)(other.params)
 
     def store_of(dataset: Dataset) -> ReferenceStore:
         return open_reference(
@@ -516,10 +513,10 @@ def _score_references(
     reference = None if moving else store_of(run.dataset)
     if run.heldout is None or loader is None:
         return reference, None
-    names, mean_loss = objective_names(config), None
-    lacking = why_no_loss(run.objective, run.heldout, names=names)
+    mean_loss = None
+    lacking = why_no_loss(run.objective, run.heldout)
     if lacking is None:
-        mean_loss = make_mean_loss(run.objective, run.heldout, names=names)
+        mean_loss = make_mean_loss(run.objective, run.heldout)
     else:
         tracker.message(f"no held-out loss: {lacking}")
     known = run.identity["data"]["eval"]

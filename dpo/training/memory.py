@@ -45,7 +45,6 @@ from dpo.training.placement import place_batch
 from dpo.training.program import Program, make_program
 from dpo.training.setup import Policy, make_loader, scoring_loader
 from dpo.training.step import make_eval_step
-from dpo.training.validation import HELDOUT_NEEDS
 
 GIB = 2.0**30
 LEAST_CHUNK = 32
@@ -241,7 +240,7 @@ def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
     loader = _loader(config, parts)
     batch = place_batch(parts.mesh, _largest(loader))
     zeros = np.zeros(batch.present.shape, np.float32)
-    sums = dict.fromkeys(sorted({"logps", *(parts.objective.needs & {"head"})}), zeros)
+    sums = dict.fromkeys(sorted({"logps", *parts.objective.reference_sums}), zeros)
     return _compiled_bytes(
         lambda: program.step.lower(program.state, parts.policy.frozen, batch, sums),  # type: ignore[attr-defined]
         lambda compiled: compiled.memory_analysis().argument_size_in_bytes + temporary_bytes(compiled),
@@ -250,7 +249,7 @@ def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
 
 def scoring_bytes(config: Config, parts: Parts, chunk: int) -> float:
     """Bytes on a device that scoring without a gradient takes besides parameters."""
-    policy, needs = parts.policy, parts.objective.needs & HELDOUT_NEEDS
+    policy, needs = parts.policy, parts.objective.sums
     score = make_eval_step(policy.graphdef, chunk=chunk, needs=needs, mesh=parts.mesh)
     loaders = [
         scoring_loader(config.data, tokens, parts.mesh)

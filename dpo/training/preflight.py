@@ -17,9 +17,10 @@ def expected_first_loss(config: Config, objective: Objective, batch: Batch, refe
     """The objective at log-ratio zero on the first batch: ln 2 for dpo, log K! for plackett_luce.
 
     None where the reference's log-probs alone don't say: another reference, a start from an adapter, a
-    reference-free objective, WPO's weights.
+    reference-free objective, sums that the reference's store does not have (WPO's).
     """
-    if (config.model.reference, config.lora.init) != (None, None) or "log_collision" in objective.needs:
+    stored = objective.sums == objective.reference_sums
+    if (config.model.reference, config.lora.init) != (None, None) or not stored:
         return None
     losses = objective.expected_initial_loss(make_scores(reference, reference, batch, jnp.zeros(())))
     return None if losses is None else float(losses.mean())

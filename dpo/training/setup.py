@@ -30,7 +30,7 @@ from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.embedded import cache_directory
 from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.losses import Objective
-from dpo.losses.objectives import UNPAIRED
+from dpo.losses.objectives import names_that_learn_from_single_responses
 from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import round_products
@@ -48,11 +48,6 @@ from dpo.parallel.sharding import (
 from dpo.training.placement import place_batch
 from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
 from dpo.training.step import Params, make_eval_step
-
-SINGLE_RESPONSE = frozenset({*UNPAIRED, "sft"})
-"""Objectives that learn from prompts with one response."""
-LEARN_FROM_TIES = SINGLE_RESPONSE | {"infonca"}
-"""Objectives to which a row says something although no response of it ranks above another."""
 
 EVALUATION_BATCH = 16
 """Prompts that are scored at a time where no gradient is taken."""
@@ -191,7 +186,7 @@ def given_chat_template(config: DataConfig) -> str | None:
     return None if path is None else read_template(path, name="data.chat_template")
 
 
-def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[str]) -> Dataset:
+def fit_to_objective(dataset: Dataset, objective: Objective) -> Dataset:
     """Add what the objective needs of the data, or say what is missing.
 
     Rows without a pair are left out where nothing compares but pairs, so that a loss is the mean over rows
@@ -201,31 +196,26 @@ def fit_to_objective(dataset: Dataset, objective: Objective, *, names: Sequence[
       ValueError: when the objective compares responses and no prompt has two of different rank, or when it
         needs scores and a response has none.
     """
-    tokens = dataset.tokens
+    tokens, terms = dataset.tokens, objective.terms or (objective,)
     if "scores" in objective.needs and (location := dataset.location_without_score()):
         raise ValueError(
-            f"{' + '.join(names)} needs scores; {location} has none (field 'scores', one a response)"
+            f"{objective.name} needs scores; {location} has none (field 'scores', one a response)"
         )
-    comparing = [name for name in names if name not in SINGLE_RESPONSE]
+    comparing = [term.name for term in terms if not term.learns_from_single_responses]
     if comparing and tokens.max_responses < 2:
         raise ValueError(
             f"objective {', '.join(comparing)} compares responses, but every prompt has one; "
-            f"allowed for such data are {', '.join(sorted(SINGLE_RESPONSE))}"
+            f"allowed for such data are {', '.join(names_that_learn_from_single_responses())}"
         )
-    ordered = [name for name in names if name not in LEARN_FROM_TIES]
+    ordered = [term.name for term in terms if not term.learns_from_ties]
     if ordered and not has_order(tokens).any():
         raise ValueError(
             f"objective {', '.join(ordered)} compares responses of different rank, but all {len(tokens)} "
             "rows of data.train are ties; allowed: at least one row with two ranks"
         )
-    if only_pairs_teach(names):
+    if not objective.learns_from_ties:
         return dataset._replace(tokens=without_ties(tokens))
     return dataset._replace(tokens=add_mismatched(tokens)) if "mismatched" in objective.needs else dataset
-
-
-def only_pairs_teach(names: Sequence[str]) -> bool:
-    """Whether the objectives learn from no row in which all responses are tied."""
-    return LEARN_FROM_TIES.isdisjoint(names)
 
 
 def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
@@ -328,7 +318,8 @@ def open_reference(
 ) -> ReferenceStore:
     """The reference's log-probs of a data set, from the store on disk where it has them.
 
-    A copy is kept in the directory `copy_in`, and looked for there first.
+    `needs` are extra sums that it is to have besides (`Objective.reference_sums`). A copy is kept in the
+    directory `copy_in`, and looked for there first.
     """
     directory = Path(model.reference_store or cache_directory() / "reference")
     identity = {
@@ -337,7 +328,7 @@ def open_reference(
         "dtype": model.compute_dtype
         if model.forward_dtype == model.compute_dtype
         else "float32, rounded products",
-        "sums": ",".join(sorted({"logps", *(needs & {"head"})})),
+        "sums": ",".join(sorted({"logps", *needs})),
     }
     loader = scoring_loader(data, dataset.tokens, mesh)
     return open_or_compute(

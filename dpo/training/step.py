@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.losses import Objective, RunningMean, Scores
-from dpo.losses.weighting import in_head
-from dpo.models.log_probs import collision_log_probs, token_log_probs
+from dpo.losses.sums import EXTRA_SUMS, OfLogits, Scored
+from dpo.models.log_probs import reduce_logits, token_log_probs
 from dpo.parallel.partition import ONE_DEVICE, ROWS, Partition
 from dpo.parallel.sharding import replicated
 from dpo.training.metrics import Metrics, preference_metrics
@@ -30,7 +30,7 @@ Params = Any
 """A pure dict of arrays: the trainable (or the frozen) parameters of a model."""
 
 Sums = Mapping[str, Float[Array | np.ndarray, "P K"]]
-"""Per-token quantities summed over each response: "logps", and "head" or "log_collision" when needed."""
+"""Per-token quantities summed over each response: "logps", and by name the extra sums that are needed."""
 
 SumRows = Callable[[Params, Batch], Sums]
 TrainStep = Callable[["TrainState", Params, Batch, Sums], tuple["TrainState", Metrics]]
@@ -73,7 +73,7 @@ def move_reference(state: TrainState, alpha: float) -> TrainState:
 
 
 def response_sums(model: Any, batch: Batch, *, chunk: int, needs: frozenset[str] = frozenset()) -> Sums:
-    """log π(y|x) of every response ("logps"), and what else `needs` names. Absent responses are 0.
+    """log π(y|x) of every response ("logps"), and the `EXTRA_SUMS` in `needs`. Absent responses are 0.
 
     Only the hidden states that predict a response token meet the vocabulary.
     """
@@ -87,22 +87,28 @@ def response_sums(model: Any, batch: Batch, *, chunk: int, needs: frozenset[str]
         **projection,
     )
     sums = {"logps": _sum_over_responses(log_probs, batch)}
-    if "head" in needs:
-        head = in_head(
-            jnp.asarray(batch.owner),
-            jnp.take_along_axis(jnp.asarray(batch.positions), jnp.asarray(batch.source), axis=1),
-            jnp.asarray(batch.lengths),
-            jnp.asarray(batch.present),
-        )
-        sums["head"] = _sum_over_responses(jnp.where(head, log_probs, 0), batch)
-    if "log_collision" in needs:
-        collision = collision_log_probs(predicting, model.output_embedding, **projection)
-        sums["log_collision"] = _sum_over_responses(collision, batch)
-    return sums
+
+    def reduced(of_logits: OfLogits) -> Float[Array, "R N"]:
+        return reduce_logits(of_logits, predicting, model.output_embedding, **projection)
+
+    scored = Scored(
+        log_probs,
+        owner=jnp.asarray(batch.owner),
+        positions=jnp.take_along_axis(jnp.asarray(batch.positions), jnp.asarray(batch.source), axis=1),
+        lengths=jnp.asarray(batch.lengths),
+        present=jnp.asarray(batch.present),
+        reduce_logits=reduced,
+    )
+    extra = {name: EXTRA_SUMS[name].per_token(scored) for name in sorted(needs.intersection(EXTRA_SUMS))}
+    return sums | {name: _sum_over_responses(values, batch) for name, values in extra.items()}
 
 
 def make_scores(policy: Sums, reference: Sums, batch: Batch, shift: Array | None = None) -> Scores:
     """Sums under the policy and the reference, and the batch's own facts, as what objectives see."""
+    extra: dict[str, Array] = {}
+    for name, row in EXTRA_SUMS.items():
+        extra |= {row.policy: jnp.asarray(policy[name])} if name in policy else {}
+        extra |= {row.reference: jnp.asarray(reference[name])} if row.reference and name in reference else {}
     return Scores(
         policy=jnp.asarray(policy["logps"]),
         reference=jnp.asarray(reference["logps"]),
@@ -110,10 +116,8 @@ def make_scores(policy: Sums, reference: Sums, batch: Batch, shift: Array | None
         present=jnp.asarray(batch.present),
         ranks=jnp.asarray(batch.ranks),
         scores=jnp.asarray(batch.scores),
-        log_collision=_given(policy, "log_collision"),
-        policy_head=_given(policy, "head"),
-        reference_head=_given(reference, "head"),
         shift=shift,
+        **extra,
     )
 
 
@@ -268,10 +272,6 @@ def _predicting(model: Any, batch: Batch) -> Float[Array, "R N D"]:
     hidden = model.hidden(batch.tokens, batch.positions, batch.group, batch.branch)
     predicting = jnp.take_along_axis(hidden, jnp.asarray(batch.source)[..., None], axis=1)
     return model.partition.constrain(predicting, ROWS)
-
-
-def _given(sums: Sums, name: str) -> Float[Array, "P K"] | None:
-    return jnp.asarray(sums[name]) if name in sums else None
 
 
 def _sum_over_responses(values: Float[Array, "R N"], batch: Batch) -> Float[Array, "P K"]:

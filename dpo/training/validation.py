@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +19,11 @@ from dpo.files import new_file
 from dpo.losses import Objective, Scores
 from dpo.training.metrics import as_numbers, preference_metrics
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
-from dpo.training.setup import SINGLE_RESPONSE, Dataset, only_pairs_teach
+from dpo.training.setup import Dataset
 from dpo.training.step import make_scores
 
 DATA_KEY = "preferences"
 """In the metadata of held-out log-probs: the fingerprint of the preferences that it is about."""
-HELDOUT_NEEDS = frozenset({"head", "log_collision"})
-"""What else than log-probs is computed of held-out rows where the objective needs it."""
 
 MeanLoss = Callable[[Scores], Float[Array, ""]]
 
@@ -79,22 +77,23 @@ class Validation(NamedTuple):
             beside.write_bytes(save(contiguous, metadata={DATA_KEY: self.fingerprint}))
 
 
-def make_mean_loss(objective: Objective, dataset: Dataset, *, names: Sequence[str]) -> MeanLoss:
+def make_mean_loss(objective: Objective, dataset: Dataset) -> MeanLoss:
     """The mean of the objective over rows that it sees as one batch, compiled once.
 
     As in training, rows without a pair do not count where nothing but pairs does.
     """
-    counted = has_order(dataset.tokens) if only_pairs_teach(names) else np.ones(len(dataset.tokens), bool)
+    tokens = dataset.tokens
+    counted = np.ones(len(tokens), bool) if objective.learns_from_ties else has_order(tokens)
     return jax.jit(lambda scores: jnp.where(counted, objective(scores), 0).sum() / counted.sum())
 
 
-def why_no_loss(objective: Objective, dataset: Dataset, *, names: Sequence[str]) -> str | None:
-    """What held-out rows lack for the loss of the objective called `names`; None where they have it all."""
-    tokens, name = dataset.tokens, " + ".join(names)
+def why_no_loss(objective: Objective, dataset: Dataset) -> str | None:
+    """What held-out rows lack for the objective's loss; None where they have it all."""
+    tokens, name = dataset.tokens, objective.name
     if "mismatched" in objective.needs:
         return f"{name} needs another prompt's response beside each, which only training data are given"
     if "scores" in objective.needs and (location := dataset.location_without_score()):
         return f"{name} needs scores; {location} has none (field 'scores', one a response)"
-    if tokens.max_responses < 2 and not SINGLE_RESPONSE.issuperset(names):
+    if tokens.max_responses < 2 and not objective.learns_from_single_responses:
         return f"{name} compares responses, and every prompt has one"
     return None

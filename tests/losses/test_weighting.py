@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from score_cases import evaluate, random_scores
 
-from dpo.losses.weighting import in_head, log_collision
+from dpo.losses.sums import in_head, log_collision
 
 # Two prompts; responses of 3 and 1 tokens, and of 2 and 2; owner 4 is padding.
 #   row 0: prompt of 2, response 0 (a a a), response 1 (b);  row 1: prompt of 4, responses 2 (c c), 3 (d d)

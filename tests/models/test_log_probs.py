@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo.models.log_probs import collision_log_probs, token_entropies, token_log_probs
+from dpo.losses.sums import log_collision
+from dpo.models.log_probs import reduce_logits, token_entropies, token_log_probs
 
 R, N, D, V = 3, 7, 16, 50
 
@@ -115,7 +116,7 @@ def test_statistics_are_the_formulas(rows):
     hidden, embedding, bias, _ = _inputs(rows)
     options = {"softcap": 5.0, "bias": bias}
     p = jax.nn.softmax(_naive_logits(hidden, embedding, **options), axis=-1)
-    collision = collision_log_probs(hidden, embedding, chunk=5, **options)
+    collision = reduce_logits(log_collision, hidden, embedding, chunk=5, **options)
     np.testing.assert_allclose(collision, jnp.log(jnp.sum(p**2, axis=-1)), rtol=1e-5)
     entropy = token_entropies(hidden, embedding, chunk=5, **options)
     np.testing.assert_allclose(entropy, -jnp.sum(p * jnp.log(p), axis=-1), rtol=1e-4)
@@ -123,7 +124,7 @@ def test_statistics_are_the_formulas(rows):
 
 def test_statistics_carry_no_gradient():
     hidden, embedding, _, _ = _inputs()
-    gradient = jax.grad(lambda h: collision_log_probs(h, embedding, chunk=5).sum())(hidden)
+    gradient = jax.grad(lambda h: reduce_logits(log_collision, h, embedding, chunk=5).sum())(hidden)
     assert not gradient.any()
 
 

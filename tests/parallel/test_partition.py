@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from numpy.testing import assert_allclose
 
+from dpo.losses.sums import log_collision
 from dpo.models.attention import attend
-from dpo.models.log_probs import collision_log_probs, token_log_probs
+from dpo.models.log_probs import reduce_logits, token_log_probs
 from dpo.parallel.partition import AXES, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
 
 
@@ -42,7 +43,7 @@ def test_log_probs_and_their_gradients_are_those_of_one_device(sizes, vocab):
         def total(hidden, embedding, bias):
             options = {"chunk": 4, "softcap": 5.0, "bias": bias, "partition": partition}
             log_probs = token_log_probs(hidden, embedding, target, **options)
-            collisions = collision_log_probs(hidden, embedding, **options)
+            collisions = reduce_logits(log_collision, hidden, embedding, **options)
             return jnp.sum(jnp.cos(log_probs)), (log_probs, collisions)
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(hidden, embedding, bias)

@@ -144,7 +144,7 @@ def run(case, mesh, *, attention: Implementation = "auto", rules=None, kv_heads=
         mesh=mesh,
         num_steps=STEPS,
     )
-    score = make_eval_step(graphdef, chunk=16, needs=objective.needs & {"head"}, mesh=mesh)
+    score = make_eval_step(graphdef, chunk=16, needs=objective.reference_sums, mesh=mesh)
     reference = [score(params, frozen, place_batch(mesh, loader.batch(step))) for step in range(2)]
     # A reference apart from the policy, so that no metric stands at a tie.
     noise = np.random.default_rng(1).normal(size=(2, PROMPTS, data.max_responses)).astype(np.float32)

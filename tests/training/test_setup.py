@@ -8,7 +8,7 @@ from tiny_model import byte_tokenizer, tiny_config
 from dpo.data.preferences import ReadPreferences
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.pretrained import read_config
-from dpo.losses import make_objective
+from dpo.losses import Objective, make_objective
 from dpo.training.setup import Dataset, fit_to_objective, require_embeddings
 
 MODEL = replace(
@@ -46,7 +46,22 @@ def test_learned_positions_end():
 def test_a_sum_with_kto_is_refused_where_its_other_terms_would_be(names, message):
     """The responses that measure KTO's baseline are no second ones that could be compared."""
     singles = data(([1], [[2]]), ([3], [[4]]))
-    alone = fit_to_objective(singles, make_objective({"name": "kto"}), names=["kto"])
+    alone = fit_to_objective(singles, make_objective({"name": "kto"}))
     assert alone.tokens.num_responses.tolist() == [2, 2]
     with pytest.raises(ValueError, match=message):
-        fit_to_objective(singles, make_objective([{"name": name} for name in names]), names=names)
+        fit_to_objective(singles, make_objective([{"name": name} for name in names]))
+
+
+def test_an_objective_says_itself_that_it_learns_from_ties():
+    """One that is made in Python keeps tied rows as a built-in does, and is named where it compares."""
+    tied, ordered = ([1], [[2], [3]]), ([3], [[4], [5]])
+    tokens = make_dataset([[1], [3]], [[[2], [3]], [[4], [5]]], ranks=[[0, 0], [0, 1]])
+    rows = data(tied, ordered)._replace(tokens=tokens)
+
+    def loss(scores):
+        return scores.policy.sum(axis=1)
+
+    assert len(fit_to_objective(rows, Objective(loss)).tokens) == 1
+    assert len(fit_to_objective(rows, Objective(loss, learns_from_ties=True)).tokens) == 2
+    with pytest.raises(ValueError, match="objective mine compares responses, but every prompt has one"):
+        fit_to_objective(data(([1], [[2]])), Objective(loss, learns_from_ties=True, name="mine"))

@@ -1,5 +1,7 @@
 """The step's laws, on a policy whose log-probs are a plain function: no decoder, no layout."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from dpo.data.batch import Batch
 from dpo.losses import Objective, make_objective
+from dpo.losses.sums import EXTRA_SUMS, ExtraSum
+from dpo.parallel.partition import ONE_DEVICE
 from dpo.training import step as step_module
-from dpo.training.step import init_state, loss_and_gradient, make_train_step
+from dpo.training.step import init_state, loss_and_gradient, make_scores, make_train_step, response_sums
 
 NUM_PROMPTS, NUM_RESPONSES, NUM_ROWS, NUM_TOKENS, VOCAB = 8, 3, 8, 12, 20
 
@@ -102,6 +106,26 @@ def test_the_gradient_is_the_mean_over_prompts_of_sigmoid_weighted_score_differe
     jacobian = jax.jacobian(lambda params: sum_rows(params, batch)["logps"])(params)
     expected = -(0.3 * weight[:, None] * (jacobian[:, 0] - jacobian[:, 1])).mean(0)
     assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_extra_sum_is_a_row_of_one_table(batch, monkeypatch):
+    """Squares of log-probs, for the reference too: response_sums makes them, objectives find both."""
+    extra = ExtraSum(lambda scored: scored.log_probs**2, policy="policy_head", reference="reference_head")
+    monkeypatch.setitem(EXTRA_SUMS, "squares", extra)
+    needs = Objective(lambda scores: scores.policy[:, 0], needs=frozenset({"squares"})).reference_sums
+    model = SimpleNamespace(
+        hidden=lambda tokens, *_: jax.random.normal(jax.random.key(0), (*tokens.shape, 4)),
+        output_embedding=jax.random.normal(jax.random.key(1), (VOCAB, 4)),
+        config=SimpleNamespace(logit_softcap=None),
+        partition=ONE_DEVICE,
+        rounds="neither",
+    )
+    sums = response_sums(model, batch, chunk=32, needs=needs)
+    lengths = np.maximum(batch.lengths, 1)
+    assert np.all(sums["squares"] * lengths >= sums["logps"] ** 2 - 1e-3)  # Cauchy and Schwarz
+    scores = make_scores(sums, sums, batch)
+    assert_array_equal(scores.policy_head, sums["squares"])
+    assert_array_equal(scores.reference_head, sums["squares"])
 
 
 def test_rows_that_do_not_split_evenly_are_refused(batch):

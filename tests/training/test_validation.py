@@ -38,7 +38,7 @@ def loss(spec, policy, *, shift=None, ranks=None):
         rows,
         evaluation_loader(rows.tokens, batch_size=4),
         ReferenceStore({"logps": REFERENCE}),
-        make_mean_loss(make_objective(spec), rows, names=[spec["name"]]),
+        make_mean_loss(make_objective(spec), rows),
         "",
     )
     return validation.evaluate(score, 0.1, shift=shift)[1]["loss"]
@@ -79,7 +79,7 @@ def test_the_running_mean_is_the_one_that_training_has_come_to():
     ],
 )
 def test_where_data_lack_what_it_needs_there_is_none(name, num_responses, scores, reason):
-    lacking = why_no_loss(make_objective({"name": name}), dataset(num_responses, scores=scores), names=[name])
+    lacking = why_no_loss(make_objective({"name": name}), dataset(num_responses, scores=scores))
     assert lacking is not None
     assert reason in lacking
 
@@ -88,4 +88,4 @@ def test_where_data_lack_what_it_needs_there_is_none(name, num_responses, scores
 def test_otherwise_there_is_one(name, num_responses):
     scores = [[1.0, 0.0][:num_responses]] * NUM_ROWS
     rows = dataset(num_responses, scores=scores)
-    assert why_no_loss(make_objective({"name": name}), rows, names=[name]) is None
+    assert why_no_loss(make_objective({"name": name}), rows) is None
