@@ -36,10 +36,12 @@ class Linear(nnx.Linear):
         flat = x.reshape(-1, x.shape[-1])
         if self.rounds == "neither":
             return super().__call__(flat).reshape(*x.shape[:-1], -1)
-        y = product(flat, self.kernel[...], self.rounds)
-        if self.bias is not None:
+        if self.bias is None:
+            y = product(flat, self.kernel[...], self.rounds, self.dtype)
+        else:  # added to the float32 sum, before it is rounded
+            y = product(flat, self.kernel[...], self.rounds)
             y = y + self.bias[...].astype(y.dtype)[None, :]
-        return y.astype(self.dtype).reshape(*x.shape[:-1], -1)
+        return keep(y.astype(self.dtype), self.rounds).reshape(*x.shape[:-1], -1)
 
     @property
     def full_kernel(self) -> Float32[Array, "*L D F"]:
@@ -47,11 +49,16 @@ class Linear(nnx.Linear):
         return self.kernel[...].astype(jnp.float32)
 
 
-def product(x: Float[Array, "n D"], w: Float[Array, "D F"], rounds: Rounds) -> Float[Array, "n F"]:
-    """x W, rounded in some passes; float32 where it is."""
-    if rounds == "neither":
-        return x @ w
-    return checkpoint_name(rounded_product(x, w, rounds == "backward"), PRODUCT)
+def product(
+    x: Float[Array, "n D"], w: Float[Array, "D F"], rounds: Rounds, dtype: Any = jnp.float32
+) -> Float[Array, "n F"]:
+    """x W, rounded in some passes; the result is in `dtype` where both are rounded, else as the operands."""
+    return x @ w if rounds == "neither" else rounded_product(x, w, rounds == "backward", dtype)
+
+
+def keep(y: Float[Array, "n F"], rounds: Rounds) -> Float[Array, "n F"]:
+    """What a linear gives, named for remat policies: in its own dtype, half the bytes of the float32 sum."""
+    return y if rounds == "neither" else checkpoint_name(y, PRODUCT)
 
 
 def round_products(model: nnx.Module, rounds: Rounds) -> None:

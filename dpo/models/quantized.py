@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 
 from dpo.models.decoder import Decoder
 from dpo.models.layers import Embedding
-from dpo.models.linear import Linear, Rounds, product
+from dpo.models.linear import Linear, Rounds, keep, product
 
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -39,7 +39,7 @@ class Int8Linear(nnx.Module):
         y = y * self.kernel_scale[...].astype(y.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)[None, :]
-        return y.astype(self.dtype).reshape(*x.shape[:-1], -1)
+        return keep(y.astype(self.dtype), self.rounds).reshape(*x.shape[:-1], -1)
 
     @property
     def full_kernel(self) -> Float32[Array, "*L D F"]:

@@ -1,5 +1,7 @@
 """A rounded product is the product of rounded operands, in both passes or in the backward pass alone."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,35 @@ def test_gradients_have_the_dtypes_of_what_they_are_for():
     _, w, _ = operands()
     dx, dw = jax.vjp(rounded_product, x, w)[1](dy.astype(jnp.float32))
     assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_a_rounded_result_is_its_float32_sum_rounded_once():
+    expected = y.astype(jnp.float32) @ w.astype(jnp.bfloat16).astype(jnp.float32).T
+    assert_array_equal(dx, expected.astype(dx.dtype))
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((8, 2000), (2000, 8))))
+    x = x.astype(jnp.bfloat16)
+    y, vjp = jax.vjp(lambda x: jnp.asarray(rounded_product(x, w, False, jnp.bfloat16)), x)
+    assert_array_equal(y, rounded_product(x, w).astype(jnp.bfloat16))
+    (dx,) = vjp(y)
+    assert_array_equal(
+        dx, (y.astype(jnp.float32) @ w.astype(jnp.bfloat16).astype(jnp.float32).T).astype(dx.dtype)
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_write_no_float32_activations(platform):
+    """Forward and for the gradient: of two layers in bfloat16 no product of activations is float32."""
+    first, second = (Linear(32, 32, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)) for i in range(2))
+    x = jnp.ones((48, 32), jnp.bfloat16)
+    text = (
+        jax.jit(jax.value_and_grad(lambda x: second(first(x)).astype(jnp.float32).sum()))
+        .trace(x)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
+    results = re.findall(r"stablehlo\.dot_general.*-> tensor<(48x32x\w+)>", text)
+    assert len(results) == 4
+    assert set(results) == {"48x32xbf16"}
 
 
 @pytest.mark.parametrize("hold", [lambda linear: linear, Int8Linear])
