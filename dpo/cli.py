@@ -497,12 +497,16 @@ def check_settings(config: Config) -> None:
 def _check_first_rows(source: str, split: str, limit: int | None, data: DataConfig) -> None:
     """Where one of them is malformed and must not be, all rows are read, and the error is about all."""
     from dpo.data.preferences import read_part, read_preferences
+    from dpo.data.rows import row_reading
     from dpo.data.sources import Part
 
+    reading = row_reading(data.row_layout, data.columns, data.ignore_columns)
     first = Part(rows=min(limit or FIRST_ROWS, FIRST_ROWS))
-    read = read_part(source, split, first, data.expand)
+    read = read_part(source, split, first, data.expand, reading)
     if not read.num_rows or (read.problems and data.on_error == "stop"):
-        read_preferences(source, split=split, on_error=data.on_error, limit=limit, expand=data.expand)
+        read_preferences(
+            source, split=split, on_error=data.on_error, limit=limit, expand=data.expand, reading=reading
+        )
 
 
 _NO_TPU = {
@@ -572,13 +576,18 @@ def report_data(config: Config, tokenizer: Any, *, heldout: bool = False) -> tup
     """The data report of the training (or held-out) preferences, and the data set itself."""
     from dpo.data.inspection import inspect_dataset
     from dpo.data.preferences import read_preferences
+    from dpo.data.rows import row_reading
     from dpo.training.setup import read_dataset
 
     data, dataset = config.data, read_dataset(config.data, tokenizer, heldout=heldout)
     others = None
     if data.eval is not None and not heldout:
         others = read_preferences(
-            data.eval, split=data.eval_split, on_error=data.on_error, limit=data.max_eval
+            data.eval,
+            split=data.eval_split,
+            on_error=data.on_error,
+            limit=data.max_eval,
+            reading=row_reading(data.row_layout, data.columns, data.ignore_columns),
         ).preferences
     return inspect_dataset(dataset.read, dataset.tokens, heldout=others), dataset
 

@@ -117,6 +117,13 @@ class DataConfig:
     """Use only the first so many training rows."""
     max_eval: int | None = None
     """Use only the first so many held-out rows."""
+    row_layout: str | None = None
+    """Layout of the rows, one of those in docs/data.md, such as pair or nectar; recognised by their columns
+    when not given."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns that have another name than the layout's, such as {prompt: query, chosen: good}."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns that may stay unread although their names (system, context, images, …) say that they matter."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] = "ranking"
     """A ranking stays whole, or becomes its best-worst, adjacent or all pairs."""
     max_length: int = 512

@@ -16,7 +16,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.control_characters import show_controls
-from dpo.data.preferences import Message, Preference, ReadPreferences
+from dpo.data.messages import Prompt, message_text, response_text
+from dpo.data.preferences import Preference, ReadPreferences
 from dpo.data.tokenized import TokenizedDataset
 from dpo.intervals import wilson
 
@@ -39,6 +40,8 @@ def inspect_dataset(
         "kept": len(dataset),
         "skipped": read.skipped,
         "problems": [str(problem) for problem in read.problems],
+        "layouts": read.layouts,
+        "unused_columns": read.unused,
         "dropped": dataset.dropped,
         "first_dropped": dataset.first_dropped,
         "truncated": dataset.num_truncated,
@@ -106,7 +109,8 @@ def _count_sizes(preferences: Sequence[Preference]) -> dict[str, int]:
 def _count_texts(preferences: Sequence[Preference]) -> Report:
     """Ties, copies and contradictions."""
     prompts = [_flatten(preference.prompt) for preference in preferences]
-    whole = Counter(zip(prompts, (preference.responses for preference in preferences), strict=True))
+    texts = [tuple(map(response_text, preference.responses)) for preference in preferences]
+    whole = Counter(zip(prompts, texts, strict=True))
     orders: dict[tuple[str, str, str], set[bool]] = defaultdict(set)
     for prompt, preference in zip(prompts, preferences, strict=True):
         for first, second, is_ahead in _statements(preference):
@@ -116,7 +120,7 @@ def _count_texts(preferences: Sequence[Preference]) -> Report:
         "duplicates": sum(count - 1 for count in whole.values()),
         "tied": sum(len(set(p.ranks)) < len(p.ranks) for p in preferences),
         "all_tied": sum(len(set(p.ranks)) == 1 < len(p.ranks) for p in preferences),
-        "identical_responses": sum(len(set(p.responses)) < len(p.responses) for p in preferences),
+        "identical_responses": sum(len(set(mine)) < len(mine) for mine in texts),
         "conflicting": sum(len(seen) > 1 for seen in orders.values()),
         "scores_against_ranks": sum(_scores_against_ranks(p) for p in preferences),
     }
@@ -124,9 +128,10 @@ def _count_texts(preferences: Sequence[Preference]) -> Report:
 
 def _statements(preference: Preference) -> Iterator[tuple[str, str, bool]]:
     """What a preference says of two texts, in an order that is the same for both opinions."""
-    if len(preference.responses) == 1:
-        yield preference.responses[0], "", preference.ranks[0] == 0
-    for (left, i), (right, j) in combinations(zip(preference.responses, preference.ranks, strict=True), 2):
+    texts = list(map(response_text, preference.responses))
+    if len(texts) == 1:
+        yield texts[0], "", preference.ranks[0] == 0
+    for (left, i), (right, j) in combinations(zip(texts, preference.ranks, strict=True), 2):
         if i != j and left != right:
             yield min(left, right), max(left, right), left < right
 
@@ -168,17 +173,17 @@ def _quantiles(lengths: Int[np.ndarray, " _"]) -> dict[str, float]:
 # ---- texts ----
 
 
-def _flatten(prompt: str | tuple[Message, ...]) -> str:
+def _flatten(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return "\n".join(f"{turn['role']}: {message_text(turn)}" for turn in prompt)
 
 
-def _first_message(prompt: str | tuple[Message, ...]) -> str:
+def _first_message(prompt: Prompt) -> str:
     """The first thing a user says."""
     if isinstance(prompt, str):
         return prompt
-    return next((turn["content"] for turn in prompt if turn["role"] == "user"), prompt[0]["content"])
+    return message_text(next((turn for turn in prompt if turn["role"] == "user"), prompt[0]))
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’…–—")
@@ -225,6 +230,9 @@ def _render_counts(report: Report) -> Table:
     table.add_row("kept as tokens", f"{report['kept']} ({report['truncated']} truncated)")
     for title, key in (("malformed or tied, left out", "skipped"), ("dropped", "dropped")):
         table.add_row(title, _join_counts(report[key]))
+    table.add_row("layout", _join_counts(report["layouts"]))
+    if report["unused_columns"]:
+        table.add_row("columns not used", Text(show_controls(", ".join(report["unused_columns"]))))
     sizes = (f"{count} with {size}" for size, count in report["responses"].items())
     table.add_row("responses a prompt", ", ".join(sizes))
     table.add_row("with scores", str(report["with_scores"]))

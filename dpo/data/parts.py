@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load, save
 
+from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.preferences import (
     MAX_PROBLEMS,
     Expand,
@@ -21,6 +22,7 @@ from dpo.data.preferences import (
     Problem,
     ReadPreferences,
     check_read,
+    has_groups,
     read_part,
 )
 from dpo.data.sources import Part, cut
@@ -45,33 +47,59 @@ ALONE = Peers(0, 1, lambda function: function(), lambda function: [function()])
 
 
 def read_together(
-    source: str, *, split: str, on_error: OnError, limit: int | None, expand: Expand, peers: Peers
+    source: str,
+    *,
+    split: str,
+    on_error: OnError,
+    limit: int | None,
+    expand: Expand,
+    peers: Peers,
+    reading: RowReading = BY_COLUMNS,
 ) -> tuple[ReadPreferences, list[str]]:
     """This process's part of the preferences with the counts and problems of all, and where all stand.
 
     Raises:
       ValueError: in every process, as `read_preferences` does.
     """
-    parts = peers.on_main(lambda: cut(source, split, count=peers.count, limit=limit))
+    parts = peers.on_main(lambda: _cut(source, split, peers.count, limit, reading))
     own: list[ReadPreferences] = []
 
     def read() -> bytes:
-        own.append(read_part(source, split, Part(*parts[peers.index]), expand))
+        own.append(read_part(source, split, Part(*parts[peers.index]), expand, reading))
         locations = [preference.location for preference in own[0].preferences]
         return json.dumps([*own[0][1:], locations]).encode()
 
     skipped: Counter[str] = Counter()
     problems: list[Problem] = []
     locations: list[str] = []
+    layouts: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     num_rows = 0
-    for rows, reasons, found, where in map(json.loads, peers.from_all(read)):
+    for rows, reasons, found, kinds, columns, where in map(json.loads, peers.from_all(read)):
         num_rows += rows
         skipped.update(reasons)
+        layouts.update(kinds)
+        unused.update(columns)
         problems += [Problem(*problem) for problem in found]
         locations += where
-    together = ReadPreferences(own[0].preferences, num_rows, dict(skipped), problems[:MAX_PROBLEMS])
+    together = ReadPreferences(
+        own[0].preferences,
+        num_rows,
+        dict(skipped),
+        problems[:MAX_PROBLEMS],
+        dict(layouts),
+        dict(unused),
+    )
     check_read(source, together, len(locations), on_error)
     return together, locations
+
+
+def _cut(source: str, split: str, count: int, limit: int | None, reading: RowReading) -> list[Part]:
+    """A part for each process; where neighbouring rows may be one, all rows for the first."""
+    if not has_groups(source, split, limit, reading):
+        return cut(source, split, count=count, limit=limit)
+    (whole,) = cut(source, split, count=1, limit=limit)
+    return [whole, *[whole._replace(rows=0)] * (count - 1)]
 
 
 def tokenize_together(tokenize_own: Callable[[], TokenizedPart], peers: Peers) -> TokenizedDataset:

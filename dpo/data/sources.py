@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import csv
 import gzip
 import json
 import zlib
@@ -191,7 +192,7 @@ def _read_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
 def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
     """Rows of Arrow's batches but for the first ones."""
     for batch in batches:
-        yield from batch.slice(min(skip, len(batch))).to_pylist()
+        yield from map(_without_nulls, batch.slice(min(skip, len(batch))).to_pylist())
         skip = max(0, skip - len(batch))
 
 
@@ -212,6 +213,38 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 
+def _read_csv(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(islice(_csv_rows(path), part.offset, None), start=part.number):
+        yield f"{path}:{number}", row
+
+
+def _csv_starts(path: Path) -> Iterator[tuple[int, int]]:
+    return ((row, row + 1) for row, _ in enumerate(_csv_rows(path)))
+
+
+def _csv_rows(path: Path) -> Iterator[Any]:
+    """Rows of text, whatever it looks like: "4" is no number here, and "None" and "NA" are no nulls."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            names = next(rows, [])
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}:1: a column's name stands there twice; allowed is once")
+            for row in rows:
+                if row:
+                    yield _named(names, row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as CSV: {error}") from error
+
+
+def _named(names: list[str], row: list[str]) -> Any:
+    if len(row) != len(names):
+        detail = f"has {len(row)} values; allowed are {len(names)}, as many as the first line has names"
+        return MalformedRowError("(row)", "length_mismatch", detail)
+    return dict(zip(names, row, strict=True))
+
+
 def _read_table(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     return _rows_of(lambda: _open_table(path), str(path), part)
 
@@ -221,8 +254,7 @@ def _table_starts(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _open_table(path: Path) -> Any:
-    builder = {".csv": "csv", ".arrow": "arrow"}[path.suffix]
-    return _open_data_set(builder, "train", data_files=str(path), name=str(path))
+    return _open_data_set("arrow", "train", data_files=str(path), name=str(path))
 
 
 _READERS: dict[
@@ -232,7 +264,7 @@ _READERS: dict[
     ".jsonl": (_read_json_lines, _line_starts),
     ".json": (_read_json, _json_starts),
     ".parquet": (_read_parquet, _parquet_starts),
-    ".csv": (_read_table, _table_starts),
+    ".csv": (_read_csv, _csv_starts),
     ".arrow": (_read_table, _table_starts),
 }
 
@@ -240,7 +272,14 @@ _READERS: dict[
 def _rows_of(open_it: Callable[[], Any], name: str, part: Part) -> Iterator[tuple[str, Any]]:
     rows = open_it()
     for number, row in enumerate(rows.skip(part.offset) if part.offset else rows, start=part.number):
-        yield f"{name}:{number}", row
+        yield f"{name}:{number}", _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row of Arrow without the nulls in its objects: a struct has every key that any row's object has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _open_data_set(source: str, split: str, *, data_files: str | None = None, name: str | None = None) -> Any:
@@ -264,9 +303,15 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
         if split not in saved:
             raise ValueError(f"no split {split!r}; allowed are {', '.join(map(str, saved))}")
         return saved[split]
-    repository, _, subset = source.partition(":")
-    if not subset:
+    if data_files is not None:
         return datasets.load_dataset(source, split=split, data_files=data_files)
-    if subset in datasets.get_dataset_config_names(repository):
-        return datasets.load_dataset(repository, subset, split=split)
-    return datasets.load_dataset(repository, data_dir=subset, split=split)
+    repository, _, subset = source.partition(":")
+    where: dict[str, Any] = {}
+    if subset:
+        is_name = subset in datasets.get_dataset_config_names(repository)
+        where = {"name": subset} if is_name else {"data_dir": subset}
+    found = datasets.load_dataset(repository, split=split, **where)
+    if found.info.builder_name != "csv":
+        return found
+    text = datasets.Features({name: datasets.Value("string") for name in found.column_names})
+    return datasets.load_dataset(repository, split=split, **where, features=text, keep_default_na=False)

@@ -12,14 +12,15 @@ it puts one. Nothing here looks for the padding token: it may equal the end toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.preferences import Message, Preference
+from dpo.data.messages import Message, answer_turns, as_turns
+from dpo.data.preferences import Preference
 from dpo.data.templates import TEMPLATE_DATE, Refusal, SandboxedTemplate
 from dpo.data.tokenized import Notes, TokenizedDataset, TokenizedPart, flat_arrays, join_parts
 
@@ -220,8 +221,10 @@ def _encode(preferences: Sequence[Preference], encoder: _Encoder) -> Iterable[_R
     rendered = _render(preferences, encoder)
     texts = dict.fromkeys(text for texts in rendered if not isinstance(texts, _Drop) for text in texts)
     ids = dict(zip(texts, _ids(encoder.tokenizer, list(texts)), strict=True))
-    for texts in rendered:
-        if isinstance(texts, _Drop):
+    for preference, texts in zip(preferences, rendered, strict=True):
+        if _has_several_turns(preference):
+            yield _Drop("several_turns", "a response has several turns; allowed is one")
+        elif isinstance(texts, _Drop):
             yield texts
         else:
             yield _split([ids[text] for text in texts], encoder)
@@ -233,8 +236,8 @@ def _render(preferences: Sequence[Preference], encoder: _Encoder) -> list[list[s
         return [_join_raw(preference) for preference in preferences]
     conversations = [_conversations(preference) for preference in preferences]
     inputs = [
-        _variables(encoder.tokenizer, messages, open_turn=number == 0)
-        for mine in conversations
+        _variables(encoder.tokenizer, messages, preference.context, open_turn=number == 0)
+        for preference, mine in zip(preferences, conversations, strict=True)
         for number, messages in enumerate(mine)
     ]
     rendered = iter(encoder.template.render_all(inputs))
@@ -242,34 +245,45 @@ def _render(preferences: Sequence[Preference], encoder: _Encoder) -> list[list[s
 
 
 def _join_raw(preference: Preference) -> list[str] | _Drop:
-    prompt = preference.prompt
-    if isinstance(prompt, str):
-        return [prompt, *(prompt + response for response in preference.responses)]
+    prompt, responses = preference.prompt, preference.responses
+    if isinstance(prompt, str) and preference.context is None:
+        texts = [response for response in responses if isinstance(response, str)]
+        if len(texts) == len(responses):
+            return [prompt, *(prompt + response for response in texts)]
     raise ValueError(
-        f"{preference.location}: the prompt is a conversation, and the tokenizer has no chat template; "
+        f"{preference.location}: the prompt is a conversation, or a response is, or there are "
+        "tools, and the tokenizer has no chat template; "
         "allowed are prompts and responses as strings, or a chat template given by data.chat_template"
     )
 
 
 def _conversations(preference: Preference) -> list[tuple[Message, ...]]:
     """The prompt alone, and the prompt with each response."""
-    prompt = preference.prompt
-    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    answers = ({"role": "assistant", "content": response} for response in preference.responses)
-    return [messages, *((*messages, answer) for answer in answers)]
+    messages = as_turns(preference.prompt)
+    return [messages, *((*messages, *answer_turns(response)) for response in preference.responses)]
 
 
 def _variables(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    context: Mapping[str, Any] | None,
+    *,
+    open_turn: bool,
 ) -> dict[str, object]:
     """What a chat template sees, as in `tokenizer.apply_chat_template`."""
+    context = context or {}
     return {
         "messages": [dict(message) for message in messages],
-        "tools": None,
-        "documents": None,
+        "tools": context.get("tools"),
+        "documents": context.get("documents"),
         "add_generation_prompt": open_turn,
         **tokenizer.special_tokens_map,
+        **context.get("chat_template_kwargs", {}),
     }
+
+
+def _has_several_turns(preference: Preference) -> bool:
+    return any(len(answer_turns(response)) > 1 for response in preference.responses)
 
 
 def _texts(rendered: Sequence[str | Refusal]) -> list[str] | _Drop:
@@ -306,7 +320,7 @@ def _find_trailer(tokenizer: PreTrainedTokenizerBase, template: SandboxedTemplat
     """Ids of what the template puts after a response."""
     probe = "Zwölf Boxkämpfer jagen Viktor"
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": probe}]
-    text = template.render(_variables(tokenizer, messages, open_turn=False))
+    text = template.render(_variables(tokenizer, messages, None, open_turn=False))
     if probe not in text:
         raise ValueError("the chat template leaves out the assistant's message; end_token must be 'template'")
     return _ids(tokenizer, [text[text.rindex(probe) + len(probe) :]])[0]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from dpo.config import Config
 from dpo.data.preferences import Preference, digest, fingerprint, read_preferences
+from dpo.data.rows import row_reading
 from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.parallel.sharding import own_mesh
@@ -99,6 +100,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
         on_error=config.data.on_error,
         limit=config.data.max_eval,
         expand=config.data.expand,
+        reading=row_reading(config.data.row_layout, config.data.columns, config.data.ignore_columns),
     )
     numbers = load_file(path)
     with safe_open(path, framework="np") as file:

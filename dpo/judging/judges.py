@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from dpo.config import WinrateConfig
+from dpo.data.messages import response_text
 from dpo.data.templates import SandboxedTemplate, read_template
 from dpo.judging.functions import import_function
 from dpo.judging.rewards import REWARDS, Prompt, Reward
@@ -201,7 +202,7 @@ def default_template(kind: Literal["endpoint", "local"]) -> Path:
 def as_messages(prompt: Prompt) -> list[dict[str, str]]:
     """A prompt as the messages of a conversation."""
     turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    return [{"role": turn["role"], "content": response_text((turn,))} for turn in turns]
 
 
 def read_answer(answer: str) -> Choice | None:

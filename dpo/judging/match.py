@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo.config import Config, WinrateConfig
+from dpo.data.messages import response_text
 from dpo.data.preferences import Preference, read_preferences
+from dpo.data.rows import row_reading
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained
@@ -95,7 +97,13 @@ def read_prompts(config: Config, log: Log) -> list[Preference]:
     """The first row of every prompt of the held-out data."""
     data = config.data
     assert data.eval is not None
-    read = read_preferences(data.eval, split=data.eval_split, on_error=data.on_error, limit=data.max_eval)
+    read = read_preferences(
+        data.eval,
+        split=data.eval_split,
+        on_error=data.on_error,
+        limit=data.max_eval,
+        reading=row_reading(data.row_layout, data.columns, data.ignore_columns),
+    )
     first: dict[str, Preference] = {}
     for preference in read.preferences:
         first.setdefault(json.dumps(preference.prompt), preference)
@@ -134,7 +142,7 @@ def make_pairs(
     policy = answer("policy", config.model.source)
     if config.model.reference in DATA_OPPONENTS:
         place = DATA_OPPONENTS[config.model.reference]
-        own = {json.dumps(row.prompt): row.responses[place].strip() for row in preferences}
+        own = {json.dumps(row.prompt): response_text(row.responses[place]).strip() for row in preferences}
         return [
             Pair(request, ours, own[json.dumps(request.prompt)], None)
             for request, ours in zip(requests, policy, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from dpo.data.preferences import Message
+from dpo.data.messages import Message
 from dpo.data.tokenization import tokenize_prompts
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig, stream

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from dpo.data.messages import message_text, response_text
 from dpo.files import replace_text
 
 
@@ -51,5 +52,5 @@ def prompt_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        return message_text(prompt[0])
+    return "\n".join(f"{turn['role']}: {response_text((turn,))}" for turn in prompt)

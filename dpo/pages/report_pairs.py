@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo.data.messages import response_text
 from dpo.evaluation.heldout import Heldout
 from dpo.evaluation.token_ratios import OrderedPair, extreme_pairs
 from dpo.pages.page import prompt_text
@@ -90,7 +91,7 @@ def _pair(heldout: Heldout, pair: OrderedPair, tokens: dict[str, Any] | None) ->
         "sides": [
             {
                 "name": name,
-                "text": preference.responses[place],
+                "text": response_text(preference.responses[place]),
                 "ratio": f"{rows.log_ratio[pair.row, place]:+.2f}",
                 "length": int(rows.lengths[pair.row, place]),
                 "spans": None if tokens is None else spans(tokens[name]),

@@ -23,6 +23,7 @@ from dpo.data.loader import Loader, Packing, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import Preference, ReadPreferences, read_preferences
+from dpo.data.rows import row_reading
 from dpo.data.templates import read_template
 from dpo.data.ties import has_order, without_ties
 from dpo.data.tokenization import tokenize, tokenize_part
@@ -152,6 +153,7 @@ def read_dataset(
         "on_error": config.on_error,
         "limit": limit,
         "expand": config.expand,
+        "reading": row_reading(config.row_layout, config.columns, config.ignore_columns),
     }
     if peers.count == 1:
         read = read_preferences(source, **how)

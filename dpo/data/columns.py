@@ -1,0 +1,120 @@
+"""The columns of one row: renamed as the settings say, and with a note of which were read.
+
+A column that a layout does not read is named to the user. One whose name says that it would change what is
+learned (`MEANING`) may not go unread, unless what it says stands in the prompt anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dpo.data.sources import MalformedRowError
+from dpo.data.values import is_empty, show_names
+
+MEANING = frozenset(
+    {
+        "audio",
+        "audios",
+        "chat_template_kwargs",
+        "context",
+        "documents",
+        "functions",
+        "history",
+        "image",
+        "images",
+        "input",
+        "instruction",
+        "query",
+        "question",
+        "system",
+        "system_prompt",
+        "tools",
+        "video",
+        "videos",
+    }
+)
+"""Names of columns that, in the data sets that have them, say what a model is to answer to."""
+
+
+class RowReading(NamedTuple):
+    """How the rows of a source are to be read."""
+
+    layout: str | None = None
+    """Name of their layout; recognised by each row's columns when not given."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """Names that a layout reads, each with the name that the source has instead."""
+    ignored: frozenset[str] = frozenset()
+    """Columns that may go unread although their names are in `MEANING`."""
+
+
+BY_COLUMNS = RowReading()
+
+
+class Columns:
+    """A row's columns that are not null, by the names that layouts know."""
+
+    def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
+        self._values = _rename(row, reading)
+        self._items = {theirs: ours for ours, theirs in reading.columns}
+        self._read: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._values[name]
+
+    def get(self, name: str) -> Any:
+        """The value of a column, or None."""
+        return self[name] if name in self._values else None
+
+    def find(self, *names: str) -> str | None:
+        """The first of these columns that the row has."""
+        return next((name for name in names if name in self._values), None)
+
+    def was_read(self, name: str) -> bool:
+        """Whether somebody has read the column."""
+        return name in self._read
+
+    def item(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """An object in a column, with the names that layouts know."""
+        return dict(value) | {ours: value[theirs] for theirs, ours in self._items.items() if theirs in value}
+
+    def unread(self) -> dict[str, Any]:
+        """The columns that nobody has read, and their values."""
+        return {name: value for name, value in self._values.items() if name not in self._read}
+
+
+def _rename(row: Mapping[str, Any], reading: RowReading) -> dict[str, Any]:
+    values = {str(name): value for name, value in row.items() if value is not None}
+    if not reading.columns:
+        return values
+    theirs = {their for _, their in reading.columns}
+    renamed = {name: value for name, value in values.items() if name not in theirs}
+    for ours, their in reading.columns:
+        if their in values:
+            renamed[ours] = values[their]
+        elif their not in row and not _is_in_items(their, values):
+            detail = f"data.columns reads {ours!r} from it; found {show_names(row)}"
+            raise MalformedRowError(their, "missing_column", detail)
+    return renamed
+
+
+def _is_in_items(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether objects in a column have a key of this name."""
+    lists = (value for value in values.values() if isinstance(value, list) and value)
+    return any(isinstance(items[0], Mapping) and name in items[0] for items in lists)
+
+
+def unread_meaning(columns: Columns, reading: RowReading) -> list[str]:
+    """Columns that nobody has read, that say something, and whose names promise that it matters."""
+    return [
+        name
+        for name, value in columns.unread().items()
+        if name in MEANING and name not in reading.ignored and not is_empty(value)
+    ]

@@ -1,0 +1,160 @@
+"""Where a prompt ends and its responses begin, said by the row or found as what all responses share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo.data.messages import (
+    Prompt,
+    Response,
+    Turns,
+    as_response,
+    as_turns,
+    is_human_assistant,
+    is_scored,
+    message_text,
+    read_prompt,
+    read_turns,
+)
+from dpo.data.sources import MalformedRowError
+
+
+def split_prompt(
+    prompt: Prompt | None, given: Mapping[str, Any], *, strip: bool = False
+) -> tuple[Prompt, list[Response]]:
+    """The prompt and what follows it in every given field, whether the field repeats the prompt or not.
+
+    Without a prompt it is what all fields share. `strip` takes white space off the ends of responses that
+    are text, as the style of HH has it.
+    """
+    fields = {field: read_turns(value, field) for field, value in given.items()}
+    if prompt is not None and strip:
+        fields = {f: value.strip() if isinstance(value, str) else value for f, value in fields.items()}
+    conversations = {field: value for field, value in fields.items() if not isinstance(value, str)}
+    whole = len(conversations) == len(fields) and all(
+        t[0]["role"] != "assistant" for t in conversations.values()
+    )
+    if prompt is not None and whole and not _all_begin_with(conversations, as_turns(prompt)):
+        return _split_around(prompt, conversations)
+    if prompt is not None:
+        return _split_explicit(prompt, fields)
+    if len(conversations) == len(fields):
+        return _split_conversations(conversations)
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    if len(texts) == len(fields) > 1:
+        return _split_strings(texts, list(fields))
+    raise MalformedRowError("prompt", "missing_field", "no prompt, and the responses have none in common")
+
+
+def read_prompt_column(value: Any, field: str) -> tuple[Prompt, bool]:
+    """A prompt, and whether responses beside it have white space of the style of HH around them."""
+    return read_prompt(value, field), is_human_assistant(value)
+
+
+def _all_begin_with(conversations: Mapping[str, Turns], turns: Turns) -> bool:
+    return all(len(v) > len(turns) and v[: len(turns)] == turns for v in conversations.values())
+
+
+def _split_around(prompt: Prompt, conversations: dict[str, Turns]) -> tuple[Prompt, list[Response]]:
+    """Whole conversations beside a prompt that is a part of what they share, such as its last message."""
+    shared, responses = _split_conversations(conversations)
+    turns = as_turns(shared)
+    if isinstance(prompt, str):
+        is_part = any(prompt.strip() in message_text(turn) for turn in turns)
+        is_part = is_part or all(message_text(turn).strip() in prompt for turn in turns)
+    else:
+        is_part = turns[len(turns) - len(prompt) :] == prompt
+    if not is_part:
+        detail = "is not among the messages that all responses share; allowed is the same prompt in both"
+        raise MalformedRowError("prompt", "prompt_differs", detail)
+    return shared, responses
+
+
+def _split_explicit(prompt: Prompt, fields: Mapping[str, Response]) -> tuple[Prompt, list[Response]]:
+    turns = as_turns(prompt)
+    if turns[-1]["role"] == "assistant":
+        detail = "ends with an assistant message; allowed last are user, system and tool"
+        raise MalformedRowError("prompt", "roles", detail)
+    responses: list[Response] = []
+    for field, value in fields.items():
+        if isinstance(value, str):
+            responses.append(value)
+            continue
+        if len(value) > len(turns) and value[: len(turns)] == turns:
+            value = value[len(turns) :]
+        responses.append(_check_response(value, field))
+    return prompt, responses
+
+
+def _split_conversations(fields: Mapping[str, Turns]) -> tuple[Prompt, list[Response]]:
+    """The prompt is the messages that all share; what each adds to it ends with the assistant."""
+    shortest = min(len(turns) for turns in fields.values())
+    first = next(iter(fields.values()))
+    shared = 0
+    while shared < shortest - 1 and all(turns[shared] == first[shared] for turns in fields.values()):
+        shared += 1
+    if shared == 0:
+        raise MalformedRowError(
+            "prompt", "no_common_prompt", "no prompt, and the conversations share no first message"
+        )
+    if first[shared - 1]["role"] == "assistant":
+        raise MalformedRowError(
+            "prompt", "roles", "the shared messages end with the assistant; allowed last is the user"
+        )
+    return first[:shared], [_check_response(turns[shared:], field) for field, turns in fields.items()]
+
+
+def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Response]]:
+    """The prompt is the common prefix, cut back to a border between words when it ends inside one."""
+    low, high = min(texts), max(texts)
+    end = next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+    while end and not (low[end - 1].isspace() or all(end < len(t) and t[end].isspace() for t in texts)):
+        end -= 1
+    prompt = low[:end].rstrip(" ")
+    if not prompt.strip():
+        raise MalformedRowError(
+            "prompt", "no_common_prompt", "no prompt, and the strings share no first words"
+        )
+    responses: list[Response] = [text[len(prompt) :] for text in texts]
+    for field, response in zip(fields, responses, strict=True):
+        if isinstance(response, str) and not response.strip():
+            raise MalformedRowError(field, "empty", "nothing is left after the words shared by all strings")
+    return prompt, responses
+
+
+def _check_response(turns: Turns, field: str) -> Response:
+    """One or several messages of which the assistant says the first and the last."""
+    roles = [turn["role"] for turn in turns]
+    if roles[0] != "assistant" or roles[-1] != "assistant":
+        detail = f"adds the roles {_shorten(roles)} to the prompt; allowed first and last is the assistant"
+        raise MalformedRowError(field, "roles", detail)
+    if not any(map(is_scored, turns)):
+        detail = "no assistant message has a weight other than 0; allowed is at least one"
+        raise MalformedRowError(field, "nothing_scored", detail)
+    return as_response(turns)
+
+
+def _shorten(roles: Sequence[str]) -> str:
+    return f"[{', '.join(roles[:6])}{', …' if len(roles) > 6 else ''}]"
+
+
+def with_system(prompt: Prompt, text: str, field: str) -> Turns:
+    """The prompt after a system text that stands in a column of its own."""
+    turns = as_turns(prompt)
+    if turns[0]["role"] not in ("system", "developer"):
+        return ({"role": "system", "content": text}, *turns)
+    if message_text(turns[0]).strip() != text.strip():
+        detail = "differs from the system message of the prompt; allowed is one system text"
+        raise MalformedRowError(field, "two_systems", detail)
+    return turns
+
+
+def mentions(prompt: Prompt, text: str) -> bool:
+    """Whether a text stands in the prompt already."""
+    return any(text.strip() in message_text(turn) for turn in as_turns(prompt))
+
+
+def same_prompt(left: Prompt, right: Prompt) -> bool:
+    """Whether two prompts say the same."""
+    return as_turns(left) == as_turns(right)

@@ -1,0 +1,231 @@
+"""Messages of a conversation, whole: what a row says of them is what a chat template will see.
+
+A message is an object with a role, a content (text, a list of parts of text, or nothing beside a tool call or
+reasoning) and whatever else its row gives: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`,
+`weight`, … ShareGPT's `from` and `value` become `role` and `content`. Text may stand for messages in two
+ways: as JSON, and in the style "\\n\\nHuman: …\\n\\nAssistant: …" of Anthropic's HH.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo.data.sources import MalformedRowError
+from dpo.data.values import name_type, parse_json, read_any_text, read_json, read_text, show
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: `{"role": ..., "content": ..., ...}`."""
+Turns = tuple[Message, ...]
+Prompt = str | Turns
+"""Plain text, or the messages of a conversation."""
+Response = str | Turns
+"""Content of the assistant's message, or messages: a tool call, reasoning apart, several turns."""
+
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "ipython",
+    "environment",
+    "function",
+    "observation",
+)
+"""The last four are names for what a tool says, each some templates' own."""
+
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+_MAY_BE_EMPTY = frozenset(ROLES) - {"user", "assistant"}
+_SAYS_NOTHING = frozenset({"role", "content", "weight", "name", "id"})
+"""Keys of a message that do not stand in for a content."""
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_PARTS = _TEXT_PARTS | {"thinking", "reasoning"}
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_JSON_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
+
+
+def read_prompt(value: Any, field: str) -> Prompt:
+    """Text or a conversation; one in the HH style may end where the assistant is to speak."""
+    return _text_or_turns(value, field, may_be_open=True)
+
+
+def read_turns(value: Any, field: str) -> Response:
+    """Text or a conversation."""
+    return _text_or_turns(value, field, may_be_open=False)
+
+
+def is_human_assistant(value: Any) -> bool:
+    """Whether a text is a conversation in the style of HH."""
+    return isinstance(value, str) and _HH_TURN.match(value) is not None
+
+
+def as_turns(prompt: Prompt) -> Turns:
+    """A prompt as messages: text is what the user says."""
+    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+
+
+def answer_turns(response: Response) -> Turns:
+    """A response as messages: text is what the assistant says."""
+    return ({"role": "assistant", "content": response},) if isinstance(response, str) else response
+
+
+def as_response(turns: Turns) -> Response:
+    """The text where messages are one text of the assistant and nothing else, else the messages."""
+    lone = len(turns) == 1 and turns[0].keys() == {"role", "content"}
+    return turns[0]["content"] if lone and isinstance(turns[0]["content"], str) else turns
+
+
+def message_text(message: Message) -> str:
+    """The text of a message's content, of all its parts one after the other."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content or ())
+
+
+def response_text(response: Response) -> str:
+    """A response for people to read: the text, and of messages also what is not text."""
+    if isinstance(response, str):
+        return response
+    return "\n".join(_describe(turn, alone=len(response) == 1) for turn in response)
+
+
+def is_scored(message: Message) -> bool:
+    """Whether a message of a response is learned: the assistant's, unless its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _describe(turn: Message, *, alone: bool) -> str:
+    more = [f"[{key}: {value}]" for key, value in turn.items() if key not in _SAYS_NOTHING]
+    text = " ".join([piece for piece in (message_text(turn), *more) if piece])
+    return text if alone else f"{turn['role']}: {text}"
+
+
+def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
+    if isinstance(value, str):
+        text = read_text(value, field)
+        if _HH_TURN.match(text):
+            return _parse_human_assistant(text, field, may_be_open)
+        if not _JSON_MESSAGES.match(text):
+            return text
+        value = parse_json(text, field)
+    if isinstance(value, Mapping) and _is_message(value):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        detail = f"found {name_type(value)}; allowed is a string or a list of messages"
+        raise MalformedRowError(field, "wrong_type", detail)
+    if not value:
+        raise MalformedRowError(field, "empty", "found no message; allowed is one or more")
+    return tuple(_message(turn, f"{field}[{i}]") for i, turn in enumerate(value))
+
+
+def _is_message(value: Mapping[str, Any]) -> bool:
+    return "role" in value or ("from" in value and "value" in value)
+
+
+def _parse_human_assistant(text: str, field: str, may_be_open: bool) -> Turns:
+    pieces = _HH_TURN.split(text)[1:]
+    pairs = list(zip(pieces[0::2], pieces[1::2], strict=True))
+    if may_be_open and len(pairs) > 1 and pairs[-1][0] == "Assistant" and not pairs[-1][1].strip():
+        pairs.pop()
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        {"role": roles[role], "content": read_text(content.strip(), f"{field}[{i}].content")}
+        for i, (role, content) in enumerate(pairs)
+    )
+
+
+def _message(turn: Any, field: str) -> Message:
+    if isinstance(turn, Mapping) and "role" not in turn and "from" in turn and "value" in turn:
+        turn = _from_sharegpt(turn, field)
+    if not isinstance(turn, Mapping) or "role" not in turn:
+        raise _no_message(field)
+    role = turn["role"]
+    if role not in ROLES:
+        raise MalformedRowError(
+            f"{field}.role", "roles", f"found {show(role)}; allowed are {', '.join(ROLES)}"
+        )
+    rest = {key: value for key, value in turn.items() if value is not None and key not in ("role", "content")}
+    if rest:
+        read_json(rest, field)
+    content = _content(turn, rest, field)
+    if not rest:
+        return {"role": role, "content": content}
+    kept = {key: content if key == "content" else value for key, value in turn.items()}
+    return {key: value for key, value in kept.items() if value is not None or key == "content"} | {
+        "content": content
+    }
+
+
+def _no_message(field: str) -> MalformedRowError:
+    detail = "allowed is an object with the strings 'role' and 'content' (or ShareGPT's 'from' and 'value')"
+    return MalformedRowError(field, "wrong_type", detail)
+
+
+def _content(turn: Mapping[str, Any], rest: Mapping[str, Any], field: str) -> Any:
+    """Text, parts, or null where something else of the message stands in for it."""
+    content = turn.get("content")
+    stands_in = bool(rest.keys() - _SAYS_NOTHING)
+    if content is None and stands_in:
+        return None
+    if content is None and "content" not in turn:
+        raise _no_message(field)
+    may_be_empty = stands_in or turn["role"] in _MAY_BE_EMPTY
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
+        if not may_be_empty:
+            read_text("".join(part.get("text", "") for part in parts), f"{field}.content")
+        return parts
+    return (read_any_text if may_be_empty else read_text)(content, f"{field}.content")
+
+
+def _part(part: Any, field: str) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": read_any_text(part, field)}
+    if not isinstance(part, Mapping):
+        detail = f"found {name_type(part)}; allowed is an object with 'type' and 'text'"
+        raise MalformedRowError(field, "wrong_type", detail)
+    kind = part.get("type", "text")
+    if not isinstance(kind, str) or kind not in _PARTS:
+        raise MalformedRowError(
+            field,
+            "not_text",
+            f"found a part of type {show(kind)}; allowed is text: models here read no other",
+        )
+    if kind in _TEXT_PARTS:
+        read_any_text(part.get("text"), f"{field}.text")
+    return read_json({key: value for key, value in part.items() if value is not None}, field)
+
+
+def _from_sharegpt(turn: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    speaker = turn["from"]
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+        allowed = ", ".join(_SHAREGPT_ROLES)
+        raise MalformedRowError(f"{field}.from", "roles", f"found {show(speaker)}; allowed are {allowed}")
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    role = _SHAREGPT_ROLES[speaker]
+    if speaker != "function_call":
+        return {"role": role, "content": turn["value"], **rest}
+    calls = parse_json(read_text(turn["value"], f"{field}.value"), f"{field}.value")
+    calls = calls if isinstance(calls, list) else [calls]
+    return {
+        "role": role,
+        "content": "",
+        "tool_calls": [{"type": "function", "function": call} for call in calls],
+        **rest,
+    }

@@ -1,0 +1,208 @@
+"""What one row says, as a `Preference`.
+
+A row is one JSON object (a JSONL line, a Parquet row, a row of a `datasets` data set) in one of the layouts
+of `dpo.data.layouts`, such as
+
+    pair         {"prompt", "chosen", "rejected"}, where wanted with "score_chosen" and "score_rejected"
+    ranking      {"prompt", "responses": [...]} and "ranks": [1 is best, ...] or "scores": [higher is better,
+                 ...], or both (the ranks then give the order)
+    completion   {"prompt", "completion", "label": true (desirable) or false}
+
+A prompt is a string or a conversation that does not end with the assistant. A response is a string or
+messages of which the assistant says the first and the last. Where there is no column for the prompt it is
+what the responses share: whole messages of conversations, and of strings the common prefix up to a word's
+border. Beside any layout stand a system text ("system"), "tools", "documents" and "chat_template_kwargs" for
+the chat template, and "source", which names where the row came from. Other columns are not used, and named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dpo.data.columns import BY_COLUMNS, Columns, RowReading, unread_meaning
+from dpo.data.conversations import mentions, split_prompt, with_system
+from dpo.data.layouts import LAYOUTS, RowLayout, find_layout, find_prompt
+from dpo.data.messages import Prompt, Response
+from dpo.data.sources import MalformedRowError
+from dpo.data.values import (
+    as_object,
+    is_empty,
+    name_type,
+    parse_json,
+    read_json,
+    read_objects,
+    read_text,
+    show_names,
+)
+
+UNRANKED = (-1,)
+"""The rank of a response that has only a score, until its neighbours are known."""
+
+
+class Preference(NamedTuple):
+    """A prompt and its responses, best first."""
+
+    prompt: Prompt
+    """Plain text, or the messages of a conversation."""
+    responses: tuple[Response, ...]
+    """Best first: the content of the assistant's message, or messages."""
+    ranks: tuple[int, ...]
+    """0 is best, without gaps; equal ranks are ties. One response alone: 0 is desirable, 1 undesirable."""
+    scores: tuple[float, ...] | None
+    """Given scores, higher is better."""
+    source: str
+    """The row's own "source" field, or the name of its file or data set."""
+    location: str
+    """File (or data set) and line (or row), counted from 1: `train.jsonl:17`."""
+    context: Mapping[str, Any] | None = None
+    """What the chat template gets besides messages: "tools", "documents", and template arguments by name."""
+
+
+def digest(preference: Preference) -> bytes:
+    """Of what a row says, not of where it stands."""
+    content: list[Any] = [preference.prompt, preference.responses, preference.ranks, preference.scores]
+    content += [] if preference.context is None else [preference.context]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+
+
+def parse_row(row: Any, *, location: str, source: str, reading: RowReading = BY_COLUMNS) -> Preference:
+    """One row as a `Preference`; raises a `ValueError` that names the field and what is allowed in it."""
+    return read_row(row, location=location, source=source, reading=reading).preference
+
+
+class ReadRow(NamedTuple):
+    """A row as it was read."""
+
+    preference: Preference
+    layout: str
+    unused: tuple[str, ...]
+    """Columns that say something and were not read."""
+
+
+def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_COLUMNS) -> ReadRow:
+    """One row, its layout, and what of it was not used.
+
+    Raises:
+      MalformedRowError: naming the field and what is allowed in it.
+    """
+    if isinstance(row, MalformedRowError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise MalformedRowError("(row)", "wrong_type", f"found {name_type(row)}; allowed is an object")
+    columns = Columns(row, reading)
+    name = reading.layout or find_layout(tuple(columns))
+    layout = LAYOUTS[name]
+    if reading.layout is not None and not layout.fits(frozenset(columns)):
+        detail = f"found {show_names(columns)}; the layout {name} needs {layout.needs}"
+        raise MalformedRowError("(row)", "missing_field", detail)
+    preference = _read_columns(columns, layout, location, source)
+    unused = {column: value for column, value in columns.unread().items() if not is_empty(value)}
+    for column in unread_meaning(columns, reading):
+        value = unused[column]
+        if not isinstance(value, str) or not mentions(preference.prompt, value):
+            raise _unused_meaning(column, name)
+    return ReadRow(preference, name, tuple(sorted(unused)))
+
+
+def _unused_meaning(column: str, layout: str) -> MalformedRowError:
+    detail = (
+        f"would change what is learned, and the layout {layout} does not read it; allowed: its place by "
+        f"data.columns, or data.ignore_columns [{column}]"
+    )
+    return MalformedRowError(column, "unused_meaning", detail)
+
+
+def _read_columns(columns: Columns, layout: RowLayout, location: str, source: str) -> Preference:
+    found = find_prompt(columns, layout)
+    answers = layout.read(columns)
+    prompt, responses = split_prompt(
+        found and found[0], answers.responses, strip=found is not None and found[1]
+    )
+    for name in ("system", "system_prompt"):
+        if not is_empty(columns.get(name)):
+            prompt = with_system(prompt, read_text(columns[name], name), name)
+    given = columns.get("source")
+    preference = Preference(
+        prompt,
+        tuple(responses),
+        UNRANKED if layout.groups else tuple(int(rank) for rank in answers.ranks if len(responses) == 1),
+        None if answers.scores is None else tuple(map(float, answers.scores)),
+        read_text(given, "source") if isinstance(given, str) else source,
+        location,
+        _read_context(columns),
+    )
+    return (
+        preference if len(responses) == 1 else _ordered(preference, responses, answers.ranks, answers.scores)
+    )
+
+
+def join_responses(members: Sequence[Preference]) -> Preference:
+    """Rows of one response and its score each as one row."""
+    scores = [member.scores[0] for member in members if member.scores is not None]
+    responses = [member.responses[0] for member in members]
+    return _ordered(members[0], responses, [-score for score in scores], scores)
+
+
+def _ordered(
+    preference: Preference,
+    responses: Sequence[Response],
+    ranks: Sequence[int | float],
+    scores: Sequence[int | float] | None,
+) -> Preference:
+    """The preference with its responses best first, and ranks from 0 without gaps."""
+    order = sorted(range(len(responses)), key=lambda k: ranks[k])
+    levels = {rank: level for level, rank in enumerate(sorted(set(ranks)))}
+    return preference._replace(
+        responses=tuple(responses[k] for k in order),
+        ranks=tuple(levels[ranks[k]] for k in order),
+        scores=None if scores is None else tuple(float(scores[k]) for k in order),
+    )
+
+
+def _read_context(columns: Columns) -> Mapping[str, Any] | None:
+    """What a row has for the chat template besides messages."""
+    context: dict[str, Any] = {}
+    inside = as_object(columns["input"], "input") if columns.was_read("input") else None
+    for name in ("tools", "documents"):
+        value = columns.get(name) if name in columns else (inside or {}).get(name)
+        if not is_empty(value):
+            value = parse_json(value, name) if isinstance(value, str) else value
+            context[name] = read_json(read_objects(value, name), name)
+    arguments = columns.get("chat_template_kwargs")
+    if not is_empty(arguments):
+        given = as_object(arguments, "chat_template_kwargs")
+        if given is None:
+            detail = f"found {name_type(arguments)}; allowed is an object"
+            raise MalformedRowError("chat_template_kwargs", "wrong_type", detail)
+        check_arguments(given, "chat_template_kwargs")
+        context["chat_template_kwargs"] = read_json(dict(given), "chat_template_kwargs")
+    return context or None
+
+
+def check_arguments(given: Mapping[str, Any], field: str) -> None:
+    """Refuse template arguments of names that have their meaning already."""
+    taken = [name for name in _GIVEN if name in given]
+    if taken:
+        detail = f"names {', '.join(taken)}, which the data say; allowed are other arguments"
+        raise MalformedRowError(field, "wrong_type", detail)
+
+
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def row_reading(layout: str | None, columns: Mapping[str, str], ignored: Iterable[str]) -> RowReading:
+    """How settings want rows to be read.
+
+    Raises:
+      ValueError: when there is no such layout, or two names stand for one column.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"data.row_layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+    twice = [name for name, count in Counter(columns.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"data.columns names {twice[0]!r} twice; allowed is one name for a column")
+    return RowReading(layout, tuple(columns.items()), frozenset(ignored))

@@ -1,0 +1,505 @@
+"""Rows of the data sets that people have, each read for what it says."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+
+from dpo.data.columns import MEANING, RowReading
+from dpo.data.layouts import LAYOUTS, find_layout
+from dpo.data.preferences import read_preferences
+from dpo.data.rows import read_row, row_reading
+from dpo.data.sources import MalformedRowError
+
+
+def say(*texts):
+    """A conversation that begins with the user."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def read(row, **how):
+    return read_row(row, location="f:1", source="f", reading=RowReading(**how))
+
+
+def share(*texts):
+    """The same in ShareGPT's words."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+ASK, GOOD, BAD = "Name a river.", "The Nile.", "The moon."
+ULTRA = [
+    {"response": BAD, "overall_score": 2.0},
+    {"response": GOOD, "overall_score": 9.0},
+    {"response": "A river.", "overall_score": 4.5},
+]
+ASPECTS = {"annotations": {"helpfulness": {"Rating": "5"}, "honesty": {"Rating": "4"}}}
+POOR = {"annotations": {"helpfulness": {"Rating": "1"}, "honesty": {"Rating": "N/A"}}}
+
+PAIRS = {
+    "pair": {"prompt": ASK, "chosen": GOOD, "rejected": BAD},
+    "orca": {"system": "", "question": ASK, "chosen": GOOD, "rejected": BAD},
+    "alpaca": {"instruction": ASK, "input": "", "chosen": GOOD, "rejected": BAD},
+    "alpaca_outputs": {"instruction": ASK, "input": "", "output": [GOOD, BAD]},
+    "sharegpt": {"conversations": share(ASK), "chosen": share("", GOOD)[1], "rejected": share("", BAD)[1]},
+    "openai": {
+        "input": {"messages": say(ASK), "tools": [], "parallel_tool_calls": True},
+        "preferred_output": say("", GOOD)[1:],
+        "non_preferred_output": say("", BAD)[1:],
+    },
+    "argilla": {"instruction": ASK, "chosen_response": GOOD, "rejected_response": BAD, "best_rating": 4.0},
+    "ranking": {"prompt": ASK, "responses": [BAD, GOOD], "ranks": [2, 1]},
+    "distilabel": {"instruction": ASK, "generations": [BAD, GOOD], "ratings": [1.0, 5.0]},
+    "ultrafeedback": {"instruction": ASK, "models": ["m"], "completions": ULTRA[:2]},
+    "nectar": {
+        "prompt": f"\n\nHuman: {ASK}\n\nAssistant: ",
+        "answers": [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}],
+    },
+    "helpsteer2_preference": {
+        "prompt": ASK, "response_1": BAD, "response_2": GOOD, "preference_strength": 2
+    },
+    "helpsteer3": {
+        "context": say(ASK), "response1": BAD, "response2": GOOD, "overall_preference": 1
+    },
+    "arena": {
+        "conversation_a": say(ASK, BAD), "conversation_b": say(ASK, GOOD), "winner": "model_b", "turn": 1
+    },
+    "arena_flags": {
+        "prompt": json.dumps([ASK]), "response_a": json.dumps([GOOD]), "response_b": json.dumps([BAD]),
+        "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0,
+    },
+    "sides": {"prompt": ASK, "response_a": BAD, "response_b": GOOD, "preference": "B"},
+    "shp": {
+        "history": ASK, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0, "score_A": 3, "score_B": 12
+    },
+    "safe_rlhf": {
+        "prompt": ASK, "response_0": BAD, "response_1": GOOD, "better_response_id": 1, "safer_response_id": 0
+    },
+}  # fmt: skip
+
+
+def text_of(prompt):
+    """A prompt of one message as text."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_layout_of_a_pair_says_the_same(name):
+    found = read(PAIRS[name])
+    assert found.layout == name
+    assert text_of(found.preference.prompt) == ASK
+    assert found.preference.responses == (GOOD, BAD)
+    assert found.preference.ranks == (0, 1)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_named_layout_reads_as_the_recognised_one(name):
+    assert read(PAIRS[name], layout=name) == read(PAIRS[name])
+
+
+LABELLED = {
+    "completion": {"prompt": ASK, "completion": GOOD, "label": True},
+    "alpaca_kto": {"instruction": ASK, "input": "", "output": GOOD, "kto_tag": True},
+    "sharegpt_kto": {"conversations": share(ASK, GOOD), "kto_tag": True},
+    "messages_label": {"messages": say(ASK, GOOD), "label": 1},
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_every_layout_of_a_rated_response_says_the_same(name):
+    found = read(LABELLED[name])
+    assert found.layout == name
+    assert text_of(found.preference.prompt) == ASK
+    assert (found.preference.responses, found.preference.ranks) == ((GOOD,), (0,))
+
+
+def test_the_table_has_a_case_for_every_layout():
+    assert {*PAIRS, *LABELLED, "helpsteer2"} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "true", "1", "+1", "desirable"])
+def test_a_label_is_a_flag_a_number_or_a_word(label):
+    assert read({**LABELLED["completion"], "label": label}).preference.ranks == (0,)
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "0", "no", "undesirable"])
+def test_a_label_may_say_no_in_as_many_ways(label):
+    assert read({**LABELLED["completion"], "label": label}).preference.ranks == (1,)
+
+
+@pytest.mark.parametrize("label", ["good", -1, 0.5, 2, [], {}, float("nan")])
+def test_a_label_that_says_neither_is_refused(label):
+    with pytest.raises(MalformedRowError, match="label"):
+        read({**LABELLED["completion"], "label": label})
+
+
+@pytest.mark.parametrize(
+    ("verdict", "responses", "ranks"),
+    [
+        ("a", (BAD, GOOD), (0, 1)),
+        ("model_a", (BAD, GOOD), (0, 1)),
+        ("response_b", (GOOD, BAD), (0, 1)),
+        (0, (BAD, GOOD), (0, 1)),
+        ("1", (GOOD, BAD), (0, 1)),
+        ("tie", (BAD, GOOD), (0, 0)),
+        ("tie (bothbad)", (BAD, GOOD), (0, 0)),
+        (0.5, (BAD, GOOD), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("column", ["winner", "preference", "label"])
+def test_a_side_is_named_or_numbered(column, verdict, responses, ranks):
+    row = {"prompt": ASK, "response_a": BAD, "response_b": GOOD, column: verdict}
+    found = read(row).preference
+    assert (found.responses, found.ranks) == (responses, ranks)
+
+
+def test_numbered_columns_count_as_their_names_do():
+    row = {"instruction": ASK, "input": "", "output_1": BAD, "output_2": GOOD, "preference": 2}
+    assert read(row).preference.responses == (GOOD, BAD)
+    with pytest.raises(MalformedRowError, match="allowed are output_1, output_2"):
+        read({**row, "preference": 0})
+
+
+@pytest.mark.parametrize(("strength", "first"), [(-3, BAD), (-1, BAD), (1, GOOD), ("3", GOOD)])
+def test_a_strength_below_zero_is_for_the_first(strength, first):
+    assert read({**PAIRS["helpsteer3"], "overall_preference": strength}).preference.responses[0] == first
+
+
+def test_a_strength_of_zero_is_a_tie():
+    assert read({**PAIRS["helpsteer3"], "overall_preference": 0}).preference.ranks == (0, 0)
+
+
+def test_rankings_stay_rankings_with_their_scores():
+    found = read({"instruction": ASK, "completions": ULTRA}).preference
+    assert found.responses == (GOOD, "A river.", BAD)
+    assert (found.ranks, found.scores) == ((0, 1, 2), (9.0, 4.5, 2.0))
+    answers = [{"answer": text, "rank": rank} for text, rank in (("x", 2.0), ("y", 1.0), ("z", 2.0))]
+    found = read({"prompt": ASK, "answers": answers}).preference
+    assert (found.responses, found.ranks) == (("y", "x", "z"), (0, 1, 1))
+
+
+def test_fine_grained_ratings_stand_in_for_an_overall_score():
+    items = [{"response": BAD, **POOR}, {"response": GOOD, **ASPECTS}]
+    with pytest.raises(MalformedRowError, match=r"honesty.Rating.*N/A"):
+        read({"instruction": ASK, "completions": items})
+    del items[0]["annotations"]["honesty"]
+    assert read({"instruction": ASK, "completions": items}).preference.scores == (4.5, 1.0)
+
+
+def test_a_score_inside_a_list_may_be_named_too():
+    items = [{"response": t, "overall_score": 1, "fine-grained_score": s} for t, s in ((BAD, 2), (GOOD, 4))]
+    found = read(
+        {"instruction": ASK, "completions": items}, columns=(("overall_score", "fine-grained_score"),)
+    )
+    assert found.preference.scores == (4.0, 2.0)
+
+
+def test_rated_rows_with_one_prompt_are_one(tmp_path):
+    rows = [
+        {"prompt": "a", "response": "x", "helpfulness": 1, "verbosity": 2},
+        {"prompt": "a", "response": "y", "helpfulness": 4, "verbosity": 1},
+        {"prompt": "alone", "response": "z", "helpfulness": 4, "verbosity": 1},
+        {"prompt": "b", "response": "v", "helpfulness": 3, "verbosity": 2},
+        {"prompt": "b", "response": "w", "helpfulness": 3, "verbosity": 2},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = read_preferences(path, on_error="skip")
+    assert [(p.responses, p.ranks, p.scores) for p in found.preferences] == [
+        (("y", "x"), (0, 1), (4, 1)),
+        (("v", "w"), (0, 0), (3, 3)),
+    ]
+    assert found.skipped == {"lone_response": 1}
+    assert found.layouts == {"helpsteer2": 5}
+
+
+def test_a_conversation_of_several_turns_is_compared_from_where_it_parts():
+    row = {"conversation_a": say("q", "x", "more", "y"), "conversation_b": say("q", "v"), "winner": "model_a"}
+    found = read(row).preference
+    assert found.prompt == tuple(say("q"))
+    assert found.responses == (tuple(say("q", "x", "more", "y")[1:]), "v")
+
+
+def test_a_battle_of_several_turns_is_two_conversations():
+    row = {
+        **PAIRS["arena_flags"],
+        "prompt": '["q", "r"]',
+        "response_a": '["a", "b"]',
+        "response_b": '["a", "c"]',
+    }
+    found = read(row).preference
+    assert found.prompt == tuple(say("q", "a", "r"))
+    assert found.responses == ("b", "c")
+
+
+# ---- columns ----
+
+
+def test_a_system_column_is_the_first_message():
+    found = read({**PAIRS["orca"], "system": "Be brief."}).preference
+    assert found.prompt == ({"role": "system", "content": "Be brief."}, {"role": "user", "content": ASK})
+    with pytest.raises(MalformedRowError, match="one system text"):
+        read({**PAIRS["pair"], "prompt": list(found.prompt), "system": "Be long."})
+
+
+def test_an_instruction_has_its_input_and_its_history():
+    row = {**PAIRS["alpaca"], "input": "In Africa.", "history": [["Hi", "Hello."]]}
+    assert read(row).preference.prompt == tuple(say("Hi", "Hello.", f"{ASK}\nIn Africa."))
+
+
+@pytest.mark.parametrize(
+    "column", sorted(MEANING - {"system", "system_prompt", "tools", "documents", "chat_template_kwargs"})
+)
+def test_a_column_that_changes_the_meaning_is_refused_unless_it_says_nothing_new(column):
+    row = {**PAIRS["pair"], column: "Something else."}
+    with pytest.raises(MalformedRowError) as caught:
+        read(row)
+    assert (caught.value.field, caught.value.reason) == (column, "unused_meaning")
+    assert column in read(row, ignored=frozenset({column})).unused
+    assert read({**row, column: f" {ASK}\n"}).unused == (column,)
+    assert read({**row, column: ""}).unused == ()
+
+
+def test_a_prompt_is_never_guessed_beside_a_column_that_has_it():
+    row = {"question": ASK, "chosen": "The answer is Nile.", "rejected": "The answer is Moon."}
+    assert read(row).preference.prompt == ASK
+    del row["question"]
+    assert read(row).preference.prompt == "The answer is"
+
+
+def test_columns_that_nobody_reads_are_named():
+    assert read({**PAIRS["pair"], "id": 3, "model": "m", "nothing": None, "blank": ""}).unused == (
+        "id",
+        "model",
+    )
+
+
+def test_names_are_mapped_for_any_layout():
+    row = {"ask": ASK, "first": BAD, "second": GOOD, "better": "response_b", "prompt": "another"}
+    mapping = {"prompt": "ask", "response_a": "first", "response_b": "second", "winner": "better"}
+    found = read_row(row, location="f:1", source="f", reading=row_reading(None, mapping, []))
+    assert found.preference.prompt == ASK
+    assert found.preference.responses == (GOOD, BAD)
+
+
+def test_a_mapping_to_a_column_that_is_not_there_is_refused():
+    with pytest.raises(MalformedRowError, match=r"'good'.*data.columns.*chosen"):
+        read(PAIRS["pair"], columns=(("chosen", "good"),))
+
+
+def test_settings_that_name_no_layout_or_a_column_twice_are_refused():
+    with pytest.raises(ValueError, match=r"data.row_layout is 'pears'; allowed are pair, orca"):
+        row_reading("pears", {}, [])
+    with pytest.raises(ValueError, match="names 'x' twice"):
+        row_reading(None, {"chosen": "x", "rejected": "x"}, [])
+
+
+def test_columns_of_two_layouts_need_a_name():
+    row = {**PAIRS["pair"], "responses": [GOOD, BAD], "ranks": [1, 2]}
+    with pytest.raises(MalformedRowError, match=r"layouts pair, ranking.*data.row_layout"):
+        read(row)
+    assert read(row, layout="ranking").layout == "ranking"
+    with pytest.raises(MalformedRowError, match="the layout nectar needs prompt answers"):
+        read(row, layout="nectar")
+
+
+def test_the_columns_of_well_known_mixes_are_recognised():
+    """With what else their rows have: the best response once more, ratings, models, ids."""
+    both = {"chosen": say(ASK, GOOD), "rejected": say(ASK, BAD)}
+    mixes = [
+        {"id": "1", "source": "flan", "prompt": ASK, **both},
+        {
+            "prompt": ASK,
+            "prompt_id": "1",
+            **both,
+            "messages": both["chosen"],
+            "score_chosen": 8.5,
+            "score_rejected": 3,
+        },
+        {**both, "chosen_model": "m", "rejected_model": "n", "prompt_id": "1", "preference_type": "delta"},
+        {**both, "source": "helpsteer2"},
+        {"source": "s", **both, "prompt": ASK, "question": ASK},
+        {
+            "input": ASK,
+            "system": "",
+            "chosen": GOOD,
+            "rejected": BAD,
+            "generations": [BAD, GOOD],
+            "rating": [1, 2],
+        },
+        {
+            "source": "s",
+            "prompt": ASK,
+            **both,
+            "chosen-rating": 5.0,
+            "rejected-rating": 1.0,
+            "chosen-model": "m",
+        },
+        {"messages": both["chosen"], **both},
+    ]
+    for row in mixes:
+        found = read(row)
+        assert found.layout == "pair"
+        assert text_of(found.preference.prompt) == ASK
+        assert found.preference.responses == (GOOD, BAD)
+
+
+def test_every_layout_is_found_by_its_own_columns():
+    for name, layout in LAYOUTS.items():
+        names = [alternatives.split("|") for alternatives in layout.needs.split()]
+        assert find_layout(tuple(choices[0] for choices in names)) in (name, "safe_rlhf")
+
+
+# ---- messages ----
+
+
+def test_messages_stay_whole():
+    call = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"x": None}}}
+    turns = [
+        {"role": "user", "content": "q", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "c1"},
+    ]
+    best = [{"role": "assistant", "content": "a", "reasoning_content": "since"}]
+    found = read({"prompt": turns, "chosen": best, "rejected": "b", "tools": [{"name": "f"}]}).preference
+    assert found.prompt == tuple(turns)
+    assert found.responses == (tuple(best), "b")
+    assert found.context == {"tools": [{"name": "f"}]}
+
+
+def test_tools_documents_and_arguments_may_be_json_text():
+    row = {**PAIRS["pair"], "tools": '[{"name": "f"}]', "documents": [{"text": "d"}]}
+    row["chat_template_kwargs"] = '{"enable_thinking": false}'
+    assert read(row).preference.context == {
+        "tools": [{"name": "f"}],
+        "documents": [{"text": "d"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    with pytest.raises(MalformedRowError, match=r"chat_template_kwargs.*names messages"):
+        read({**PAIRS["pair"], "chat_template_kwargs": {"messages": []}})
+
+
+def test_tools_may_stand_beside_the_messages_of_an_input():
+    row = {**PAIRS["openai"], "input": {"messages": say(ASK), "tools": [{"name": "f"}]}}
+    assert read(row).preference.context == {"tools": [{"name": "f"}]}
+
+
+def test_messages_as_json_text_are_messages():
+    row = {"chosen": json.dumps(say(ASK, GOOD)), "rejected": json.dumps(say(ASK, BAD))}
+    found = read(row).preference
+    assert (found.prompt, found.responses) == (tuple(say(ASK)), (GOOD, BAD))
+    with pytest.raises(MalformedRowError, match="allowed is JSON"):
+        read({**row, "chosen": str(say(ASK, GOOD))})
+
+
+def test_text_that_is_json_of_something_else_stays_text():
+    row = {"prompt": "List two.", "chosen": '["a", "b"]', "rejected": '{"role": "x"}'}
+    assert read(row).preference.responses == ('["a", "b"]', '{"role": "x"}')
+
+
+def test_parts_of_text_are_read_and_images_refused_by_name():
+    parts = [{"type": "text", "text": "Hi"}, "there"]
+    found = read({"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"}).preference
+    assert found.prompt[0]["content"] == [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    parts = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(MalformedRowError) as caught:
+        read({"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"})
+    assert caught.value.field == "prompt[0].content[0]"
+    assert "'image_url'" in caught.value.detail
+
+
+def test_calls_and_observations_of_sharegpt_are_tool_messages():
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "7"},
+    ]
+    row = {"conversations": turns, "chosen": share("", "a")[1], "rejected": share("", "b")[1]}
+    prompt = read(row).preference.prompt
+    assert [turn["role"] for turn in prompt] == ["user", "assistant", "tool"]
+    assert prompt[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+def test_an_empty_system_message_is_kept_and_an_empty_question_is_not():
+    row = {**PAIRS["pair"], "prompt": [{"role": "system", "content": ""}, *say(ASK)]}
+    assert read(row).preference.prompt[0] == {"role": "system", "content": ""}
+    with pytest.raises(MalformedRowError, match="empty"):
+        read({**PAIRS["pair"], "prompt": say("")})
+
+
+def test_a_text_prompt_beside_whole_conversations_is_a_part_of_what_they_share():
+    start = [{"role": "system", "content": "Be kind."}, *say(ASK)]
+    row = {"prompt": ASK, "chosen": [*start, *say("", GOOD)[1:]], "rejected": [*start, *say("", BAD)[1:]]}
+    assert read(row).preference.prompt == tuple(start)
+    with pytest.raises(MalformedRowError, match="is not among the messages"):
+        read({**row, "prompt": "Another question."})
+
+
+def test_a_response_ends_with_the_assistant_and_something_of_it_is_learned():
+    with pytest.raises(MalformedRowError, match="first and last is the assistant"):
+        read({**PAIRS["pair"], "chosen": say("", GOOD, "thanks")[1:]})
+    silent = [{"role": "assistant", "content": GOOD, "weight": 0}]
+    with pytest.raises(MalformedRowError, match="weight other than 0"):
+        read({**PAIRS["pair"], "chosen": silent})
+
+
+# ---- scores, tables ----
+
+
+def test_a_score_that_is_not_a_number_is_no_score():
+    found = read({**PAIRS["pair"], "score_chosen": float("nan"), "score_rejected": 2}).preference
+    assert math.isnan(found.scores[0])
+    assert found.scores[1] == 2
+    row = {"prompt": ASK, "responses": [GOOD, BAD], "ranks": [1, 2], "scores": [None, 1.0]}
+    assert math.isnan(read(row).preference.scores[0])
+
+
+def test_a_table_of_text_stays_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [("2+2?", "4", "5", "8.5", "1"), ("Any?", "None", "NA", "nan", "0")]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (tmp_path / "rows.csv", folder / "train.csv"):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [("prompt", "chosen", "rejected", "score_chosen", "score_rejected"), *rows]
+            )
+    alone, inside = read_preferences(tmp_path / "rows.csv"), read_preferences(folder)
+    for found in (alone, inside):
+        assert [p.responses for p in found.preferences] == [("4", "5"), ("None", "NA")]
+        assert found.preferences[0].scores == (8.5, 1.0)
+
+
+def test_a_table_with_a_line_too_long_names_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,chosen,rejected\n"a, b",c,d\ne,f,g,h\n')
+    found = read_preferences(path, on_error="skip")
+    assert found.preferences[0].prompt == "a, b"
+    assert found.skipped == {"length_mismatch": 1}
+    path.write_text("prompt,chosen,prompt\na,b,c\n")
+    with pytest.raises(ValueError, match="twice"):
+        read_preferences(path)
+
+
+def test_keys_that_only_other_rows_have_are_not_there(tmp_path):
+    rows = [
+        {
+            "prompt": say(ASK),
+            "chosen": [{"role": "assistant", "content": GOOD, "tool_calls": [{"function": {name: 1}}]}],
+            "rejected": say("", BAD)[1:],
+        }
+        for name in ("a", "b")
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for name, found in zip("ab", read_preferences(tmp_path / "rows.parquet").preferences, strict=True):
+        assert found.responses[0][0]["tool_calls"] == [{"function": {name: 1}}]
+        assert found.responses[1] == BAD
+
+
+def test_the_page_about_data_has_a_line_for_every_layout():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    assert {line.split("|")[2].strip(" `") for line in text.splitlines() if line.startswith("|")} >= set(
+        LAYOUTS
+    )
