@@ -11,6 +11,8 @@ CONSTRAINTS ?= constraints.txt
 export CONSTRAINTS
 
 BIN   := .venv/bin
+# A worker runs neighbouring tests, which share fixtures and programs, and takes over what another has not begun.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -43,11 +45,11 @@ report: setup ## Write RUN/report.html again
 data: setup ## Make the shipped sentiment preferences again (samples SmolLM2 with its own decode loop)
 	$(BIN)/python data/make_sentiment.py $(ARGS)
 
-test: setup ## Quick tests (ARGS="tests/losses -x" narrows them)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## Quick tests on every core (ARGS="tests/losses -x" narrows them, ARGS="-n 0" runs them in one process)
+	$(PYTEST) $(ARGS)
 
 test-all: setup ## All tests, also those that need minutes, the real model, torch or a browser
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 check: setup ## Format and lint (ruff), types (pyright)
 	$(BIN)/ruff format --check .

@@ -1,16 +1,26 @@
 """Shapes are checked and warnings are errors under pytest only."""
 
 import os
-import tempfile
+import shutil
+import sys
 from pathlib import Path
+
+# Bytecode is kept: without it every worker compiles the package and the tests anew, each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+CACHE = Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo") / "compiled-for-tests"
+"""Compiled programs, shared by workers and kept for the next run: jax knows them by text, flags and version."""
+CACHE_LIMIT = 2 << 30
+"""Bytes above which the cache is begun anew."""
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="dpo-test-compiled-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("dpo", "beartype.beartype")
 
@@ -18,6 +28,24 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rooms", action="store_true", help="print a table of tests and CPU seconds by directory"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from cpu_times import CpuTimes
+
+    config.pluginmanager.register(CpuTimes(config.getoption("--rooms")), "cpu_times")
+    # A worker may find a program that another is still writing: it compiles it itself, and jax says so.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker and sum(file.stat().st_size for file in CACHE.glob("*")) > CACHE_LIMIT:
+        shutil.rmtree(CACHE, ignore_errors=True)
+
 
 SHARED = Path(os.environ.get("DPO_SHARED_DIR") or Path(__file__).parents[2] / "shared")
 """Preference data and oracle values that are not in the repository; tests that need them skip without."""
