@@ -10,7 +10,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 CACHE = Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo") / "compiled-for-tests"
-"""Compiled programs, shared by workers and kept for the next run: jax knows them by text, flags and version."""
+"""Compiled programs, for all workers and the next run too: jax knows them by text, flags and version."""
 CACHE_LIMIT = 2 << 30
 """Bytes above which the cache is begun anew."""
 
