@@ -49,8 +49,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_for():
 
 
 def test_a_rounded_result_is_its_float32_sum_rounded_once():
-    expected = y.astype(jnp.float32) @ w.astype(jnp.bfloat16).astype(jnp.float32).T
-    assert_array_equal(dx, expected.astype(dx.dtype))
+    """Also the gradient for bfloat16 activations; a bfloat16 sum would lose most digits of 2,000 terms."""
     x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((8, 2000), (2000, 8))))
     x = x.astype(jnp.bfloat16)
     y, vjp = jax.vjp(lambda x: jnp.asarray(rounded_product(x, w, False, jnp.bfloat16)), x)
