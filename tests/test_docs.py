@@ -79,8 +79,19 @@ def visible(text: str) -> str:
     return re.sub(r"^ *```[^\n]*\n.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def reader_directory(tmp_path: Path) -> Path:
+    """A checkout's shipped files, and the file of settings that the README has its reader write."""
+    for name in ("configs", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my").mkdir()
+    example = (ROOT / "README.md").read_text(encoding="utf-8").split("```yaml")[1].split("```")[0]
+    (tmp_path / "my" / "run.yaml").write_text(example)
+    return tmp_path
+
+
 @pytest.mark.parametrize("command", list(commands()), ids=str)
-def test_commands_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_parse(command: Command, reader_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the settings, whose types and ranges are checked; nothing is read or run."""
     _, name, *arguments = shlex.split(command.text, comments=True)
 
@@ -95,7 +106,7 @@ def test_commands_parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> No
             return made  # these have settings of their own besides
         raise Parsed
 
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(reader_directory)
     monkeypatch.setattr(cli, "build", stop)
     with pytest.raises(Parsed):
         cli.main([name, *arguments])
@@ -177,7 +188,7 @@ def anchors(path: Path) -> set[str]:
 def test_the_design_says_what_every_dependency_is_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    needed += project["optional-dependencies"]["oracle"]
+    needed += project["optional-dependencies"]["oracle"] + project["optional-dependencies"]["docs"]
     table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").split("## Dependencies")[1]
     rows = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
     named = {name for row in rows for name in row.split(", ")}

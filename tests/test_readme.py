@@ -1,4 +1,4 @@
-"""What docs/layout.md lists is there, and nothing is left out of it; what the README shows works."""
+"""README is a short front door, what it and docs/using.md show works, and docs/layout.md lists every file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from numpy.testing import assert_allclose
 from dpo.cli import COMMANDS
 from dpo.command_line import load_config
 from dpo.config import Config
+from dpo.distribution import settings_names
 from dpo.losses import OBJECTIVES, Scores, make_objective, objectives
 from dpo.training import loop
 from dpo.training.loop import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+USING = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
 LAYOUT = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
 
 
@@ -53,10 +55,24 @@ def test_every_file_of_the_package_and_every_page_is_listed_with_a_comment() -> 
     assert not unlisted, f"the tree in docs/layout.md lacks {unlisted}: add a line with a comment for each"
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1000
+
+
 def test_commands_in_the_examples_exist() -> None:
-    named = set(re.findall(r"^(?:\$ )?dpo (\w+)", README, re.MULTILINE))
-    assert named <= set(COMMANDS)
-    assert set(COMMANDS) <= named, "every command has an example"
+    named = set(re.findall(r"^(?:\$ )?dpo (\w+)", USING, re.MULTILINE))
+    assert named == set(COMMANDS), "every command has an example in docs/using.md"
+    assert set(re.findall(r"^(?:\$ )?dpo (\w+)", README, re.MULTILINE)) <= named
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)", README))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_shipped_settings_are_named() -> None:
+    section = USING.split("## Settings")[1].split("## ")[0]
+    assert set(settings_names()) <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_make_targets_in_the_examples_exist() -> None:
@@ -104,7 +120,7 @@ def test_the_example_program_trains_with_its_own_objective(monkeypatch: pytest.M
     )
     monkeypatch.setattr("dpo.losses.objectives.OBJECTIVES", dict(OBJECTIVES))
     monkeypatch.setattr("dpo.losses.OBJECTIVES", objectives.OBJECTIVES)
-    exec(compile(README.split("```python")[1].split("```")[0], "README.md", "exec"), {})
+    exec(compile(USING.split("```python")[1].split("```")[0], "using.md", "exec"), {})
     made = make_objective(given[0].objective)
     scores = Scores(
         policy=jnp.asarray([[-3.0, -5.0]]),
@@ -115,4 +131,4 @@ def test_the_example_program_trains_with_its_own_objective(monkeypatch: pytest.M
         scores=jnp.zeros((1, 2)),
     )
     assert_allclose(made(scores), [math.log1p(math.exp(1.0 - 0.1 * 2.0))], rtol=1e-6)
-    assert set(re.findall(r"has the (\d+) that", README)) == {str(len(OBJECTIVES))}
+    assert set(re.findall(r"has the (\d+) that", USING)) == {str(len(OBJECTIVES))}
