@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate report data test test-all check format bench diffusion frontier clean
+.PHONY: help setup train evaluate report data docs test test-all check format bench diffusion frontier clean
 
 help: ## Print this list
 	@echo "make TARGET [CONFIG=$(CONFIG)] [RUN=$(RUN)] [ARGS=\"--training.steps=20\"] [PYTHON=$(PYTHON)]"
@@ -44,6 +44,10 @@ report: setup ## Write RUN/report.html again
 
 data: setup ## Make the shipped sentiment preferences again (samples SmolLM2 with its own decode loop)
 	$(BIN)/python data/make_sentiment.py $(ARGS)
+
+docs: setup ## Write the docs as a site to site/, with an API reference and search; a broken link stops it
+	@$(BIN)/python -m pip install --quiet $${CONSTRAINTS:+-c $$CONSTRAINTS} -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: setup ## Quick tests on every core (ARGS="tests/losses -x" narrows them, ARGS="-n 0" runs them in one process)
 	$(PYTEST) $(ARGS)
