@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo.huggingface.gguf_reader import GgufContainer, GgufTensor
-from dpo.huggingface.gguf_tokenizer import make_tokenizer
+from dpo.huggingface.gguf_tokenizer import end_tokens, make_tokenizer
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold divisors of rotary frequencies; they become configuration."""
@@ -66,6 +66,16 @@ class GgufFile:
         names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
         found = {name: self._fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
         return {name: value if type(value) is int else None for name, value in found.items()}
+
+    def generation_config(self) -> dict[str, Any]:
+        """What ends a response, and the other special tokens; the vocabulary says more than its one EOS."""
+        found = {name: value for name, value in self.token_ids().items() if value is not None}
+        if "tokenizer.ggml.tokens" not in self._fields:
+            return found
+        ends = end_tokens(self.path, self._fields)
+        first = [found["eos_token_id"]] if "eos_token_id" in found else []
+        ends = [*first, *(end for end in ends if end not in first)]
+        return found | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
     def tensors(self, names: Iterable[str]) -> GgufTensors:
         """The file's tensors under these Hugging Face names, and others under their own."""

@@ -313,7 +313,7 @@ def _open_gguf(path: Path, source: str) -> Checkpoint:
     file = GgufFile(path)
     return Checkpoint(
         config=file.config(),
-        generation_config={key: value for key, value in file.token_ids().items() if value is not None},
+        generation_config=file.generation_config(),
         tensors=lambda family, names: file.tensors(names),
         tokenizer=file.tokenizer,
         source=source,

@@ -128,6 +128,7 @@ def write_gguf(source: Path, path: Path, kind: str = "F32") -> None:
         add = writer.add_string if isinstance(value, str) else add
         (writer.add_bool if isinstance(value, bool) else add)(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
     writer.add_token_merges([])
     layers = config.get("num_hidden_layers") or config["n_layer"]

@@ -153,13 +153,17 @@ def small_path(tmp_path_factory):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model", "gpt1", r"tokenizer\.ggml\.model is 'gpt1'; allowed: gemma4, gpt2, llama, t5"),
+        ("model", "gpt1", r"tokenizer\.ggml\.model is 'gpt1'; allowed: gpt2, llama"),
         ("model", ["gpt2"], r"tokenizer\.ggml\.model is \['gpt2'\]; allowed: str"),
         ("tokens", ["a", 3], r"tokenizer\.ggml\.tokens\[1\] is 3; allowed: str"),
         ("eos_token_id", 4096, r"tokenizer\.ggml\.eos_token_id is 4096; allowed is 0 to 2"),
         ("eos_token_id", -1, r"eos_token_id is -1; allowed is 0 to"),
         ("eos_token_id", "</s>", r"eos_token_id is '</s>'; allowed: int"),
-        ("merges", ["a b", "nothing"], "no tokenizer can be built from its metadata"),
+        ("merges", ["a b", "nothing"], r"tokenizer\.ggml\.merges\[1\] is 'nothing'; allowed: two tokens"),
+        ("merges", ["a b", "b c"], "no tokenizer can be built from its metadata"),
+        ("pre", "unheard-of", r"tokenizer\.ggml\.pre is 'unheard-of', which is not known; allowed: a\.x-4"),
+        ("tokens", ["a", "b", "a"], r"tokenizer\.ggml\.tokens has 'a' twice"),
+        ("token_type", [1], r"tokenizer\.ggml\.token_type has 1 entries; allowed is one a token, 3"),
     ],
 )
 def test_a_tokenizer_that_can_not_be_built_is_refused_by_its_field(small_path, key, value, message):
