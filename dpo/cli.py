@@ -1,18 +1,14 @@
 """The commands. Settings are read and checked here, before anything heavy is imported or loaded.
 
-Exit codes: 0 done; 1 the command failed (a file could not be written, say); 2 the command line, a setting or
-the data is wrong; 75 interrupted with everything saved: the same command goes on from there; 130 stopped at
-once by a second signal.
+Exit codes are those of `dpo.outcomes`.
 """
 
 from __future__ import annotations
 
 import json
-import linecache
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -21,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from dpo.command_line import USAGE_ERROR, Settings, SettingsParser, build, load_config, settings_parser
+from dpo.command_line import Settings, SettingsParser, build, load_config, settings_parser
 from dpo.config import (
     Config,
     DataConfig,
@@ -40,21 +36,18 @@ from dpo.config import (
 )
 from dpo.data.control_characters import show_controls
 from dpo.distribution import find_data, version
+from dpo.outcomes import BUG, STOPPED, USER, UserError, describe, outcome_of
 
 if TYPE_CHECKING:
     from dpo.evaluation.heldout import Heldout
     from dpo.training.setup import Dataset
 
 FAILED = 1
-"""Exit code of a command that could not do its work, or a plan that does not fit; what was given is right."""
-STOPPED = 130
-"""Exit code after a second signal, or one that came when there was nothing to save."""
+"""Exit code of a plan that does not fit; what was given is right."""
 DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv", ".arrow")
 """Endings of data sources that can only be files; others may be directories or on the hub."""
 FIRST_ROWS = 8
 """Rows of a file of preferences that are parsed before anything is loaded."""
-INTERRUPTED = 75
-"""Exit code of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,17 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
         meant = "".join(f" did you mean {near}?" for near in get_close_matches(name, COMMANDS, n=1))
         allowed = ", ".join(COMMANDS)
         print(f"dpo: error: {name!r} is not a command;{meant} allowed: {allowed}", file=sys.stderr)
-        return USAGE_ERROR
+        return USER.code
     try:
         return COMMANDS[name]([_with_underscores(argument) for argument in rest])
-    except KeyboardInterrupt:
-        print(f"dpo {name}: stopped at once", file=sys.stderr)
-        return STOPPED
-    except (ValueError, OSError) as error:
-        if not _is_for_user(error):
+    except (Exception, KeyboardInterrupt) as error:
+        outcome = outcome_of(error)
+        if outcome is BUG:
             raise
-        print(show_controls(f"dpo {name}: error: {error}"), file=sys.stderr)
-        return FAILED if isinstance(error, OSError) else USAGE_ERROR
+        print(show_controls(describe(f"dpo {name}", error)), file=sys.stderr)
+        return outcome.code
 
 
 def train(arguments: list[str]) -> int:
@@ -97,10 +88,10 @@ def train(arguments: list[str]) -> int:
     from dpo.parallel.distributed import is_alone, is_main
 
     if not is_main():
-        return INTERRUPTED if result.status == "interrupted" else 0
+        return STOPPED.code if result.status == "interrupted" else 0
     if result.status == "interrupted":
         print_plain(f"{config.run_dir}: stopped as asked; the same command goes on from there")
-        return INTERRUPTED
+        return STOPPED.code
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
     print_result(result.run_dir, config)
@@ -119,7 +110,7 @@ def evaluate(arguments: list[str]) -> int:
     run = None if given.run is None else load_config(Path(given.run) / "config.yaml")
     config = heldout_settings(given, run)
     if config.data.eval is None:
-        raise ValueError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
+        raise UserError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
     if config.data.eval.endswith(DATA_FILES):
         _require_file("data", config.data.eval)
     from dpo.evaluation.heldout import score_heldout
@@ -162,7 +153,7 @@ def inspect(arguments: list[str]) -> int:
     console.print(render_report(report))
     if given.example is not None:
         if given.example >= len(dataset.tokens):
-            raise ValueError(f"example is {given.example}; allowed is 0 to {len(dataset.tokens) - 1}")
+            raise UserError(f"example is {given.example}; allowed is 0 to {len(dataset.tokens) - 1}")
         console.print(render_example(dataset.tokens, given.example, tokenizer))
     if given.output is not None:
         write_json(given.output, report)
@@ -250,7 +241,7 @@ def watch(arguments: list[str]) -> int:
     from dpo.pages.watch import watch as follow
 
     finished = follow(Path(given.run), config, interval=given.interval, once=given.once)
-    return 0 if finished or given.once else INTERRUPTED
+    return 0 if finished or given.once else STOPPED.code
 
 
 def frontier(arguments: list[str]) -> int:
@@ -268,7 +259,7 @@ def frontier(arguments: list[str]) -> int:
     result = run(given, log=print_plain)
     if result is None:
         print_plain("stopped; the same command goes on from there")
-        return INTERRUPTED
+        return STOPPED.code
     print_plain(f"figures, tables and frontier.json: {given.output}")
     return 0
 
@@ -300,7 +291,7 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     """Sample, judge, print the figures, and add them to the run's report."""
     config = heldout_settings(as_evaluation(given), run)
     if config.data.eval is None:
-        raise ValueError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
+        raise UserError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
     if config.data.eval.endswith(DATA_FILES):
         _require_file("data", config.data.eval)
     from dpo.judging.match import RESULT_FILE, play
@@ -333,7 +324,7 @@ def generate(arguments: list[str]) -> int:
     values = parser.parse_args(arguments)
     given = build(GenerateConfig, values, parser)
     if (values.prompt is None) is not values.interactive:
-        raise ValueError("give either a prompt or --interactive: dpo generate MODEL PROMPT")
+        raise UserError("give either a prompt or --interactive: dpo generate MODEL PROMPT")
     import jax.numpy as jnp
 
     from dpo.huggingface.pretrained import load_pretrained
@@ -451,7 +442,7 @@ def check_winrate(config: Config, judge: str, arguments: Sequence[str]) -> Winra
     from dpo.judging.kinds import open_judge, require_word_for_code
 
     if config.data.eval is None:
-        raise ValueError(f"winrate is {judge}, and data.eval is not set; allowed: both")
+        raise UserError(f"winrate is {judge}, and data.eval is not set; allowed: both")
     require_word_for_code(judge, setting="winrate", arguments=arguments)
     given = WinrateConfig(run=config.run_dir, judge=judge, max_new_tokens=config.training.eval_max_new_tokens)
     open_judge(given, print_plain)
@@ -479,7 +470,7 @@ def check_settings(config: Config) -> None:
         _require_file("data.chat_template", config.data.chat_template)
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir is {config.run_dir!r}, a file; allowed: a directory, there or not yet")
+        raise UserError(f"run_dir is {config.run_dir!r}, a file; allowed: a directory, there or not yet")
     data = config.data
     for key, source, split, limit in (
         ("data.train", data.train, data.train_split, data.max_train),
@@ -554,7 +545,7 @@ def _with_underscores(argument: str) -> str:
 
 def _require_file(key: str, path: str) -> None:
     if not Path(find_data(path)).is_file():
-        raise ValueError(f"{key} is {path!r}: there is no such file (the working directory is {Path.cwd()})")
+        raise UserError(f"{key} is {path!r}: there is no such file (the working directory is {Path.cwd()})")
 
 
 def beta_of(config: Config) -> float:
@@ -659,15 +650,3 @@ def _overview() -> str:
             "dpo COMMAND --help lists every setting with its type, default and meaning; dpo --version.",
         ]
     )
-
-
-def _is_for_user(error: ValueError | OSError) -> bool:
-    """Whether this project raised it on purpose: the traceback ends in a `raise` of our own.
-
-    Anything else is a bug, and keeps its traceback.
-    """
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
-    return last.filename.startswith(ours) and linecache.getline(
-        last.filename, last.lineno or 0
-    ).lstrip().startswith("raise")

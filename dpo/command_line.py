@@ -21,9 +21,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 
 from dpo.config import Config
 from dpo.distribution import find_settings, settings_names
-
-USAGE_ERROR = 2
-"""Exit code for anything wrong with the command line or the settings."""
+from dpo.outcomes import USER, UserError
 
 MAX_YAML_VALUES = 100_000
 """Values of one file with its aliases written out: ten short lines of aliases to aliases make billions."""
@@ -65,7 +63,7 @@ def _measure(value: Any, measured: dict[int, tuple[int, int]]) -> tuple[int, int
     if id(value) not in measured:
         measured[id(value)] = MAX_YAML_VALUES + 1, MAX_YAML_DEPTH + 1
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-            raise ValueError(f"the name of a value is {next(k for k in value if not isinstance(k, str))!r}")
+            raise UserError(f"the name of a value is {next(k for k in value if not isinstance(k, str))!r}")
         inner = value.values() if isinstance(value, dict) else value
         parts = [_measure(part, measured) for part in inner]
         depth = 1 + max((depth for _, depth in parts), default=0)
@@ -96,7 +94,7 @@ class SettingsParser(ArgumentParser):
             text += f"; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
         print(f"{self.prog}: error: {text}", file=sys.stderr)
         print(f"(all settings: {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR)
+        raise SystemExit(USER.code)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
         given = _with_shipped_settings([str(arg) for arg in (sys.argv[1:] if args is None else args)])
@@ -180,18 +178,18 @@ def load_config(path: str | Path) -> Config:
     """
     parser = _config_parser()
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise UserError(f"{path}: there is no such file")
     try:
         return build(Config, parser.parse_path(str(path)), parser)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 class _RaisingParser(SettingsParser):
     """The same for a file that no command line names: errors are the caller's to place."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(explain(message, self.setting_names()))
+        raise UserError(explain(message, self.setting_names()))
 
 
 @cache

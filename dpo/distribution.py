@@ -11,6 +11,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from dpo.outcomes import UserError
+
 DISTRIBUTION = "dpo-jax"
 """What is installed with pip; the import and the command are `dpo`."""
 PREFIX = "shipped:"
@@ -58,7 +60,7 @@ def find_data(source: str) -> str:
     there = {path.name: path for path in sorted(_shipped("data").glob("*.jsonl"))}
     name = source.removeprefix(PREFIX)
     if name not in there:
-        raise ValueError(f"{source}: no such file comes with the package; allowed: {', '.join(there)}")
+        raise UserError(f"{source}: no such file comes with the package; allowed: {', '.join(there)}")
     return str(there[name])
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import safetensors
 
+from dpo.outcomes import EnvironmentFailure
+
 CHECKSUMS_FILE = "SHA256SUMS"
 UNFINISHED = ".writing"
 """Ending of what is being written; what has it belongs to nobody once its writer is gone."""
@@ -22,7 +24,7 @@ REPLACED = ".replaced"
 """Ending of a directory that is making room for its successor."""
 
 
-class WriteError(OSError):
+class WriteError(EnvironmentFailure):
     """Something could not be written: the message says what, where and why."""
 
 

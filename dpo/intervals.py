@@ -6,6 +6,8 @@ from math import sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
+from dpo.outcomes import UserError
+
 
 class Interval(NamedTuple):
     """An estimate between the ends of its confidence interval."""
@@ -24,7 +26,7 @@ def wilson(successes: float | int, count: int, *, confidence: float = 0.95) -> I
     Unlike the normal approximation it stays inside [0, 1] and works at 0 and at `count` successes.
     """
     if not 0 <= successes <= count or count < 1:
-        raise ValueError(f"{successes} successes of {count}; allowed is 0 to count, count at least 1")
+        raise UserError(f"{successes} successes of {count}; allowed is 0 to count, count at least 1")
     z = normal_quantile(confidence)
     rate = successes / count
     centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
@@ -35,5 +37,5 @@ def wilson(successes: float | int, count: int, *, confidence: float = 0.95) -> I
 def normal_quantile(confidence: float) -> float:
     """z with this probability between −z and z."""
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; allowed is between 0 and 1")
+        raise UserError(f"confidence is {confidence}; allowed is between 0 and 1")
     return NormalDist().inv_cdf((1 + confidence) / 2)

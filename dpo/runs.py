@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config import Config
+from dpo.outcomes import UserError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -58,9 +59,9 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(summary, dict):
-        raise ValueError(f"{path}: must be a JSON object, not {type(summary).__name__}")
+        raise UserError(f"{path}: must be a JSON object, not {type(summary).__name__}")
     return summary
 
 
@@ -78,7 +79,7 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
             row = json.loads(line)
             rows.append({name: v if name == "step" else float(v) for name, v in row.items()})
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number} is damaged: {error}; delete the line to go on without it"
             ) from error
     return rows

@@ -16,7 +16,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from dpo import cli
-from dpo.cli import COMMANDS, INTERRUPTED, main
+from dpo.cli import COMMANDS, main
+from dpo.outcomes import STOPPED
 from dpo.training import hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -376,4 +377,4 @@ def test_an_interrupted_run_has_its_own_exit_code(settings: Path, monkeypatch: p
         yield lambda: True
 
     monkeypatch.setattr(loop, "stop_requests", stop_at_once)
-    assert main(["train", "--config", str(settings)]) == INTERRUPTED
+    assert main(["train", "--config", str(settings)]) == STOPPED.code

@@ -18,22 +18,54 @@ ANYWHERE = {"distribution"}
 # What each layer may import besides itself.
 BELOW = {
     "": set(),
-    "intervals": set(),
-    "files": set(),
-    "distribution": set(),
-    "config": set(),
-    "command_line": {"config"},
-    "runs": {"config"},
-    "losses": set(),
-    "diffusion": {"losses"},
-    "parallel": set(),
-    "data": {"parallel", "losses", "intervals"},
-    "models": {"parallel"},
-    "huggingface": {"models", "parallel", "files"},
-    "training": {"huggingface", "models", "parallel", "data", "losses", "runs", "config", "files"},
-    "evaluation": {"training", "parallel", "data", "losses", "runs", "config", "files", "intervals"},
-    "planning": {"training", "huggingface", "models", "parallel", "data", "losses", "runs", "config"},
+    "outcomes": set(),
+    "intervals": {"outcomes"},
+    "files": {"outcomes"},
+    "distribution": {"outcomes"},
+    "config": {"outcomes", "files"},
+    "command_line": {"outcomes", "config"},
+    "runs": {"outcomes", "config"},
+    "losses": {"outcomes"},
+    "diffusion": {"outcomes", "losses"},
+    "parallel": {"outcomes"},
+    "data": {"outcomes", "parallel", "losses", "intervals"},
+    "models": {"outcomes", "parallel"},
+    "huggingface": {"outcomes", "models", "parallel", "files"},
+    "training": {
+        "outcomes",
+        "huggingface",
+        "models",
+        "parallel",
+        "data",
+        "losses",
+        "runs",
+        "config",
+        "files",
+    },
+    "evaluation": {
+        "outcomes",
+        "training",
+        "parallel",
+        "data",
+        "losses",
+        "runs",
+        "config",
+        "files",
+        "intervals",
+    },
+    "planning": {
+        "outcomes",
+        "training",
+        "huggingface",
+        "models",
+        "parallel",
+        "data",
+        "losses",
+        "runs",
+        "config",
+    },
     "judging": {
+        "outcomes",
         "evaluation",
         "training",
         "huggingface",
@@ -46,6 +78,7 @@ BELOW = {
         "intervals",
     },
     "pages": {
+        "outcomes",
         "judging",
         "evaluation",
         "training",
@@ -59,6 +92,7 @@ BELOW = {
         "intervals",
     },
     "experiments": {
+        "outcomes",
         "pages",
         "judging",
         "evaluation",
@@ -73,6 +107,7 @@ BELOW = {
         "files",
     },
     "cli": {
+        "outcomes",
         "experiments",
         "pages",
         "judging",
@@ -89,7 +124,7 @@ BELOW = {
         "config",
         "files",
     },
-    "__main__": {"cli"},
+    "__main__": {"outcomes", "cli"},
 }
 
 
@@ -143,3 +178,18 @@ def test_settings_are_known_to_the_rim_only() -> None:
         "command_line",
         "runs",
     }
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "dpo.data.template_worker"])
+def test_an_error_that_is_meant_says_whose_it_is(module: str) -> None:
+    """`UserError` for what a user gave (exit code 2); a plain `ValueError` is a bug and keeps its traceback.
+
+    The template worker runs without the rest of the package.
+    """
+    raised = [
+        node.lineno
+        for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if isinstance(node.exc.func, ast.Name) and node.exc.func.id in ("ValueError", "OSError")
+    ]
+    assert not raised, f"{module}, lines {raised}: raise dpo.outcomes.UserError, or EnvironmentFailure"

@@ -3,6 +3,11 @@
 Range checks live in `__post_init__`, so that a bad value stops a command before anything is loaded.
 """
 
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
 from dpo.config.commands import (
     EndpointConfig,
     EvaluateConfig,
@@ -19,9 +24,6 @@ from dpo.config.experiments import (
     DiffusionConfig,
     FrontierConfig,
 )
-from dpo.config.files import (
-    save_config,
-)
 from dpo.config.run import (
     Config,
     DataConfig,
@@ -33,6 +35,7 @@ from dpo.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
+from dpo.files import replace_text
 
 __all__ = [
     "Config",
@@ -58,3 +61,9 @@ __all__ = [
     "heldout_settings",
     "save_config",
 ]
+
+
+def save_config(config: Config | DiffusionConfig, path: str | Path) -> None:
+    """Write every setting as YAML, whole or not at all; `dpo train --config PATH` repeats the run."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    replace_text(Path(path), text, what="the settings")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dpo.config.ranges import check_range
 from dpo.config.run import Config, LoraConfig
+from dpo.outcomes import UserError
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class EvaluateConfig:
         if self.run is None:
             for name in ("policy", "reference", "data"):
                 if getattr(self, name) is None:
-                    raise ValueError(f"{name} is not given; allowed: --{name} SOURCE, or --run DIR of a run")
+                    raise UserError(f"{name} is not given; allowed: --{name} SOURCE, or --run DIR of a run")
         check_range("limit", self.limit, low=1)
         check_range("beta", self.beta, above=0.0)
         check_range("max_length", self.max_length, low=2)
@@ -164,9 +165,7 @@ class EndpointConfig:
 
     def __post_init__(self) -> None:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"endpoint.base_url is {self.base_url!r}; allowed: http:// or https:// addresses"
-            )
+            raise UserError(f"endpoint.base_url is {self.base_url!r}; allowed: http:// or https:// addresses")
         check_range("endpoint.concurrency", self.concurrency, low=1)
         check_range("endpoint.timeout", self.timeout, above=0.0)
         check_range("endpoint.retries", self.retries, low=0)
@@ -224,9 +223,9 @@ class WinrateConfig:
         if self.run is None:
             for name in ("policy", "opponent", "data", "output"):
                 if getattr(self, name) is None:
-                    raise ValueError(f"{name} is not given; allowed: --{name} VALUE, or --run DIR of a run")
+                    raise UserError(f"{name} is not given; allowed: --{name} VALUE, or --run DIR of a run")
         if not self.temperatures:
-            raise ValueError("temperatures is []; allowed is one or more")
+            raise UserError("temperatures is []; allowed is one or more")
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.0)
         for name in ("limit", "samples", "max_new_tokens", "top_k", "batch_size"):

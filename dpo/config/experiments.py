@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo.config.ranges import check_range
+from dpo.outcomes import UserError
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class FrontierConfig:
     def __post_init__(self) -> None:
         for name in ("objectives", "betas", "temperatures"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is []; allowed is one or more")
+                raise UserError(f"{name} is []; allowed is one or more")
         for name in ("steps", "eval_every", "batch_size", "prompts", "max_new_tokens", "best_of"):
             check_range(name, getattr(self, name), low=1)
         for beta in self.betas:
@@ -67,11 +68,11 @@ class FrontierConfig:
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.0)
         if self.temperature_beta not in self.betas:
-            raise ValueError(f"temperature_beta is {self.temperature_beta}; allowed are betas: {self.betas}")
+            raise UserError(f"temperature_beta is {self.temperature_beta}; allowed are betas: {self.betas}")
         names = [f"{name}:{beta:g}" for name in self.objectives for beta in self.betas]
         for name in self.only:
             if name not in names:
-                raise ValueError(f"only has {name!r}; allowed are {', '.join(names)}")
+                raise UserError(f"only has {name!r}; allowed are {', '.join(names)}")
         check_range("learning_rate", self.learning_rate, above=0.0)
         check_range("max_length", self.max_length, low=2)
         check_range("seed", self.seed, low=0, high=2**31 - 1)
@@ -138,7 +139,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         if not self.means or any(len(mean) != len(self.reward) for mean in self.means):
-            raise ValueError(
+            raise UserError(
                 f"means is {self.means} and reward is {self.reward}; allowed: at least one mean, "
                 "each with as many numbers as reward"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dpo.outcomes import UserError
+
 
 def check_range(
     key: str,
@@ -24,4 +26,4 @@ def check_range(
     allowed = " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
     if low is not None and high is not None:
         allowed = f"from {low} to {high}"
-    raise ValueError(f"{key} is {value}; allowed is {allowed}{f' or {also}' if also else ''}")
+    raise UserError(f"{key} is {value}; allowed is {allowed}{f' or {also}' if also else ''}")

@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any, Literal
 
 from dpo.config.ranges import check_range
+from dpo.outcomes import UserError
 
 IdentityKind = Literal[
     "settings", "data", "tokenizer", "template", "tokens", "weights", "reference", "versions", "steps"
@@ -41,12 +42,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
         if self.attention == "cudnn" and self.compute_dtype == "float32":
-            raise ValueError(
+            raise UserError(
                 "model.attention is cudnn with model.compute_dtype float32; allowed there: bfloat16, because "
                 "cuDNN attends in half precision only"
             )
         if self.compute_dtype == "bfloat16" and self.round_products not in (None, "both"):
-            raise ValueError(
+            raise UserError(
                 f"model.round_products is {self.round_products} with model.compute_dtype bfloat16; allowed "
                 "there: both, because operands that are bfloat16 already cannot be exact"
             )
@@ -80,18 +81,18 @@ class LoraConfig:
         check_range("lora.rank", self.rank, low=1)
         check_range("lora.alpha", self.alpha, above=0.0)
         if self.rank is not None and self.init is not None:
-            raise ValueError(
+            raise UserError(
                 f"lora.rank is {self.rank} and lora.init is {self.init!r}; allowed is one of "
                 "them: an adapter has a rank"
             )
         if not self.target_modules:
-            raise ValueError("lora.target_modules is empty; allowed: all-linear, names, a regular expression")
+            raise UserError("lora.target_modules is empty; allowed: all-linear, names, a regular expression")
         owned = ["alpha", "target_modules", "use_rslora", "use_dora", *([] if self.is_on else ["base_dtype"])]
         defaults = {item.name: item.default for item in fields(self)}
         for name in owned if self.rank is None else []:
             if getattr(self, name) != defaults[name]:
                 reason = "LoRA is off" if self.init is None else "the adapter in lora.init has its own"
-                raise ValueError(
+                raise UserError(
                     f"lora.{name} is {getattr(self, name)!r}, but {reason}; allowed where lora.rank is given"
                 )
 
@@ -153,7 +154,7 @@ class DataConfig:
         try:
             date.fromisoformat(self.template_date)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"data.template_date is {self.template_date!r}; allowed is a date as 2024-07-26"
             ) from error
 
@@ -238,7 +239,7 @@ class TrainingConfig:
         check_range("training.batch_size", self.batch_size, low=1)
         check_range("training.micro_batches", self.micro_batches, low=1)
         if self.micro_batches > self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"training.micro_batches is {self.micro_batches} and training.batch_size is "
                 f"{self.batch_size}; allowed is at most one part for each of a step's prompts"
             )
@@ -252,7 +253,7 @@ class TrainingConfig:
         check_range("training.save_every", self.save_every, low=1)
         check_range("training.save_minutes", self.save_minutes, above=0.0)
         if self.keep_best is not None and self.eval_every is None:
-            raise ValueError(
+            raise UserError(
                 f"training.keep_best is {self.keep_best} and training.eval_every is not set; allowed: both"
             )
         check_range("training.keep_checkpoints", self.keep_checkpoints, low=1)
@@ -329,7 +330,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.objectives and self.objective != {"name": "dpo"}:
-            raise ValueError(
+            raise UserError(
                 f"objective is {self.objective} and objectives is {self.objectives}; allowed is one of them "
                 "(objective: {name: dpo} is the default)"
             )
@@ -337,7 +338,7 @@ class Config:
         for name, default in (("eval_every", None), ("eval_samples", 0)):
             asked = getattr(training, name)
             if asked != default and self.data.eval is None:
-                raise ValueError(
+                raise UserError(
                     f"training.{name} is {asked} and data.eval is not set; allowed: both, because it is "
                     "about held-out data"
                 )
@@ -348,12 +349,12 @@ def _check_rule(pattern: str, spec: list[Any]) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"mesh.rules has {pattern!r}, which is no regular expression: {error}") from error
+        raise UserError(f"mesh.rules has {pattern!r}, which is no regular expression: {error}") from error
     names = [name for entry in spec for name in (entry if isinstance(entry, list) else [entry])]
     unknown = [name for name in names if name not in ("data", "fsdp", "tensor", None)]
     twice = {name for name in names if name is not None and names.count(name) > 1}
     if unknown or twice:
-        raise ValueError(
+        raise UserError(
             f"mesh.rules has {pattern!r}: {spec}; allowed are data, fsdp, tensor, a list of them, or null "
             "for each of the last dimensions, and each axis once"
         )

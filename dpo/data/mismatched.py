@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo.data.tokenized import TokenizedDataset
 from dpo.losses.scores import MISMATCHED
+from dpo.outcomes import UserError
 
 
 def add_mismatched(dataset: TokenizedDataset) -> TokenizedDataset:
@@ -22,7 +23,7 @@ def add_mismatched(dataset: TokenizedDataset) -> TokenizedDataset:
     """
     num_rows = len(dataset)
     if num_rows < 2:
-        raise ValueError(f"the objective needs other prompts' responses, but the data has {num_rows} row")
+        raise UserError(f"the objective needs other prompts' responses, but the data has {num_rows} row")
     longest = int((dataset.prompt_lengths + dataset.response_lengths.max(1)).max())
     tokens, lengths = [], []
     ranks, scores = [], []
@@ -50,6 +51,6 @@ def _next_that_fits(dataset: TokenizedDataset, row: int, room: int) -> np.ndarra
         response = dataset.responses((row + step) % len(dataset))[0]
         if len(response) <= room:
             return response
-    raise ValueError(
+    raise UserError(
         f"row {row}: no other row's response fits its prompt of {dataset.prompt_lengths[row]} tokens"
     )

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from dpo.data.batch import Batch
 from dpo.data.tokenized import TokenizedDataset
+from dpo.outcomes import UserError
 
 Layout = Literal["padded", "packed", "shared"]
 
@@ -104,7 +105,7 @@ def pack(
     rows_a_part = shape.rows // micro_batches
     if shape.rows % micro_batches or any(len(part) > rows_a_part for part in parts):
         needed = max(map(len, parts)) * micro_batches
-        raise ValueError(
+        raise UserError(
             f"{needed} rows are needed in {micro_batches} equal parts; the shape has {shape.rows}"
         )
     batch = _empty_batch(dataset, indices, shape, num_responses)
@@ -136,7 +137,7 @@ def _cut_pieces(
     """A prompt's responses in as few pieces as the layout allows, in order."""
     longest = max(lengths, default=0)
     if prompt_length + longest > row_length or longest > scored:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {prompt_length} and a response of {longest} tokens do not fit a row of "
             f"{row_length} tokens, {scored} of them scored"
         )

@@ -19,6 +19,7 @@ from dpo.data.conversations import same_prompt
 from dpo.data.layouts import LAYOUTS
 from dpo.data.rows import UNRANKED, Preference, digest, join_responses, parse_row, read_row
 from dpo.data.sources import MalformedRowError, Part, read_rows
+from dpo.outcomes import UserError
 
 __all__ = [
     "MAX_PROBLEMS",
@@ -76,7 +77,7 @@ class ReadPreferences(NamedTuple):
     """Columns that no layout read, and in how many rows they said something."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Rows of the data do not have an accepted format. `problems` holds the first of them."""
 
     def __init__(self, source: str, problems: Sequence[Problem], num_malformed: int, num_rows: int) -> None:
@@ -215,7 +216,7 @@ def check_read(source: str, read: ReadPreferences, num_preferences: int, on_erro
     if not num_preferences:
         left_out = ", ".join(f"{count} x {reason}" for reason, count in read.skipped.items())
         found = f"no usable row among {read.num_rows}: left out {left_out}" if left_out else "it has no rows"
-        raise ValueError(f"{source}: {found}")
+        raise UserError(f"{source}: {found}")
 
 
 def expand_ranking(preference: Preference, expand: Expand) -> tuple[list[Preference], int]:
@@ -232,7 +233,7 @@ def expand_ranking(preference: Preference, expand: Expand) -> tuple[list[Prefere
         "all_pairs": combinations(range(count), 2),
     }
     if expand not in places:
-        raise ValueError(f"expand is {expand!r}; allowed are ranking, {', '.join(places)}")
+        raise UserError(f"expand is {expand!r}; allowed are ranking, {', '.join(places)}")
     pairs = list(places[expand])
     untied = [(i, j) for i, j in pairs if preference.ranks[i] != preference.ranks[j]]
     return [_pair_of(preference, i, j) for i, j in untied], len(pairs) - len(untied)

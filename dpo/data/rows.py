@@ -38,6 +38,7 @@ from dpo.data.values import (
     read_text,
     show_names,
 )
+from dpo.outcomes import UserError
 
 UNRANKED = (-1,)
 """The rank of a response that has only a score, until its neighbours are known."""
@@ -201,8 +202,8 @@ def row_reading(layout: str | None, columns: Mapping[str, str], ignored: Iterabl
       ValueError: when there is no such layout, or two names stand for one column.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"data.row_layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+        raise UserError(f"data.row_layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
     twice = [name for name, count in Counter(columns.values()).items() if count > 1]
     if twice:
-        raise ValueError(f"data.columns names {twice[0]!r} twice; allowed is one name for a column")
+        raise UserError(f"data.columns names {twice[0]!r} twice; allowed is one name for a column")
     return RowReading(layout, tuple(columns.items()), frozenset(ignored))

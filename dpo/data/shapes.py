@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo.data.packing import Layout, Shape, lay_out
+from dpo.outcomes import UserError
 
 ATTENTION_TOKENS = 1024
 """Row length at which attention costs as much time as all matrix products of a token (135M model, CPU)."""
@@ -70,7 +71,7 @@ def plan_shapes(
     if long_rows and row_length is None and layout != "padded" and rows_multiple == 1:
         return _plan_long_rows(steps, lengths, layout, micro_batches, max_shapes)
     if row_length is not None and row_length < lengths.sequence:
-        raise ValueError(
+        raise UserError(
             f"data.row_length is {row_length}; allowed is at least {lengths.sequence}, the longest prompt "
             "and response of the data"
         )
@@ -173,7 +174,7 @@ class _Lengths(NamedTuple):
             (p, mine) for step in steps for p, mine in zip(step.prompts, step.responses, strict=True) if mine
         ]
         if not pairs:
-            raise ValueError("there is no step, or no response in any step")
+            raise UserError("there is no step, or no response in any step")
         return _Lengths(
             sequence=max(p + max(mine) for p, mine in pairs),
             group=max(p + sum(mine) for p, mine in pairs),

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.distribution import find_data
+from dpo.outcomes import UserError
 
 MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""
 
 
-class MalformedRowError(ValueError):
+class MalformedRowError(UserError):
     """A row that cannot be read: which field, a short countable reason, and what is allowed."""
 
     def __init__(self, field: str, reason: str, detail: str) -> None:
@@ -51,7 +52,7 @@ def read_rows(source: str, split: str, part: Part) -> Iterator[tuple[str, Any]]:
     """
     opened = _open(source, split)
     if part.size is not None and (size := opened.size()) != part.size:
-        raise ValueError(
+        raise UserError(
             f"{source}: {size} {opened.unit} in this process and {part.size} in process 0; allowed is "
             "the same data everywhere"
         )
@@ -91,14 +92,14 @@ def _open(source: str, split: str) -> _Source:
     if path.is_file():
         if suffix not in _READERS:
             allowed = ", ".join(_READERS)
-            raise ValueError(f"{source}: a file ending in {suffix!r}; allowed are {allowed} (and .jsonl.gz)")
+            raise UserError(f"{source}: a file ending in {suffix!r}; allowed are {allowed} (and .jsonl.gz)")
         read, starts = _READERS[suffix]
         return _Source(
             lambda part: read(path, part), lambda: starts(path), lambda: path.stat().st_size, "bytes"
         )
     looks_local = suffix in _READERS or path.is_absolute() or source.startswith((".", "~"))
     if looks_local and not path.is_dir():
-        raise ValueError(f"{source}: no such file or directory (the working directory is {Path.cwd()})")
+        raise UserError(f"{source}: no such file or directory (the working directory is {Path.cwd()})")
     data_set = cache(lambda: _open_data_set(source, split))
     return _Source(
         lambda part: _rows_of(data_set, source, part),
@@ -126,12 +127,12 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
             for number, line in enumerate(lines, start=part.number):
                 if len(line) > MAX_ROW_BYTES:
-                    raise ValueError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} bytes")
+                    raise UserError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} bytes")
                 if line.strip():
                     yield offset, number, line
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_json(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -153,12 +154,12 @@ def _json_list(path: Path) -> list[Any] | None:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}") from error
     if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         return None
     rows = _decode_json(content)
     if isinstance(rows, MalformedRowError):
-        raise ValueError(f"{path}: {rows.detail}")
+        raise UserError(f"{path}: {rows.detail}")
     return rows
 
 
@@ -210,7 +211,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+        raise UserError(f"{path}: not a readable Parquet file: {error}") from error
 
 
 def _read_csv(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -230,12 +231,12 @@ def _csv_rows(path: Path) -> Iterator[Any]:
             rows = csv.reader(file, strict=True)
             names = next(rows, [])
             if len(set(names)) < len(names):
-                raise ValueError(f"{path}:1: a column's name stands there twice; allowed is once")
+                raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
             for row in rows:
                 if row:
                     yield _named(names, row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as CSV: {error}") from error
+        raise UserError(f"{path}: cannot be read as CSV: {error}") from error
 
 
 def _named(names: list[str], row: list[str]) -> Any:
@@ -290,7 +291,7 @@ def _open_data_set(source: str, split: str, *, data_files: str | None = None, na
         return _find_data_set(source, split, data_files)
     except (ValueError, OSError, DatasetsError) as error:
         what = f"{name or source} could not be opened as a data set (split {split!r})"
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
@@ -301,7 +302,7 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
         if not isinstance(saved, datasets.DatasetDict):
             return saved
         if split not in saved:
-            raise ValueError(f"no split {split!r}; allowed are {', '.join(map(str, saved))}")
+            raise UserError(f"no split {split!r}; allowed are {', '.join(map(str, saved))}")
         return saved[split]
     if data_files is not None:
         return datasets.load_dataset(source, split=split, data_files=data_files)

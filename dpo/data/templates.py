@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo.outcomes import UserError
+
 MAX_TEMPLATE = 1_000_000
 """Characters of a template; the longest chat templates have some ten thousand."""
 
@@ -54,7 +56,7 @@ _GROUP_CHARACTERS = 1 << 20
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
 
 
-class TemplateLimitError(ValueError):
+class TemplateLimitError(UserError):
     """A template needed more than `Limits`, or ended the process that renders it."""
 
 
@@ -98,7 +100,7 @@ class SandboxedTemplate:
         """
         (rendered,) = self.render_all([variables])
         if isinstance(rendered, Refusal):
-            raise ValueError(f"{self._name}: {rendered.reason}")
+            raise UserError(f"{self._name}: {rendered.reason}")
         return rendered
 
     def render_all(self, inputs: Sequence[Mapping[str, Any]]) -> list[str | Refusal]:
@@ -119,7 +121,7 @@ class SandboxedTemplate:
         if last.get("limit"):
             raise TemplateLimitError(f"{self._name} is refused: {last['error']}")
         if "error" in compiled:
-            raise ValueError(f"{self._name}: {compiled['error']}")
+            raise UserError(f"{self._name}: {compiled['error']}")
         return [answer["text"] if "text" in answer else Refusal(answer["error"]) for answer in answers]
 
 
@@ -132,7 +134,7 @@ def read_template(path: str | Path, *, name: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error
+        raise UserError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error
 
 
 def _groups(lines: list[str]) -> Iterator[list[str]]:

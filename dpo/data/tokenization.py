@@ -23,6 +23,7 @@ from dpo.data.messages import Message, answer_turns, as_turns
 from dpo.data.preferences import Preference
 from dpo.data.templates import TEMPLATE_DATE, Refusal, SandboxedTemplate
 from dpo.data.tokenized import Notes, TokenizedDataset, TokenizedPart, flat_arrays, join_parts
+from dpo.outcomes import UserError
 
 Truncation = Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"]
 EndToken = Literal["template", "eos_only", "none"]
@@ -130,7 +131,7 @@ def tokenize_prompts(
     texts: list[str] = []
     for preference, rendered in zip(alone, _render(alone, encoder), strict=True):
         if isinstance(rendered, _Drop):
-            raise ValueError(f"{preference.location}: {rendered.detail}")
+            raise UserError(f"{preference.location}: {rendered.detail}")
         texts += rendered
     return [encoder.bos + ids for ids in _ids(tokenizer, texts)]
 
@@ -160,7 +161,7 @@ def tokenize_answers(
     texts: list[str] = []
     for preference, rendered in zip(pairs, _render(pairs, encoder), strict=True):
         if isinstance(rendered, _Drop):
-            raise ValueError(f"{preference.location}: {rendered.detail}")
+            raise UserError(f"{preference.location}: {rendered.detail}")
         texts.append(rendered[-1])
     return [encoder.bos + ids + encoder.ending for ids in _ids(tokenizer, texts)]
 
@@ -250,7 +251,7 @@ def _join_raw(preference: Preference) -> list[str] | _Drop:
         texts = [response for response in responses if isinstance(response, str)]
         if len(texts) == len(responses):
             return [prompt, *(prompt + response for response in texts)]
-    raise ValueError(
+    raise UserError(
         f"{preference.location}: the prompt is a conversation, or a response is, or there are "
         "tools, and the tokenizer has no chat template; "
         "allowed are prompts and responses as strings, or a chat template given by data.chat_template"
@@ -322,7 +323,7 @@ def _find_trailer(tokenizer: PreTrainedTokenizerBase, template: SandboxedTemplat
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": probe}]
     text = template.render(_variables(tokenizer, messages, None, open_turn=False))
     if probe not in text:
-        raise ValueError("the chat template leaves out the assistant's message; end_token must be 'template'")
+        raise UserError("the chat template leaves out the assistant's message; end_token must be 'template'")
     return _ids(tokenizer, [text[text.rindex(probe) + len(probe) :]])[0]
 
 
@@ -334,7 +335,7 @@ def _find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError("the tokenizer has no EOS token to end a response; allowed end_token: 'none'")
+        raise UserError("the tokenizer has no EOS token to end a response; allowed end_token: 'none'")
     return tokenizer.eos_token_id
 
 
@@ -367,4 +368,4 @@ def _shorten(row: _Row, max_length: int, truncation: Truncation) -> _Row | _Drop
 def _check_choice(name: str, value: str, choices: object) -> None:
     allowed = choices.__args__  # pyright: ignore[reportAttributeAccessIssue]
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+        raise UserError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from dpo.outcomes import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDataset:
@@ -102,7 +104,7 @@ def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
     settings = parts[0].settings
     too_long = [line for part in parts for line in part.too_long]
     if too_long and settings["truncation"] == "error":
-        raise ValueError(_too_long_message(too_long, settings["max_length"]))
+        raise UserError(_too_long_message(too_long, settings["max_length"]))
     notes = Notes()
     for part in parts:
         notes.add(part)
@@ -114,7 +116,7 @@ def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
     counts = [len(part.origin) for part in parts]
     origin = np.concatenate([part.origin for part in parts]) + np.repeat(starts, counts)
     if not len(origin):
-        raise ValueError(f"no preference is left after tokenisation: {notes.describe()}")
+        raise UserError(f"no preference is left after tokenisation: {notes.describe()}")
     return TokenizedDataset(
         **arrays,
         origin=origin,

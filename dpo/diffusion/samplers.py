@@ -16,6 +16,7 @@ from dpo.diffusion.schedule import (
     posterior_coefficients,
     posterior_variance,
 )
+from dpo.outcomes import UserError
 
 
 def ancestral(
@@ -61,10 +62,10 @@ def ddim(
     """
     if not 0.0 <= eta <= 1.0 or (eta > 0.0 and noise is None):
         given = "no noise" if noise is None else "noise"
-        raise ValueError(f"eta is {eta} with {given}; allowed: 0, or up to 1 with noise")
+        raise UserError(f"eta is {eta} with {given}; allowed: 0, or up to 1 with noise")
     steps = np.arange(schedule.num_steps, 0, -1) if steps is None else steps
     if not (np.all(np.diff(steps) < 0) and steps[-1] >= 1 and steps[0] <= schedule.num_steps):
-        raise ValueError(f"steps are {steps}; allowed: descending, from {schedule.num_steps} to 1")
+        raise UserError(f"steps are {steps}; allowed: descending, from {schedule.num_steps} to 1")
     now, then = schedule.alphas[steps], schedule.alphas[np.append(steps[1:], 0)]
     variance = eta**2 * (1.0 - then) / (1.0 - now) * (1.0 - now / then)
     of_xt = np.sqrt(then / now)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dpo.outcomes import UserError
+
 Prediction = Literal["noise", "data", "velocity"]
 """What a network outputs: ε, x_0, or v = √α_t ε − √(1 − α_t) x_0 (Salimans and Ho 2022, arXiv:2202.00512)."""
 
@@ -40,7 +42,7 @@ def schedule_of(betas: Float[np.ndarray, " T"]) -> Schedule:
       ValueError: when one of them is not inside (0, 1).
     """
     if len(betas) == 0 or not np.all((betas > 0.0) & (betas < 1.0)):
-        raise ValueError(
+        raise UserError(
             f"betas run from {np.min(betas, initial=1)} to {np.max(betas, initial=0)}; "
             "allowed: at least one, each inside (0, 1)"
         )

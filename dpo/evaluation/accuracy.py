@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, mean_of_groups, without_spread
 from dpo.intervals import Interval, wilson
 from dpo.losses import Scores, make_objective
+from dpo.outcomes import UserError
 
 NUM_BINS = 10
 BASELINES = {
@@ -88,7 +89,7 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
     given, rows = rows, as_pairs(rows)
     pairs = make_pairs(rows)
     if len(pairs.row) == 0:
-        raise ValueError("no row has two responses of different rank: there is nothing to be right about")
+        raise UserError("no row has two responses of different rank: there is nothing to be right about")
     delta = beta * pairs.gap(rows.log_ratio)
     result: dict[str, Any] = {
         "prompts": len(np.unique(rows.prompts[pairs.row])),
@@ -178,7 +179,7 @@ def check_finite(rows: Rows, places: Sequence[str] | None = None) -> None:
         bad = np.nonzero((rows.present & ~np.isfinite(values)).any(1))[0].tolist()
         if bad:
             which = str(bad[:20]) if places is None else ", ".join(places[row] for row in bad[:5])
-            raise ValueError(
+            raise UserError(
                 f"{name} log-probs of {len(bad)} of {len(rows.ranks)} rows are not finite ({which}): check "
                 "the weights, and the learning rate they were trained with"
             )

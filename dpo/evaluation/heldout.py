@@ -16,6 +16,7 @@ from dpo.data.preferences import Preference, digest, fingerprint, read_preferenc
 from dpo.data.rows import row_reading
 from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
+from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE
 from dpo.training.reference import score_rows
@@ -55,7 +56,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
     )
     theirs = read_dataset(config.data, reference.pretrained.tokenizer, heldout=True)
     if not _same_tokens(dataset.tokens, theirs.tokens):
-        raise ValueError(
+        raise UserError(
             f"{config.model.source} and {config.model.reference} make different tokens of "
             f"{config.data.eval}; a log-ratio needs the same tokenizer and chat template in both"
         )
@@ -93,7 +94,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     """
     path = Path(run_dir) / HELDOUT_FILE
     if not path.is_file() or config.data.eval is None:
-        raise ValueError(f"{path} is not there: the run is not finished, or has no held-out data")
+        raise UserError(f"{path} is not there: the run is not finished, or has no held-out data")
     read = read_preferences(
         config.data.eval,
         split=config.data.eval_split,
@@ -107,7 +108,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
         then = (file.metadata() or {}).get(DATA_KEY)  # None: a run of an earlier version
     changed = then is not None and then != fingerprint(map(digest, read.preferences))
     if changed or numbers["origin"].max() >= len(read.preferences):
-        raise ValueError(
+        raise UserError(
             f"{config.data.eval} does not hold the preferences that {path} was made from; restore it, or see "
             "what dpo evaluate says of the present ones"
         )

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from scipy import stats
 
 from dpo.intervals import Interval, normal_quantile, wilson
+from dpo.outcomes import UserError
 
 FEW = 10
 """Clusters below which a percentile bootstrap covers clearly less than it says."""
@@ -116,7 +117,7 @@ def num_needed(rate: float, *, baseline: float = 0.5, power: float = 0.8, confid
     normal approximation, which is too small for rates near 0 or 1.
     """
     if not (0 < baseline < 1 and 0 <= rate <= 1) or rate == baseline:
-        raise ValueError(f"rate {rate} and baseline {baseline}; allowed are two different rates in [0, 1]")
+        raise UserError(f"rate {rate} and baseline {baseline}; allowed are two different rates in [0, 1]")
     spread = normal_quantile(confidence) * np.sqrt(baseline * (1 - baseline))
     spread += stats.norm.ppf(power) * np.sqrt(rate * (1 - rate))
     count = int(np.ceil((spread / (rate - baseline)) ** 2))
@@ -137,9 +138,9 @@ def _power(count: int, rate: float, baseline: float, confidence: float) -> float
 
 def _check(values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> None:
     if len(values) == 0 or weights.sum() <= 0:
-        raise ValueError("no value to average; allowed is one or more with a positive weight")
+        raise UserError("no value to average; allowed is one or more with a positive weight")
     if not np.isfinite(values).all():
-        raise ValueError(
+        raise UserError(
             f"{np.sum(~np.isfinite(values))} of {len(values)} values to average are not finite numbers"
         )
 

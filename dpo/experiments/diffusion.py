@@ -29,6 +29,7 @@ from dpo.diffusion.schedule import SCHEDULES, Schedule
 from dpo.diffusion.shared_noise import recovered_share, summed_share
 from dpo.experiments import diffusion_figures as figures
 from dpo.losses import make_objective, reward_scale
+from dpo.outcomes import UserError
 from dpo.runs import CONFIG_FILE
 
 PATH_SAMPLERS = ("mean_only", "stochastic", "deterministic")
@@ -135,7 +136,7 @@ def train_policy(
     """A copy of the reference, trained by the objective on a fixed set of preferences."""
     objective = make_objective(config.objective)
     if objective.needs or objective.whole_batch:
-        raise ValueError(
+        raise UserError(
             f"objective.name is {config.objective['name']!r}, which needs more than log-probs; "
             "allowed: one that needs only log-probs, such as dpo, ipo or plackett_luce"
         )

@@ -49,6 +49,7 @@ from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective
 from dpo.models.sampling import SamplingConfig
+from dpo.outcomes import UserError
 from dpo.parallel.sharding import make_mesh
 from dpo.runs import CHECKPOINTS_DIRECTORY, CONFIG_FILE, EXPORT_DIRECTORY, flat_settings, read_summary
 from dpo.training.identity import resolved_settings, settings_fingerprint
@@ -143,7 +144,7 @@ def _require_same_settings(config: Config) -> None:
         for name in resolved_settings(config)
         if now.get(name) != then.get(name)
     ]
-    raise ValueError(
+    raise UserError(
         f"{run_dir} is finished with other settings ({', '.join(differing)}); give another output, or delete "
         "the run to train it anew"
     )
@@ -188,7 +189,7 @@ class _Observers:
             for step in dict.fromkeys([*range(every, steps + 1, every), steps])
         ]
         if not self._points.lines.keys() >= set(keys):
-            raise ValueError(
+            raise UserError(
                 f"{config.run_dir} is finished, but {self._points.path} lacks some of its answers: prompts, "
                 "max_new_tokens or eval_every are others now; give another output, or delete the run"
             )
@@ -282,7 +283,7 @@ def finite_rewards(judge: RewardJudge, answers: Iterable[tuple[Prompt, str]]) ->
     for prompt, text in answers:
         rewards.append(judge.score(prompt, text))
         if not np.isfinite(rewards[-1]):
-            raise ValueError(
+            raise UserError(
                 f"reward {judge.name} is {rewards[-1]} for the response {text[:80]!r}; allowed is a finite "
                 "number"
             )

@@ -24,6 +24,7 @@ from dpo.huggingface.adapters import Adapter, linear_bindings, module_names
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
 from dpo.models.lora import Method
+from dpo.outcomes import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,9 +49,9 @@ class AdapterDirectory:
         """Raises `ValueError` when there is no adapter, or for all in it that is not supported."""
         self.directory = Path(directory).expanduser()
         if not (self.directory / CONFIG_FILE).is_file():
-            raise ValueError(f"{directory} is no adapter: it has no {CONFIG_FILE}")
+            raise UserError(f"{directory} is no adapter: it has no {CONFIG_FILE}")
         if (self.directory / CHECKSUMS_FILE).is_file() and (problems := damaged_files(self.directory)):
-            raise ValueError(
+            raise UserError(
                 f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was "
                 "meant, or export it again"
             )
@@ -69,7 +70,7 @@ class AdapterDirectory:
         """
         base = self._config.get("base_model_name_or_path")
         if not base:
-            raise ValueError(f"{self.directory / CONFIG_FILE} has no base_model_name_or_path")
+            raise UserError(f"{self.directory / CONFIG_FILE} has no base_model_name_or_path")
         return base
 
     def read(self, module: str) -> AdapterWeights:
@@ -81,7 +82,7 @@ class AdapterDirectory:
         alpha = float(self._config["lora_alpha"] if key is None else pattern[key])
         sizes = [list(array.shape) for array in (a, b, magnitude) if array is not None]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or sizes[2:] not in ([], [[len(b)]]):
-            raise ValueError(
+            raise UserError(
                 f"{self.directory}: the tensors of {module} are {sizes}; allowed are A [r, in], B [out, r] "
                 "and with use_dora a magnitude [out]"
             )
@@ -93,7 +94,7 @@ class AdapterDirectory:
         transposed = bool(self._config.get("fan_in_fan_out"))
         kernel = np.asarray(weight.T if transposed else weight, np.float32)
         if kernel.shape != (b.shape[0], a.shape[1]):
-            raise ValueError(
+            raise UserError(
                 f"{self.directory}: {module} is [{b.shape[0]}, {a.shape[1]}] there (fan_in_fan_out "
                 f"{transposed}) and {list(kernel.shape)} in the base model"
             )
@@ -119,7 +120,7 @@ class AdapterDirectory:
         }
         there = set(self._tensors.shapes)
         if not modules or there != expected:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory / WEIGHTS_FILE}: missing {sorted(expected - there)}, left over "
                 f"{sorted(there - expected)}; allowed are lora_A and lora_B (and lora_magnitude_vector with "
                 "use_dora) of linears"
@@ -141,7 +142,7 @@ class MergedTensors:
     def __init__(self, base: Tensors, adapter: AdapterDirectory):
         unknown = [name for name in adapter.modules if f"{name}.weight" not in base.shapes]
         if unknown:
-            raise ValueError(f"{adapter.directory} adapts what the base model does not have: {unknown}")
+            raise UserError(f"{adapter.directory} adapts what the base model does not have: {unknown}")
         self.shapes = base.shapes
         self._base, self._adapter = base, adapter
         self._adapted = set(adapter.modules)
@@ -174,7 +175,7 @@ def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> l
     }
     unknown = [name for name in directory.modules if name not in places]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{directory.directory} adapts what is no linear of this model: {_ends(unknown)} (such as "
             f"{unknown[0]}); allowed are {_ends(places)}"
         )
@@ -185,7 +186,7 @@ def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> l
         sizes = (weights.b.shape[0], weights.a.shape[1])
         expected = binding.shape if binding.rule.transposed else binding.shape[::-1]
         if sizes != expected:
-            raise ValueError(
+            raise UserError(
                 f"{directory.directory}: {name} is {list(sizes)} there and {list(expected)} in this model"
             )
         found.setdefault(binding.rule.theirs, {})[layer] = weights
@@ -210,7 +211,7 @@ def save_adapters(
     """
     directory = Path(directory)
     if directory.exists() and not is_adapter(directory) and (directory.is_file() or any(directory.iterdir())):
-        raise ValueError(
+        raise UserError(
             f"{directory} holds something that is no adapter; allowed is a new, empty or adapter directory"
         )
     with new_directory("the adapters", directory) as target:
@@ -235,7 +236,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     ]
     problems += _number_problems(config)
     if problems:
-        raise ValueError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
+        raise UserError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
     return config
 
 

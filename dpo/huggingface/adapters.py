@@ -26,6 +26,7 @@ from dpo.huggingface.families import Family
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.lora import DoraLinear, LoraLinear, Method
+from dpo.outcomes import UserError
 
 ALL_LINEAR = "all-linear"
 """Every linear of the layers; not the output head."""
@@ -86,7 +87,7 @@ def choose_linears(
         adapted_tables = [name for name in tables if is_meant(pattern, name)]
         if adapted_tables or not any(is_meant(pattern, name) for name in names):
             what = f"means {adapted_tables[0]}, which is" if adapted_tables else "is"
-            raise ValueError(
+            raise UserError(
                 f"target_modules: {pattern!r} {what} no linear of this model; {_allowed(linears)}"
             )
     chosen = [
@@ -180,7 +181,7 @@ def _matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ValueError(f"target_modules: {pattern!r} is not a regular expression: {error}") from error
+        raise UserError(f"target_modules: {pattern!r} is not a regular expression: {error}") from error
 
 
 def _ends_with(end: str, name: str) -> bool:

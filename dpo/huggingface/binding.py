@@ -13,6 +13,7 @@ import numpy as np
 from dpo.huggingface.families import Family
 from dpo.huggingface.weight_names import SCORE_RULES, Rule
 from dpo.models.decoder_config import DecoderConfig
+from dpo.outcomes import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -84,7 +85,7 @@ def check_tensors(family: Family, bindings: Sequence[Binding], shapes: Shapes, s
         if name not in expected and not _is_ignored(family, bindings, name)
     ]
     if problems:
-        raise ValueError(f"{source}: tensors do not fit the configuration:\n  " + "\n  ".join(problems))
+        raise UserError(f"{source}: tensors do not fit the configuration:\n  " + "\n  ".join(problems))
 
 
 def _bind_rule(rule: Rule, leaf: str, config: DecoderConfig, shapes: Shapes) -> Binding:

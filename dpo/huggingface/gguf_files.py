@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.huggingface.gguf_reader import GgufContainer, GgufTensor
 from dpo.huggingface.gguf_tokenizer import end_tokens, make_tokenizer
+from dpo.outcomes import UserError
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold divisors of rotary frequencies; they become configuration."""
@@ -46,7 +47,7 @@ class GgufFile:
         self._fields = self.container.fields
         self.architecture = str(self._fields.get("general.architecture", ""))
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: GGUF architecture {self.architecture!r} is not supported; supported: "
                 + ", ".join(ARCHITECTURES)
             )
@@ -119,7 +120,7 @@ class GgufFile:
         """A positive whole number of the architecture's metadata; `ValueError` where it is none."""
         value = self.find(key, default)
         if type(value) is not int or value < 1:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is a number from 1"
             )
         return value
@@ -128,7 +129,7 @@ class GgufFile:
         """A number of the architecture's metadata; `ValueError` where it is none."""
         value = self.find(key, default)
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is a number")
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is a number")
         return float(value)
 
     def find(self, key: str, default: Any = None) -> Any:
@@ -145,7 +146,7 @@ class GgufFile:
     def tensor(self, name: str) -> GgufTensor:
         """A tensor that must be there."""
         if name not in self.container.tensors:
-            raise ValueError(f"{self.path}: tensor {name} is missing")
+            raise UserError(f"{self.path}: tensor {name} is missing")
         return self.container.tensors[name]
 
     def values(self, name: str) -> np.ndarray:
@@ -161,7 +162,7 @@ class GgufFile:
         try:
             return self._table.restore(self, kind, values)[rows]
         except (ValueError, IndexError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: tensor {tensor.name} of shape {list(tensor.shape)} does not fit the number of "
                 f"heads in the metadata: {error}"
             ) from error
@@ -176,7 +177,7 @@ class GgufFile:
         """Layers; every one has tensors."""
         layers, tensors = self.count("block_count"), len(self.container.tensors)
         if layers > tensors:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: {self.architecture}.block_count is {layers}; it has {tensors} tensors"
             )
         return layers
@@ -380,9 +381,7 @@ def _rope(file: GgufFile) -> dict[str, Any]:
             "rope_type": "yarn",
             "original_max_position_embeddings": file.count("rope.scaling.original_context_length"),
         }
-    raise ValueError(
-        f"{file.path}: rope.scaling.type is {scaling!r}; supported: none, linear, yarn, longrope"
-    )
+    raise UserError(f"{file.path}: rope.scaling.type is {scaling!r}; supported: none, linear, yarn, longrope")
 
 
 def _llama3_rope(file: GgufFile, common: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -397,7 +396,7 @@ def _llama3_rope(file: GgufFile, common: dict[str, Any], dim: int) -> dict[str, 
     kept = np.clip((length * inv_freq / (2 * np.pi) - low) / (high - low), 0, 1)
     expected = 1 / ((1 - kept) / factor + kept)
     if expected.shape != divisors.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise ValueError(f"{file.path}: rope_freqs.weight holds divisors that are not Llama 3's")
+        raise UserError(f"{file.path}: rope_freqs.weight holds divisors that are not Llama 3's")
     return {
         **common,
         "rope_type": "llama3",

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 import gguf
 import numpy as np
 
+from dpo.outcomes import UserError
+
 MAX_HEADER_BYTES = 2**28
 """Longest header that is read; a large vocabulary with its merges needs a tenth."""
 MAX_AXES = 4
@@ -56,7 +58,7 @@ class GgufContainer:
             infos = _unique(path, (_read_tensor_info(cursor) for _ in range(num_tensors)))
         alignment = self.fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"{path}: general.alignment is {alignment!r}; allowed is a power of two")
+            raise UserError(f"{path}: general.alignment is {alignment!r}; allowed is a power of two")
         start = -(-cursor.position // alignment) * alignment
         self.tensors = {
             name: _place(path, name, info, start=start, alignment=alignment, size=cursor.size)
@@ -93,7 +95,7 @@ class GgufContainer:
         try:
             return gguf.dequantize(raw, tensor.kind).reshape(shape)
         except NotImplementedError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: tensor {tensor.name} is stored as {tensor.kind.name}, which the gguf package "
                 "does not decode"
             ) from error
@@ -101,7 +103,7 @@ class GgufContainer:
     def _bytes(self, tensor: GgufTensor, begin: int, num_bytes: int) -> np.ndarray:
         raw = np.fromfile(self.path, np.uint8, count=num_bytes, offset=begin)
         if raw.size != num_bytes:
-            raise ValueError(f"{self.path}: tensor {tensor.name} ends after {raw.size} of {num_bytes} bytes")
+            raise UserError(f"{self.path}: tensor {tensor.name} ends after {raw.size} of {num_bytes} bytes")
         return raw
 
 
@@ -117,7 +119,7 @@ class _Cursor:
 
     def take(self, num_bytes: int) -> bytes:
         if num_bytes > self._limit - self.position:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: not a readable GGUF file: {num_bytes} bytes at byte {self.position} of the "
                 f"header, which may reach to byte {self._limit}"
             )
@@ -132,13 +134,13 @@ class _Cursor:
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: not a readable GGUF file: text that is not UTF-8") from error
+            raise UserError(f"{self.path}: not a readable GGUF file: text that is not UTF-8") from error
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     magic, version = cursor.take(4), cursor.number("<I")
     if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(
+        raise UserError(
             f"{cursor.path}: not a readable GGUF file: it begins with {magic!r} and version {version}; "
             "allowed are b'GGUF' and version 2 or 3, little-endian"
         )
@@ -162,7 +164,7 @@ def _read_value(cursor: _Cursor, kind: int) -> Any:
 
 def _read_scalars(cursor: _Cursor, kind: int, count: int) -> list[Any]:
     if kind not in _SCALARS and kind != _BOOL:
-        raise ValueError(f"{cursor.path}: not a readable GGUF file: metadata of type {kind}")
+        raise UserError(f"{cursor.path}: not a readable GGUF file: metadata of type {kind}")
     dtype = np.dtype(_SCALARS.get(kind, "u1"))
     values = np.frombuffer(cursor.take(count * dtype.itemsize), dtype)
     return (values != 0).tolist() if kind == _BOOL else values.tolist()
@@ -172,7 +174,7 @@ def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], int,
     """Name; shape, kind and offset in the data."""
     name, num_axes = cursor.text(), cursor.number("<I")
     if num_axes > MAX_AXES:
-        raise ValueError(f"{cursor.path}: tensor {name} has {num_axes} axes; allowed are {MAX_AXES}")
+        raise UserError(f"{cursor.path}: tensor {name} has {num_axes} axes; allowed are {MAX_AXES}")
     shape = tuple(cursor.number("<Q") for _ in range(num_axes))[::-1]
     return name, (shape, cursor.number("<I"), cursor.number("<Q"))
 
@@ -181,7 +183,7 @@ def _unique(path: Path, items: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in items:
         if name in found:
-            raise ValueError(f"{path}: not a readable GGUF file: {name} is there twice")
+            raise UserError(f"{path}: not a readable GGUF file: {name} is there twice")
         found[name] = value
     return found
 
@@ -197,13 +199,13 @@ def _place(
 ) -> GgufTensor:
     shape, raw_kind, offset = info
     if raw_kind not in gguf.GGML_QUANT_SIZES:
-        raise ValueError(f"{path}: tensor {name} is stored as type {raw_kind}, which is not known")
+        raise UserError(f"{path}: tensor {name} is stored as type {raw_kind}, which is not known")
     kind = gguf.GGMLQuantizationType(raw_kind)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     num_bytes = math.prod(shape) // block * block_bytes
     begin = start + offset
     if not shape or 0 in shape or shape[-1] % block or offset % alignment or begin + num_bytes > size:
-        raise ValueError(
+        raise UserError(
             f"{path}: tensor {name} of shape {list(shape)}, {kind.name}, at byte {begin}: allowed are one or "
             f"more blocks of {block}, aligned to {alignment} bytes, within the file's {size}"
         )
@@ -214,5 +216,5 @@ def _check_overlap(path: Path, tensors: dict[str, GgufTensor]) -> None:
     position = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.num_bytes)):
         if tensor.begin < position:
-            raise ValueError(f"{path}: tensor {tensor.name} overlaps the tensor before it")
+            raise UserError(f"{path}: tensor {tensor.name} overlaps the tensor before it")
         position = tensor.begin + tensor.num_bytes

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from dpo.huggingface.end_tokens import END_TEXTS, gguf_end_tokens
 from dpo.huggingface.pre_tokenizers import PreTokenizerKind, find_pre_tokenizer, make_pre_tokenizer
+from dpo.outcomes import UserError
 
 
 def make_tokenizer(
@@ -29,7 +30,7 @@ def make_tokenizer(
     metadata = GgufVocabulary(path, fields)
     build = {"gpt2": _byte_level, "llama": _sentencepiece}
     if metadata.model not in build:
-        raise ValueError(
+        raise UserError(
             f"{path}: tokenizer.ggml.model is {metadata.model!r}; allowed: {', '.join(sorted(build))}"
         )
     adds_bos = metadata.model == "llama" or _pre_tokenizer(metadata, architecture).adds_bos
@@ -39,7 +40,7 @@ def make_tokenizer(
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(
+        raise UserError(
             f"{path}: no tokenizer can be built from its metadata: {type(error).__name__}: {error}"
         ) from error
     return PreTrainedTokenizerFast(
@@ -65,12 +66,12 @@ class GgufVocabulary:
     def __init__(self, path: Path, fields: Mapping[str, Any]):
         self.path, self._fields = path, fields
         if not (self.has("ggml.model") and self.has("ggml.tokens")):
-            raise ValueError(f"{path}: its metadata have no tokenizer (tokenizer.ggml.model and .tokens)")
+            raise UserError(f"{path}: its metadata have no tokenizer (tokenizer.ggml.model and .tokens)")
         self.model: str = self.value("ggml.model", str)
         self.tokens: list[str] = self.values("ggml.tokens", str)
         self.kinds: list[int] = self.values("ggml.token_type", int) or [_NORMAL] * len(self.tokens)
         if len(self.kinds) != len(self.tokens):
-            raise ValueError(
+            raise UserError(
                 f"{path}: tokenizer.ggml.token_type has {len(self.kinds)} entries; allowed is one a token, "
                 f"{len(self.tokens)}"
             )
@@ -83,14 +84,14 @@ class GgufVocabulary:
             return default
         value = self._fields[f"tokenizer.{key}"]
         if type(value) is not kind:
-            raise ValueError(f"{self.path}: tokenizer.{key} is {value!r}; allowed: {kind.__name__}")
+            raise UserError(f"{self.path}: tokenizer.{key} is {value!r}; allowed: {kind.__name__}")
         return value
 
     def values(self, key: str, kind: type) -> list[Any]:
         values = self.value(key, list, default=[])
         for index, value in enumerate(values):
             if type(value) is not kind:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: tokenizer.{key}[{index}] is {value!r}; allowed: {kind.__name__}"
                 )
         return values
@@ -100,7 +101,7 @@ class GgufVocabulary:
         key = f"ggml.{name}_token_id"
         found = self.value(key, int)
         if found is not None and not 0 <= found < len(self.tokens):
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: tokenizer.{key} is {found}; allowed is 0 to {len(self.tokens) - 1}"
             )
         return found
@@ -127,14 +128,14 @@ def _pre_tokenizer(metadata: GgufVocabulary, architecture: str) -> PreTokenizerK
     only = {"gpt2": "gpt-2", "falcon": "falcon"}.get(architecture)
     name = metadata.value("ggml.pre", str, default=only)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{metadata.path} has no tokenizer.ggml.pre, so how its text is cut is not known; "
             "convert the model again with a newer llama.cpp, or give it as a directory with tokenizer.json"
         )
     try:
         return find_pre_tokenizer(name)
     except ValueError as error:
-        raise ValueError(f"{metadata.path}: tokenizer.ggml.pre {error}") from None
+        raise UserError(f"{metadata.path}: tokenizer.ggml.pre {error}") from None
 
 
 def _pairs(metadata: GgufVocabulary) -> list[tuple[str, str]]:
@@ -143,7 +144,7 @@ def _pairs(metadata: GgufVocabulary) -> list[tuple[str, str]]:
     for index, merge in enumerate(metadata.values("ggml.merges", str)):
         middle = merge.find(" ", 1)
         if middle < 0:
-            raise ValueError(
+            raise UserError(
                 f"{metadata.path}: tokenizer.ggml.merges[{index}] is {merge!r}; allowed: two tokens with a "
                 "space between them"
             )
@@ -184,7 +185,7 @@ def _priorities(metadata: GgufVocabulary, tokens: Sequence[str], *, is_gemma: bo
         return {token: -float(index) for index, token in enumerate(tokens)}
     scores = metadata.values("ggml.scores", float)
     if len(scores) != len(tokens):
-        raise ValueError(
+        raise UserError(
             f"{metadata.path}: tokenizer.ggml.scores has {len(scores)} entries; allowed is one a token, "
             f"{len(tokens)}"
         )
@@ -200,7 +201,7 @@ def _numbered(tokens: Sequence[str], path: Path) -> dict[str, int]:
     numbered = {token: index for index, token in enumerate(tokens)}
     if len(numbered) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if numbered[token] != index)
-        raise ValueError(f"{path}: tokenizer.ggml.tokens has {twice!r} twice; allowed is once")
+        raise UserError(f"{path}: tokenizer.ggml.tokens has {twice!r} twice; allowed is once")
     return numbered
 
 

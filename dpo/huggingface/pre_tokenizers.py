@@ -12,6 +12,8 @@ from typing import NamedTuple
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from dpo.outcomes import UserError
+
 
 class PreTokenizerKind(NamedTuple):
     """One way to cut text."""
@@ -27,7 +29,7 @@ class PreTokenizerKind(NamedTuple):
 def find_pre_tokenizer(name: str) -> PreTokenizerKind:
     """The kind of this name; `ValueError` lists those there are."""
     if name not in PRE_TOKENIZERS:
-        raise ValueError(
+        raise UserError(
             f"is {name!r}, which is not known; allowed: {', '.join(sorted(PRE_TOKENIZERS))}. "
             "Give the model as a directory with its tokenizer.json instead"
         )

@@ -30,6 +30,7 @@ from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder, Remat
 from dpo.models.decoder_config import DecoderConfig
+from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, Partition
 
 
@@ -97,7 +98,7 @@ def load_decoder(
     """
     family, config = read_config(checkpoint.config)
     if _is_classifier(checkpoint.config):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.source} is a {checkpoint.config['architectures'][0]}; allowed here are causal "
             "language models (a reward model serves as the judge reward_model:DIR of dpo winrate)"
         )
@@ -154,7 +155,7 @@ def read_config(config: dict[str, Any]) -> tuple[Family, DecoderConfig]:
     """The family and the decoder that a `config.json` describes."""
     family = find_family(str(config.get("model_type", "(none)")))
     if config.get("quantization_config"):
-        raise ValueError(
+        raise UserError(
             f"quantization_config is {config['quantization_config']!r}; supported are weights in float32, "
             "bfloat16 and float16, and GGUF files"
         )
@@ -176,7 +177,7 @@ def _parse_config(config: dict[str, Any]) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(config)
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"the configuration of a {config['model_type']} is not valid: {error}") from error
+        raise UserError(f"the configuration of a {config['model_type']} is not valid: {error}") from error
 
 
 class Checkpoint(NamedTuple):
@@ -203,10 +204,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, str(path.resolve()))
     if path.is_file():
-        raise ValueError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
+        raise UserError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) and path.suffix != ".gguf":
         return _open_hub(text)
-    raise ValueError(
+    raise UserError(
         f"no model at {text!r}; allowed: a directory, a .gguf file, a hub id (owner/name), embedded:<name>"
     )
 
@@ -217,7 +218,7 @@ def stop_tokens(pretrained: Pretrained) -> list[int]:
     found = configured if isinstance(configured, list) else [configured]
     found = {token for token in [*found, pretrained.tokenizer.eos_token_id] if isinstance(token, int)}
     if not found:
-        raise ValueError(f"{pretrained.source} has no EOS token, so no response would end")
+        raise UserError(f"{pretrained.source} has no EOS token, so no response would end")
     return sorted(found)
 
 
@@ -258,9 +259,9 @@ def save_pretrained(
 def _open_directory(directory: Path, source: str) -> Checkpoint:
     config_file = directory / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"{directory} has no config.json")
+        raise UserError(f"{directory} has no config.json")
     if (directory / CHECKSUMS_FILE).is_file() and (problems := damaged_files(directory)):
-        raise ValueError(
+        raise UserError(
             f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was meant, "
             "or export it again"
         )
@@ -285,7 +286,7 @@ def _open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
-        raise ValueError(
+        raise UserError(
             f"{directory}: its tokenizer cannot be opened: {type(error).__name__}: {error}"
         ) from error
 
@@ -296,7 +297,7 @@ def _open_adapter(directory: Path) -> Checkpoint:
     try:
         base = open_checkpoint(adapter.base)
     except ValueError as error:
-        raise ValueError(f"{directory} is an adapter of {adapter.base!r}: {error}") from error
+        raise UserError(f"{directory} is an adapter of {adapter.base!r}: {error}") from error
     own_tokenizer = (directory / "tokenizer_config.json").is_file()
     return base._replace(
         tensors=lambda family, names: MergedTensors(base.tensors(family, names), adapter),
@@ -329,7 +330,7 @@ def _open_hub(hub_id: str) -> Checkpoint:
     try:
         path = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
         ) from error
     if is_adapter(path):
@@ -372,7 +373,7 @@ def _require_classifier(checkpoint: Checkpoint) -> None:
     model_type = str(checkpoint.config.get("model_type", "(none)"))
     allowed, found = classifier_architecture(model_type), checkpoint.config.get("architectures")
     if allowed is None or allowed not in (found or []):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.source}: architectures is {found}; allowed for a classifier or reward model of "
             f"model_type {model_type} is {allowed or 'none: transformers has none'}"
         )
@@ -464,11 +465,11 @@ def _save_configs(
 
 def _check_replaceable(directory: Path) -> None:
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory} holds something that is not a model; allowed is a new, empty or model directory"
         )
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file; allowed is a new, empty or model directory")
+        raise UserError(f"{directory} is a file; allowed is a new, empty or model directory")
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo.outcomes import UserError
+
 SHAPE_PREFIX = "shape:"
 
 
@@ -18,7 +20,7 @@ def read_shape(source: str) -> dict[str, Any]:
     known = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
     name = source.removeprefix(SHAPE_PREFIX)
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"{source!r} is no known shape; allowed are {', '.join(SHAPE_PREFIX + n for n in known)}"
         )
     return known[name]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
+from dpo.outcomes import UserError
+
 MAX_HEADER_BYTES = 100_000_000
 """Longest safetensors header, or index of a sharded model, that is read; the format's own limit."""
 MAX_AXES = 8
@@ -68,7 +70,7 @@ class SafetensorsDirectory:
         """
         path, begin, _, dtype, shape = self._entries[name]
         if dtype not in SAFETENSORS_DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(SAFETENSORS_DTYPES)}"
             )
         stored = SAFETENSORS_DTYPES[dtype]
@@ -79,7 +81,7 @@ class SafetensorsDirectory:
         count = math.prod(shape)
         values = np.fromfile(path, stored, count=count, offset=begin)
         if values.size != count:
-            raise ValueError(f"{path}: tensor {name} ends after {values.size} of {count} elements")
+            raise UserError(f"{path}: tensor {name} ends after {values.size} of {count} elements")
         return values.reshape(shape)
 
 
@@ -89,12 +91,12 @@ def read_safetensors_header(path: Path) -> dict[str, _Entry]:
     The data must be exactly covered by the tensors, none overlapping, before any of it is read.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+        raise UserError(f"{path} is not a file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise ValueError(
+            raise UserError(
                 f"{path}: header of {length} bytes in a file of {size}; allowed is up to "
                 f"{min(MAX_HEADER_BYTES, max(size - 8, 0))}"
             )
@@ -113,15 +115,15 @@ def read_json_object(path: Path, content: bytes) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
             twice = sorted(name for name, count in Counter(names).items() if count > 1)
-            raise ValueError(f"duplicate names {twice}")
+            raise UserError(f"duplicate names {twice}")
         return dict(pairs)
 
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be a JSON object, not {type(found).__name__}")
+        raise UserError(f"{path}: must be a JSON object, not {type(found).__name__}")
     return found
 
 
@@ -133,7 +135,7 @@ def _read_directory(directory: Path) -> dict[str, _Entry]:
     if len(files) == 1:
         return read_safetensors_header(files[0])
     if files:
-        raise ValueError(
+        raise UserError(
             f"{directory} has {len(files)} safetensors files ({', '.join(file.name for file in files)}) and "
             f"no {index.name}; allowed is one file, or several with an index"
         )
@@ -141,33 +143,33 @@ def _read_directory(directory: Path) -> dict[str, _Entry]:
         file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in directory.glob(pattern)
     )
     if pickled:
-        raise ValueError(
+        raise UserError(
             f"{directory} has its weights pickled ({', '.join(pickled)}), and reading those would run code. "
             "Convert them once, where you trust them: transformers.AutoModelForCausalLM.from_pretrained(path)"
             ".save_pretrained(new_path) writes safetensors"
         )
-    raise ValueError(f"{directory} has no safetensors file")
+    raise UserError(f"{directory} has no safetensors file")
 
 
 def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
     """All tensors named by an index, each from the file that the index says."""
     if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
-        raise ValueError(f"{index} must be a file of at most {MAX_HEADER_BYTES} bytes")
+        raise UserError(f"{index} must be a file of at most {MAX_HEADER_BYTES} bytes")
     weight_map = read_json_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        raise UserError(f"{index}: weight_map must map tensor names to file names")
     entries: dict[str, _Entry] = {}
     for file in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[\w.+-]{1,200}\.safetensors", file, re.ASCII):
-            raise ValueError(
+            raise UserError(
                 f"{index}: weight_map names {file!r}; allowed are .safetensors files beside the index"
             )
         if not (directory / file).is_file():
-            raise ValueError(f"{index}: {file} is missing")
+            raise UserError(f"{index}: {file} is missing")
         found = read_safetensors_header(directory / file)
         named = {name for name, where in weight_map.items() if where == file}
         if named != set(found):
-            raise ValueError(
+            raise UserError(
                 f"{directory / file}: not the tensors that {index.name} says: missing "
                 f"{sorted(named - set(found))}, left over {sorted(set(found) - named)}"
             )
@@ -177,7 +179,7 @@ def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
 
 def _check_metadata(path: Path, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError(f"{path}: __metadata__ must map names to texts")
+        raise UserError(f"{path}: __metadata__ must map names to texts")
 
 
 def _check_entry(path: Path, name: str, value: object, start: int, size: int) -> _Entry:
@@ -190,7 +192,7 @@ def _check_entry(path: Path, name: str, value: object, start: int, size: int) ->
             fits = fits and dtype in _BITS and begin <= end and start + end <= size
             if fits and math.prod(shape) * _BITS[dtype] == 8 * (end - begin):
                 return _Entry(path, start + begin, start + end, dtype, tuple(shape))
-    raise ValueError(
+    raise UserError(
         f"{path}: tensor {name} is {str(value)[:200]}; allowed is a dtype of the format, at most {MAX_AXES} "
         f"axes, and data_offsets that agree with them and lie in the {size - start} bytes of data"
     )
@@ -202,7 +204,7 @@ def _check_cover(path: Path, entries: dict[str, _Entry], start: int, size: int) 
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             kind = "overlaps" if entry.begin < position else "leaves a gap after"
-            raise ValueError(f"{path}: tensor {name} at byte {entry.begin} {kind} the tensor before it")
+            raise UserError(f"{path}: tensor {name} at byte {entry.begin} {kind} the tensor before it")
         position = entry.end
     if position != size:
-        raise ValueError(f"{path}: {size - position} bytes after the last tensor; allowed are none")
+        raise UserError(f"{path}: {size - position} bytes after the last tensor; allowed are none")

@@ -22,6 +22,7 @@ import httpx2 as httpx
 from dpo.config import EndpointConfig, WinrateConfig
 from dpo.huggingface.embedded import cache_directory
 from dpo.judging.judges import Log, Question, Template, Verdict, default_template, read_answer
+from dpo.outcomes import UserError
 
 GIVE_UP_AFTER = 8
 """So many questions in a row without any answer, all retries included, stop the command."""
@@ -40,7 +41,7 @@ class EndpointJudge:
         """Raises `ValueError` when base_url or model is missing."""
         if settings.base_url is None or settings.model is None:
             missing = "base_url" if settings.base_url is None else "model"
-            raise ValueError(f"endpoint.{missing} is not given; --judge endpoint needs it")
+            raise UserError(f"endpoint.{missing} is not given; --judge endpoint needs it")
         self._settings, self._template, self._cache = settings, template, cache
         self._url = f"{settings.base_url.rstrip('/')}/chat/completions"
         self._stopped = threading.Event()
@@ -126,7 +127,7 @@ class EndpointJudge:
             too_many = self._unanswered >= GIVE_UP_AFTER and not self._stopped.is_set()
         if too_many:
             self._stopped.set()
-            raise ValueError(
+            raise UserError(
                 f"{self._url}: {GIVE_UP_AFTER} questions in a row had no answer after "
                 f"{self._settings.retries} retries each; the last: {problem}. What was answered is kept"
             )
@@ -138,7 +139,7 @@ class EndpointJudge:
         if status in _WRONG_SETTING or 300 <= status < 400:
             setting = _WRONG_SETTING.get(status, "base_url")
             self._stopped.set()
-            raise ValueError(f"{self._url} answered {status} {shown!r}; see endpoint.{setting}")
+            raise UserError(f"{self._url} answered {status} {shown!r}; see endpoint.{setting}")
         if status in _PASSING or status >= 500:
             return f"status {status} {shown!r}"
         if status >= 400:
@@ -186,7 +187,7 @@ def _read_reply(path: Path) -> _Reply:
     try:
         return _Reply(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no kept reply ({error}); delete it, and the judge is asked again"
         ) from error
 

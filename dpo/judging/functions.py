@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo.outcomes import UserError
+
 
 def import_function(name: str, *, setting: str) -> Callable[..., Any]:
     """The function that `module:function` names; its module is looked for here after everywhere else.
@@ -28,9 +30,9 @@ def import_function(name: str, *, setting: str) -> Callable[..., Any]:
         with _working_directory_last():
             found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{setting} {name!r}: {error}; it must be importable from {Path.cwd()}") from error
+        raise UserError(f"{setting} {name!r}: {error}; it must be importable from {Path.cwd()}") from error
     if not callable(found):
-        raise ValueError(f"{setting} {name!r} is not a function; allowed: (prompt, response) to a number")
+        raise UserError(f"{setting} {name!r} is not a function; allowed: (prompt, response) to a number")
     return found
 
 
@@ -42,7 +44,7 @@ def require_own_word(name: str, *, setting: str, arguments: Sequence[str]) -> No
     """
     option = f"--{setting}"
     if not any(argument == option or argument.startswith(f"{option}=") for argument in arguments):
-        raise ValueError(
+        raise UserError(
             f"{setting} is {name!r} in a settings file; a function's module is code that would run, so it "
             f"has to be said on the command line: {option}={name}"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.files import writing
+from dpo.outcomes import UserError
 
 
 class Journal:
@@ -43,7 +44,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} is in use by another process; wait for it, stop it, or give another output"
             ) from error
 
@@ -74,7 +75,7 @@ def read_lines(path: Path, *, cut: bool = False) -> dict[str, dict[str, Any]]:
             line = json.loads(text)
             lines[line["key"]] = line
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number} is not a line of this journal ({error!r}); remove the line or the file"
             ) from error
     return lines

@@ -22,6 +22,7 @@ from dpo.data.messages import response_text
 from dpo.data.templates import SandboxedTemplate, read_template
 from dpo.judging.functions import import_function
 from dpo.judging.rewards import REWARDS, Prompt, Reward
+from dpo.outcomes import UserError
 
 Log = Callable[[str], None]
 Choice = Literal["first", "second", "tie"]
@@ -97,7 +98,7 @@ class RewardJudge:
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"reward {self.name} gave {value!r} for the response {response[:80]!r}; allowed is a number"
             ) from error
 
@@ -162,7 +163,7 @@ def reward_judge(name: str, *, setting: str) -> RewardJudge:
       ValueError: when there is no such reward, module or function.
     """
     if name not in REWARDS and ":" not in name:
-        raise ValueError(f"{setting} is {name!r}; allowed: {', '.join([*REWARDS, 'module:function'])}")
+        raise UserError(f"{setting} is {name!r}; allowed: {', '.join([*REWARDS, 'module:function'])}")
     reward: Reward = REWARDS.get(name) or import_function(name, setting=setting)
     file = inspect.getsourcefile(inspect.unwrap(reward))
     content = b"" if file is None else Path(file).read_bytes()
@@ -178,14 +179,14 @@ class Template:
 
     def __init__(self, path: str | Path) -> None:
         if not Path(path).is_file():
-            raise ValueError(f"template is {str(path)!r}: there is no such file (in {Path.cwd()})")
+            raise UserError(f"template is {str(path)!r}: there is no such file (in {Path.cwd()})")
         text = read_template(path, name="template")
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         try:
             self._template = SandboxedTemplate(text, name=f"template {path}", dialect="judge")
             self.render(Question("?", "one", "two"))
         except ValueError as error:
-            raise ValueError(f"{error}; it may use messages, first and second") from error
+            raise UserError(f"{error}; it may use messages, first and second") from error
 
     def render(self, question: Question) -> str:
         """The message for one question."""

@@ -14,6 +14,7 @@ from dpo.judging.functions import require_own_word
 from dpo.judging.judges import Judge, Log, open_control, open_reward
 from dpo.judging.local_judge import open_local
 from dpo.judging.reward_model import open_reward_model
+from dpo.outcomes import UserError
 
 
 def _no_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def find_kind(judge: str) -> tuple[Kind, str]:
     if name not in JUDGES and name and source:
         return JUDGES[FUNCTION], source
     allowed = _spell(name) if name in JUDGES else ", ".join(map(_spell, JUDGES))
-    raise ValueError(f"judge is {judge!r}; allowed: {allowed}")
+    raise UserError(f"judge is {judge!r}; allowed: {allowed}")
 
 
 def open_judge(given: WinrateConfig, log: Log) -> Judge:
@@ -86,7 +87,7 @@ def open_judge(given: WinrateConfig, log: Log) -> Judge:
     kind, source = find_kind(given.judge)
     if given.template is not None and not kind.reads_template:
         readers = " and ".join(name for name, kind in JUDGES.items() if kind.reads_template)
-        raise ValueError(f"template is {given.template!r}, but judge {given.judge} reads none; {readers} do")
+        raise UserError(f"template is {given.template!r}, but judge {given.judge} reads none; {readers} do")
     return kind.open(given, source, log)
 
 

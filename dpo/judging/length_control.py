@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from dpo.intervals import Interval
+from dpo.outcomes import UserError
 
 RIDGE = 0.01
 """λ in the penalty λ/2 (quality² + length²) on the summed log-loss: scikit-learn's C = 100."""
@@ -96,7 +97,7 @@ def fit_logistic(
         intercept, slope = intercept - step[0], slope - step[1]
         if norm.max() < 1e-8:
             return np.stack([intercept, slope], axis=1)
-    raise ValueError(f"the length-controlled fit did not settle in {_MAX_STEPS} steps")
+    raise UserError(f"the length-controlled fit did not settle in {_MAX_STEPS} steps")
 
 
 def _draw_counts(num_clusters: int, num_draws: int, rng: np.random.Generator) -> Int[np.ndarray, "b c"]:

@@ -15,6 +15,7 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.judging.judges import LETTERS, Log, Question, Template, Verdict, default_template
 from dpo.judging.samples import model_identity
+from dpo.outcomes import UserError
 from dpo.parallel.sharding import make_mesh
 from dpo.training.setup import Policy, load_policy, make_score, scoring_loader
 
@@ -60,7 +61,7 @@ class LocalJudge:
         tokenizer = policy.pretrained.tokenizer
         letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in VERDICTS]
         if [len(ids) for ids in letters] != [1, 1] or letters[0] == letters[1]:
-            raise ValueError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
+            raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]
         prompts = tokenize_prompts(messages, tokenizer)
         for index, (a, b) in score_texts(policy, prompts, [letters] * len(prompts), mesh=mesh):
@@ -119,7 +120,7 @@ def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
     if config.is_file():
         architectures = json.loads(config.read_text()).get("architectures") or []
         if any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise ValueError(
+            raise UserError(
                 f"judge {given.judge!r}: {architectures[0]} is a reward model; allowed here are causal "
                 f"language models (a reward model is the judge reward_model:{source})"
             )

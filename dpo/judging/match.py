@@ -30,6 +30,7 @@ from dpo.judging.local_judge import sequence_log_probs
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.sampling import SamplingConfig
+from dpo.outcomes import UserError
 from dpo.training.setup import given_chat_template
 
 RESULT_FILE = "winrate.json"
@@ -210,7 +211,7 @@ def describe_temperature(
     mine = [i for i, pair in enumerate(pairs) if pair.request.sampling.temperature == temperature]
     judged = [_as_judged(pairs[i], *verdicts[i]) for i in mine]
     if not any(pair.policy_first and pair.opponent_first for pair in judged):
-        raise ValueError(_nothing_valid(temperature, [verdicts[i] for i in mine]))
+        raise UserError(_nothing_valid(temperature, [verdicts[i] for i in mine]))
     result = describe_pairs(judged, seed=seed)
     prompts = np.array([pair.prompt for pair in judged])
     result["verdicts"] = [[line["key"] for line in verdicts[i]] for i in mine]

@@ -15,6 +15,7 @@ from dpo.huggingface.pretrained import count_labels, load_classifier, open_check
 from dpo.judging.judges import Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify
+from dpo.outcomes import UserError
 
 
 class RewardModelJudge:
@@ -37,7 +38,7 @@ class RewardModelJudge:
         """
         labels = count_labels(open_checkpoint(source))
         if labels != 1:
-            raise ValueError(
+            raise UserError(
                 f"judge reward_model:{source}: the model has {labels} labels; a reward model has 1"
             )
         self._source, self._weights = source, identity

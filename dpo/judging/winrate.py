@@ -23,6 +23,7 @@ from dpo.evaluation.statistics import (
 from dpo.intervals import wilson
 from dpo.judging.judges import Choice
 from dpo.judging.length_control import length_controlled
+from dpo.outcomes import UserError
 
 POLICY_FIRST = {"first": 1.0, "tie": 0.5, "second": 0.0}
 
@@ -77,7 +78,7 @@ def describe_pairs(pairs: Sequence[Judged], *, seed: int = 0) -> dict[str, Any]:
     outcome = votes.outcome
     valid = ~np.isnan(outcome)
     if not valid.any():
-        raise ValueError(f"none of {len(pairs)} pairs has a valid verdict in both orders")
+        raise UserError(f"none of {len(pairs)} pairs has a valid verdict in both orders")
     prompts = np.array([pair.prompt for pair in pairs])
     values, clusters = outcome[valid], prompts[valid]
     per_prompt = _mean_by(values, clusters)

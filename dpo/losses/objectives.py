@@ -15,6 +15,7 @@ from dpo.losses.divergences import Divergence, with_divergence
 from dpo.losses.parameters import NonNegative, Range, checked, suggestion
 from dpo.losses.scores import Objective, Scores
 from dpo.losses.weighting import with_policy_weights, with_tail_weight
+from dpo.outcomes import UserError
 
 Modifier = Callable[[Scores], Scores]
 
@@ -95,7 +96,7 @@ def make_objective(spec: dict[str, Any] | Sequence[dict[str, Any]]) -> Objective
     if isinstance(spec, dict):
         return _make_one(spec, where=f"objective {spec.get('name', '')}".rstrip())
     if not spec:
-        raise ValueError("objectives is an empty list; allowed: at least one {name: ..., weight: ...}")
+        raise UserError("objectives is an empty list; allowed: at least one {name: ..., weight: ...}")
     return _weighted_sum([_make_weighted(entry, where=f"objectives[{i}]") for i, entry in enumerate(spec)])
 
 
@@ -118,11 +119,11 @@ def names_that_learn_from_single_responses() -> list[str]:
 
 def _make_one(spec: dict[str, Any], *, where: str) -> Objective:
     if "name" not in spec:
-        raise ValueError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
+        raise UserError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
     name = spec["name"]
     if not isinstance(name, str) or name not in OBJECTIVES:
         meant = suggestion(str(name), OBJECTIVES)
-        raise ValueError(f"{where}: name is {name!r}; {meant}allowed: {', '.join(OBJECTIVES)}")
+        raise UserError(f"{where}: name is {name!r}; {meant}allowed: {', '.join(OBJECTIVES)}")
     factory = OBJECTIVES[name]
     admitted = {key: modifier for key, modifier in MODIFIERS.items() if key in factory().admits}
     values = checked(

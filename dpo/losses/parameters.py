@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dpo.outcomes import UserError
+
 
 @dataclass(frozen=True)
 class Range:
@@ -46,7 +48,7 @@ def checked(factories: Sequence[Callable[..., Any]], values: dict[str, Any], *, 
     hints = {name: hint for factory in factories for name, hint in parameters_of(factory).items()}
     for key in values:
         if key not in hints:
-            raise ValueError(
+            raise UserError(
                 f"{where}: unknown hyper-parameter {key!r} (given {values[key]!r}); "
                 f"{suggestion(key, hints)}allowed: {', '.join(hints) or 'none'}"
             )
@@ -81,7 +83,7 @@ def allowed_values(hint: Any) -> str:
 def _check(value: Any, hint: Any, where: str) -> Any:
     if not _accepts(value, hint):
         kind = type(value).__name__
-        raise ValueError(f"{where} is {value!r} ({kind}); allowed: {allowed_values(hint)}")
+        raise UserError(f"{where} is {value!r} ({kind}); allowed: {allowed_values(hint)}")
     is_real = (
         isinstance(value, int) and not isinstance(value, bool) and not _accepts_exactly(value, hint, int)
     )

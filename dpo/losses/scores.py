@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dpo.losses.sums import EXTRA_SUMS
+from dpo.outcomes import UserError
 
 MISMATCHED = 2**30
 """Rank of a response that belongs to another prompt: it measures KTO's baseline and is never compared."""
@@ -95,9 +96,9 @@ class Objective:
         unknown = sorted(self.needs.difference(EXTRA_SUMS, OTHER_NEEDS))
         if unknown:
             allowed = ", ".join(sorted({*EXTRA_SUMS, *OTHER_NEEDS}))
-            raise ValueError(f"an objective's needs are {', '.join(unknown)}; allowed: {allowed}")
+            raise UserError(f"an objective's needs are {', '.join(unknown)}; allowed: {allowed}")
         if self.learns_from_single_responses and not self.learns_from_ties:
-            raise ValueError(
+            raise UserError(
                 "an objective that learns from single responses learns from rows without an order: "
                 "learns_from_ties must be true too"
             )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
 from dpo.models.attention_fast import attend_cudnn, attend_splash
 from dpo.models.attention_ranges import attend_ranges
+from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 Implementation = Literal["auto", "plain", "blocked", "ranges", "splash", "cudnn"]
@@ -72,7 +73,7 @@ def check_implementation(
         reasons.append(f"takes bfloat16 activations and the compute dtype is {dtype.name}")
     if reasons:
         allowed = "auto, plain" if has_key_bias else "auto, plain, blocked"
-        raise ValueError(f"attention {implementation} {'; it '.join(reasons)}. Allowed here: {allowed}")
+        raise UserError(f"attention {implementation} {'; it '.join(reasons)}. Allowed here: {allowed}")
 
 
 def choose_implementation(

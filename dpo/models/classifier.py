@@ -18,6 +18,7 @@ from dpo.models.decoder import Decoder, Remat
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import Linear
 from dpo.models.sampling import LENGTH_MULTIPLE
+from dpo.outcomes import UserError
 
 
 class SequenceClassifier(Decoder):
@@ -125,15 +126,15 @@ def _make_batch(
 def _check_sequences(model: SequenceClassifier, sequences: Sequence[Sequence[int]]) -> None:
     empty = [i for i, sequence in enumerate(sequences) if len(sequence) == 0]
     if empty:
-        raise ValueError(f"sequences {empty} have no tokens; at least one is needed")
+        raise UserError(f"sequences {empty} have no tokens; at least one is needed")
     largest = max((max(sequence) for sequence in sequences), default=0)
     if largest >= model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"a sequence has token {largest}; the model knows {model.config.vocab_size} from 0: its "
             "tokenizer has tokens that it was not resized for"
         )
     longest = max((len(sequence) for sequence in sequences), default=0)
     if model.config.position == "learned" and longest > model.config.max_positions:
-        raise ValueError(
+        raise UserError(
             f"the longest sequence has {longest} tokens; the model has {model.config.max_positions} positions"
         )

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from dpo.models.products import rounded_sum
+from dpo.outcomes import UserError
 from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
 
 
@@ -328,7 +329,7 @@ class _Chunks:
 
     def __init__(self, shape: tuple[int, ...], chunk: int):
         if chunk < 1:
-            raise ValueError(f"chunk is {chunk}; allowed is at least 1 position")
+            raise UserError(f"chunk is {chunk}; allowed is at least 1 position")
         *self.rows, self.length = shape
         most = max(1, chunk // max(1, math.prod(self.rows)))
         self.steps = max(1, -(-self.length // most))

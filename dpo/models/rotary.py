@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dpo.outcomes import UserError
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -50,7 +52,7 @@ def make_rope(parameters: dict, head_dim: int, max_positions: int) -> Rope:
     """A `Rope` from Hugging Face's `rope_parameters`; `ValueError` lists the supported types."""
     rope_type = parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
+        raise UserError(f"rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
     dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     return ROPE_TYPES[rope_type](parameters, dim, max_positions)
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from dpo.models.decoder import Cache, Decoder
+from dpo.outcomes import UserError
 
 LENGTH_MULTIPLE = 32
 """Prompts and numbers of new tokens are padded to multiples of it."""
@@ -53,7 +54,7 @@ class SamplingConfig:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
         ):
             if not valid:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is {allowed}")
+                raise UserError(f"{name} is {getattr(self, name)}; allowed is {allowed}")
 
 
 def generate(
@@ -72,7 +73,7 @@ def generate(
     devices share the model all call this alike, and `fetch` brings an array that is on all to the host.
     """
     if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt is needed")
+        raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt is needed")
     _check_prompts(model, prompts, sampling.max_new_tokens)
     graphdef, params = nnx.split(model)
     rules = replace(sampling, max_new_tokens=_round_up(sampling.max_new_tokens))
@@ -328,16 +329,16 @@ def _make_batch(prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch_si
 def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
-        raise ValueError(f"prompts {empty} have no tokens; at least one is needed")
+        raise UserError(f"prompts {empty} have no tokens; at least one is needed")
     largest = max((max(prompt) for prompt in prompts), default=0)
     if largest >= model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"a prompt has token {largest}; the model knows {model.config.vocab_size} from 0: its tokenizer "
             "has tokens that it was not resized for"
         )
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
     if model.config.position == "learned" and longest > model.config.max_positions:
-        raise ValueError(
+        raise UserError(
             f"the longest prompt and {max_new_tokens} new tokens need {longest} positions; the model has "
             f"{model.config.max_positions}"
         )

@@ -19,6 +19,7 @@ from dpo.distribution import find_data
 from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.losses import reward_scale
+from dpo.outcomes import UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import percent, percents, render, with_interval, write_page
@@ -63,7 +64,7 @@ def write_report(run_dir: str | Path, config: Config, *, output: str | Path | No
 def require_metrics(run_dir: Path) -> None:
     """Raise `ValueError` for a directory that no run has written to."""
     if not (run_dir / METRICS_FILE).is_file():
-        raise ValueError(f"{run_dir} has no {METRICS_FILE}: there is nothing to report")
+        raise UserError(f"{run_dir} has no {METRICS_FILE}: there is nothing to report")
 
 
 def _gather(run_dir: Path, config: Config) -> dict[str, Any]:

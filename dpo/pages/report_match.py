@@ -15,6 +15,7 @@ from dpo.judging.journal import read_lines
 from dpo.judging.kinds import find_kind
 from dpo.judging.match import RESULT_FILE
 from dpo.judging.winrate import warnings_of
+from dpo.outcomes import UserError
 from dpo.pages import plots
 from dpo.pages.page import percent, percents, prompt_text, with_interval
 from dpo.runs import WINRATE_DIRECTORY
@@ -37,7 +38,7 @@ def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
     main = "1.0" if "1.0" in by_temperature else next(iter(by_temperature))
     figures = by_temperature[main]
     if "verdicts" not in figures:
-        raise ValueError(f"{path} is of an older version; run dpo winrate again (nothing is sampled anew)")
+        raise UserError(f"{path} is of an older version; run dpo winrate again (nothing is sampled anew)")
     opponent = opponent_name(result["opponent"], config)
     pairs = _pairs(path.with_name("verdicts.jsonl"), figures["verdicts"], opponent)
     shown = pairs[:NUM_SAMPLES]
@@ -143,7 +144,7 @@ def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dic
     wanted = {key for both in keys for key in both}
     lines = read_lines(path) if path.is_file() else {}
     if wanted - lines.keys():
-        raise ValueError(
+        raise UserError(
             f"{path} lacks {len(wanted - lines.keys())} of the verdicts that {RESULT_FILE} counts; run dpo "
             "winrate again, or delete the directory"
         )

@@ -28,6 +28,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo.outcomes import UserError
+
 PEER_LOST = 75
 """Exit code when another process has gone or hangs: the same command goes on from the newest checkpoint."""
 COMPILE_SECONDS = 1800.0
@@ -96,7 +98,7 @@ def joined(given: Meeting) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         atexit.register(_leave, PEER_LOST, last=last)
-        raise ValueError(
+        raise UserError(
             f"process {jax.process_index()} of {jax.process_count()} can't go on: another process has ended "
             "or is out of reach. The same command goes on from the newest checkpoint, when all processes are "
             f"started again. ({str(error).splitlines()[0]})"
@@ -128,7 +130,7 @@ def find_cluster(given: Meeting, environment: Mapping[str, str]) -> Cluster | No
         if found is not None:
             return _complete(found, given, address)
         if given.cluster == launcher:
-            raise ValueError(
+            raise UserError(
                 f"distributed.cluster is {launcher}, but its variables are not in the environment; allowed "
                 f"here are auto, none, or distributed.coordinator with num_processes and process_id"
             )
@@ -152,7 +154,7 @@ def _complete(found: Cluster, given: Meeting, coordinator: str | None) -> Cluste
         name for name in ("coordinator", "num_processes", "process_id") if getattr(cluster, name) is None
     ]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"one of several processes ({found.found_in}), but {', '.join(missing)} is not known; allowed: "
             + ", ".join(f"--distributed.{name}" for name in missing)
             + " (JAX_COORDINATOR_ADDRESS=host:port for the coordinator)"
@@ -160,7 +162,7 @@ def _complete(found: Cluster, given: Meeting, coordinator: str | None) -> Cluste
     assert cluster.num_processes is not None
     assert cluster.process_id is not None
     if not 0 <= cluster.process_id < cluster.num_processes or ":" not in str(cluster.coordinator):
-        raise ValueError(
+        raise UserError(
             f"process {cluster.process_id} of {cluster.num_processes} at {cluster.coordinator}; allowed are "
             "processes from 0 to one less than their number, and a coordinator host:port"
         )
@@ -254,7 +256,7 @@ def _start(cluster: Cluster, given: Meeting) -> None:
         )
     except jax.errors.JaxRuntimeError as error:
         atexit.register(_leave, PEER_LOST)
-        raise ValueError(
+        raise UserError(
             f"process {cluster.process_id} of {cluster.num_processes} ({cluster.found_in}) did not meet the "
             f"others at {cluster.coordinator} within {given.start_timeout:g} s (distributed.start_timeout): "
             f"{str(error).splitlines()[0]}"
@@ -316,7 +318,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "error" in shared:
-        raise ValueError(f"process 0 stopped: {shared['error']}")
+        raise UserError(f"process 0 stopped: {shared['error']}")
     return shared["value"]
 
 
@@ -344,7 +346,7 @@ def from_all(function: Callable[[], bytes]) -> list[bytes]:
             whole += piece[: max(0, length - start)].tobytes()
     for process, (_, failed) in enumerate(headers):
         if failed:
-            raise ValueError(received[process].decode()) from failure
+            raise UserError(received[process].decode()) from failure
     return [bytes(whole) for whole in received]
 
 
@@ -384,7 +386,7 @@ def agree(facts: Mapping[str, Any]) -> None:
             for i, name in enumerate(names)
             if differs[:, i].any()
         )
-        raise ValueError(
+        raise UserError(
             f"the processes of this run do not agree: {what} differs from process 0's; allowed is the same "
             "version, settings, weights, data and run directory everywhere"
         )

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_alone
 from dpo.parallel.partition import AXES, FSDP, ROWS, TENSOR, Partition, Placement
 
@@ -68,11 +69,11 @@ def make_mesh(given: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = [given.data, given.fsdp, given.tensor]
     if sizes.count(-1) > 1:
-        raise ValueError(f"mesh is {dict(zip(AXES, sizes, strict=True))}; at most one size may be -1")
+        raise UserError(f"mesh is {dict(zip(AXES, sizes, strict=True))}; at most one size may be -1")
     known = int(np.prod([size for size in sizes if size != -1]))
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != len(devices):
-        raise ValueError(
+        raise UserError(
             f"mesh {dict(zip(AXES, sizes, strict=True))} has {int(np.prod(sizes))} places "
             f"for {len(devices)} devices; the product must be equal"
         )

@@ -11,6 +11,8 @@ import math
 import re
 from typing import Literal, NamedTuple
 
+from dpo.outcomes import UserError
+
 GIB = 2**30
 
 
@@ -76,13 +78,11 @@ def parse_topology(text: str) -> Topology:
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.lower())
     kinds = ", ".join([*CHIPS, "cpu"])
     if found is None or found[1] not in (*CHIPS, "cpu"):
-        raise ValueError(
-            f"topology is {text!r}; allowed is KIND:SIZE with {kinds}, such as v5e:4x4 or h100:8"
-        )
+        raise UserError(f"topology is {text!r}; allowed is KIND:SIZE with {kinds}, such as v5e:4x4 or h100:8")
     axes = tuple(int(size) for size in found[2].split("x"))
     tpu = found[1] in CHIPS and CHIPS[found[1]].platform == "tpu"
     if min(axes) < 1 or (not tpu and len(axes) > 1):
-        raise ValueError(f"topology is {text!r}; allowed is {found[1]}:N, or AxB and AxBxC chips of a TPU")
+        raise UserError(f"topology is {text!r}; allowed is {found[1]}:N, or AxB and AxBxC chips of a TPU")
     return Topology(found[1], axes)
 
 

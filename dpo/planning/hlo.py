@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dpo.outcomes import UserError
+
 BITS = {
     "pred": 8,
     "token": 0,
@@ -115,7 +117,7 @@ def parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif body is not None and " = " in line:
             body.append(_parse_instruction(line.strip()))
     if not entry:
-        raise ValueError("the text has no ENTRY computation; allowed is the text of an HLO module")
+        raise UserError("the text has no ENTRY computation; allowed is the text of an HLO module")
     return computations, entry
 
 
@@ -153,7 +155,7 @@ def _closing(text: str, start: int) -> int:
         depth += (text[i] == "(") - (text[i] == ")")
         if depth == 0:
             return i
-    raise ValueError(f"no bracket closes {text[start : start + 60]!r}")
+    raise UserError(f"no bracket closes {text[start : start + 60]!r}")
 
 
 def _called(instruction: _Instruction) -> Iterator[tuple[str, bool]]:

@@ -37,6 +37,7 @@ from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import round_products
 from dpo.models.quantized import hold
+from dpo.outcomes import UserError
 from dpo.parallel.partition import DATA, FSDP, ROWS, TENSOR, Partition
 from dpo.parallel.sharding import (
     make_mesh,
@@ -374,7 +375,7 @@ def open_target(topology: Topology) -> Target:
         return Target(topology, chip, _tpu_devices(topology), "auto", f"compiled for {chip.name} by libtpu")
     devices = jax.devices("cpu")[:num_devices]
     if len(devices) < num_devices:
-        raise ValueError(
+        raise UserError(
             f"{topology.text} needs {num_devices} CPU devices and there are {len(devices)}; set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
         )
@@ -399,12 +400,12 @@ def _tpu_devices(topology: Topology) -> list[Any]:
         described = topologies.get_topology_desc(f"{topology.kind}:{size}", platform="tpu", **options)
     except (RuntimeError, jax.errors.JaxRuntimeError) as error:
         if "TPU support not installed" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"topology {topology.text} needs the TPU's compiler, which is not there. Install it apart "
                 f"from this environment, where JAX would look for a TPU at every start: {install_command()} "
                 "(or set TPU_LIBRARY_PATH to a libtpu.so)"
             ) from error
-        raise ValueError(f"topology {topology.text}: {error}") from error
+        raise UserError(f"topology {topology.text}: {error}") from error
     return list(described.devices)
 
 
@@ -502,7 +503,7 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
     if prompt is not None and response is not None:
         return assumed_lengths(prompt=prompt, response=response, responses=responses)
     if prompt is not None or response is not None or config.model.source.startswith(SHAPE_PREFIX):
-        raise ValueError(
+        raise UserError(
             f"prompt_tokens is {prompt} and response_tokens is {response}; both are needed for a model that "
             f"is a shape (model.source is {config.model.source!r}), or neither: then the data's lengths count"
         )

@@ -29,6 +29,7 @@ from dpo.huggingface.binding import Binding
 from dpo.huggingface.pretrained import open_checkpoint, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
+from dpo.outcomes import UserError
 from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy
@@ -46,7 +47,7 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
         return load_policy(config.model, mesh, rules=rules)
     alpha = config.training.reference_alpha
     if config.training.reference_every is not None and alpha != 1:
-        raise ValueError(
+        raise UserError(
             f"training.reference_alpha is {alpha} and lora is on; allowed is 1, because the mean of two "
             "adapters' factors is not the mean of their weights"
         )

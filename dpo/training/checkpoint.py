@@ -33,6 +33,7 @@ from dpo.files import (
     write_checksums,
     writing,
 )
+from dpo.outcomes import UserError
 from dpo.training.step import TrainState
 
 DAMAGED = ".damaged"
@@ -176,14 +177,14 @@ class Checkpoints:
         try:
             return TrainState(**self._orbax.restore(self.path(step) / STATE, abstract))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path(step)} could not be restored: {error}") from error
+            raise UserError(f"{self.path(step)} could not be restored: {error}") from error
 
     def _require_shapes(self, step: int, like: TrainState) -> None:
         saved, now = self.identity(step)["state"], _shapes(like)
         names = [name for name in dict.fromkeys([*saved, *now]) if saved.get(name) != now.get(name)]
         if names:
             listed = "; ".join(f"{name}: {saved.get(name)} → {now.get(name)}" for name in names[:3])
-            raise ValueError(
+            raise UserError(
                 f"{self.path(step)} does not fit these settings (another model or optimiser?): {len(names)} "
                 f"arrays differ, the first of them {listed}"
             )

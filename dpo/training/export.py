@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
 from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
+from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
 from dpo.training.adapted import export_adapters, open_policy, plain_model
@@ -28,12 +29,12 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         else is in the way.
     """
     if given.format == "adapter" and not config.lora.is_on:
-        raise ValueError(
+        raise UserError(
             f"format is 'adapter', but {given.run} has none: its config has no lora.rank or lora.init"
         )
     directory = Path(given.run) / CHECKPOINTS_DIRECTORY
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not there: {given.run} has no checkpoint")
+        raise UserError(f"{directory} is not there: {given.run} has no checkpoint")
     dtype = choose_dtype(given.dtype, config.model.source)
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
@@ -86,7 +87,7 @@ def choose_dtype(dtype: str, source: str) -> str:
     base = open_checkpoint(source)
     found = base.config.get("dtype") or base.config.get("torch_dtype")
     if found not in DTYPES:
-        raise ValueError(
+        raise UserError(
             f"dtype is base, but the configuration of {base.source} has dtype {found!r}; allowed: "
             + ", ".join(DTYPES)
         )
@@ -111,9 +112,9 @@ def heldout_metrics(run_dir: str | Path, step: int) -> dict[str, float] | None:
 def _choose_step(checkpoints: Checkpoints, directory: Path, step: int | None) -> int:
     there = checkpoints.steps
     if not there:
-        raise ValueError(f"{directory} holds no checkpoint")
+        raise UserError(f"{directory} holds no checkpoint")
     if step is not None and step not in there:
-        raise ValueError(f"{directory} has no checkpoint of step {step}; allowed are {there}")
+        raise UserError(f"{directory} has no checkpoint of step {step}; allowed are {there}")
     return there[-1] if step is None else step
 
 
@@ -121,6 +122,6 @@ def _require_whole(checkpoints: Checkpoints, step: int) -> None:
     problems = checkpoints.damage(step)
     if problems:
         whole = [other for other in checkpoints.steps if not checkpoints.damage(other)]
-        raise ValueError(
+        raise UserError(
             f"{checkpoints.path(step)} is damaged ({'; '.join(problems)}); whole are those of steps {whole}"
         )

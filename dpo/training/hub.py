@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
+from dpo.outcomes import UserError
+
 
 def check_hub_id(hub_id: str) -> None:
     """Raise unless the id is owner/name and there is a token to write with.
@@ -16,9 +18,9 @@ def check_hub_id(hub_id: str) -> None:
       ValueError: with what is allowed, or where a token comes from.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
-        raise ValueError(f"hub_id is {hub_id!r}; allowed: OWNER/NAME")
+        raise UserError(f"hub_id is {hub_id!r}; allowed: OWNER/NAME")
     if get_token() is None:
-        raise ValueError(
+        raise UserError(
             f"hub_id is {hub_id!r}, but there is no token to write there with: run `hf auth login`, or set "
             "HF_TOKEN to one with write access (https://huggingface.co/settings/tokens)"
         )
@@ -36,5 +38,5 @@ def push_to_hub(directory: str | Path, hub_id: str, *, private: bool, message: s
         api.create_repo(hub_id, private=private, exist_ok=True)
         commit = api.upload_folder(folder_path=directory, repo_id=hub_id, commit_message=message)
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(f"{directory} is written, but could not be pushed to {hub_id}: {error}") from error
+        raise UserError(f"{directory} is written, but could not be pushed to {hub_id}: {error}") from error
     return str(commit.repo_url)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from dpo.config import Config
 from dpo.data.batch import Batch
 from dpo.data.preferences import Preference, digest, fingerprint
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_all
 from dpo.runs import flat_settings
 from dpo.training.reference import ReferenceStore, Rows, Score
@@ -170,7 +171,7 @@ def require_same(
         return may_differ
     listed = "".join(f"\n  {kind}: {line}" for kind, lines in refused.items() for line in lines)
     to_allow = [kind for kind in refused if kind not in FOLLOWING] or list(refused)
-    raise ValueError(
+    raise UserError(
         f"{where} belongs to a run with other {', '.join(refused)}:{listed}\n"
         "give another run_dir, delete the checkpoints, or go on all the same with "
         + " ".join(f"--allow-changed {kind}" for kind in to_allow)
@@ -198,7 +199,7 @@ def check_probe(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str)
     difference = np.abs(again - then)
     if not (difference <= PROBE_ABSOLUTE + PROBE_RELATIVE * np.abs(then)).all():
         p, k = np.unravel_index(np.nanargmax(np.where(np.isnan(difference), np.inf, difference)), then.shape)
-        raise ValueError(
+        raise UserError(
             f"{where} does not give the log-probs that it was saved with: row {saved['rows'][p]}, response "
             f"{k} had {then[p, k]:.4f} and has {again[p, k]:.4f} now; the model's code or its frozen parts "
             "are not what they were"

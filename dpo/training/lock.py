@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo.files import writing
+from dpo.outcomes import UserError
 from dpo.runs import LOCK_FILE
 
 
@@ -28,7 +29,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} is in use by process {file.read().strip() or '(unknown)'}; "
                 "wait for it, stop it, or give another run_dir"
             ) from error

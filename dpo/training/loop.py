@@ -27,6 +27,7 @@ from dpo.data.loader import Loader
 from dpo.files import replace_text, writing
 from dpo.huggingface.pretrained import save_pretrained
 from dpo.losses import Objective, make_objective, reward_scale
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
 from dpo.parallel.sharding import make_mesh, parameter_rules
 from dpo.runs import (
@@ -240,7 +241,7 @@ def prepare(config: Config) -> Run:
     objective, beta = make_objective(specification(config)), reward_scale(specification(config))
     require_trackers(config.training.trackers)
     if config.training.reference_every is not None and config.model.reference is not None:
-        raise ValueError(
+        raise UserError(
             f"training.reference_every is {config.training.reference_every} and model.reference is "
             f"{config.model.reference!r}; a reference that moves starts as the policy: set one of the two"
         )
@@ -258,7 +259,7 @@ def prepare(config: Config) -> Run:
         require_embeddings(heldout, policy.pretrained.model.config, name="data.eval")
         require_preferences(heldout.tokens, name=str(config.data.eval))
     if config.training.keep_best is not None and heldout is not None and heldout.tokens.max_responses < 2:
-        raise ValueError(
+        raise UserError(
             f"training.keep_best is {config.training.keep_best}, but every prompt of data.eval "
             f"({config.data.eval}) has one response, and there is no pair; allowed there: no keep_best"
         )

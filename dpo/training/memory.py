@@ -37,6 +37,7 @@ from dpo.data.loader import Loader
 from dpo.data.tokenized import TokenizedDataset
 from dpo.files import replace_text
 from dpo.losses import Objective
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_main, on_main
 from dpo.parallel.sharding import row_multiple
 from dpo.runs import MEMORY_FILE
@@ -160,7 +161,7 @@ def find_fit(config: Config, parts: Parts) -> Fit:
     saved = saving_bytes(trained, mesh.devices.flat[0].platform)
     if other + state + saved > limit:
         copy = f", a copy for checkpoints {_gib(saved)}" if saved else ""
-        raise ValueError(
+        raise UserError(
             f"training.memory_limit is {_gib(limit)} a device; parameters and the optimiser's state take "
             f"{_gib(state)}{copy}, the process itself {_gib(other)}, before anything is computed. {_ADVICE}"
         )
@@ -211,7 +212,7 @@ def first_that_fits(choices: Iterable[Choice], peak: Callable[[Choice], float], 
             return Fit(choice, needed, limit, tuple(tried))
         tried.append((choice.text, needed))
     name, least = min(tried, key=lambda one: one[1])
-    raise ValueError(
+    raise UserError(
         f"training.memory_limit is {_gib(limit)} a device, and the least of {len(tried)} programs takes "
         f"{_gib(least)} ({name}). {_ADVICE}"
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from dpo.config import Config
 from dpo.data.batch import Batch
 from dpo.losses import Objective
+from dpo.outcomes import UserError
 from dpo.training.step import Sums, make_scores
 
 PREFLIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -34,7 +35,7 @@ def check_first_loss(loss: float, expected: float, forward_dtype: str) -> None:
     """
     tolerance = PREFLIGHT_TOLERANCE[forward_dtype] * max(1.0, abs(expected))
     if not abs(loss - expected) <= tolerance:
-        raise ValueError(
+        raise UserError(
             f"the first loss is {loss:.6f}, but the policy still is the reference, so it must be "
             f"{expected:.6f} (± {tolerance:.1g}). The policy and the stored reference log-probs differ: look "
             "for non-finite values, or for a model.compute_dtype or model.round_products too coarse for this "

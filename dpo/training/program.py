@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dpo.config import Config, TrainingConfig
 from dpo.losses import Objective
+from dpo.outcomes import UserError
 from dpo.parallel.sharding import parameter_rules, parameter_sharding, with_sharding
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.step import Params, TrainState, TrainStep, init_state, make_train_step
@@ -76,7 +77,7 @@ def count_steps(training: TrainingConfig, num_prompts: int) -> int:
         return training.steps
     num_steps = int(training.epochs * num_prompts / training.batch_size + 1e-9)  # 0.29 * 100 is below 29
     if num_steps == 0:
-        raise ValueError(
+        raise UserError(
             f"training.epochs {training.epochs} of {num_prompts} prompts is less than one step of "
             f"training.batch_size {training.batch_size}; allowed is at least one whole batch"
         )

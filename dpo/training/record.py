@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo.data.batch import Batch
+from dpo.outcomes import UserError
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.metrics import Metrics, as_numbers
 from dpo.training.setup import Dataset
@@ -120,7 +121,7 @@ class Record:
         if self._skipped_in_a_row >= self._max_skipped:
             latest = self._checkpoints.latest
             good = "none was saved" if latest is None else self._checkpoints.path(latest)
-            raise ValueError(
+            raise UserError(
                 f"{self._skipped_in_a_row} steps in a row were not finite (the last: {step}, rows {rows}); "
                 f"the last good checkpoint: {good}. Lower "
                 "optimizer.learning_rate, or look at these rows (docs/troubleshooting.md#not-finite)"

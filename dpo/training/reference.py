@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo.data.batch import Batch
 from dpo.files import damaged_files, new_directory, unlisted_files, writing
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import fetch, from_main, on_main
 from dpo.training.tracking import time_left
 
@@ -73,7 +74,7 @@ def score_rows(
             bad = index[(present & ~np.isfinite(values)).any(1)]
             if bad.size:
                 listed = ", ".join(f"{locate(row)} (row {row})" for row in bad.tolist())
-                raise ValueError(f"{name} of {listed} are not finite: check the weights and the data")
+                raise UserError(f"{name} of {listed} are not finite: check the weights and the data")
             whole = rows.setdefault(name, np.full((num_rows, num_responses), np.nan, np.float32))
             whole[index, : values.shape[1]] = np.where(present, values, np.nan)
     return rows
@@ -206,14 +207,12 @@ def _read(path: Path, identity: dict[str, str], shape: tuple[int, ...]) -> Rows:
     advice = "delete it to compute it again"
     problems = damaged_files(path) + unlisted_files(path)
     if problems:
-        raise ValueError(f"reference store {path} is damaged ({'; '.join(problems)}); {advice}")
+        raise UserError(f"reference store {path} is damaged ({'; '.join(problems)}); {advice}")
     stored = json.loads((path / "meta.json").read_text())["identity"]
     rows = load_file(path / "sums.safetensors")
     shapes = {name: values.shape for name, values in rows.items() if values.shape != shape}
     if shapes or stored != identity:
-        raise ValueError(
-            f"reference store {path} holds {shapes or stored}, not {shape}, {identity}; {advice}"
-        )
+        raise UserError(f"reference store {path} holds {shapes or stored}, not {shape}, {identity}; {advice}")
     return rows
 
 
@@ -228,7 +227,7 @@ def _verify_rows(store: ReferenceStore, path: Path, score: Score, batch: Batch, 
         differs = checked & ~near
         if differs.any():
             p, k = np.argwhere(differs)[0]
-            raise ValueError(
+            raise UserError(
                 f"reference store {path} does not belong to this model and data: {name} of "
                 f"{locate(int(index[p]))} (row {index[p]}), response {k} is {then[p, k]:.4f} there and "
                 f"{now[p, k]:.4f} now; delete the store"

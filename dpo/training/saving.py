@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.config import TrainingConfig
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import on_main
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.identity import FOLLOWING, ROOTS, Identity, check_probe, differences, require_same
@@ -139,16 +140,16 @@ def find_resume(
             return 0, None, []
         advice = "give another run_dir, or delete the checkpoints"
         if settings.resume == "never":
-            raise ValueError(f"{run_dir} has checkpoints and training.resume is 'never'; {advice}")
+            raise UserError(f"{run_dir} has checkpoints and training.resume is 'never'; {advice}")
         step, damage = checkpoints.newest_whole()
         listed = [f"step {damaged} ({'; '.join(problems[:3])})" for damaged, problems in damage.items()]
         if step is None:
-            raise ValueError(f"no checkpoint in {run_dir} is whole: {', '.join(listed)}; {advice}")
+            raise UserError(f"no checkpoint in {run_dir} is whole: {', '.join(listed)}; {advice}")
         saved = checkpoints.identity(step)
         where = f"the checkpoint of step {step} in {run_dir}"
         may_differ = require_same(saved, identity, allowed=settings.allow_changed, where=where, log=log)
         if step > num_steps:
-            raise ValueError(f"{where} is beyond the {num_steps} steps of this run; {advice}")
+            raise UserError(f"{where} is beyond the {num_steps} steps of this run; {advice}")
         for text, damaged in zip(listed, damage, strict=True):
             log(f"damaged checkpoint: {text}; kept as {checkpoints.set_aside(damaged)}, not used")
         if damage:

@@ -36,6 +36,7 @@ from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import round_products
 from dpo.models.quantized import BaseDtype, hold
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_all, from_main, on_main
 from dpo.parallel.partition import Partition
 from dpo.parallel.sharding import (
@@ -147,7 +148,7 @@ def read_dataset(
         else (config.train, config.train_split, config.max_train)
     )
     if source is None:
-        raise ValueError("data.eval is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
+        raise UserError("data.eval is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
     how: dict[str, Any] = {
         "split": split,
         "on_error": config.on_error,
@@ -200,18 +201,18 @@ def fit_to_objective(dataset: Dataset, objective: Objective) -> Dataset:
     """
     tokens, terms = dataset.tokens, objective.terms or (objective,)
     if "scores" in objective.needs and (location := dataset.location_without_score()):
-        raise ValueError(
+        raise UserError(
             f"{objective.name} needs scores; {location} has none (field 'scores', one a response)"
         )
     comparing = [term.name for term in terms if not term.learns_from_single_responses]
     if comparing and tokens.max_responses < 2:
-        raise ValueError(
+        raise UserError(
             f"objective {', '.join(comparing)} compares responses, but every prompt has one; "
             f"allowed for such data are {', '.join(names_that_learn_from_single_responses())}"
         )
     ordered = [term.name for term in terms if not term.learns_from_ties]
     if ordered and not has_order(tokens).any():
-        raise ValueError(
+        raise UserError(
             f"objective {', '.join(ordered)} compares responses of different rank, but all {len(tokens)} "
             "rows of data.train are ties; allowed: at least one row with two ranks"
         )
@@ -227,7 +228,7 @@ def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:
       ValueError: with the name of the data and what is allowed.
     """
     if tokens.max_responses > 1 and not has_order(tokens).any():
-        raise ValueError(
+        raise UserError(
             f"data.eval is {name}: none of its {len(tokens)} rows has two responses of different rank; "
             "allowed: at least one that has, or labelled single responses, or no data.eval"
         )
@@ -249,13 +250,13 @@ def require_embeddings(dataset: Dataset, model: DecoderConfig, *, name: str) -> 
     unknown, beyond = largest >= model.vocab_size, longest > model.max_positions
     if unknown.any():
         row = int(unknown.argmax())
-        raise ValueError(
+        raise UserError(
             f"{name}: {dataset.location(row)} has token {largest[row]}, and the model "
             f"knows {model.vocab_size} from 0: its tokenizer has tokens that it was not resized for"
         )
     if model.position == "learned" and beyond.any():
         row = int(beyond.argmax())
-        raise ValueError(
+        raise UserError(
             f"{name}: {dataset.location(row)} has {longest[row]} tokens, and the model "
             f"{model.max_positions} learned positions; allowed: data.max_length up to that"
         )

@@ -22,6 +22,7 @@ from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.losses import Objective, RunningMean, Scores
 from dpo.losses.sums import EXTRA_SUMS, OfLogits, Scored
 from dpo.models.log_probs import reduce_logits, token_log_probs
+from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, ROWS, Partition
 from dpo.parallel.sharding import replicated
 from dpo.training.metrics import Metrics, preference_metrics
@@ -288,7 +289,7 @@ def _split_rows(batch: Batch, micro_batches: int, partition: Partition) -> Batch
     """
     num_rows = batch.tokens.shape[0]
     if num_rows % micro_batches:
-        raise ValueError(f"{num_rows} rows can't be split into {micro_batches} equal micro-batches")
+        raise UserError(f"{num_rows} rows can't be split into {micro_batches} equal micro-batches")
     rows_per_part = num_rows // micro_batches
 
     def split(array: Array) -> Array:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dpo.files import replace_text, writing
+from dpo.outcomes import UserError
 from dpo.runs import METRICS_FILE, read_metrics
 
 SHOWN = {
@@ -109,9 +110,9 @@ def require_trackers(names: Sequence[str]) -> None:
     """Stop before anything is loaded when a tracker is unknown or its package is missing."""
     for name in names:
         if name not in PACKAGES:
-            raise ValueError(f"training.trackers names {name!r}; allowed are {', '.join(sorted(PACKAGES))}")
+            raise UserError(f"training.trackers names {name!r}; allowed are {', '.join(sorted(PACKAGES))}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise ValueError(
+            raise UserError(
                 f"training.trackers names {name!r}, whose package {PACKAGES[name]} is not installed; "
                 f"install it with: pip install {PACKAGES[name]} (or this project with its extra: '.[{name}]')"
             )

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from dpo.cli import INTERRUPTED, main
+from dpo.cli import main
 from dpo.config import FrontierConfig
 from dpo.experiments import frontier
 from dpo.experiments.frontier import best_of_n_kl, expected_best, finite_rewards, run_configs
 from dpo.experiments.frontier_figures import draw_frontier
 from dpo.judging.judges import RewardJudge
+from dpo.outcomes import STOPPED
 from dpo.training import loop
 
 
@@ -179,7 +180,7 @@ def test_the_legend_names_only_what_is_drawn(tmp_path: Path) -> None:
 def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = loop.RunResult(Path("."), "interrupted", {})
     monkeypatch.setattr(frontier, "train", lambda config, observe: stopped)
-    assert main(command) == INTERRUPTED
+    assert main(command) == STOPPED.code
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpo.cli import INTERRUPTED, main
+from dpo.cli import main
 from dpo.config import Config, TrainingConfig, save_config
+from dpo.outcomes import STOPPED
 from dpo.pages.watch import run_state, total_steps, watch
 from dpo.training.lock import exclusive
 
@@ -75,7 +76,7 @@ def test_a_run_that_nobody_trains_ends_it_at_once(run: tuple[Path, Config]) -> N
     finished, text = seen(run)
     assert not finished
     assert "stopped, step 3 of 12" in text
-    assert main(["watch", str(run[0])]) == INTERRUPTED
+    assert main(["watch", str(run[0])]) == STOPPED.code
 
 
 def test_once_draws_a_live_run_and_ends(run: tuple[Path, Config], capsys: pytest.CaptureFixture[str]) -> None:

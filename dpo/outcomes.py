@@ -1,0 +1,180 @@
+"""How a command can end: every cause, its exit code, how its message begins, whether it may be repeated.
+
+This is the one place that knows. An error is sorted by its cause, never by the place that it was raised at:
+by its class where the class is ours, and by the status in its text where a library's class says nothing (a
+lost connection of gloo is a `ValueError` when a call is made, a `JaxRuntimeError` when its result is waited
+for). The command line, the processes of a run, `launch/` and the table in docs/reliability.md follow it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Outcome(NamedTuple):
+    """One way to end."""
+
+    cause: str
+    code: int
+    """Exit code of the command."""
+    begins: str
+    """How the message begins, after the command's name."""
+    goes_on: bool
+    """Whether the same command, started again without any change, goes on from what was saved."""
+
+
+FINISHED = Outcome("finished", 0, "", False)
+BUG = Outcome("a bug", 1, "unexpected error", False)
+ENVIRONMENT = Outcome("the environment", 1, "error", False)
+OUT_OF_MEMORY = Outcome("out of memory", 1, "out of memory", False)
+NO_PROGRESS = Outcome("no progress", 1, "no progress", False)
+USER = Outcome("settings or data", 2, "error", False)
+STOPPED = Outcome("asked to stop", 75, "stopped as asked", True)
+PEER_LOST = Outcome("another process was lost", 75, "another process was lost", True)
+HANG = Outcome("a step hangs", 75, "a step hangs", True)
+STOPPED_AT_ONCE = Outcome("stopped at once", 130, "stopped at once", True)
+
+OUTCOMES = {
+    outcome.cause: outcome
+    for outcome in (
+        FINISHED,
+        BUG,
+        ENVIRONMENT,
+        OUT_OF_MEMORY,
+        NO_PROGRESS,
+        USER,
+        STOPPED,
+        PEER_LOST,
+        HANG,
+        STOPPED_AT_ONCE,
+    )
+}
+
+
+class UserError(ValueError):
+    """Settings, data or a command line are wrong: what was given, where, what is allowed."""
+
+
+class EnvironmentFailure(OSError):  # noqa: N818 (EnvironmentError is Python's)
+    """What is outside of the run refused: a disk, a permission, the hub, an endpoint, the network."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A device or the host has no room for what was asked."""
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run has ended, hangs or is out of reach."""
+
+
+class NoProgressError(RuntimeError):
+    """Starts in a row have saved nothing: another one would not either."""
+
+
+class BugError(RuntimeError):
+    """An error that nobody meant, in another process of the run."""
+
+
+CLASSES: dict[type[BaseException], Outcome] = {
+    UserError: USER,
+    EnvironmentFailure: ENVIRONMENT,
+    OutOfMemoryError: OUT_OF_MEMORY,
+    PeerLostError: PEER_LOST,
+    NoProgressError: NO_PROGRESS,
+    BugError: BUG,
+    KeyboardInterrupt: STOPPED_AT_ONCE,
+    MemoryError: OUT_OF_MEMORY,
+}
+"""What the class alone decides."""
+
+_LOST = re.compile(
+    r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|DATA_LOSS"
+    r"|connection (was )?(closed|reset|refused|aborted)|socket closed|broken pipe|read timeout|heartbeat"
+    r"|remote process (has )?exited|ncclRemoteError|ncclSystemError|unhandled system error|task.{0,20} died",
+    re.IGNORECASE,
+)
+"""Statuses of a lost peer, in the words of absl, gloo, NCCL and the coordination service."""
+_COLLECTIVE = re.compile(
+    r"gloo|nccl|coordination|collective|all.?reduce|all.?gather|preemption", re.IGNORECASE
+)
+"""What a library's own error class (`ValueError`, `RuntimeError`) must name too."""
+_NO_ROOM = re.compile(
+    r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating|failed to allocate", re.IGNORECASE
+)
+_REFUSED = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ESTALE", "EACCES", "EPERM", "EMFILE", "ENFILE"),
+        *("ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH", "ENOLCK", "EPIPE"),
+    )
+}
+"""Numbers of errors that a disk, a permission or a network gives; others of the system's are bugs."""
+_NETWORK = ("requests.", "httpx.", "httpcore.", "urllib3.", "huggingface_hub.", "urllib.error")
+"""Packages whose errors come from outside."""
+
+MEMORY_ADVICE = (
+    "allowed is what fits: set training.memory_limit, more training.micro_batches, model.remat, a smaller "
+    "training.batch_size or data.max_length"
+)
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """The cause of an error: that of the first in its chain of causes that says one."""
+    for link in chain_of(error):
+        for kind, outcome in CLASSES.items():
+            if isinstance(link, kind):
+                return outcome
+    for link in chain_of(error):
+        found = _by_status(link)
+        if found is not None:
+            return found
+    return BUG
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from, each once."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        yield link
+        link = link.__cause__
+
+
+def _by_status(error: BaseException) -> Outcome | None:
+    """What the text of a library's error says, or the number of the system's."""
+    text = str(error)
+    from_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    if isinstance(error, (RuntimeError, ValueError)):
+        if _NO_ROOM.search(text) and (from_jax or "RESOURCE_EXHAUSTED" in text):
+            return OUT_OF_MEMORY
+        if _LOST.search(text) and (from_jax or _COLLECTIVE.search(text)):
+            return PEER_LOST
+    module = f"{type(error).__module__}."
+    if isinstance(error, (ConnectionError, TimeoutError)) or module.startswith(_NETWORK):
+        return ENVIRONMENT
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return ENVIRONMENT
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return OUT_OF_MEMORY
+    return None
+
+
+def raise_as(outcome: Outcome, text: str) -> BaseException:
+    """An error of a cause, to be raised where another process met it."""
+    kinds = {made: kind for kind, made in CLASSES.items() if kind.__module__ == __name__}
+    return kinds.get(outcome, BugError)(text)
+
+
+def describe(command: str, error: BaseException) -> str:
+    """The message of an error in one line: the command, how its cause begins, what happened."""
+    outcome = outcome_of(error)
+    text = str(error).strip() or type(error).__name__
+    if outcome is OUT_OF_MEMORY:
+        text = f"{text.splitlines()[0]}; {MEMORY_ADVICE}"
+    elif outcome in (PEER_LOST, STOPPED_AT_ONCE, BUG) and not isinstance(error, (PeerLostError, BugError)):
+        text = text.splitlines()[0]
+    return f"{command}: {outcome.begins}: {text}"
