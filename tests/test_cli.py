@@ -53,7 +53,8 @@ def test_help_gives_type_default_and_text_of_settings(capsys: pytest.CaptureFixt
         main(["train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--optimizer.learning_rate LEARNING_RATE Peak learning rate. (type: float, default: 1e-06)" in text
+    learning_rate = "Learning rate at its peak, after the warm-up. (type: float, default: 1e-06)"
+    assert f"--optimizer.learning_rate LEARNING_RATE {learning_rate}" in text
     assert "--model.remat {none,dots,full}" in text
 
 
@@ -61,8 +62,8 @@ def test_inspect_takes_a_runs_settings_and_its_own(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["inspect", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--run_dir RUN_DIR Everything the run writes goes here." in text
-    assert "--example EXAMPLE Which kept preference to show" in text
+    assert "--run_dir RUN_DIR Directory for everything that the run writes." in text
+    assert "--example EXAMPLE Number of the preference to show" in text
 
 
 def test_help_and_errors_come_before_anything_heavy_is_imported() -> None:

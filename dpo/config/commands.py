@@ -13,14 +13,14 @@ from dpo.outcomes import UserError
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """What to show of the preferences that a run's settings (model and data) name."""
+    """Show the preferences that a run's settings name, as its model's tokenizer sees them."""
 
     heldout: bool = False
     """Inspect the held-out preferences (data.eval) instead of the training ones."""
     example: int | None = 0
-    """Which kept preference to show coloured by what is scored, from 0; none when null."""
+    """Number of the preference to show, from 0, with colours for what is scored; none when null."""
     output: str | None = None
-    """JSON file for the whole report."""
+    """JSON file to write the whole report to."""
 
     def __post_init__(self) -> None:
         check_range("example", self.example, low=0)
@@ -28,20 +28,20 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What to compile a step of a run's settings for, without running it."""
+    """Compile a step of a run's settings for given devices, without running it."""
 
     topology: str | None = None
-    """Devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8 or cpu:2; cpu:1 when not given."""
+    """The devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8 or cpu:2; cpu:1 when not given."""
     search: bool = False
-    """Try several meshes and show the best."""
+    """Try several meshes and show the fastest that fits."""
     prompt_tokens: int | None = None
-    """Assume prompts of so many tokens; the training data's lengths count when not given."""
+    """Assume prompts of this many tokens; the training data's lengths when not given."""
     response_tokens: int | None = None
-    """Assume responses of so many tokens."""
+    """Assume responses of this many tokens; the training data's lengths when not given."""
     num_responses: int = 2
-    """Assume so many responses a prompt."""
+    """Assume this many responses to each prompt."""
     output: str | None = None
-    """JSON file for all figures."""
+    """JSON file to write all figures to."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "response_tokens", "num_responses"):
@@ -53,33 +53,38 @@ class EvaluateConfig:
     """Held-out figures of a policy against its reference: accuracy, margins, calibration, baselines."""
 
     run: str | None = None
-    """Run directory, whose export, reference, held-out data and settings hold where nothing else is given."""
+    """Run directory; its export, reference, held-out data and settings are used where nothing else is
+    given."""
     policy: str | None = None
-    """Policy: directory, GGUF file or hub id; RUN/export when not given."""
+    """The model to judge: directory, GGUF file or hub id; RUN/export when not given."""
     reference: str | None = None
-    """Reference, likewise; the run's when not given."""
+    """The model it is compared with, named like the policy; the run's reference when not given."""
     data: str | None = None
-    """Preferences: file, directory or hub id; the run's held-out data when not given."""
+    """The preferences: file, directory or hub id; the run's held-out data when not given."""
     split: str | None = None
-    """Split of a hub data set; the run's or test when not given."""
+    """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
-    """Use only the first so many rows."""
+    """Use the first so many rows only; all when not given."""
     beta: float | None = None
-    """Strength that turns log-ratios into rewards; the run's or 0.1 when not given."""
+    """Factor from log-ratios to rewards; the run's, or else 0.1, when not given."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] | None = None
-    """A ranking stays whole, or becomes pairs; the run's or ranking when not given."""
+    """Keep rankings whole, or turn them into pairs, as data.expand does; the run's, or else ranking, when
+    not given."""
     max_length: int | None = None
-    """Longest prompt plus response in tokens; the run's or 512 when not given."""
+    """Longest prompt plus response, in tokens; the run's, or else 512, when not given."""
     truncation: Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"] | None = None
-    """What happens to a longer one; the run's or drop when not given."""
+    """What is done with a prompt plus response longer than max_length; the run's, or else drop, when not
+    given."""
     on_error: Literal["stop", "skip"] | None = None
-    """A malformed row stops, or is skipped and counted; the run's or stop when not given."""
+    """What is done with a malformed row: stop, or skip and count it; the run's, or else stop, when not
+    given."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of activations; the run's or float32 when not given."""
+    """Dtype of the activations; the run's, or else float32, when not given."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap that makes the intervals."""
     output: str | None = None
-    """JSON file for all figures; RUN/evaluation.json for a run's own policy, reference, data and settings."""
+    """JSON file to write all figures to. When not given, RUN/evaluation.json if policy, reference, data
+    and settings are all the run's own, and nothing otherwise."""
 
     def __post_init__(self) -> None:
         if self.run is None:
@@ -94,43 +99,46 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A Hugging Face directory from a checkpoint of a run, finished or not."""
+    """Write a checkpoint of a run, finished or not, as a Hugging Face directory."""
 
     run: str
-    """Run directory."""
+    """Run directory that holds the checkpoint."""
     output: str | None = None
-    """Directory to write: new, empty or of the same kind; when not given RUN/export (or RUN/adapter), and
-    RUN/export-STEP-DTYPE for a step, or a dtype other than float32, that is given."""
+    """Directory to write, which must be new, empty or of the same kind. When not given, RUN/export (or
+    RUN/adapter), and RUN/export-STEP-DTYPE where a step or a dtype other than float32 is given."""
     step: int | None = None
-    """Checkpoint of so many updates; the newest when not given."""
+    """The checkpoint to write, by its number of updates; the newest when not given."""
     format: Literal["merged", "adapter"] = "merged"
-    """A model that transformers opens, or the adapters of a LoRA run as peft stores them."""
+    """merged writes a model that transformers opens; adapter writes the adapters of a LoRA run as peft
+    stores them."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
-    """Dtype of a merged model's weights: float32 keeps every bit, base is that of the base's own."""
+    """Dtype of a merged model's weights. float32 keeps every bit; base is the dtype in which the base
+    model is stored."""
     hub_id: str | None = None
-    """OWNER/NAME on the Hugging Face hub to upload the directory to; nothing is uploaded when not given."""
+    """Repository on the Hugging Face hub, OWNER/NAME, to upload the directory to; nothing is uploaded when
+    not given."""
     hub_private: bool = True
-    """A hub repository that has to be made is private."""
+    """Make the hub repository private, where it has to be made."""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One self-contained HTML page about a run, or about several."""
+    """Write one self-contained HTML page about a run, or about several."""
 
     output: str | None = None
-    """The page; RUN/report.html, or comparison.html beside the runs, when not given."""
+    """File to write the page to; when not given, RUN/report.html, or comparison.html beside the runs."""
 
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """The curves of a run on the terminal while it goes on."""
+    """Draw the curves of a run on the terminal while it goes on."""
 
     run: str
-    """Run directory."""
+    """Run directory to follow."""
     interval: float = 1.0
-    """Seconds between two looks at the metrics."""
+    """Seconds between two readings of the metrics."""
     once: bool = False
-    """Draw once and end."""
+    """Draw the curves once and end, instead of following the run."""
 
     def __post_init__(self) -> None:
         check_range("interval", self.interval, above=0.0)
@@ -138,30 +146,32 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """An OpenAI-compatible endpoint that serves as the judge of `dpo winrate --judge endpoint`."""
+    """An OpenAI-compatible endpoint that is the judge of dpo winrate --judge endpoint."""
 
     base_url: str | None = None
-    """Address up to and without /chat/completions, such as http://localhost:8000/v1."""
+    """Address of the endpoint, without its last part /chat/completions, such as http://localhost:8000/v1."""
     model: str | None = None
-    """Name of the model there."""
+    """Name under which the endpoint serves the judging model."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; no key is sent where it is not set."""
+    """Environment variable that holds the API key; no key is sent where it is not set."""
     options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 512})
-    """Further fields of every request, sent as they are."""
+    """Further fields of every request, sent unchanged."""
     concurrency: int = 8
-    """Requests at a time."""
+    """Number of requests under way at a time."""
     timeout: float = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for a reply."""
     retries: int = 5
-    """Further tries after a time-out, a broken connection, status 429 or 5xx, or a malformed reply."""
+    """How often a request is tried again after a time-out, a broken connection, status 429 or 5xx, or a
+    malformed reply."""
     backoff: float = 1.0
-    """Seconds before the first retry, doubled for each further one (or what a Retry-After header asks)."""
+    """Seconds before a request is tried again, doubled with each further try (or what a Retry-After header
+    asks)."""
     cache: str | None = None
-    """Directory of kept replies; judge/ in DPO_CACHE (~/.cache/dpo) when not given."""
+    """Directory in which replies are kept; judge/ in DPO_CACHE (~/.cache/dpo) when not given."""
     price_input: float = 0.0
-    """Price of a million prompt tokens, for the cost in the results."""
+    """Price of a million prompt tokens, from which the results compute the cost."""
     price_output: float = 0.0
-    """Price of a million completion tokens."""
+    """Price of a million completion tokens, from which the results compute the cost."""
 
     def __post_init__(self) -> None:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
@@ -176,48 +186,54 @@ class EndpointConfig:
 
 @dataclass(frozen=True)
 class WinrateConfig:
-    """How often a judge prefers the policy's responses to held-out prompts over an opponent's."""
+    """Measure how often a judge prefers the policy's responses to held-out prompts over an opponent's."""
 
     run: str | None = None
-    """Run directory, whose export, reference, held-out data and settings hold where nothing else is given."""
+    """Run directory; its export, reference, held-out data and settings are used where nothing else is
+    given."""
     policy: str | None = None
-    """Policy: directory, GGUF file or hub id; RUN/export when not given."""
+    """The model to judge: directory, GGUF file or hub id; RUN/export when not given."""
     opponent: str | None = None
-    """Another model, or data:best or data:worst (the data's responses); the run's reference by default."""
+    """The model it plays against, or data:best or data:worst for the data's own responses; the run's
+    reference when not given."""
     data: str | None = None
-    """Preferences whose prompts are answered; the run's held-out data when not given."""
+    """The preferences whose prompts are answered: file, directory or hub id; the run's held-out data when
+    not given."""
     split: str | None = None
-    """Split of a hub data set; the run's or test when not given."""
+    """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
-    """Use only the first so many rows."""
+    """Use the first so many rows only; all when not given."""
     judge: str = "vader"
     """vader, module:function, reward_model:DIR, endpoint, local:MODEL, or a control: first, longer."""
     template: str | None = None
-    """File with the jinja2 prompt of an endpoint or local judge; the shipped one when not given."""
+    """File with the jinja2 prompt that an endpoint or local judge gets; the shipped one when not given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    """The endpoint that judges, where the judge is endpoint."""
+    """The endpoint that is asked where the judge is endpoint."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
-    """Sampling temperatures, each with its own figures; 0 is greedy."""
+    """Sampling temperatures, each with figures of its own; 0 takes the most probable token."""
     samples: int = 1
-    """Responses of each model to each prompt at each temperature."""
+    """Number of responses of each model to each prompt at each temperature."""
     max_new_tokens: int = 128
-    """Longest response."""
+    """Longest response that is sampled, in tokens."""
     top_k: int | None = None
-    """Draw from the k most probable tokens only."""
+    """Draw from the k most probable tokens only; from all when not given."""
     top_p: float | None = None
-    """Draw from the fewest most probable tokens that reach this probability only."""
+    """Draw from the fewest most probable tokens that together reach this probability only; from all when
+    not given."""
     min_p: float | None = None
-    """Draw from tokens with at least so much of the highest probability only."""
+    """Draw from the tokens with at least this part of the highest probability only; from all when not
+    given."""
     batch_size: int = 64
-    """Responses that are sampled together; they do not depend on it."""
+    """Number of responses that are sampled together. The responses do not depend on it."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations of all models."""
+    """Dtype of the activations of all models."""
     kl: bool = True
-    """Where the opponent is a model, score the policy's samples under both: mean of log policy/opponent."""
+    """Estimate the KL from the opponent, where it is a model: the mean of log policy/opponent over the
+    policy's samples, which both models score."""
     seed: int = 0
-    """Of sampling and of the bootstrap."""
+    """Seed of the sampling and of the bootstrap that makes the intervals."""
     output: str | None = None
-    """Directory for samples.jsonl, verdicts.jsonl and winrate.json; RUN/winrate when a run is given."""
+    """Directory to write samples.jsonl, verdicts.jsonl and winrate.json to; RUN/winrate when not given."""
 
     def __post_init__(self) -> None:
         if self.run is None:
@@ -237,28 +253,30 @@ class WinrateConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Responses of a model, printed as they are drawn."""
+    """Answer a prompt with a model, printing the response as it is drawn."""
 
     model: str
-    """Directory, GGUF file, hub id or embedded:smollm2-135m-instruct."""
+    """The model that answers: directory, GGUF file, hub id or embedded:smollm2-135m-instruct."""
     system: str | None = None
-    """System message; the chat template's own when not given."""
+    """System message before the prompt; the chat template's own when not given."""
     max_new_tokens: int = 256
-    """Longest response."""
+    """Longest response, in tokens."""
     temperature: float = 0.7
-    """Divides the logits; 0 takes the most probable token."""
+    """Number that the logits are divided by before drawing; 0 takes the most probable token."""
     top_k: int | None = None
-    """Draw from the k most probable tokens only."""
+    """Draw from the k most probable tokens only; from all when not given."""
     top_p: float | None = None
-    """Draw from the fewest most probable tokens that reach this probability only."""
+    """Draw from the fewest most probable tokens that together reach this probability only; from all when
+    not given."""
     min_p: float | None = 0.05
-    """Draw from tokens with at least so much of the highest probability only."""
+    """Draw from the tokens with at least this part of the highest probability only; from all when null."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, where negative) the logits of tokens already there; 1 is off."""
+    """Makes tokens that are there already less probable: their logits are divided by it where positive and
+    multiplied where negative; 1 changes nothing."""
     seed: int = 0
-    """Of sampling; the same prompt and seed give the same response."""
+    """Seed of the sampling; the same prompt and seed give the same response."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations."""
+    """Dtype of the activations."""
 
     def __post_init__(self) -> None:
         check_range("max_new_tokens", self.max_new_tokens, low=1)

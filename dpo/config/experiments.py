@@ -17,45 +17,47 @@ class FrontierConfig:
     """
 
     output: str = "runs/frontier"
-    """Directory of all runs, figures and frontier.json; the same command goes on with what is there."""
+    """Directory for all runs, the figures and frontier.json; the same command goes on with what is there."""
     model: str = "embedded:smollm2-135m-instruct"
-    """Reference, and where every policy starts."""
+    """The reference, from which every policy starts."""
     train: str = "shipped:sentiment_train.jsonl"
-    """Rankings to train on, the same for all objectives."""
+    """The rankings to train on, the same for all objectives."""
     eval: str = "shipped:sentiment_eval.jsonl"
-    """Held-out rankings, whose prompts are answered."""
+    """The held-out rankings, whose prompts the policies answer."""
     reward: str = "vader"
-    """The true reward: vader or module:function."""
+    """The true reward that ranks and judges: vader, or module:function of your own."""
     objectives: list[str] = field(default_factory=lambda: ["dpo", "ipo", "plackett_luce"])
-    """Objectives, by name."""
+    """Names of the objectives to compare."""
     betas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.5, 1.0])
-    """Values of beta, each with a run of every objective."""
+    """Values of beta; every objective is run with each."""
     only: list[str] = field(default_factory=list)
-    """Of these runs, those to train, in this order, such as [dpo:0.1,ipo:0.1]; all when empty."""
+    """The runs to train, in this order, such as [dpo:0.1,ipo:0.1]; all objectives with all betas when
+    empty."""
     steps: int = 12
-    """Optimiser steps of a run."""
+    """Number of optimiser steps of a run."""
     eval_every: int = 4
     """Steps between two points of a run's line."""
     batch_size: int = 4
-    """Prompts a step."""
+    """Number of prompts in a step."""
     learning_rate: float = 6e-5
-    """Peak learning rate (linear decay)."""
+    """Learning rate at its peak; it then falls to zero in a line."""
     prompts: int | None = 40
-    """Use only the first so many held-out prompts; all when null."""
+    """Answer the first so many held-out prompts only; all when null."""
     max_length: int = 128
     """Longest prompt plus response in training, in tokens."""
     max_new_tokens: int = 32
-    """Longest sampled response."""
+    """Longest response that is sampled, in tokens."""
     best_of: int = 8
-    """Responses of the reference to each prompt; best-of-n is drawn for n up to this."""
+    """Number of the reference's responses to each prompt, from which best-of-n is drawn for every n up to
+    it."""
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Sampling temperatures of the win-rates."""
+    """Sampling temperatures at which win-rates are measured."""
     temperature_beta: float = 0.1
-    """The beta whose policies' win-rates are drawn against temperature; one of betas."""
+    """The beta, one of betas, whose policies' win-rates are drawn against temperature."""
     opponent: str = "data:best"
-    """Opponent in these win-rates: data:best, data:worst or a model."""
+    """What the policies play against in these win-rates: data:best, data:worst or a model."""
     seed: int = 0
-    """Of data order and sampling."""
+    """Seed of the order of the data and of the sampling."""
 
     def __post_init__(self) -> None:
         for name in ("objectives", "betas", "temperatures"):
@@ -83,59 +85,66 @@ class DiffusionConfig:
     """Diffusion-DPO on a mixture of Gaussians and a linear reward, where the optimum is known."""
 
     run_dir: str = "runs/diffusion_gaussian"
-    """Results and figures go here."""
+    """Directory for results and figures."""
     means: list[list[float]] = field(default_factory=lambda: [[0.0]])
-    """Mean of each component of the data, all of the same weight."""
+    """Mean of each component of the data; all components weigh the same."""
     variance: float = 0.25
     """Variance of every component in every dimension."""
     reward: list[float] = field(default_factory=lambda: [2.0])
-    """g of the reward r(x) = g x that preferences are drawn from, one number a dimension."""
+    """The vector g, one number for each dimension, of the reward r(x) = g x that preferences are drawn
+    from."""
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo", "beta": 1.0})
-    """Name of an objective and its hyper-parameters; weighting and reduction set beta's scale."""
+    """The objective: its name and hyper-parameters. The scale of its beta depends on weighting and
+    reduction."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule of the DDPM process."""
     num_steps: int = 100
-    """Steps T of the DDPM process."""
+    """Number of steps T of the DDPM process."""
     prediction: Literal["noise", "data", "velocity"] = "velocity"
-    """What the network outputs."""
+    """The quantity that the network predicts."""
     weighting: Literal["elbo", "uniform"] = "elbo"
-    """Weights of time steps: the ELBO's, or one half everywhere as in the released Diffusion-DPO."""
+    """Weights of the time steps: those of the ELBO, or one half everywhere (uniform) as in the released
+    Diffusion-DPO."""
     reverse_variance: Literal["posterior", "beta"] = "beta"
-    """The model's variance of x_(t-1) given x_t, which sets the ELBO's weights."""
+    """Variance of x_(t-1) given x_t in the model, which sets the ELBO's weights."""
     reduction: Literal["sum", "mean"] = "sum"
-    """Sum of squares over a sample's dimensions (beta is the strength of the KL), or their mean."""
+    """Add the squared errors of a sample's dimensions (sum: beta is then the strength of the KL), or take
+    their mean."""
     sharing: Literal["time_and_noise", "time", "nothing"] = "time_and_noise"
-    """What the samples of a preference are noised with in common."""
+    """Whether the samples of one preference are noised at the same times with the same noise, at the same
+    times only, or independently (nothing)."""
     num_times: int = 16
-    """Noised copies of each sample inside the loss."""
+    """Number of noised copies of each sample in the loss."""
     num_preferences: int = 20_000
-    """Preferences in the training set."""
+    """Number of preferences in the training set."""
     num_samples: int = 2
-    """Samples that a preference ranks."""
+    """Number of samples that each preference ranks."""
     batch_size: int = 256
-    """Preferences an update."""
+    """Number of preferences in an update."""
     updates: int = 500
-    """Updates of the policy."""
+    """Number of updates of the policy."""
     learning_rate: float = 1e-3
-    """Peak learning rate of the policy (Adam, cosine decay)."""
+    """Learning rate of the policy at its peak (Adam, cosine decay)."""
     reference_batch_size: int = 1024
-    """Samples an update of the reference, and of the network of the variance-exploding process."""
+    """Number of samples in an update of the reference and of the network of the variance-exploding
+    process."""
     reference_updates: int = 1500
-    """Their updates."""
+    """Number of updates of the reference and of that network."""
     reference_learning_rate: float = 3e-3
-    """Their peak learning rate."""
+    """Learning rate of the reference and of that network at its peak."""
     hidden_size: int = 64
     """Width of the network."""
     num_layers: int = 3
-    """Hidden layers of the network."""
+    """Number of hidden layers of the network."""
     eta: float = 1.0
-    """Sampler: 0 is DDIM, 1 is DDPM's ancestral sampler."""
+    """Which sampler draws: 0 is DDIM, 1 is DDPM's ancestral sampler, and values between mix them."""
     num_drawn: int = 20_000
-    """Samples drawn to measure with."""
+    """Number of samples drawn to measure with."""
     process_steps: int = 100
-    """Steps of the variance-exploding process (one-dimensional Gaussian data only)."""
+    """Number of steps of the variance-exploding process, which is run for one-dimensional Gaussian data
+    only."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         if not self.means or any(len(mean) != len(self.reward) for mean in self.means):

@@ -18,26 +18,32 @@ IdentityKind = Literal[
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy, and by default the reference."""
+    """The policy that is trained, and by default the reference."""
 
     source: str = "embedded:smollm2-135m-instruct"
-    """Hugging Face hub id, directory (a peft adapter too), GGUF file, or embedded:smollm2-135m-instruct."""
+    """The model to train: a Hugging Face hub id, a directory (a peft adapter too), a GGUF file, or
+    embedded:smollm2-135m-instruct."""
     reference: str | None = None
-    """Source of the frozen reference; the policy's starting weights when not given."""
+    """The frozen model that the policy is compared with, named like model.source; the policy's starting
+    weights when not given."""
     reference_store: str | None = None
-    """Directory of stored reference log-probs; reference/ in DPO_CACHE (~/.cache/dpo) when not given."""
+    """Directory in which the reference's log-probs are kept from run to run; reference/ in DPO_CACHE
+    (~/.cache/dpo) when not given."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations; parameters, softmax and sums of log-probs stay float32."""
+    """Dtype of the activations. Parameters, softmax and sums of log-probs stay float32."""
     round_products: Literal["neither", "backward", "both"] | None = None
-    """Passes in which linears round the operands of their products to bfloat16 and sum in float32: neither,
-    backward (losses stay exact) or both; when not given, both if compute_dtype is bfloat16, else neither."""
+    """The passes in which matrix products round their operands to bfloat16 (they always sum in float32):
+    neither; backward, which leaves losses exact; or both. When not given: both if model.compute_dtype is
+    bfloat16, else neither."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass recomputes: nothing, all but matrix products, or (least memory) whole layers."""
+    """What the backward pass computes again instead of keeping it: nothing (none), all but matrix products
+    (dots), or whole layers (full, which takes the least memory and the most time)."""
     attention: Literal["auto", "plain", "blocked", "ranges", "splash", "cudnn"] = "auto"
-    """The code that computes attention. auto is blocked on CPUs, ranges on GPUs and plain on TPUs. ranges and
-    cudnn need a GPU (cudnn with bfloat16), splash needs a TPU."""
+    """The code that computes attention. auto is blocked on CPUs, ranges on GPUs and plain on TPUs. ranges
+    and cudnn need a GPU (cudnn with bfloat16), splash needs a TPU."""
     log_prob_chunk: int = 1024
-    """Scored tokens of a device that meet the vocabulary at a time (bounds memory to chunk x V floats)."""
+    """How many scored tokens of a device are compared with the vocabulary at once. Fewer take less memory:
+    a chunk holds so many times the vocabulary's size in floats."""
 
     def __post_init__(self) -> None:
         check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
@@ -60,22 +66,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Train low-rank adapters on a frozen model instead of the model; off unless rank or init is given."""
+    """Train low-rank adapters on a frozen model instead of all its weights. LoRA is off unless lora.rank
+    or lora.init is given."""
 
     rank: int | None = None
-    """Columns of A and rows of B in x W + s (x A) B; LoRA is off when not given."""
+    """Rank of the adapters: a linear x W becomes x W + s (x A) B, with so many columns in A and rows in B.
+    LoRA is off when not given."""
     alpha: float | None = None
-    """s is alpha / rank; twice the rank when not given."""
+    """Sets the adapters' scale s = alpha / rank; twice the rank when not given."""
     target_modules: list[str] | str = "all-linear"
-    """Linears with an adapter, as in peft: all-linear, a list of ends of names, or a regular expression."""
+    """The linears that get an adapter, named as in peft: all-linear, a list of ends of names, or a regular
+    expression."""
     use_rslora: bool = False
-    """s is alpha / sqrt(rank) instead."""
+    """Make the adapters' scale s = alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
     use_dora: bool = False
-    """DoRA: the length of every output's weights is trained besides."""
+    """Train the length of every output's weights too (DoRA)."""
     init: str | None = None
-    """Directory of a peft adapter that the policy starts from, with its rank, alpha, modules and kind."""
+    """Directory of a peft adapter to start from; rank, alpha, modules and kind are the adapter's own."""
     base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """How frozen kernels are held (embeddings are bfloat16 with int8 too); adapters are float32."""
+    """Dtype in which the frozen weights are held (with int8 the embeddings are bfloat16). Adapters are
+    float32."""
 
     def __post_init__(self) -> None:
         check_range("lora.rank", self.rank, low=1)
@@ -107,44 +117,50 @@ class DataConfig:
     """Where preferences come from and how they become token ids and rows."""
 
     train: str = "shipped:sentiment_train.jsonl"
-    """JSONL or Parquet file, directory, or hub id of the training preferences."""
+    """The training preferences: a file (JSONL, Parquet, CSV and others), a directory, a hub id, or
+    shipped:NAME for data that come with the package."""
     eval: str | None = None
-    """The held-out preferences, in the same formats; nothing is held out when not given."""
+    """The held-out preferences, named like data.train; nothing is held out when not given."""
     train_split: str = "train"
-    """Split read from a hub data set for training."""
+    """Split of a hub data set that is read for training."""
     eval_split: str = "test"
-    """Split read from a hub data set for evaluation."""
+    """Split of a hub data set that is read for evaluation."""
     max_train: int | None = None
-    """Use only the first so many training rows."""
+    """Train on the first so many rows only; on all when not given."""
     max_eval: int | None = None
-    """Use only the first so many held-out rows."""
+    """Evaluate on the first so many held-out rows only; on all when not given."""
     row_layout: str | None = None
-    """Layout of the rows, one of those in docs/data.md, such as pair or nectar; recognised by their columns
+    """Layout of the rows, one of those in docs/data.md, such as pair or nectar; recognised by the columns
     when not given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns that have another name than the layout's, such as {prompt: query, chosen: good}."""
+    """Other names of the layout's columns, such as {prompt: query, chosen: good}."""
     ignore_columns: list[str] = field(default_factory=list)
     """Columns that may stay unread although their names (system, context, images, …) say that they matter."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] = "ranking"
-    """A ranking stays whole, or becomes its best-worst, adjacent or all pairs."""
+    """Keep a ranking whole (ranking), or turn it into pairs: best and worst (best_worst), neighbours
+    (adjacent), or all (all_pairs)."""
     max_length: int = 512
-    """Longest prompt plus response in tokens."""
+    """Longest prompt plus response, in tokens; data.truncation says what happens to a longer one."""
     truncation: Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"] = "drop"
-    """What happens to a preference with a longer prompt plus response."""
+    """What is done with a preference whose prompt plus response is longer than data.max_length: leave it
+    out (drop), stop (error), or cut the prompt's beginning or the response's end."""
     end_token: Literal["template", "eos_only", "none"] = "template"
-    """What ends a scored response: all that the template puts there, the end token alone, or nothing."""
+    """How a scored response ends: with all that the chat template puts there, with the end token alone
+    (eos_only), or with nothing (none)."""
     chat_template: str | None = None
-    """File with a jinja2 chat template that replaces the tokenizer's own."""
+    """File with a jinja2 chat template to use instead of the tokenizer's own."""
     template_date: str = "2024-07-26"
-    """What chat templates take for today (strftime_now, as in Llama 3's), so that tokens stay the same."""
+    """The date that chat templates are told is today (strftime_now in Llama 3's), fixed so that the same
+    data always give the same tokens."""
     layout: Literal["padded", "packed", "shared"] = "shared"
-    """One response a row; responses packed into rows; or packed groups that share their prompt."""
+    """How responses lie in the rows of a batch: one a row (padded), several after each other (packed), or
+    packed in groups that share their prompt (shared)."""
     row_length: int | None = None
-    """Tokens a row; chosen from the data's lengths when not given."""
+    """Length of a batch's rows, in tokens; chosen from the data's lengths when not given."""
     shuffle: bool = True
-    """Shuffle each epoch by (seed, epoch); else the file's order."""
+    """Shuffle the data anew in each epoch, by (seed, epoch). When false, they keep the file's order."""
     on_error: Literal["stop", "skip"] = "stop"
-    """A malformed row stops the run before training, or is skipped and counted."""
+    """What is done with a malformed row: stop before training, or skip and count it."""
 
     def __post_init__(self) -> None:
         check_range("data.max_length", self.max_length, low=2)
@@ -161,24 +177,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: float = 1e-6
-    """Peak learning rate."""
+    """Learning rate at its peak, after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Decay after warm-up (to zero for linear and cosine)."""
+    """How the learning rate falls after the warm-up: not at all (constant), or to zero in a line or a half
+    cosine."""
     warmup_fraction: float = 0.1
-    """Part of all steps over which the rate rises from zero."""
+    """Part of all steps, from 0 to 1, over which the learning rate rises from zero."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Adam's decay of the running mean of gradients."""
     beta2: float = 0.999
-    """Decay of the second moment."""
+    """Adam's decay of the running mean of squared gradients."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Adam's constant in the denominator, added to the root of the mean squared gradient."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (not on norms and biases)."""
+    """Decoupled weight decay of all weights but norms and biases."""
     max_grad_norm: float | None = 1.0
-    """Global-norm clipping; none when not given."""
+    """Gradients with a larger global norm are scaled down to it; none are when null."""
 
     def __post_init__(self) -> None:
         check_range("optimizer.learning_rate", self.learning_rate, low=0.0)
@@ -192,47 +209,54 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length, batch, evaluation and saving of a run."""
+    """Length, batch size, evaluation and saving of a run."""
 
     seed: int = 0
-    """The only source of randomness: everything is a function of (seed, step)."""
+    """Seed of all randomness: everything in a run is a function of (seed, step)."""
     batch_size: int = 8
-    """Prompts a step, of all devices and micro-batches together."""
+    """Prompts in a step, over all devices and micro-batches."""
     micro_batches: int = 1
-    """Parts that a step's prompts are split into to save memory; the result is the same."""
+    """Number of parts into which a step's prompts are split to save memory; the result is the same."""
     memory_limit: float | Literal["device"] | None = None
-    """GiB that a device may hold: model.remat, micro_batches and model.log_prob_chunk are chosen to fit it;
-    device is all that the device has; nothing is chosen when not given."""
+    """Memory that a device may use, in GiB, or device for all that it has. model.remat,
+    training.micro_batches and model.log_prob_chunk are then chosen to fit it; nothing is chosen when not
+    given."""
     epochs: float = 1.0
-    """Passes over the training data."""
+    """Number of passes over the training data; need not be whole."""
     steps: int | None = None
-    """Optimiser steps; overrides epochs."""
+    """Number of optimiser steps; when given, training.epochs does not count."""
     eval_every: int | None = None
     """Steps between held-out evaluations; only after training when not given."""
     eval_samples: int = 0
-    """Held-out prompts that the policy answers at each evaluation, for curves of its KL and length."""
+    """Number of held-out prompts that the policy answers at each evaluation, for curves of its KL and
+    length."""
     eval_max_new_tokens: int = 64
-    """Longest of these answers."""
+    """Longest answer that is sampled for training.eval_samples and for dpo train --winrate, in tokens."""
     save_every: int | None = None
     """Steps between checkpoints; only at the end when not given."""
     save_minutes: float | None = None
-    """Minutes between checkpoints, besides save_every."""
+    """Minutes between checkpoints, besides those of training.save_every."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Number of checkpoints that are kept, the newest ones."""
     keep_best: Literal["rewards/accuracies", "rewards/margins"] | None = None
-    """Also save and keep the checkpoint whose held-out evaluation (eval_every) has the highest of these."""
+    """Held-out metric (see training.eval_every) whose best checkpoint is saved and kept besides the newest
+    ones."""
     max_skipped: int = 3
-    """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
+    """A step whose loss or gradient is not finite is skipped; the run stops after so many in a row."""
     reference_every: int | None = None
-    """Steps between moves of the reference towards the policy (TR-DPO); it stays fixed when not given."""
+    """Steps between moves of the reference towards the policy (TR-DPO); the reference stays fixed when not
+    given."""
     reference_alpha: float = 0.6
-    """A move is: reference = alpha x policy + (1 - alpha) x reference; 1 replaces it."""
+    """Size of a move of training.reference_every: the reference becomes alpha x policy + (1 - alpha) x
+    reference, so that 1 replaces it."""
     resume: Literal["auto", "never"] = "auto"
-    """Continue from the newest checkpoint of the run directory, or refuse if there is one."""
+    """Continue from the newest checkpoint of the run directory (auto), or refuse to run where there is one
+    (never)."""
     allow_changed: list[IdentityKind] = field(default_factory=list)
-    """What may differ from the checkpoint that is continued, such as settings or data; nothing by default."""
+    """Kinds of things that may differ from the checkpoint that is continued, such as settings or data;
+    nothing may when empty."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Where metrics go besides metrics.jsonl."""
+    """Services that get the metrics too, besides metrics.jsonl in the run directory."""
 
     def __post_init__(self) -> None:
         check_range("training.seed", self.seed, low=0, high=2**31 - 1)
@@ -264,16 +288,18 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; their product must be the device count (-1: the rest)."""
+    """Numbers of devices along the axes of the mesh. Their product is the number of devices; -1 stands for
+    the rest."""
 
     data: int = -1
-    """Rows are split over this axis, parameters copied."""
+    """Devices along the axis over which rows of a batch are split and parameters are copied."""
     fsdp: int = 1
-    """Rows, parameters and optimiser state are split over this axis."""
+    """Devices along the axis over which rows of a batch, parameters and optimiser state are split."""
     tensor: int = 1
-    """Heads, hidden units and vocabulary are split over this axis."""
+    """Devices along the axis over which attention heads, hidden units and the vocabulary are split."""
     rules: dict[str, list[Any]] = field(default_factory=dict)
-    """Regex of parameter names to axes of their last dimensions; tried before the rules of the code."""
+    """Other ways to split parameters: a regular expression of their names to the mesh axes of their last
+    dimensions. These rules are tried before the built-in ones."""
 
     def __post_init__(self) -> None:
         for axis, size in (("data", self.data), ("fsdp", self.fsdp), ("tensor", self.tensor)):
@@ -285,22 +311,25 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes of one run, on one or several hosts; a single process needs nothing here."""
+    """Several processes of one run, on one host or several. A single process needs nothing here."""
 
     cluster: Literal["auto", "none", "slurm", "openmpi", "kubernetes", "gke-tpu", "tpu"] = "auto"
-    """Whose variables say where the processes are: the launcher's that is found, none's, or this one's."""
+    """The launcher whose environment variables say which process this is: auto looks for one, none asks
+    none, a name asks that one only."""
     coordinator: str | None = None
-    """host:port of process 0, where all meet; the launcher's or JAX_COORDINATOR_ADDRESS when not given."""
+    """Address of process 0, where all processes meet, as host:port; the launcher's or
+    JAX_COORDINATOR_ADDRESS when not given."""
     num_processes: int | None = None
-    """Processes of the run; the launcher's when not given."""
+    """Number of processes of the run; the launcher's when not given."""
     process_id: int | None = None
-    """Which of them this is, from 0; the launcher's when not given."""
+    """Number of this process, from 0; the launcher's when not given."""
     start_timeout: float = 300.0
-    """Seconds to wait for all processes at the start."""
+    """Seconds to wait at the start for all processes to come."""
     heartbeat_timeout: float = 60.0
-    """Seconds without a sign of life after which a process is given up, and all end."""
+    """Seconds without a sign of life after which a process is given up and all processes end."""
     step_timeout: float | None = None
-    """Seconds that a step may take before the process writes its stacks and ends; no limit when not given."""
+    """Seconds that a step may take before the process writes where it stands and ends; no limit when not
+    given."""
 
     def __post_init__(self) -> None:
         check_range("distributed.num_processes", self.num_processes, low=1)
@@ -312,17 +341,19 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """The settings of a whole run."""
 
     run_dir: str = "runs/sentiment_pairs"
-    """Everything the run writes goes here."""
+    """Directory for everything that the run writes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
-    """Name of an objective and its hyper-parameters, such as {name: dpo, beta: 0.1}."""
+    """The objective: its name and hyper-parameters, such as {name: dpo, beta: 0.1}; docs/objectives.md
+    lists them."""
     objectives: list[dict[str, Any]] = field(default_factory=list)
-    """A weighted sum instead of one: [{name: dpo, weight: 0.8}, {name: sft, weight: 1.0}]."""
+    """Several objectives in a weighted sum, instead of one: [{name: dpo, weight: 0.8}, {name: sft, weight:
+    1.0}]."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
