@@ -15,9 +15,12 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+PROFILED_STEPS = 4
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,6 +55,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dora", action="store_true", help="adapters are DoRA's")
     parser.add_argument("--base-dtype", choices=("float32", "bfloat16", "int8"), default="float32")
+    parser.add_argument("--attention", default="auto", help="as model.attention")
+    parser.add_argument(
+        "--profile", action="store_true", help="the device's share of the time, of steps not waited for"
+    )
     parser.add_argument("--device", choices=("default", "cpu", "gpu", "tpu"), default="default")
     return parser.parse_args(arguments)
 
@@ -95,6 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         round_products=options.round_products,
         remat=options.remat,
         log_prob_chunk=options.chunk,
+        attention=options.attention,
     )
     data = DataConfig(
         train=str(options.data),
@@ -155,14 +163,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     state = jax.jit(lambda params: init_state(params, optimizer), donate_argnums=0)(policy.params)
     frozen, policy = policy.frozen, policy._replace(params=None)
     compiling = time.perf_counter()
-    compiled, memory = {}, {}
+    compiled, memory, forecasts = {}, {}, {}
     for step, batch in enumerate(batches):
         shape = loader.shape(step)
         if shape not in compiled:
             sums = reference.lookup(np.asarray(batch.index))
-            lowered = train_step.lower(state, frozen, place_batch(mesh, batch), sums)  # type: ignore[attr-defined]
-            compiled[shape] = lowered.compile()
+            traced = train_step.trace(state, frozen, place_batch(mesh, batch), sums)  # type: ignore[attr-defined]
+            compiled[shape] = traced.lower().compile()
             memory[shape] = _program_bytes(compiled[shape])
+            forecasts[shape] = _forecast(traced, compiled[shape], options.dtype, jax.devices())
     step_compile = time.perf_counter() - compiling
 
     times, cpu_times, losses = [], [], []
@@ -175,6 +184,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"step {step + 1} {wall:.2f} s, cpu {cpu:.2f} s, loss {losses[-1]:.4f}", file=sys.stderr)
         times.append(wall)
         cpu_times.append(cpu)
+    share = None
+    if options.profile:  # the last batch again, which has been compiled
+        again = compiled[loader.shape(num_steps - 1)]
+        state, share = _profile(again, state, frozen, place_batch(mesh, batches[-1]), sums)
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     timed = range(options.warmup, num_steps)
@@ -213,6 +226,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "fill": sum(int((batches[s].group != 0).sum()) for s in timed)
         / sum(shape.rows * shape.row_length for shape in shapes),
         "shapes": [list(shape) for shape in sorted(set(shapes))],
+        "tokens_computed_per_step": sum(int((batches[s].group != 0).sum()) for s in timed) / options.steps,
+        "forecast_seconds": forecasts[shapes[-1]],
+        "device_share": share,
         "useful_flops_per_step": useful / options.steps,
         "work_parts": {
             part: sum(getattr(one, part) for one in work) / sum(one.forward for one in work)
@@ -252,6 +268,36 @@ def _program_bytes(compiled: Any) -> int:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
+
+
+def _forecast(traced: Any, compiled: Any, dtype: str, devices: list[Any]) -> float | None:
+    """Seconds of a step, reckoned from its program as `dpo plan` does; None for an unknown device."""
+    from dpo.planning.chips import CHIPS, Topology
+    from dpo.planning.hlo import read_program
+    from dpo.planning.roofline import count_flops, step_times
+
+    name = devices[0].device_kind.lower().replace(" ", "")
+    kind = next((key for key in CHIPS if key in name), None)
+    if kind is None:
+        return None
+    program, topology = read_program(compiled.as_text() or "", len(devices)), Topology(kind, (len(devices),))
+    return step_times(
+        program, count_flops(traced.jaxpr), chip=CHIPS[kind], topology=topology, compute_dtype=dtype
+    ).hidden
+
+
+def _profile(step: Any, state: Any, frozen: Any, batch: Any, sums: Any) -> tuple[Any, float | None]:
+    """A few steps that nobody waits for: the state after them, and the device's share of their time."""
+    import jax
+
+    from benchmarks.device_share import device_share
+
+    with tempfile.TemporaryDirectory(prefix="bench_dpo_") as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(PROFILED_STEPS):
+                state, metrics = step(state, frozen, batch, sums)
+            jax.block_until_ready(metrics)
+        return state, device_share(Path(directory))
 
 
 def _device_peak(device: Any) -> float | None:

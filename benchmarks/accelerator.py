@@ -1,0 +1,297 @@
+"""One table of this project beside TRL on one accelerator, in minutes.
+
+    python -m benchmarks.accelerator --out DIR [--minutes 8] [--only PART,PART] [--rehearse]
+
+Cells stand in order of worth. Each runs in a process of its own within a limit; its line is printed and
+appended to DIR/cells.jsonl at once, so that a run that is cut off anywhere keeps what it has. What the
+programs said is in DIR/logs.txt. Models and pairs are made on the spot (`benchmarks.accelerator_inputs`);
+nothing is fetched. On a machine without network, install what `benchmarks/accelerator_wheels.sh` gathered.
+
+`--rehearse` runs the same cells on a CPU with a tiny model and one step, so that no minute of an accelerator
+is spent on a typo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo.planning.chips import CHIPS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "torch", "trl")
+LEAST_SECONDS = 25
+"""A cell that has less left does not begin."""
+REHEARSAL_SLOWNESS = 10
+"""How many times as long a cell may take on a CPU that others use too."""
+LLAMA, QWEN, SMOLLM2 = "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m"
+
+
+class Cell(NamedTuple):
+    """One measurement."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Of python."""
+    seconds: float
+    """At most."""
+
+
+def ours(model: str, data: str, batch: int, *more: str) -> tuple[str, ...]:
+    """Arguments of our side's program."""
+    common = (
+        "-m",
+        "benchmarks.bench_dpo",
+        "--source",
+        f"{{inputs}}/{model}",
+        "--data",
+        f"{{inputs}}/{data}.jsonl",
+    )
+    return (*common, "--batch", str(batch), "--dtype", "bfloat16", "--profile", *more)
+
+
+def trl(model: str, data: str, batch: int, micro_batches: int, *more: str) -> tuple[str, ...]:
+    """Arguments of TRL's program, in parts that fit the memory."""
+    common = (
+        "benchmarks/bench_trl.py",
+        "--model",
+        f"{{inputs}}/{model}",
+        "--data",
+        f"{{inputs}}/{data}.jsonl",
+    )
+    parts = ("--batch", str(batch), "--micro-batches", str(micro_batches))
+    return (*common, *parts, "--dtype", "bfloat16", "--precompute", *more)
+
+
+SHORT, LONG = ("--max-length", "1024"), ("--max-length", "4096")
+BIG_CHUNK = ("--chunk", "8192")
+FULL = ("--remat", "full")
+CUDNN = ("--attention", "cudnn")
+LORA = ("--lora-rank", "16", "--base-dtype", "bfloat16")
+
+CELLS = (
+    Cell("attention: ranges, cudnn and plain", ("-m", "benchmarks.check_attention"), 90),
+    Cell("ours llama 1b fixed1024", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK), 150),
+    Cell("trl llama 1b fixed1024", trl(LLAMA, "fixed1024", 16, 4, *SHORT), 100),
+    Cell("ours llama 1b fixed1024 cudnn", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *CUDNN), 150),
+    Cell("ours llama 1b chat1024", ours(LLAMA, "chat1024", 16, *SHORT, *BIG_CHUNK), 150),
+    Cell("trl llama 1b chat1024", trl(LLAMA, "chat1024", 16, 4, *SHORT), 100),
+    Cell("ours smollm2 135m hh", ours(SMOLLM2, "hh", 16), 100),
+    Cell("trl smollm2 135m hh", trl(SMOLLM2, "hh", 16, 1), 80),
+    Cell("ours llama 1b chat1024 K=4", ours(LLAMA, "chat1024_k4", 8, *SHORT, *BIG_CHUNK), 150),
+    Cell("ours llama 1b fixed1024 LoRA", ours(LLAMA, "fixed1024", 16, *SHORT, *LORA), 120),
+    Cell("ours llama 1b fixed1024 remat full", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *FULL), 120),
+    Cell("ours qwen3 0.6b ultrafeedback", ours(QWEN, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
+    Cell("trl qwen3 0.6b ultrafeedback", trl(QWEN, "ultrafeedback", 16, 4, *SHORT), 100),
+    Cell("ours llama 1b long4096", ours(LLAMA, "long4096", 8, *LONG, *FULL, "--micro-batches", "2"), 150),
+    Cell("trl llama 1b long4096", trl(LLAMA, "long4096", 8, 8, *LONG), 100),
+    Cell("ours llama 1b fixed1024 plain", ours(LLAMA, "fixed1024", 16, *SHORT, "--attention", "plain"), 150),
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stop = time.monotonic() + 60 * options.minutes
+    record(options.out, facts())
+    prepare_inputs(options)
+    if options.only is None or "steps" in options.only:
+        for line in check_steps(options):
+            record(options.out, line)
+    for cell in CELLS:
+        if options.only and not any(part in cell.name for part in options.only.split(",")):
+            continue
+        if cell.name.startswith("trl") and _version("trl") is None:
+            record(options.out, {"cell": cell.name, "left out": "trl is not installed"})
+            continue
+        left = stop - time.monotonic()
+        if left < LEAST_SECONDS:
+            record(options.out, {"cell": cell.name, "left out": "no time"})
+            continue
+        record(options.out, run(cell, options, min(cell.seconds, left)))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of results")
+    parser.add_argument(
+        "--inputs", type=Path, default=Path("/tmp/accelerator_inputs"), help="models and pairs"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="no cell begins later")
+    parser.add_argument("--only", default=None, help="parts of names, with commas; steps is a check")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU: a tiny model, one step a cell")
+    return parser.parse_args(arguments)
+
+
+def prepare_inputs(options: argparse.Namespace) -> None:
+    """Make models and pairs that are not there yet."""
+    from benchmarks.accelerator_inputs import SHAPES, make_inputs
+
+    names = ("tiny",) if options.rehearse else ("tiny", *SHAPES)
+    make_inputs(options.inputs, names, rows=24 if options.rehearse else 512)
+
+
+def facts() -> dict[str, Any]:
+    """The card, the versions, and what is missing for some cells."""
+    versions = {package: _version(package) for package in PACKAGES}
+    missing = [package for package, version in versions.items() if version is None]
+    return {"card": card(), "python": sys.version.split()[0], "versions": versions, "missing": missing}
+
+
+def check_steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Ten float32 steps of the tiny model on the accelerator and on the CPU have the same curves."""
+    curves = {}
+    for kind in ("cpu",) if options.rehearse else ("cpu", "cuda"):
+        target = options.out / f"steps_{kind}"
+        arguments = [
+            *("-m", "dpo", "train", "--model.source", str(options.inputs / "tiny"), "--run_dir", str(target)),
+            *("--data.train", str(options.inputs / "hh.jsonl"), "--training.batch_size", "2"),
+            *("--training.steps", "10", "--optimizer.learning_rate", "1e-3"),
+        ]
+        code, _, errors = _python(arguments, options.out, f"steps {kind}", 150, {"JAX_PLATFORMS": kind})
+        lines = (target / "metrics.jsonl").read_text().splitlines() if code == 0 else []
+        rows = [row for row in map(json.loads, lines) if "grad_norm" in row]
+        curves[kind] = curves_of(rows)
+        if not rows:
+            yield {"check": f"steps {kind}", "failed": code, "last": errors.strip().splitlines()[-3:]}
+    for kind in list(curves)[1:]:
+        worst = [_worst(a, b) for a, b in zip(curves["cpu"], curves[kind], strict=True)]
+        yield {
+            "check": f"steps {kind} against cpu",
+            "loss, relative": worst[0],
+            "gradient norm, relative": worst[1],
+        }
+
+
+def curves_of(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of metric lines."""
+    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
+
+
+def _worst(expected: list[float], found: list[float]) -> float | None:
+    pairs = list(zip(expected, found, strict=False))
+    return max((abs(a - b) / abs(a) for a, b in pairs), default=None)
+
+
+def run(cell: Cell, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """The line of one cell: its figures, or how it failed."""
+    began = time.monotonic()
+    arguments = [argument.replace("{inputs}", str(options.inputs)) for argument in cell.arguments]
+    if "check_attention" not in cell.arguments[1]:
+        arguments += ["--steps", "6", "--warmup", "2", "--device", "gpu"]
+    if options.rehearse:
+        arguments, limit = rehearsed(arguments), limit * REHEARSAL_SLOWNESS
+    code, output, errors = _python(arguments, options.out, cell.name, limit, {})
+    line: dict[str, Any] = {"cell": cell.name, "seconds": round(time.monotonic() - began)}
+    if code != 0:
+        return line | {"failed": code, "last": [text for text in errors.splitlines() if text.strip()][-3:]}
+    result = json.loads(output.strip().splitlines()[-1])
+    return line | (short(result) if "seconds_per_step" in result else {}) | {"all": result}
+
+
+def rehearsed(arguments: list[str]) -> list[str]:
+    """The same command for a CPU: the tiny model, two prompts, one step, attention as the CPU has it."""
+    small = {"--steps": "1", "--warmup": "1", "--device": "cpu", "--batch": "2", "--chunk": "64"}
+    changed = list(arguments)
+    for flag, value in small.items():
+        if flag in changed:
+            changed[changed.index(flag) + 1] = value
+    for flag in ("--source", "--model"):
+        if flag in changed:
+            place = changed.index(flag) + 1
+            changed[place] = str(Path(changed[place]).with_name("tiny"))
+    if "--micro-batches" in changed:
+        place = changed.index("--micro-batches") + 1
+        changed[place] = str(min(2, int(changed[place])))
+    if "--attention" in changed:
+        changed[changed.index("--attention") + 1] = "auto"
+    if "benchmarks.check_attention" in changed:
+        changed += ["--tokens", "80", "--heads", "2", "1", "16", "--repeats", "1"]
+    return changed
+
+
+def short(result: dict[str, Any]) -> dict[str, Any]:
+    """What one looks at first."""
+    seconds = result["seconds_per_step"]
+    found = {
+        "pairs/s": round(result["pairs_per_step"] / seconds, 2),
+        "tokens/s, prompt twice": round(result["tokens_per_second"]),
+        "peak GiB": result.get("device_peak_gib") and round(result["device_peak_gib"], 2),
+        "first loss": result["first_loss"],
+        "last loss": result["last_loss"],
+    }
+    if "useful_flops_per_step" in result:
+        found |= {
+            "tokens/s, computed once": round(result["tokens_computed_per_step"] / seconds),
+            "compile s": {key: round(value, 1) for key, value in result["compile_seconds"].items()},
+            "device's share": result.get("device_share"),
+            "forecast s": result.get("forecast_seconds"),
+            "step s": seconds,
+        }
+        peak = peak_flops(card())
+        if peak is not None:
+            found["MFU of the card's peak"] = round(result["useful_flops_per_step"] / seconds / peak, 4)
+    return found
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of the card that nvidia-smi names so."""
+    return next((chip.flops for key, chip in CHIPS.items() if key in name.lower().replace(" ", "")), None)
+
+
+def card() -> str:
+    """Name and driver of the first GPU, or none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    return done.stdout.strip().splitlines()[0]
+
+
+def record(out: Path, line: dict[str, Any]) -> None:
+    """Print a line without its details, and keep it whole, at once."""
+    with (out / "cells.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps({key: value for key, value in line.items() if key != "all"}), flush=True)
+
+
+def _python(
+    arguments: list[str], out: Path, name: str, limit: float, variables: dict[str, str]
+) -> tuple[int | str, str, str]:
+    """Exit code (or "time"), output and errors of a program, which are kept in the log."""
+    environment = os.environ | variables | {"HF_HUB_OFFLINE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, cwd=ROOT, env=environment, check=False
+        )
+        code, output, errors = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as expired:
+        said = expired.stderr or b""
+        code, output = "time", ""
+        errors = said if isinstance(said, str) else said.decode(errors="replace")
+    with (out / "logs.txt").open("a") as log:
+        log.write(f"### {name}\n$ {' '.join(command)}\n{errors[-6000:]}\n{output[-6000:]}\n")
+    return code, output, errors
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What the accelerator kit measures on, made on the spot: models of real shapes and pairs of given lengths.
+
+Weights are random: speed and memory do not depend on them. Words are single tokens, so that a pair has the
+length that is asked for. Nothing is fetched, and both sides read the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dpo.huggingface.adapters import model_bindings
+from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.shapes import read_shape
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""For rehearsals on a CPU."""
+
+SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
+"""Of `dpo.huggingface.shapes`."""
+
+SPECIAL = ("<pad>", "<bos>", "<end>")
+ROLES = ("user", "assistant")
+NUM_WORDS = 2000
+
+TEMPLATE = (
+    "{% for message in messages %}<bos> {{ message['role'] }} {{ message['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<bos> assistant {% endif %}"
+)
+
+
+class Lengths(NamedTuple):
+    """Tokens of prompts and responses: a log-normal's median and spread (of the logarithm) each."""
+
+    prompt: float
+    prompt_spread: float
+    response: float
+    response_spread: float
+    most: int
+    """Of a prompt with one response."""
+
+
+LENGTHS = {
+    # Medians and spreads of 512 pairs of HH and 600 of UltraFeedback, counted with SmolLM2's tokenizer.
+    "hh": Lengths(77, 0.9, 32, 0.85, 512),
+    "ultrafeedback": Lengths(78, 1.1, 180, 1.35, 1024),
+    # A prompt and two responses fill a row: one program, no padding. Then chat, and long documents.
+    "fixed1024": Lengths(512, 0.0, 256, 0.0, 1024),
+    "chat1024": Lengths(180, 0.8, 260, 0.5, 1024),
+    "long4096": Lengths(1800, 0.5, 500, 0.5, 4096),
+}
+
+
+def make_inputs(directory: Path, names: tuple[str, ...], *, rows: int) -> None:
+    """Models `names` (`tiny` too), and pairs and rankings of every kind of lengths, in `directory`."""
+    for name in names:
+        if not (directory / name / "tokenizer.json").exists():
+            make_model(name, directory / name)
+    for name in LENGTHS:
+        make_pairs(name, directory / f"{name}.jsonl", rows=rows)
+    make_pairs("chat1024", directory / "chat1024_k4.jsonl", rows=rows // 2, responses=4)
+
+
+def make_model(name: str, directory: Path) -> None:
+    """A Hugging Face directory with random bfloat16 weights; norms are 1. The tokenizer is written last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = dict(TINY) if name == "tiny" else read_shape(f"shape:{name}")
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    family, decoder = read_config(config)
+    config["architectures"] = [family.architecture]
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    generator = np.random.default_rng(0)
+    tensors = {
+        name: _random(generator, name, binding.shape)
+        for binding in model_bindings(family, decoder)
+        for name in binding.names
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(directory)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words between spaces, each one token."""
+    words = [*SPECIAL, *ROLES, *(f"w{i}" for i in range(NUM_WORDS))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in SPECIAL])
+    pad, bos, end = SPECIAL
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, unk_token=pad, bos_token=bos, eos_token=end
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_pairs(name: str, path: Path, *, rows: int, responses: int = 2, seed: int = 0) -> None:
+    """Pairs, or rankings of more `responses`, of the lengths `name`, as JSONL."""
+    generator, lengths = random.Random(seed), LENGTHS[name]
+    with path.open("w") as lines:
+        for _ in range(rows):
+            row = _row(generator, lengths, responses)
+            lines.write(json.dumps(row) + "\n")
+
+
+def _row(generator: random.Random, lengths: Lengths, responses: int) -> dict[str, Any]:
+    """One preference; of the tokens asked for, the template's own are taken off."""
+    around_prompt, around_response = 5, 1  # <bos> user … <end> <bos> assistant, and … <end>
+    prompt = _draw(generator, lengths.prompt, lengths.prompt_spread, lengths.most // 2)
+    most = lengths.most - prompt
+    sizes = [
+        _draw(generator, lengths.response, lengths.response_spread, most) - around_response
+        for _ in range(responses)
+    ]
+    asked = [{"role": "user", "content": _text(generator, prompt - around_prompt)}]
+    answers = [[{"role": "assistant", "content": _text(generator, size)}] for size in sizes]
+    if responses == 2:
+        return {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}
+    return {"prompt": asked, "responses": answers, "ranks": list(range(1, responses + 1))}
+
+
+def _draw(generator: random.Random, median: float, spread: float, most: int) -> int:
+    return max(8, min(most, round(median * float(np.exp(generator.gauss(0, spread))))))
+
+
+def _text(generator: random.Random, words: int) -> str:
+    return " ".join(f"w{generator.randrange(NUM_WORDS)}" for _ in range(words))
+
+
+def _random(generator: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if len(shape) == 1:
+        return np.ones(shape, ml_dtypes.bfloat16)
+    return (0.02 * generator.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)

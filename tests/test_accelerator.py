@@ -1,0 +1,112 @@
+"""The kit for an accelerator, rehearsed: what it makes, what it runs, and what is kept when it is cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks import accelerator, accelerator_inputs
+from benchmarks.device_share import covered_share
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    accelerator_inputs.make_inputs(directory, ("tiny",), rows=24)
+    return directory
+
+
+def parse(inputs: Path, out: Path, *more: str):
+    return accelerator.parse(["--inputs", str(inputs), "--out", str(out), "--rehearse", *more])
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+
+
+def test_pairs_have_the_lengths_that_are_asked_for(inputs):
+    """A prompt and two responses of `fixed1024` fill a row to the last token."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tiny")
+    row = json.loads((inputs / "fixed1024.jsonl").read_text().splitlines()[0])
+    template = tokenizer.apply_chat_template
+    prompt = template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    both = [template(row["prompt"] + row[side], return_dict=False) for side in ("chosen", "rejected")]
+    assert len(prompt) == 512
+    assert [len(ids) - len(prompt) for ids in both] == [256, 256]
+    assert all(ids[: len(prompt)] == prompt for ids in both)
+
+
+def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
+    from benchmarks import bench_dpo
+
+    options = parse(inputs, tmp_path)
+    for cell in accelerator.CELLS:
+        arguments = [part.replace("{inputs}", str(options.inputs)) for part in cell.arguments]
+        if arguments[1] == "benchmarks.bench_dpo":
+            parsed = bench_dpo.parse(accelerator.rehearsed(arguments)[2:])
+            assert parsed.data.is_file()
+            assert Path(parsed.source).name == "tiny"
+            assert (parsed.batch, parsed.attention) == (2, "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("ours", "ours smollm2 135m hh"),
+        pytest.param("LoRA", "ours llama 1b fixed1024 LoRA", marks=pytest.mark.slow),
+        pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
+        pytest.param("K", "K=4", marks=pytest.mark.slow),
+        pytest.param("long", "ours llama 1b long4096", marks=pytest.mark.slow),
+    ],
+)
+def test_a_cell_is_measured_and_kept(name, cell, inputs, tmp_path):
+    accelerator.main(
+        ["--inputs", str(inputs), "--out", str(tmp_path), "--rehearse", "--only", cell, "--minutes", "9"]
+    )
+    facts, *measured = lines(tmp_path)
+    assert facts["versions"]["jax"]
+    assert len(measured) == 1
+    assert "failed" not in measured[0], measured[0]
+    if name != "attention":
+        assert measured[0]["pairs/s"] > 0
+        assert measured[0]["tokens/s, computed once"] > 0
+
+
+def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs, tmp_path):
+    options = parse(inputs, tmp_path)
+    broken = accelerator.Cell("broken", ("-c", "raise SystemExit('no such card')"), 60)
+    endless = accelerator.Cell("endless", ("-c", "import time; time.sleep(60)"), 0.2)
+    for cell in (broken, endless):
+        accelerator.record(tmp_path, accelerator.run(cell, options, cell.seconds))
+    failed, cut = lines(tmp_path)
+    assert failed["failed"] == 1
+    assert failed["last"][-1].endswith("no such card")
+    assert cut["failed"] == "time"
+    assert "no such card" in (tmp_path / "logs.txt").read_text()
+
+
+def test_cells_without_time_are_said_to_be_left_out(inputs, tmp_path):
+    accelerator.main(
+        [
+            "--inputs",
+            str(inputs),
+            "--out",
+            str(tmp_path),
+            "--rehearse",
+            "--only",
+            "ours llama",
+            "--minutes",
+            "0",
+        ]
+    )
+    _, *rest = lines(tmp_path)
+    assert rest
+    assert all(line["left out"] == "no time" for line in rest)
+
+
+def test_a_device_works_where_some_event_runs():
+    assert covered_share([(0, 4), (2, 6), (8, 10)]) == pytest.approx(0.8)
+    assert covered_share([(3, 3)]) == 1.0
