@@ -63,15 +63,16 @@ class AdapterDirectory:
 
     @property
     def base(self) -> str:
-        """Source of the model that the adapter was trained on.
+        """Source of the model that the adapter was trained on, on the hub with the revision that it names.
 
         Raises:
           ValueError: when the adapter does not say.
         """
-        base = self._config.get("base_model_name_or_path")
+        base, revision = self._config.get("base_model_name_or_path"), self._config.get("revision")
         if not base:
             raise UserError(f"{self.directory / CONFIG_FILE} has no base_model_name_or_path")
-        return base
+        is_here = Path(base).expanduser().exists()
+        return f"{base}@{revision}" if revision and not is_here and "@" not in base else base
 
     def read(self, module: str) -> AdapterWeights:
         """The adapter of one module in float32."""
@@ -230,7 +231,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config.get(name, allowed[0]) not in allowed
     ]
     problems += [
-        f"{name} is {value!r}; supported: not set"
+        f"{name} is {value!r}; supported: not set" + (f" ({_REMEDY})" if name in _WHOLE_WEIGHTS else "")
         for name, value in config.items()
         if value and name not in _SUPPORTED and name not in _READ
     ]
@@ -354,3 +355,6 @@ _READ = (
     *("loftq_config", "eva_config", "runtime_config", "qalora_group_size", "megatron_core"),
 )
 """Fields that are understood, or that do not matter."""
+_WHOLE_WEIGHTS = ("modules_to_save", "trainable_token_indices")
+"""Fields by which an adapter brings weights of the base along, changed."""
+_REMEDY = "merge it with peft, `model.merge_and_unload().save_pretrained(DIR)`, and give DIR as model.source"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.huggingface.families import Family
-from dpo.huggingface.weight_names import SCORE_RULES, Rule
+from dpo.huggingface.weight_names import FALCON_ENDS, SCORE_RULES, Rule
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
 
@@ -60,6 +60,15 @@ def bind(family: Family, config: DecoderConfig, shapes: Shapes) -> list[Binding]
     bound = {leaf for binding in bindings for leaf in binding.leaves}
     assert bound == set(shapes), f"parameters without a rule: {sorted(set(shapes) - bound)}"
     return bindings
+
+
+def find_ends(family: Family) -> tuple[str, str]:
+    """Names of the tensors that hold the embedding and the output head."""
+    rules = FALCON_ENDS if callable(family.rules) else family.rules
+    embedding, head = (
+        next(rule.theirs for rule in rules if rule.ours == (name,)) for name in ("embed_tokens", "lm_head")
+    )
+    return f"{embedding}.weight", f"{head}.weight"
 
 
 def canonical_names(family: Family, names: Iterable[str]) -> dict[str, str]:

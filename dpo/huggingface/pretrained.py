@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-import transformers
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
+from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
-from dpo.huggingface.binding import Binding, bind, canonical_names, check_tensors
+from dpo.huggingface.binding import bind, canonical_names, check_tensors, find_ends
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
-from dpo.huggingface.families import Family, classifier_architecture, decoder_config, find_family
+from dpo.huggingface.families import (
+    FAMILIES,
+    Family,
+    classifier_architecture,
+    decoder_config,
+    find_family,
+)
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
 from dpo.huggingface.loading import Placement, load_parameters
+from dpo.huggingface.saving import flatten, save_pretrained
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
 from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
@@ -32,6 +35,20 @@ from dpo.models.decoder import Decoder, Remat
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, Partition
+
+__all__ = [
+    "Checkpoint",
+    "Pretrained",
+    "count_labels",
+    "load_classifier",
+    "load_decoder",
+    "load_pretrained",
+    "load_tokenizer",
+    "open_checkpoint",
+    "read_config",
+    "save_pretrained",
+    "stop_tokens",
+]
 
 
 class Pretrained(NamedTuple):
@@ -71,6 +88,10 @@ def load_pretrained(
         placement=placement,
         partition=partition,
     )
+    return _as_pretrained(model, checkpoint)
+
+
+def _as_pretrained(model: Decoder, checkpoint: Checkpoint) -> Pretrained:
     return Pretrained(
         model,
         checkpoint.config,
@@ -80,6 +101,14 @@ def load_pretrained(
         checkpoint.licence,
         checkpoint.hub_id,
     )
+
+
+def open_shapes(source: str | Path, *, compute_dtype: Any = jnp.float32) -> Pretrained:
+    """A model of which nothing but the shapes is made: its parameters are `jax.ShapeDtypeStruct`s."""
+    checkpoint = open_checkpoint(source)
+    _, config = read_config(checkpoint.config)
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype))
+    return _as_pretrained(model, checkpoint)
 
 
 def load_decoder(
@@ -205,10 +234,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_gguf(path, str(path.resolve()))
     if path.is_file():
         raise UserError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) and path.suffix != ".gguf":
-        return _open_hub(text)
+    hub_id, _, revision = text.partition("@")
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) and path.suffix != ".gguf":
+        return _open_hub(hub_id, revision or None)
     raise UserError(
-        f"no model at {text!r}; allowed: a directory, a .gguf file, a hub id (owner/name), embedded:<name>"
+        f"no model at {text!r}; allowed: a directory, a .gguf file, a hub id (owner/name or "
+        "owner/name@revision), embedded:<name>"
     )
 
 
@@ -220,40 +251,6 @@ def stop_tokens(pretrained: Pretrained) -> list[int]:
     if not found:
         raise UserError(f"{pretrained.source} has no EOS token, so no response would end")
     return sorted(found)
-
-
-def save_pretrained(
-    model: Decoder,
-    directory: str | Path,
-    *,
-    hf_config: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase | None,
-    generation_config: dict[str, Any] | None = None,
-    dtype: Any = None,
-    max_shard_size: int = 5 * 10**9,
-    model_card: str | None = None,
-) -> Path:
-    """Write a directory that `transformers` opens: safetensors, configurations, tokenizer, chat template.
-
-    Everything is written beside `directory` and then renamed, so that it is whole or not there, with
-    checksums that are verified when it is opened again. An existing model directory is replaced. `dtype` of
-    the weights is the parameters' own when not given.
-    """
-    directory = Path(directory)
-    _check_replaceable(directory)
-    with new_directory("the model", directory) as target:
-        dtype = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
-        family = find_family(hf_config["model_type"])
-        _save_weights(model, target, family, dtype, max_shard_size)
-        architecture = family.architecture
-        if isinstance(model, SequenceClassifier):
-            architecture = classifier_architecture(hf_config["model_type"])
-        _save_configs(target, hf_config, generation_config, architecture=architecture, dtype=dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        if model_card is not None:
-            (target / "README.md").write_text(model_card)
-    return directory
 
 
 def _open_directory(directory: Path, source: str) -> Checkpoint:
@@ -271,7 +268,7 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
         return _Renamed(family, SafetensorsDirectory(directory))
 
     return Checkpoint(
-        config=_read_json(config_file),
+        config=_untied_where_different(_read_json(config_file), directory),
         generation_config=_read_json(generation_file) if generation_file.is_file() else {},
         tensors=tensors,
         tokenizer=lambda: _open_tokenizer(directory),
@@ -279,6 +276,37 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
         licence=read_licence(directory),
         hub_id=None,
     )
+
+
+def _untied_where_different(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The configuration, with `tie_word_embeddings` false where the file has another output head.
+
+    So transformers 5 reads it: a head that is stored and differs from the embedding is the model's.
+    """
+    if config.get("model_type") not in FAMILIES or _is_classifier(config):
+        return config
+    if not getattr(_parse_config(config), "tie_word_embeddings", False):
+        return config
+    family = find_family(config["model_type"])
+    embedding, head = find_ends(family)
+    if not any(directory.glob("*.safetensors")):
+        return config
+    tensors = _Renamed(family, SafetensorsDirectory(directory))
+    if head not in tensors.shapes or _are_equal(tensors, embedding, head):
+        return config
+    return config | {"tie_word_embeddings": False}
+
+
+def _are_equal(tensors: Tensors, first: str, second: str) -> bool:
+    """Whether two matrices hold the same values, read in runs of rows."""
+    shapes = [tensors.shapes.get(name) for name in (first, second)]
+    if shapes[0] is None or shapes[0] != shapes[1]:
+        return False
+    rows = [slice(start, start + _COMPARED_ROWS) for start in range(0, shapes[0][0], _COMPARED_ROWS)]
+    return all(np.array_equal(tensors.read(first, part), tensors.read(second, part)) for part in rows)
+
+
+_COMPARED_ROWS = 4096
 
 
 def _open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -323,12 +351,15 @@ def _open_gguf(path: Path, source: str) -> Checkpoint:
     )
 
 
-def _open_hub(hub_id: str) -> Checkpoint:
+def _open_hub(hub_id: str, revision: str | None) -> Checkpoint:
+    """A model of the hub, at the newest commit or at a branch, tag or commit that is named."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin.index.json", "README.md"]
     try:
-        path = Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        path = Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
@@ -360,7 +391,7 @@ def _load(
     """A model of which only shapes are made, filled with the checkpoint's tensors."""
     abstract = nnx.eval_shape(make)
     graphdef, state = nnx.split(abstract)
-    shapes = {path: leaf.shape for path, leaf in _flatten(nnx.to_pure_dict(state)).items()}
+    shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
     bindings = bind(family, abstract.config, shapes)
     tensors = checkpoint.tensors(family, [name for binding in bindings for name in binding.names])
     check_tensors(family, bindings, tensors.shapes, checkpoint.source)
@@ -381,103 +412,6 @@ def _require_classifier(checkpoint: Checkpoint) -> None:
 
 def _is_classifier(config: dict[str, Any]) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
-
-
-def _stacks(binding: Binding, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Views with one leading axis that counts the binding's tensors."""
-    return [array.reshape(len(binding.names), *array.shape[binding.num_leading :]) for array in arrays]
-
-
-def _save_weights(model: Decoder, target: Path, family: Family, dtype: np.dtype, max_shard_size: int) -> None:
-    leaves = _flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    bindings = bind(family, model.config, {path: leaf.shape for path, leaf in leaves.items()})
-    shards = _plan_shards(bindings, dtype, max_shard_size)
-    if len(shards) == 1:
-        _save_shard(target / "model.safetensors", shards[0], leaves, dtype)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_shard(target / name, shard, leaves, dtype)
-        weight_map |= {binding.names[index]: name for binding, index in shard}
-    total = sum(leaf.size for leaf in leaves.values())
-    index = {
-        "metadata": {"total_size": total * dtype.itemsize, "total_parameters": total},
-        "weight_map": weight_map,
-    }
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _plan_shards(
-    bindings: Sequence[Binding], dtype: np.dtype, max_shard_size: int
-) -> list[list[tuple[Binding, int]]]:
-    """Consecutive tensors, as many as fit; a single larger tensor has a shard of its own."""
-    shards: list[list[tuple[Binding, int]]] = [[]]
-    filled = 0
-    for binding in bindings:
-        size = int(np.prod(binding.shape)) * dtype.itemsize
-        for index in range(len(binding.names)):
-            if shards[-1] and filled + size > max_shard_size:
-                shards.append([])
-                filled = 0
-            shards[-1].append((binding, index))
-            filled += size
-    return shards
-
-
-def _save_shard(
-    path: Path, shard: Sequence[tuple[Binding, int]], leaves: dict[str, jax.Array], dtype: np.dtype
-) -> None:
-    tensors = {}
-    for binding, index in shard:
-        stacks = _stacks(binding, [np.asarray(leaves[leaf]) for leaf in binding.leaves])
-        tensor = binding.to_theirs([stack[index] for stack in stacks])
-        tensors[binding.names[index]] = tensor.astype(dtype, copy=False)
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the library makes it readable by its owner only
-
-
-def _save_configs(
-    target: Path,
-    hf_config: dict[str, Any],
-    generation_config: dict[str, Any] | None,
-    *,
-    architecture: str | None,
-    dtype: np.dtype,
-) -> None:
-    config = {
-        key: value for key, value in hf_config.items() if key != "torch_dtype" and not key.startswith("_")
-    }
-    config |= {
-        "architectures": [architecture],
-        "dtype": dtype.name,
-        "transformers_version": transformers.__version__,
-    }
-    generation = generation_config or {
-        key: hf_config[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if hf_config.get(key) is not None
-    }
-    generation = generation | {"transformers_version": transformers.__version__}
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (target / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _check_replaceable(directory: Path) -> None:
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} holds something that is not a model; allowed is a new, empty or model directory"
-        )
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file; allowed is a new, empty or model directory")
-
-
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with paths such as layers.mlp.up_proj.kernel."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:

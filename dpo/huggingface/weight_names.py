@@ -187,11 +187,11 @@ OPT_RULES = (
         down_proj="fc2",
     ),
 )
-_FALCON_ENDS = _rules(
+FALCON_ENDS = _rules(
     "", embed_tokens="transformer.word_embeddings", norm="transformer.ln_f", lm_head="lm_head"
 )
 _FALCON_RULES = (
-    *_FALCON_ENDS,
+    *FALCON_ENDS,
     Rule(_QKV, "transformer.h.{layer}.self_attention.query_key_value", _GROUPED),
     *_rules(
         "transformer.h.{layer}.",

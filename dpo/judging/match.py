@@ -32,6 +32,7 @@ from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.sampling import SamplingConfig
 from dpo.outcomes import UserError
 from dpo.training.setup import given_chat_template
+from dpo.training.talk import as_trained
 
 RESULT_FILE = "winrate.json"
 DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
@@ -132,7 +133,9 @@ def make_pairs(
             Player(role, source, f"{model_identity(source)} {given.compute_dtype}"),
             requests,
             journal=journal,
-            load=lambda: load_pretrained(source, compute_dtype=jnp.dtype(given.compute_dtype)),
+            load=lambda: as_trained(
+                load_pretrained(source, compute_dtype=jnp.dtype(given.compute_dtype)), config.data
+            ),
             seed=given.seed,
             batch_size=given.batch_size,
             chat_template=chat_template,

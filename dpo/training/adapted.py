@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,11 +27,11 @@ from dpo.huggingface.adapters import (
     new_adapters,
 )
 from dpo.huggingface.binding import Binding
-from dpo.huggingface.pretrained import open_checkpoint, read_config
+from dpo.huggingface.pretrained import open_checkpoint, open_shapes, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
-from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place
+from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place, with_sharding
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.setup import Policy, load_policy
 from dpo.training.step import Params
@@ -62,6 +63,16 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
     return Policy(
         base.pretrained, graphdef, params, frozen, hashlib.sha256(adapted.encode()).hexdigest(), base
     )
+
+
+def policy_shapes(config: Config, mesh: Mesh) -> Policy:
+    """The policy as `open_policy` makes it, with shapes in their places for parameters; of a whole model."""
+    pretrained = open_shapes(config.model.source, compute_dtype=jnp.dtype(config.model.compute_dtype))
+    graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
+    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+    rules = parameter_rules(config.mesh.rules)
+    params = with_sharding(params, parameter_sharding(mesh, params, rules))
+    return Policy(pretrained, graphdef, params, frozen, fingerprint="")
 
 
 def plain_model(policy: Policy, params: Params) -> Decoder:

@@ -34,7 +34,7 @@ from dpo.files import (
     writing,
 )
 from dpo.outcomes import UserError
-from dpo.training.step import TrainState
+from dpo.training.step import Params, TrainState
 
 DAMAGED = ".damaged"
 STATE, IDENTITY_FILE = "state", "identity.json"
@@ -179,6 +179,24 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path(step)} could not be restored: {error}") from error
 
+    def restore_params(self, step: int, like: Params) -> Params:
+        """The parameters alone after `step` updates; neither optimiser nor reference is read.
+
+        Raises:
+          ValueError: when the checkpoint holds other parameters.
+        """
+        saved, now = self.identity(step)["state"], _shapes({"params": like})
+        if {name: text for name, text in saved.items() if name in now} != now:
+            raise UserError(f"{self.path(step)} does not fit these settings: another model?")
+        abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+        restore = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.path(step) / STATE, restore)["params"]
+
     def _require_shapes(self, step: int, like: TrainState) -> None:
         saved, now = self.identity(step)["state"], _shapes(like)
         names = [name for name in dict.fromkeys([*saved, *now]) if saved.get(name) != now.get(name)]
@@ -228,9 +246,10 @@ class Checkpoints:
             ) from error
 
 
-def _shapes(state: TrainState) -> dict[str, str]:
+def _shapes(state: TrainState | dict[str, Params]) -> dict[str, str]:
     """Type and shape of every array of a state, by its place."""
-    leaves = jax.tree_util.tree_leaves_with_path(state._asdict())
+    tree = state._asdict() if isinstance(state, TrainState) else state
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
@@ -12,11 +11,10 @@ from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
-from dpo.training.adapted import export_adapters, open_policy, plain_model
+from dpo.training.adapted import export_adapters, open_policy, plain_model, policy_shapes
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
-from dpo.training.optimizer import make_optimizer, make_schedule
-from dpo.training.step import init_state
+from dpo.training.talk import as_trained
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,16 +37,13 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
-        policy = open_policy(config, own_mesh(config.mesh))
-        optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 1))
-        moving = config.training.reference_every is not None
-        state = checkpoints.restore(
-            step, jax.jit(lambda params: init_state(params, optimizer, moving=moving))(policy.params)
-        )
+        # The parameters alone, into shapes; under adapters the frozen weights as well.
+        policy = (open_policy if config.lora.is_on else policy_shapes)(config, own_mesh(config.mesh))
+        params = checkpoints.restore_params(step, policy.params)
     output = given.output or default_output(given, dtype)
     if given.format == "adapter":
-        return export_adapters(policy, state.params, output, source=config.model.source), step
-    pretrained, model = policy.pretrained, plain_model(policy, state.params)
+        return export_adapters(policy, params, output, source=config.model.source), step
+    pretrained, model = as_trained(policy.pretrained, config.data), plain_model(policy, params)
     path = save_pretrained(
         model,
         output,

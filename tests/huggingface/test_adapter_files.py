@@ -183,7 +183,8 @@ def change(adapter, *, config=None, tensors=None):
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; supported: 'LORA'"),
         ({"bias": "all"}, "bias is 'all'; supported: 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; supported: not set"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; .*merge it with peft"),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]; .*merge it with peft"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"something_new": 3}, "something_new is 3; supported: not set"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'; supported: a number above 0"),
@@ -195,6 +196,14 @@ def test_adapters_that_compute_something_else_are_refused_by_field(adapter, conf
     change(adapter, config=config)
     with pytest.raises(ValueError, match=message):
         AdapterDirectory(adapter)
+
+
+def test_the_base_is_of_the_revision_that_the_adapter_names(adapter, tmp_path):
+    """Of a local directory there is but one."""
+    change(adapter, config={"base_model_name_or_path": "owner/name", "revision": "v2"})
+    assert AdapterDirectory(adapter).base == "owner/name@v2"
+    change(adapter, config={"base_model_name_or_path": str(tmp_path), "revision": "v2"})
+    assert AdapterDirectory(adapter).base == str(tmp_path)
 
 
 def test_a_damaged_adapter_is_refused(adapter):

@@ -1,0 +1,201 @@
+"""A model as a Hugging Face directory: weights streamed into safetensors, configurations, tokenizer, card.
+
+Parameters are copied one tensor at a time (of a large one: a run of its rows), so that writing a model needs
+little memory beside the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+from dpo.files import new_directory
+from dpo.huggingface.binding import Binding, bind
+from dpo.huggingface.families import Family, classifier_architecture, find_family
+from dpo.huggingface.spellings import respell_tokenizer, spelled_for_all
+from dpo.huggingface.weights import SAFETENSORS_DTYPES
+from dpo.models.classifier import SequenceClassifier
+from dpo.models.decoder import Decoder
+from dpo.outcomes import UserError
+
+MAX_PIECE_BYTES = 16 * 2**20
+"""Large tensors are written in runs of rows of about this size."""
+
+
+def save_pretrained(
+    model: Decoder,
+    directory: str | Path,
+    *,
+    hf_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    generation_config: dict[str, Any] | None = None,
+    dtype: Any = None,
+    max_shard_size: int = 5 * 10**9,
+    model_card: str | None = None,
+) -> Path:
+    """Write a directory that `transformers` opens, 4 or 5: weights, configurations, tokenizer, chat template.
+
+    Everything is written beside `directory` and then renamed, so that it is whole or not there, with
+    checksums that are verified when it is opened again. An existing model directory is replaced. `dtype` of
+    the weights is the parameters' own when not given.
+    """
+    directory = Path(directory)
+    _check_replaceable(directory)
+    with new_directory("the model", directory) as target:
+        dtype = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
+        family = find_family(hf_config["model_type"])
+        _save_weights(model, target, family, dtype, max_shard_size)
+        architecture = family.architecture
+        if isinstance(model, SequenceClassifier):
+            architecture = classifier_architecture(hf_config["model_type"])
+        _save_configs(target, hf_config, generation_config, architecture=architecture, dtype=dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+            respell_tokenizer(target)
+        if model_card is not None:
+            (target / "README.md").write_text(model_card)
+    return directory
+
+
+_Part = tuple[Binding, int]
+"""One tensor: the binding, and which of its tensors."""
+
+
+def _save_weights(model: Decoder, target: Path, family: Family, dtype: np.dtype, max_shard_size: int) -> None:
+    leaves = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    bindings = bind(family, model.config, {path: leaf.shape for path, leaf in leaves.items()})
+    shards = _plan_shards(bindings, dtype, max_shard_size)
+    if len(shards) == 1:
+        _save_shard(target / "model.safetensors", shards[0], leaves, dtype)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save_shard(target / name, shard, leaves, dtype)
+        weight_map |= {binding.names[index]: name for binding, index in shard}
+    total = sum(leaf.size for leaf in leaves.values())
+    index = {
+        "metadata": {"total_size": total * dtype.itemsize, "total_parameters": total},
+        "weight_map": weight_map,
+    }
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _plan_shards(bindings: Sequence[Binding], dtype: np.dtype, max_shard_size: int) -> list[list[_Part]]:
+    """Consecutive tensors, as many as fit; a single larger tensor has a shard of its own."""
+    shards: list[list[_Part]] = [[]]
+    filled = 0
+    for binding in bindings:
+        size = math.prod(binding.shape) * dtype.itemsize
+        for index in range(len(binding.names)):
+            if shards[-1] and filled + size > max_shard_size:
+                shards.append([])
+                filled = 0
+            shards[-1].append((binding, index))
+            filled += size
+    return shards
+
+
+def _save_shard(path: Path, shard: Sequence[_Part], leaves: Mapping[str, Any], dtype: np.dtype) -> None:
+    """One safetensors file, the same bytes as the library writes of the same tensors."""
+    parts = sorted(shard, key=lambda part: part[0].names[part[1]])
+    shapes = {binding.names[index]: binding.shape for binding, index in parts}
+    with path.open("wb") as file:
+        write_safetensors(file, shapes, dtype, (_pieces(*part, leaves) for part in parts))
+
+
+def write_safetensors(
+    file: BufferedWriter,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterable[Iterable[np.ndarray]],
+) -> None:
+    """Write tensors of one dtype in the order of `shapes`, each given as runs of its rows."""
+    stored = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for pieces in tensors:
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
+
+
+def _pieces(binding: Binding, index: int, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """One tensor as Hugging Face has it, as runs of rows; what is fused or transposed is whole."""
+    parts = [_take(leaves[leaf], index, binding.num_leading) for leaf in binding.leaves]
+    if binding.rule.fusion is not None or binding.is_transposed:
+        yield binding.to_theirs(parts)
+        return
+    (rows,) = parts
+    step = max(1, MAX_PIECE_BYTES // max(1, rows[:1].nbytes)) if rows.ndim else 1
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def _take(leaf: Any, index: int, num_leading: int) -> np.ndarray:
+    """One tensor's part of a parameter, on the host; the others are not copied."""
+    for position in np.unravel_index(index, leaf.shape[:num_leading]) if num_leading else ():
+        if isinstance(leaf, jax.Array):
+            leaf = jax.lax.dynamic_index_in_dim(leaf, int(position), keepdims=False)
+        else:
+            leaf = leaf[int(position)]
+    return np.asarray(leaf)
+
+
+def _save_configs(
+    target: Path,
+    hf_config: dict[str, Any],
+    generation_config: dict[str, Any] | None,
+    *,
+    architecture: str | None,
+    dtype: np.dtype,
+) -> None:
+    config = {key: value for key, value in hf_config.items() if not key.startswith("_")}
+    config |= {
+        "architectures": [architecture],
+        "dtype": dtype.name,
+        "torch_dtype": dtype.name,
+        "transformers_version": transformers.__version__,
+    }
+    generation = generation_config or {
+        key: hf_config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if hf_config.get(key) is not None
+    }
+    generation = generation | {"transformers_version": transformers.__version__}
+    for name, content in (("config.json", spelled_for_all(config)), ("generation_config.json", generation)):
+        (target / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _check_replaceable(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} holds something that is not a model; allowed is a new, empty or model directory"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; allowed is a new, empty or model directory")
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with paths such as layers.mlp.up_proj.kernel."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

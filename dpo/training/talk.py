@@ -1,0 +1,51 @@
+"""A model that talks as it is trained: its chat template, and the tokens that end its turns."""
+
+from __future__ import annotations
+
+import copy
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import DataConfig
+from dpo.data.tokenization import tokenize_answers
+from dpo.huggingface.pretrained import Pretrained
+from dpo.training.setup import given_chat_template
+
+
+def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:
+    """The model with the chat template of the settings, ending where that template ends a turn.
+
+    What is written of it, and what is sampled, then is as it was in training. Where the settings name no
+    template the tokenizer's own stays; without any, the model is as it came.
+
+    Raises:
+      ValueError: when the template cannot be read, or refuses a question and its answer.
+    """
+    template, tokenizer = given_chat_template(data), pretrained.tokenizer
+    if template is not None and template != tokenizer.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    end = None if data.end_token == "none" else find_end_of_turn(tokenizer, data.template_date)
+    known = pretrained.generation_config or {
+        name: pretrained.config[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if pretrained.config.get(name) is not None
+    }
+    ends = known.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [token for token in [ends] if token is not None]
+    if end is not None and end not in ends:
+        known = known | {"eos_token_id": [*ends, end] if ends else end}
+    return pretrained._replace(tokenizer=tokenizer, generation_config=known)
+
+
+def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, template_date: str) -> int | None:
+    """The first special token that the tokenizer's chat template puts after an answer; None without one."""
+    if tokenizer.chat_template is None:
+        return None
+    questions, answers = ["Hello", "Hello"], ["Good morning", "42"]
+    first, second = tokenize_answers(questions, answers, tokenizer, template_date=template_date)
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    after = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in reversed(after) if token in special), None)

@@ -1,0 +1,103 @@
+"""A written model is opened by others as what it is: same bytes as the library's, all spellings, own head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from tiny_model import byte_tokenizer, write_tiny_model
+from tiny_models import CASES, case_config, write_checkpoint
+from transformers import CONFIG_MAPPING, AutoTokenizer
+
+from dpo.huggingface.pretrained import load_decoder, load_pretrained, open_checkpoint, read_config
+from dpo.huggingface.saving import save_pretrained, write_safetensors
+from dpo.huggingface.spellings import spelled_for_all
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_streamed_safetensors_are_the_librarys_bytes(dtype, tmp_path: Path) -> None:
+    tensors = {
+        "b.weight": np.arange(12, dtype=np.float32).reshape(4, 3).astype(dtype),
+        "a.ü": np.ones(5, dtype),
+    }
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    names = sorted(tensors)
+    pieces = ([tensors[name][:1], tensors[name][1:]] for name in names)
+    with (tmp_path / "own").open("wb") as file:
+        write_safetensors(file, {name: tensors[name].shape for name in names}, np.dtype(dtype), pieces)
+    assert (tmp_path / "own").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_spellings_are_one_decoder(case: str) -> None:
+    """With rotary parameters in both spellings, and from the older one alone."""
+    config = case_config(case)
+    spelled = json.loads(json.dumps(spelled_for_all(config)))
+    assert read_config(spelled)[1] == read_config(config)[1]
+    older = {key: value for key, value in spelled.items() if key != "rope_parameters"}
+    assert read_config(older)[1] == read_config(config)[1]
+    if getattr(CONFIG_MAPPING[config["model_type"]].from_dict(config), "rope_parameters", None):
+        assert "rope_theta" in spelled
+        assert "rope_scaling" in spelled
+
+
+def test_an_export_names_what_others_read(tmp_path: Path) -> None:
+    """Fields that transformers 4, vLLM and mlx-lm read, with the model's values."""
+    directory = write_tiny_model(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["rope_scaling"] is None
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["tie_word_embeddings"] is True
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list)
+    assert tokenizer["chat_template"] == (directory / "chat_template.jinja").read_text()
+    opened = AutoTokenizer.from_pretrained(directory)
+    text = "three:\n\n1. Apples </s><s>"
+    assert opened(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
+    assert opened.chat_template == byte_tokenizer().chat_template
+
+
+def test_a_head_that_differs_from_the_embedding_is_the_models(tmp_path: Path) -> None:
+    """Although the configuration says that they are tied: so transformers 5 reads it."""
+    directory = write_checkpoint(tmp_path / "in", "llama-untied-biases")
+    config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    head = tensors["lm_head.weight"]
+    assert not np.array_equal(head, tensors["model.embed_tokens.weight"])
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.config["tie_word_embeddings"] is False
+    model = load_decoder(checkpoint)
+    np.testing.assert_array_equal(np.asarray(model.lm_head.embedding[...]), head)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    assert open_checkpoint(directory).config["tie_word_embeddings"] is True
+
+
+def test_writing_a_model_copies_a_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_pretrained(write_tiny_model(tmp_path))
+    from dpo.huggingface import saving
+
+    largest = 0
+    taken = saving._take
+
+    def take(leaf, index, num_leading):
+        nonlocal largest
+        found = taken(leaf, index, num_leading)
+        largest = max(largest, found.nbytes if num_leading else 0)
+        return found
+
+    monkeypatch.setattr(saving, "_take", take)
+    save_pretrained(source.model, tmp_path / "out", hf_config=source.config, tokenizer=None)
+    layers = nnx.to_pure_dict(nnx.state(source.model, nnx.Param))["layers"]
+    assert largest == jnp.asarray(layers["mlp"]["up_proj"]["kernel"])[0].nbytes
