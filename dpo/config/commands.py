@@ -306,7 +306,7 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
     }
     model = {
         "source": given.policy or (None if given.run is None else str(Path(given.run) / "export")),
-        "reference": given.reference or base.model.reference or base.model.source,
+        "reference": given.reference or base.model.reference or base.lora.init or base.model.source,
         "compute_dtype": given.compute_dtype,
     }
     return replace(

@@ -24,8 +24,8 @@ class ModelConfig:
     """The model to train: a Hugging Face hub id, a directory (a peft adapter too), a GGUF file, or
     embedded:smollm2-135m-instruct."""
     reference: str | None = None
-    """The frozen model that the policy is compared with, named like model.source; the policy's starting
-    weights when not given."""
+    """The frozen model that the policy is compared with, named like model.source; the policy as it starts,
+    adapters included, when not given."""
     reference_store: str | None = None
     """Directory in which the reference's log-probs are kept from run to run; reference/ in DPO_CACHE
     (~/.cache/dpo) when not given."""

@@ -10,16 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config
 from dpo.data.preferences import Preference, digest, fingerprint, read_preferences
 from dpo.data.rows import row_reading
-from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE
 from dpo.training.reference import score_rows
+from dpo.training.same_tokens import require_same_tokens
 from dpo.training.setup import (
     Dataset,
     load_policy,
@@ -50,16 +51,12 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
       ValueError: when policy and reference make different tokens of the data, or a log-prob is not finite.
     """
     mesh = own_mesh(config.mesh)
-    policy_logps, dataset = _score_policy(config, mesh)
+    tokenizer, policy_logps, dataset = _score_policy(config, mesh)
     reference = load_policy(
         config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype
     )
-    theirs = read_dataset(config.data, reference.pretrained.tokenizer, heldout=True)
-    if not _same_tokens(dataset.tokens, theirs.tokens):
-        raise UserError(
-            f"{config.model.source} and {config.model.reference} make different tokens of "
-            f"{config.data.eval}; a log-ratio needs the same tokenizer and chat template in both"
-        )
+    models = (str(config.model.source), tokenizer), reference.pretrained
+    require_same_tokens(*models, config.data, {"data.eval": dataset})
     store = open_reference(
         config.model,
         config.data,
@@ -117,7 +114,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     return _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
 
 
-def _score_policy(config: Config, mesh: Mesh) -> tuple[np.ndarray, Dataset]:
+def _score_policy(config: Config, mesh: Mesh) -> tuple[PreTrainedTokenizerBase, np.ndarray, Dataset]:
     policy = load_policy(config.model, mesh)
     dataset = read_dataset(config.data, policy.pretrained.tokenizer, heldout=True)
     require_embeddings(dataset, policy.pretrained.model.config, name="data.eval")
@@ -128,19 +125,7 @@ def _score_policy(config: Config, mesh: Mesh) -> tuple[np.ndarray, Dataset]:
         num_responses=dataset.tokens.max_responses,
         locate=dataset.location,
     )
-    return rows["logps"], dataset
-
-
-def _same_tokens(ours: TokenizedDataset, theirs: TokenizedDataset) -> bool:
-    names = (
-        "prompt_tokens",
-        "prompt_offsets",
-        "response_tokens",
-        "response_offsets",
-        "row_offsets",
-        "origin",
-    )
-    return all(np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in names)
+    return policy.pretrained.tokenizer, rows["logps"], dataset
 
 
 def _with_texts(

@@ -15,6 +15,7 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.judging.judges import LETTERS, Log, Question, Template, Verdict, default_template
 from dpo.judging.samples import model_identity
+from dpo.models.vocabulary import require_known
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import make_mesh
 from dpo.training.setup import Policy, load_policy, make_score, scoring_loader
@@ -64,6 +65,7 @@ class LocalJudge:
             raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]
         prompts = tokenize_prompts(messages, tokenizer)
+        require_known([*prompts, *letters], policy.pretrained.model.config, source=self._config.source)
         for index, (a, b) in score_texts(policy, prompts, [letters] * len(prompts), mesh=mesh):
             yield index, verdict_of_log_probs(float(a), float(b))
 

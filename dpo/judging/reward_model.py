@@ -15,7 +15,7 @@ from dpo.huggingface.pretrained import count_labels, load_classifier, open_check
 from dpo.judging.judges import Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify
-from dpo.outcomes import UserError
+from dpo.models.vocabulary import require_known
 
 
 class RewardModelJudge:
@@ -84,6 +84,7 @@ class RewardModelJudge:
         checkpoint = open_checkpoint(self._source)
         model = load_classifier(checkpoint, compute_dtype=jnp.dtype(self._compute_dtype))
         sequences = tokenize_answers(prompts, responses, checkpoint.tokenizer())
+        require_known(sequences, model.config, source=self._source)
         scored = classify(model, sequences, batch_size=self._batch_size)
         yield from ((i, float(logits[0])) for i, logits in scored)
 

@@ -21,6 +21,7 @@ from dpo.huggingface.pretrained import Pretrained, open_checkpoint, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.rewards import Prompt
 from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.vocabulary import require_known
 
 
 class Request(NamedTuple):
@@ -82,6 +83,7 @@ def sample_responses(
             chat_template=chat_template,
             template_date=template_date,
         )
+        require_known(prompts, pretrained.model.config, source=player.source)
         ids_of = dict(zip(missing, prompts, strict=True))
         for batch in _batches(missing, requests, ids_of, batch_size):
             rows = generate(

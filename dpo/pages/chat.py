@@ -8,6 +8,7 @@ from dpo.data.messages import Message
 from dpo.data.tokenization import tokenize_prompts
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.models.sampling import SamplingConfig, stream
+from dpo.models.vocabulary import require_known
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
 """How a tokenizer decodes a character of which only some bytes are there."""
@@ -19,6 +20,7 @@ def respond(
     """The response in pieces of whole characters, each as soon as it is drawn."""
     tokenizer, stop = pretrained.tokenizer, stop_tokens(pretrained)
     (ids,) = tokenize_prompts([prompt], tokenizer)
+    require_known([ids], pretrained.model.config, source=pretrained.source)
     drawn: list[int] = []
     shown = ""
     for token in stream(pretrained.model, ids, sampling=sampling, seed=seed, stop_tokens=stop):

@@ -65,7 +65,7 @@ def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
 
 def opponent_name(source: str, config: Config) -> str:
     """ "reference" where it is the run's, the data's response, or the other model's source."""
-    if source == (config.model.reference or config.model.source):
+    if source == (config.model.reference or config.lora.init or config.model.source):
         return "reference"
     return {"data:best": "data's best", "data:worst": "data's worst"}.get(source, source)
 

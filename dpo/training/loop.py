@@ -52,10 +52,11 @@ from dpo.training.memory import Fit, Parts, choose_memory, keep_choice, with_rem
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.placement import place_batch
-from dpo.training.preflight import check_first_loss, expected_first_loss
+from dpo.training.preflight import check_first_loss, describe_reference, expected_first_loss
 from dpo.training.program import count_steps, make_program
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
+from dpo.training.same_tokens import require_same_tokens
 from dpo.training.saving import Saver, find_resume
 from dpo.training.setup import (
     Dataset,
@@ -73,6 +74,7 @@ from dpo.training.setup import (
     scoring_loader,
 )
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
+from dpo.training.talk import as_trained
 from dpo.training.tracking import Tracker, open_trackers, require_trackers
 from dpo.training.validation import Validation, make_mean_loss, why_no_loss
 from dpo.training.versions import versions
@@ -250,6 +252,7 @@ def prepare(config: Config) -> Run:
     enable_compilation_cache()
 
     policy = open_policy(config, mesh)
+    policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     tokenizer = policy.pretrained.tokenizer
     peers = all_processes()
     dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective)
@@ -479,17 +482,21 @@ def _score_references(
 ) -> tuple[ReferenceStore | None, Validation | None]:
     """Reference log-probs of the training and the held-out data, by the policy's start or another model.
 
-    Under adapters the other model is the frozen one without them, on the same arrays.
+    Under adapters that begin as nothing the other model is the frozen one without them, on the same arrays.
 
     A moving reference has no store for the training data: its log-probs hold for a few steps only. Held-out
     preferences are always measured against the reference as it was at the start.
     """
     config, needs = run.config, run.objective.reference_sums
     weights, score = run.policy.fingerprint, score_with(run.policy.params)
-    other = run.policy.base
+    other = None if config.lora.init is not None else run.policy.base
     if config.model.reference is not None:
         rules = parameter_rules(config.mesh.rules)
         other = load_policy(config.model, run.mesh, source=config.model.reference, rules=rules)
+        datasets = {"data.train": run.dataset} | ({} if run.heldout is None else {"data.eval": run.heldout})
+        named = run.policy.pretrained.source, run.policy.pretrained.tokenizer
+        require_same_tokens(named, other.pretrained, config.data, datasets, peers=all_processes())
+    tracker.message(f"reference: {describe_reference(config)}")
     if other is not None:
         chunk = config.model.log_prob_chunk
         weights = other.fingerprint

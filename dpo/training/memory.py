@@ -320,7 +320,7 @@ def kept_bytes(config: Config, policy: Policy) -> float:
     """Bytes on a device of the model that samples of the policy are compared with, where there is a copy."""
     if config.training.eval_samples == 0:
         return 0.0
-    if policy.base is None:
+    if policy.base is None or (config.lora.init is not None and config.model.reference is None):
         return device_bytes(policy.params)
     return 0.0 if config.model.reference is None else device_bytes(policy.base.params)
 

@@ -122,7 +122,7 @@ def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int
         "base model": name,
         "loaded from": _data(config.model.source),
         "licence of the base": base.licence or "not stated where it was loaded from",
-        "reference": _data(config.model.reference or "the base model"),
+        "reference": _reference(config),
         "trained": _trained(config),
         "objective": "; ".join(map(term_title, objective_terms(config))),
         "beta": f"{reward_scale(specification(config)):g}",
@@ -142,6 +142,12 @@ def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
     ]
+
+
+def _reference(config: Config) -> str:
+    if config.model.reference is not None:
+        return _data(config.model.reference)
+    return "the base model" if config.lora.init is None else f"the base model with {_data(config.lora.init)}"
 
 
 def _trained(config: Config) -> str:

@@ -116,7 +116,7 @@ class OnPolicy:
 def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh: Mesh) -> OnPolicy | None:
     """What `training.eval_samples` asks for; None where it is 0.
 
-    The reference is another model, the one under the adapters, or a copy of the policy as it is now.
+    The reference is another model, the one under new adapters, or a copy of the policy as it is now.
     """
     count = config.training.eval_samples
     if count == 0:
@@ -125,7 +125,7 @@ def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh
     if config.model.reference is not None:
         rules = parameter_rules(config.mesh.rules)
         reference = load_policy(config.model, mesh, source=config.model.reference, rules=rules)
-    elif policy.base is not None:
+    elif policy.base is not None and config.lora.init is None:
         reference = policy.base
     else:
         reference = policy._replace(params=jax.tree.map(jnp.copy, policy.params))

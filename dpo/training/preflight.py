@@ -14,14 +14,25 @@ PREFLIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far the first loss may be from the objective's value at log-ratio zero, relative to it."""
 
 
+def describe_reference(config: Config) -> str:
+    """What the policy is measured against, in words."""
+    if config.model.reference is not None:
+        return f"{config.model.reference} (model.reference)"
+    if config.lora.init is not None:
+        return f"the policy as it starts, {config.model.source} with the adapters of {config.lora.init}"
+    if config.lora.is_on:
+        return f"the policy as it starts, {config.model.source} (the new adapters change nothing yet)"
+    return f"the policy as it starts, {config.model.source}"
+
+
 def expected_first_loss(config: Config, objective: Objective, batch: Batch, reference: Sums) -> float | None:
     """The objective at log-ratio zero on the first batch: ln 2 for dpo, log K! for plackett_luce.
 
-    None where the reference's log-probs alone don't say: another reference, a start from an adapter, a
-    reference-free objective, sums that the reference's store does not have (WPO's).
+    None where the reference's log-probs alone don't say: another reference, a reference-free objective, sums
+    that the reference's store does not have (WPO's).
     """
     stored = objective.sums == objective.reference_sums
-    if (config.model.reference, config.lora.init) != (None, None) or not stored:
+    if config.model.reference is not None or not stored:
         return None
     losses = objective.expected_initial_loss(make_scores(reference, reference, batch, jnp.zeros(())))
     return None if losses is None else float(losses.mean())

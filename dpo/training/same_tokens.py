@@ -1,0 +1,74 @@
+"""Another model that scores the policy's tokens must have made the same ones, and know them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import DataConfig
+from dpo.data.parts import ALONE, Peers
+from dpo.data.tokenized import TokenizedDataset
+from dpo.huggingface.pretrained import Pretrained
+from dpo.outcomes import UserError
+from dpo.training.setup import Dataset, read_dataset, require_embeddings
+
+_ARRAYS = (
+    *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets", "row_offsets", "origin"),
+)
+
+
+def require_same_tokens(
+    policy: tuple[str, PreTrainedTokenizerBase],
+    reference: Pretrained,
+    data: DataConfig,
+    datasets: Mapping[str, Dataset],
+    *,
+    peers: Peers = ALONE,
+) -> None:
+    """Refuse a reference that would make other tokens of the data than the policy, or lacks some of them.
+
+    `policy` is its name and its tokenizer. `datasets` are the policy's, by the setting that names them:
+    data.train and data.eval. Tokenizers that are the same in all that makes tokens make the same; else the
+    data are tokenised again and compared.
+
+    Raises:
+      ValueError: naming both models and the data.
+    """
+    for name, dataset in datasets.items():
+        require_embeddings(dataset, reference.model.config, name=f"{name} under {reference.source}")
+    source, tokenizer = policy
+    if _makes(tokenizer) == _makes(reference.tokenizer):
+        return
+    for name, dataset in datasets.items():
+        theirs = read_dataset(data, reference.tokenizer, heldout=name == "data.eval", peers=peers)
+        if not _has_rows_of(theirs.tokens, dataset.tokens):
+            raise UserError(
+                f"{source} and {reference.source} make different tokens of {name}; a log-ratio needs "
+                "the same tokenizer and chat template in both (data.chat_template can give both the same)"
+            )
+
+
+def _makes(tokenizer: PreTrainedTokenizerBase) -> object:
+    """All that decides which tokens a text becomes, where the tokenizer can say it; else itself."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer
+    return backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map
+
+
+def _has_rows_of(theirs: TokenizedDataset, ours: TokenizedDataset) -> bool:
+    """Whether each of our rows is among theirs, by where it stands in the data: same prompt and responses.
+
+    Rows without a pair may have been left out of ours, and responses been added behind a row's own.
+    """
+    place = {int(origin): row for row, origin in enumerate(theirs.origin)}
+    for row, origin in enumerate(ours.origin.tolist()):
+        other = place.get(origin)
+        if other is None or not np.array_equal(theirs.prompt(other), ours.prompt(row)):
+            return False
+        own, kept = theirs.responses(other), ours.responses(row)
+        if not all(map(np.array_equal, own, kept[: len(own)])):
+            return False
+    return True
