@@ -13,7 +13,7 @@ from dpo.losses.bradley_terry import negative_log_sigmoid
 from dpo.losses.pairs import pair_mask
 from dpo.losses.parameters import Count, FlipProbability, Range, Strength
 from dpo.losses.plackett_luce import in_order, ranking_log_prob
-from dpo.losses.scores import MISMATCHED, Objective, Scores
+from dpo.losses.scores import MISMATCHED, TIE, Objective, Scores
 
 _OF_LISTS = frozenset({"divergence", "ld_alpha"})
 
@@ -107,7 +107,8 @@ def lipo_lambda(beta: Strength = 0.05, gains: Literal["ranks", "scores"] = "rank
     """LiPO-λ: pairs weighted by how much swapping them would change the DCG of the policy's order.
 
     Formula: Σ_{i better than j} |2^ψ_i − 2^ψ_j| · |1/D(τ_i) − 1/D(τ_j)| · log(1 + exp(r_j − r_i)), D(τ) =
-        log(1 + τ), τ the place in the order of r
+        log(1 + τ), τ the place in the order of r; where rewards are tied, as all are at the start, the mean
+        over the orders of what is tied
     Gradient weight: the λ-weight times σ(r_j − r_i); the weights are not differentiated
     Source: Liu et al. 2024, arXiv:2402.01878, Eq. 8 (LambdaLoss, Wang et al. 2018)
     Defaults: β = 0.05 (LiPO's, §5); ψ from the ranks, (worse responses)/(n − 1), or the given scores, which
@@ -121,12 +122,12 @@ def lipo_lambda(beta: Strength = 0.05, gains: Literal["ranks", "scores"] = "rank
     def loss(scores: Scores) -> Float[Array, " P"]:
         better = pair_mask(scores, "all")
         rewards = beta * scores.log_ratio
-        weights = jax.lax.stop_gradient(_lambda_weights(rewards, scores, better, gains))
+        weights = jax.lax.stop_gradient(_lambda_weights(scores, better, gains))
         gap = jnp.where(better, rewards[:, :, None] - rewards[:, None, :], 0.0)
         return jnp.sum(jnp.where(better, weights * negative_log_sigmoid(gap), 0.0), axis=(1, 2))
 
     needs = frozenset({"scores"}) if gains == "scores" else frozenset()
-    return Objective(loss, needs=needs, ordered=True, admits=_OF_LISTS)
+    return Objective(loss, needs=needs, admits=_OF_LISTS)
 
 
 def infonca(beta: Strength = 0.1, alpha: Strength = 1.0) -> Objective:
@@ -153,17 +154,42 @@ def infonca(beta: Strength = 0.1, alpha: Strength = 1.0) -> Objective:
 
 
 def _lambda_weights(
-    rewards: Float[Array, "P K"],
     scores: Scores,
     better: Bool[Array, "P K K"],
     gains: Literal["ranks", "scores"],
 ) -> Float[Array, "P K K"]:
     """|ΔG| · |Δ1/D| of every pair."""
+    log_ratio = scores.log_ratio
     present = scores.present & (scores.ranks != MISMATCHED)
-    beaten = jnp.sum(better, axis=2).astype(rewards.dtype)
+    beaten = jnp.sum(better, axis=2).astype(log_ratio.dtype)
     others = jnp.maximum(jnp.sum(present, axis=1, keepdims=True) - 1, 1)
     gain = jnp.exp2(beaten / others if gains == "ranks" else jnp.where(present, scores.scores, 0.0))
-    above = (rewards[:, None, :] > rewards[:, :, None]) & present[:, None, :]
-    discount = 1.0 / jnp.log1p(1.0 + jnp.sum(above, axis=2).astype(rewards.dtype))
     gain_change = jnp.abs(gain[:, :, None] - gain[:, None, :])
-    return gain_change * jnp.abs(discount[:, :, None] - discount[:, None, :])
+    return gain_change * _discount_change(log_ratio, present)
+
+
+def _discount_change(log_ratio: Float[Array, "P K"], present: Bool[Array, "P K"]) -> Float[Array, "P K K"]:
+    """|1/D(τ_i) − 1/D(τ_j)| of every two responses, the mean over the orders of those that are tied.
+
+    Tied are log-ratios that a chain of steps of at most `TIE` joins. Places of different groups do not
+    overlap, so the mean of the difference is there the difference of the means; within a group of m it is the
+    mean over the m(m − 1) ordered choices of two places.
+    """
+    held = jnp.where(present, log_ratio, jnp.finfo(log_ratio.dtype).min)  # absent ones come last
+    order = jnp.argsort(-held, axis=1, stable=True)
+    place = jnp.argsort(order, axis=1, stable=True)
+    descending = jnp.take_along_axis(held, order, axis=1)
+    parted = descending[:, :-1] - descending[:, 1:] > TIE
+    group = jnp.cumsum(jnp.pad(parted, ((0, 0), (1, 0))), axis=1)  # of every place
+    tied = group[:, :, None] == group[:, None, :]
+
+    places = jnp.arange(1, log_ratio.shape[1] + 1, dtype=log_ratio.dtype)
+    discount = 1.0 / jnp.log1p(places)
+    apart = jnp.abs(discount[:, None] - discount[None, :])
+    size = jnp.sum(tied, axis=2).astype(log_ratio.dtype)
+    mean = jnp.sum(jnp.where(tied, discount[None, None, :], 0.0), axis=2) / size
+    within = jnp.einsum("pij,jk,pik->pi", tied.astype(apart.dtype), apart, tied.astype(apart.dtype))
+    within = within / jnp.maximum(size * (size - 1.0), 1.0)
+    change = jnp.where(tied, within[:, :, None], jnp.abs(mean[:, :, None] - mean[:, None, :]))
+    prompts = jnp.arange(len(place))[:, None, None]
+    return change[prompts, place[:, :, None], place[:, None, :]]

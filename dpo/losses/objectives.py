@@ -171,7 +171,6 @@ def _weighted_sum(terms: list[tuple[float, Objective]]) -> Objective:
         needs=frozenset().union(*(objective.needs for objective in objectives)),
         whole_batch=any(objective.whole_batch for objective in objectives),
         reference_free=all(objective.reference_free for objective in objectives),
-        ordered=any(objective.ordered for objective in objectives),
         learns_from_ties=any(objective.learns_from_ties for objective in objectives),
         learns_from_single_responses=all(objective.learns_from_single_responses for objective in objectives),
         name=" + ".join(objective.name for objective in objectives),

@@ -7,7 +7,8 @@ For K = 2 there is one pair and nothing to choose. A ranking of K gives, with `p
     adjacent    ab ac bd cd             neighbouring ranks
     best_worst  ad                      the best rank against the last
 
-A prompt's loss is the mean over its pairs; 0 where it has none (all tied, or fewer than two present).
+A prompt's loss is the mean over its pairs; 0 where it has none (all tied, or fewer than two present). Of a
+loss that couples the pairs of the whole batch it is its pairs' share of the mean over all.
 """
 
 from __future__ import annotations
@@ -52,23 +53,39 @@ BatchPairLoss = Callable[[Side, Side, Bool[jax.Array, "P M"]], Float[jax.Array, 
 
 def on_pairs(loss: PairLoss, pairs: Pairs) -> Loss:
     """The mean of a pairwise loss over a ranking's pairs."""
-    return on_all_pairs_at_once(lambda chosen, rejected, _: loss(chosen, rejected), pairs)
-
-
-def on_all_pairs_at_once(loss: BatchPairLoss, pairs: Pairs) -> Loss:
-    """As `on_pairs`, for a loss that couples the pairs of the whole batch."""
 
     def mean_over_pairs(scores: Scores) -> Float[jax.Array, " P"]:
         mask = pair_mask(scores, pairs)
         exists = mask.reshape(mask.shape[0], -1)
         # Pairs that don't exist are replaced before the loss: no overflow of theirs can reach a gradient.
-        losses = loss(_side(scores, mask, axis=2), _side(scores, mask, axis=1), exists)
+        losses = loss(_side(scores, mask, axis=2), _side(scores, mask, axis=1))
         if scores.weights is not None:
             losses = losses * _spread(scores.weights, mask, axis=2) * _spread(scores.weights, mask, axis=1)
         total = jnp.sum(jnp.where(exists, losses, 0.0), axis=1)
         return total / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
     return mean_over_pairs
+
+
+def on_pairs_of_the_batch(loss: BatchPairLoss, pairs: Pairs) -> Loss:
+    """One mean over all pairs of the batch, of a loss that couples them.
+
+    Every pair counts the same, whichever prompt it is of: a loss that sorts gives a pair the rejected
+    response of another prompt, and which one is rounding's to say where log-ratios are equal. A prompt's loss
+    is its pairs' share, so that the mean over the prompts that have pairs is the mean over the pairs. Where
+    every prompt has as many pairs, that is `on_pairs`.
+    """
+
+    def share_of_prompt(scores: Scores) -> Float[jax.Array, " P"]:
+        assert scores.weights is None, "weights of responses would part company with what is sorted"
+        mask = pair_mask(scores, pairs)
+        exists = mask.reshape(mask.shape[0], -1)
+        losses = loss(_side(scores, mask, axis=2), _side(scores, mask, axis=1), exists)
+        total = jnp.sum(jnp.where(exists, losses, 0.0), axis=1)
+        pairs_a_prompt = jnp.sum(exists) / jnp.maximum(jnp.sum(jnp.any(exists, axis=1)), 1)
+        return total / jnp.maximum(pairs_a_prompt, 1).astype(total.dtype)
+
+    return share_of_prompt
 
 
 def pair_mask(scores: Scores, pairs: Pairs) -> Bool[jax.Array, "P K K"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from dpo.losses.bradley_terry import bradley_terry, negative_log_sigmoid
 from dpo.losses.pairs import Pairs, Side, on_pairs
 from dpo.losses.parameters import FlipProbability, NonNegative, Range, Strength
-from dpo.losses.scores import Objective
+from dpo.losses.scores import TIE, Objective
 
 _OF_REWARDS = frozenset({"divergence", "ld_alpha", "wpo"})
 
@@ -295,7 +295,7 @@ def dpop(beta: Strength = 0.3, penalty: NonNegative = 50.0, pairs: Pairs = "all"
     """DPO-positive: DPO with a penalty when the chosen response becomes less likely than under the reference.
 
     Formula: −log σ(β (s_w − s_l − λ max(0, −s_w)))
-    Gradient weight: σ of minus the argument; times (1 + λ) on s_w while s_w < 0
+    Gradient weight: σ of minus the argument; times (1 + λ) on s_w while s_w < 0, by more than rounding
     Source: Pal et al. 2024, arXiv:2402.13228
     Defaults: β = 0.3, λ = 50 (the paper's main setting)
     Data: pairs or rankings
@@ -305,7 +305,7 @@ def dpop(beta: Strength = 0.3, penalty: NonNegative = 50.0, pairs: Pairs = "all"
     """
 
     def loss(chosen: Side, rejected: Side) -> Float[Array, "P M"]:
-        fallen = jax.nn.relu(-chosen.log_ratio)
+        fallen = jnp.where(chosen.log_ratio < -TIE, -chosen.log_ratio, 0.0)  # less is rounding
         return negative_log_sigmoid(beta * (chosen.log_ratio - rejected.log_ratio - penalty * fallen))
 
     return Objective(on_pairs(loss, pairs), admits=frozenset({"ld_alpha", "wpo"}))

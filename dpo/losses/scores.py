@@ -28,6 +28,9 @@ from dpo.outcomes import UserError
 
 MISMATCHED = 2**30
 """Rank of a response that belongs to another prompt: it measures KTO's baseline and is never compared."""
+TIE = 1e-3
+"""Nats. Log-ratios are equal within it where a loss or its slope would jump between them, as all are at the
+start: float32 sums over a response differ by less than a tenth of it between two layouts of the rows."""
 
 
 class Scores(NamedTuple):
@@ -83,8 +86,6 @@ class Objective:
     """A prompt's loss depends on the other prompts: call it once, on the scores of the whole batch."""
     reference_free: bool = False
     """`Scores.reference` is not read: no reference log-probs are needed."""
-    ordered: bool = False
-    """It jumps where two implicit rewards change places, so rounding decides its value at log-ratio zero."""
     admits: frozenset[str] = frozenset()
     """Modifiers that make sense with it: "divergence", "ld_alpha", "wpo" (see `weighting`, `divergences`)."""
     name: str = "(unnamed)"
@@ -121,7 +122,7 @@ class Objective:
 
         ln 2 for `dpo`, log K! for `plackett_luce`, 1/(4β²) for `ipo`: the loss at log-ratio zero.
         """
-        if self.reference_free or self.ordered:
+        if self.reference_free:
             return None
         known = {
             extra.policy: getattr(scores, extra.reference) for extra in EXTRA_SUMS.values() if extra.reference

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpo.losses.bradley_terry import bradley_terry
-from dpo.losses.pairs import Pairs, Side, on_all_pairs_at_once
+from dpo.losses.pairs import Pairs, Side, on_pairs_of_the_batch
 from dpo.losses.parameters import FlipProbability, Strength
 from dpo.losses.scores import Objective, Scores
 
@@ -31,7 +31,7 @@ def aot(beta: Strength = 0.1, label_smoothing: FlipProbability = 0.0, pairs: Pai
             beta * _minus_same_rank(gap, reference_gap, exists), label_smoothing=label_smoothing
         )
 
-    return Objective(on_all_pairs_at_once(loss, pairs), whole_batch=True, admits=frozenset({"ld_alpha"}))
+    return Objective(on_pairs_of_the_batch(loss, pairs), whole_batch=True, admits=frozenset({"ld_alpha"}))
 
 
 def aot_unpaired(
@@ -52,7 +52,7 @@ def aot_unpaired(
         gap = _minus_same_rank(chosen.log_ratio, rejected.log_ratio, exists)
         return bradley_terry(beta * gap, label_smoothing=label_smoothing)
 
-    return Objective(on_all_pairs_at_once(loss, pairs), whole_batch=True, admits=frozenset({"ld_alpha"}))
+    return Objective(on_pairs_of_the_batch(loss, pairs), whole_batch=True, admits=frozenset({"ld_alpha"}))
 
 
 def sft() -> Objective:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from score_cases import of_log_ratio, random_scores, value
+from score_cases import evaluate, of_log_ratio, random_scores, value
 
 from dpo.losses import MISMATCHED, make_objective
 from dpo.losses.pairs import pair_mask
@@ -55,3 +55,19 @@ def test_a_ranking_counts_the_mean_over_its_pairs():
 def test_a_prompt_without_pairs_has_loss_zero():
     scores = of_log_ratio(jnp.ones((1, 2)), ranks=[[0, 0]])
     assert float(make_objective({"name": "dpo"})(scores)[0]) == 0.0
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_loss_that_sorts_the_batch_is_one_mean_over_its_pairs(name):
+    """A prompt of three responses has three pairs: each counts as much as the other prompt's one."""
+    present = np.array([[True, True, True], [True, True, False]])
+    scores = random_scores(3, P=2, K=3, present=present)
+    better, worse = np.array([0, 0, 1, 3]), np.array([1, 2, 2, 4])
+    policy, reference = (np.asarray(x).ravel() for x in (scores.policy, scores.reference))
+    if name == "aot":
+        left, right = policy[better] - policy[worse], reference[better] - reference[worse]
+    else:
+        left, right = (policy - reference)[better], (policy - reference)[worse]
+    gaps = 0.1 * (np.sort(left) - np.sort(right))
+    expected = np.log1p(np.exp(-gaps)).mean()
+    np.testing.assert_allclose(evaluate({"name": name}, scores)[0].mean(), expected, rtol=1e-5)

@@ -1,0 +1,48 @@
+"""LiPO-λ where rewards are tied, against an enumeration of the orders."""
+
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+from score_cases import evaluate, of_log_ratio
+
+BETA = 0.05
+
+
+def enumerated(log_ratio, ranks):
+    """The paper's loss, the mean over all orders of responses whose log-ratios are equal."""
+    K = len(log_ratio)
+    gain = np.exp2([(np.asarray(ranks) > rank).sum() / (K - 1) for rank in ranks])
+    orders = [
+        order
+        for order in permutations(range(K))
+        if all(log_ratio[a] >= log_ratio[b] for a, b in pairwise(order))
+    ]
+    change = np.zeros((K, K))
+    for order in orders:
+        discount = 1 / np.log(1 + np.argsort(order) + 1.0)
+        change += np.abs(discount[:, None] - discount[None]) / len(orders)
+    return sum(
+        abs(gain[i] - gain[j]) * change[i, j] * np.log1p(np.exp(BETA * (log_ratio[j] - log_ratio[i])))
+        for i in range(K)
+        for j in range(K)
+        if ranks[i] < ranks[j]
+    )
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "ranks"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], [0, 1, 2, 3]),
+        ([0.0, 1.5, 0.0, 0.0], [0, 1, 1, 3]),
+        ([2.0, -1.0, 2.0, -1.0], [0, 1, 2, 3]),
+        ([-3.0, 2.0, 0.5, 1.0], [0, 1, 2, 2]),
+    ],
+)
+def test_places_of_tied_rewards_are_the_mean_over_their_orders(log_ratio, ranks):
+    scores = of_log_ratio(np.asarray([log_ratio], np.float32), ranks=np.asarray([ranks]))
+    expected = enumerated(log_ratio, ranks)
+    np.testing.assert_allclose(evaluate({"name": "lipo_lambda"}, scores)[0], [expected], rtol=1e-5)
+    rounding = np.asarray([[2e-4, -1e-4, 0.0, 1e-4]], np.float32)
+    rounded = scores._replace(policy=scores.policy + rounding)
+    np.testing.assert_allclose(evaluate({"name": "lipo_lambda"}, rounded)[0], [expected], rtol=1e-4)
