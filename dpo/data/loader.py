@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from typing import Any, TypedDict, Unpack
 
 import grain
@@ -159,11 +160,27 @@ def training_loader(
 
     A batch may cross from one epoch into the next, so that every step has exactly `batch_size` prompts.
     """
-    rows = grain.MapDataset.range(len(dataset))
-    if shuffle:
-        rows = rows.shuffle(seed % 2**32)
-    stream = rows.repeat(None).batch(batch_size)
-    return Loader(dataset, lambda step: np.asarray(stream[step]), num_steps=num_steps, **packing)
+    num_rows = len(dataset)
+
+    @cache
+    def rows_of_epoch(epoch: int) -> grain.MapDataset:
+        rows = grain.MapDataset.range(num_rows)
+        return rows.shuffle(_epoch_seed(seed, epoch)) if shuffle else rows
+
+    def order(step: int) -> Int[np.ndarray, " P"]:
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return np.asarray([rows_of_epoch(place // num_rows)[place % num_rows] for place in places])
+
+    return Loader(dataset, order, num_steps=num_steps, **packing)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """A seed of its own for every (seed, epoch); the first epoch's is the seed itself.
+
+    With seed + epoch, as grain's `repeat` has it, the second epoch of one seed were the first of the next.
+    """
+    drawn = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0]
+    return seed % 2**32 if epoch == 0 else int(drawn)
 
 
 def evaluation_loader(

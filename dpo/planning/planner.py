@@ -509,7 +509,7 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
         )
     dataset = read_dataset(config.data, load_tokenizer(config.model.source))
     objective = make_objective(specification(config))
-    return data_lengths(fit_to_objective(dataset, objective).tokens)
+    return data_lengths(fit_to_objective(dataset, objective, seed=config.training.seed).tokens)
 
 
 def _visible(prompts: np.ndarray, responses: np.ndarray, layout: str) -> float:

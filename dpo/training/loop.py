@@ -255,7 +255,8 @@ def prepare(config: Config) -> Run:
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     tokenizer = policy.pretrained.tokenizer
     peers = all_processes()
-    dataset = fit_to_objective(read_dataset(config.data, tokenizer, peers=peers), objective)
+    dataset = read_dataset(config.data, tokenizer, peers=peers)
+    dataset = fit_to_objective(dataset, objective, seed=config.training.seed)
     heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers) if config.data.eval else None
     require_embeddings(dataset, policy.pretrained.model.config, name="data.train")
     if heldout is not None:

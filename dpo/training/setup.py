@@ -189,8 +189,8 @@ def given_chat_template(config: DataConfig) -> str | None:
     return None if path is None else read_template(path, name="data.chat_template")
 
 
-def fit_to_objective(dataset: Dataset, objective: Objective) -> Dataset:
-    """Add what the objective needs of the data, or say what is missing.
+def fit_to_objective(dataset: Dataset, objective: Objective, *, seed: int = 0) -> Dataset:
+    """Add what the objective needs of the data, drawn by the seed, or say what is missing.
 
     Rows without a pair are left out where nothing compares but pairs, so that a loss is the mean over rows
     that have one.
@@ -218,7 +218,11 @@ def fit_to_objective(dataset: Dataset, objective: Objective) -> Dataset:
         )
     if not objective.learns_from_ties:
         return dataset._replace(tokens=without_ties(tokens))
-    return dataset._replace(tokens=add_mismatched(tokens)) if "mismatched" in objective.needs else dataset
+    return (
+        dataset._replace(tokens=add_mismatched(tokens, seed=seed))
+        if "mismatched" in objective.needs
+        else dataset
+    )
 
 
 def require_preferences(tokens: TokenizedDataset, *, name: str) -> None:

@@ -51,6 +51,16 @@ def test_the_order_is_that_of_the_seed_and_changes_with_the_epoch():
     assert stream(make(shuffle=False)).tolist() == [*range(10)] * 4
 
 
+def test_epochs_of_neighbouring_seeds_are_independent():
+    """Runs that repeat a setting under seeds 0, 1, 2 are to see 0's second epoch nowhere again."""
+    epochs = [
+        tuple(np.concatenate([loader.indices(step) for step in range(epoch * 5, epoch * 5 + 5)]).tolist())
+        for loader in (make(seed=seed, batch_size=2, num_steps=20) for seed in range(4))
+        for epoch in range(4)
+    ]
+    assert len(set(epochs)) == 16
+
+
 def test_a_longer_run_begins_with_the_same_prompts():
     short, long = make(num_steps=4), make(num_steps=40)
     assert all(short.indices(step).tolist() == long.indices(step).tolist() for step in range(4))
