@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo.config.addresses import check_address
 from dpo.config.ranges import check_range
 from dpo.config.run import Config, LoraConfig
 from dpo.outcomes import UserError
@@ -159,13 +160,15 @@ class EndpointConfig:
     concurrency: int = 8
     """Number of requests under way at a time."""
     timeout: float = 60.0
-    """Seconds to wait for a reply."""
+    """Seconds that an answer may take from the request to its last byte."""
+    patience: float = 300.0
+    """Seconds for which a server that cannot be reached is tried again."""
     retries: int = 5
     """How often a request is tried again after a time-out, a broken connection, status 429 or 5xx, or a
     malformed reply."""
     backoff: float = 1.0
-    """Seconds before a request is tried again, doubled with each further try (or what a Retry-After header
-    asks)."""
+    """Seconds before the first retry, doubled for each further one. A server that asks for more (Retry-After)
+    is left alone for as long, up to an hour."""
     cache: str | None = None
     """Directory in which replies are kept; judge/ in DPO_CACHE (~/.cache/dpo) when not given."""
     price_input: float = 0.0
@@ -174,10 +177,11 @@ class EndpointConfig:
     """Price of a million completion tokens, from which the results compute the cost."""
 
     def __post_init__(self) -> None:
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise UserError(f"endpoint.base_url is {self.base_url!r}; allowed: http:// or https:// addresses")
+        if self.base_url is not None:
+            check_address("endpoint.base_url", self.base_url)
         check_range("endpoint.concurrency", self.concurrency, low=1)
         check_range("endpoint.timeout", self.timeout, above=0.0)
+        check_range("endpoint.patience", self.patience, low=0.0)
         check_range("endpoint.retries", self.retries, low=0)
         check_range("endpoint.backoff", self.backoff, low=0.0)
         check_range("endpoint.price_input", self.price_input, low=0.0)

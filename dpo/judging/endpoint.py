@@ -1,8 +1,9 @@
 """A judge behind an OpenAI-compatible endpoint: hosted services, vLLM, llama.cpp, Ollama and others.
 
-Every reply is kept on disk under a hash of the request, so that no question is paid for twice. Requests run
-in a few threads; what can pass (429, 5xx, time-outs, broken connections, replies that are no completion) is
-tried again with growing pauses; what cannot (a wrong key or address) stops the command.
+Every reply is kept on disk under a hash of the request, so that no question is paid for twice. Some requests
+run at a time. What can pass (429, 5xx, time-outs, broken connections, replies that are no completion) is
+tried again with growing pauses; what cannot (a wrong key or address, no credit) stops the command, and the
+same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,26 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import httpx2 as httpx
 
 from dpo.config import EndpointConfig, WinrateConfig
+from dpo.files import WriteError, writing
 from dpo.huggingface.embedded import cache_directory
+from dpo.judging.background import in_background
 from dpo.judging.judges import Log, Question, Template, Verdict, default_template, read_answer
+from dpo.judging.keys import read_key
+from dpo.judging.replies import Completion, read_kept
+from dpo.judging.server import Server
 from dpo.outcomes import UserError
 
-GIVE_UP_AFTER = 8
-"""So many questions in a row without any answer, all retries included, stop the command."""
-LONGEST_PAUSE = 60.0
-"""Seconds: no pause between two tries is longer, whatever the server asks for."""
-_PASSING = {408, 409, 425, 429}
-_WRONG_SETTING = {401: "api_key_env", 403: "api_key_env", 404: "base_url or endpoint.model"}
+ROOM_FOR_REPLY = 16 * 2**10
+"""Bytes on the disk of the cache that a reply may take, its directory included."""
 
 
 class EndpointJudge:
@@ -37,133 +38,96 @@ class EndpointJudge:
 
     scores_each: ClassVar[bool] = False
 
-    def __init__(self, settings: EndpointConfig, template: Template, *, cache: Path) -> None:
-        """Raises `ValueError` when base_url or model is missing."""
+    def __init__(self, settings: EndpointConfig, template: Template, *, cache: Path, log: Log) -> None:
+        """Raises `ValueError` when base_url or model is missing, or the key is none that can be sent."""
         if settings.base_url is None or settings.model is None:
             missing = "base_url" if settings.base_url is None else "model"
             raise UserError(f"endpoint.{missing} is not given; --judge endpoint needs it")
-        self._settings, self._template, self._cache = settings, template, cache
+        self._settings, self._template, self._cache, self._log = settings, template, cache, log
         self._url = f"{settings.base_url.rstrip('/')}/chat/completions"
-        self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self._unanswered = 0
+        self._key = read_key(settings.api_key_env)
+        warning = self._key.warning(self._url)
+        if warning is not None:
+            log(warning)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Address, model, options and template."""
-        return {
+        identity = {
             "judge": "endpoint",
             "url": self._url,
             "model": self._settings.model,
             "options": self._settings.options,
             "template": self._template.sha256,
         }
+        return self._key.cut_from_value(identity)
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts as they come in, `concurrency` questions at a time.
 
         Raises:
-          ValueError: for an answer that no retry would change, and when GIVE_UP_AFTER questions in a row had
-            none; the verdicts before it were given.
+          UserError: for settings that the server refuses.
+          EnvironmentFailure: for a server that cannot be reached, does not answer, or wants to be paid. The
+            verdicts before it were given.
+          WriteError: when replies cannot be kept: before anything is asked, where that shows.
         """
-        self._stopped.clear()
-        settings, pool = self._settings, ThreadPoolExecutor(self._settings.concurrency)
-        with httpx.Client(timeout=settings.timeout, headers=self._headers()) as client:
-            futures = {pool.submit(self._judge, client, q): i for i, q in enumerate(questions)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:
-                self._stopped.set()
-                pool.shutdown(cancel_futures=True)
+        require_room(self._cache, len(questions))
+        server = Server(self._settings, self._url, self._key, self._log)
+        remaining = iter(enumerate(questions))
 
-    def _headers(self) -> dict[str, str]:
-        """The key stays in the environment and in this header; a local server may need none."""
-        key = os.environ.get(self._settings.api_key_env, "").strip()
-        return {"Authorization": f"Bearer {key}"} if key else {}
+        async def work(client: httpx.AsyncClient, give: Callable[[tuple[int, Verdict]], None]) -> None:
+            for index, question in remaining:
+                answered = await self._judge(client, server, question)
+                give((index, answered.verdict))
+                if answered.not_kept is not None:
+                    raise answered.not_kept
 
-    def _judge(self, client: httpx.Client, question: Question) -> Verdict:
+        async def ask_all(give: Callable[[tuple[int, Verdict]], None]) -> None:
+            workers = self._settings.concurrency
+            async with httpx.AsyncClient(
+                timeout=None,  # `receive` has one for the whole exchange
+                headers=self._key.headers | {"Accept-Encoding": "identity"},
+                limits=httpx.Limits(max_connections=workers),
+            ) as client:
+                await server.run(work(client, give) for _ in range(workers))
+
+        yield from in_background(ask_all)
+
+    async def _judge(self, client: httpx.AsyncClient, server: Server, question: Question) -> _Answered:
         message = {"role": "user", "content": self._template.render(question)}
         body = {"model": self._settings.model, "messages": [message], **self._settings.options}
         path = self._cache_path(body)
         if path.is_file():
-            return _verdict(_read_reply(path), cached=True)
-        reply = self._request(client, body)
+            return _Answered(_verdict(read_kept(path), cached=True))
+        reply = await server.request(client, body)
         if isinstance(reply, Verdict):
-            return reply
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{threading.get_ident()}")
-        beside.write_text(json.dumps(reply._asdict(), ensure_ascii=False), encoding="utf-8")
-        os.replace(beside, path)
-        return _verdict(reply, cached=False)
-
-    def _request(self, client: httpx.Client, body: dict[str, Any]) -> _Reply | Verdict:
-        """A completion, or the invalid verdict that stands for having none."""
-        problem = "the command was stopped"
-        for attempt in range(self._settings.retries + 1):
-            if self._stopped.is_set():
-                break
-            pause = self._settings.backoff * 2**attempt * random.uniform(0.5, 1.0)
-            try:
-                response = client.post(self._url, json=body)
-            except httpx.TimeoutException:
-                problem = f"no answer within {self._settings.timeout:g} s"
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                outcome = self._read(response)
-                if not isinstance(outcome, str):
-                    with self._lock:
-                        self._unanswered = 0
-                    return outcome
-                problem, pause = outcome, max(pause, _seconds_asked_for(response))
-            if attempt < self._settings.retries:
-                self._stopped.wait(min(pause, LONGEST_PAUSE))
-        return self._no_answer(problem)
-
-    def _no_answer(self, problem: str) -> Verdict:
-        with self._lock:
-            self._unanswered += 1
-            too_many = self._unanswered >= GIVE_UP_AFTER and not self._stopped.is_set()
-        if too_many:
-            self._stopped.set()
-            raise UserError(
-                f"{self._url}: {GIVE_UP_AFTER} questions in a row had no answer after "
-                f"{self._settings.retries} retries each; the last: {problem}. What was answered is kept"
-            )
-        return Verdict(None, "", f"no answer: {problem}", was_asked=False)
-
-    def _read(self, response: httpx.Response) -> _Reply | Verdict | str:
-        """A completion; or an invalid verdict that is final; or, as text, what may pass."""
-        status, shown = response.status_code, response.text[:300]
-        if status in _WRONG_SETTING or 300 <= status < 400:
-            setting = _WRONG_SETTING.get(status, "base_url")
-            self._stopped.set()
-            raise UserError(f"{self._url} answered {status} {shown!r}; see endpoint.{setting}")
-        if status in _PASSING or status >= 500:
-            return f"status {status} {shown!r}"
-        if status >= 400:
-            return Verdict(None, shown, f"refused with status {status}")
+            return _Answered(reply)
+        reply = reply._replace(answer=self._key.cut_from(reply.answer))
         try:
-            content = response.json()
-            answer, usage = content["choices"][0]["message"]["content"], content.get("usage") or {}
-            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return f"not a chat completion: {shown!r}"
-        return _Reply(answer if isinstance(answer, str) else "", *counts)
+            _keep(path, reply)
+        except WriteError as error:
+            return _Answered(_verdict(reply, cached=False), error)
+        return _Answered(_verdict(reply, cached=False))
 
-    def _cache_path(self, body: dict[str, Any]) -> Path:
+    def _cache_path(self, body: Mapping[str, Any]) -> Path:
         content = json.dumps({"url": self._url, "body": body}, sort_keys=True)
         name = hashlib.sha256(content.encode()).hexdigest()
         return self._cache / name[:2] / f"{name}.json"
 
 
+class _Answered(NamedTuple):
+    """A verdict, and why its reply could not be kept."""
+
+    verdict: Verdict
+    not_kept: WriteError | None = None
+
+
 def open_endpoint(given: WinrateConfig, source: str, log: Log) -> EndpointJudge:
     """The judge that the settings under `endpoint` describe."""
-    del source, log
-    cache = Path(given.endpoint.cache or cache_directory() / "judge")
+    del source
+    cache = Path(given.endpoint.cache or cache_directory() / "judge").expanduser()
     template = Template(given.template or default_template("endpoint"))
-    return EndpointJudge(given.endpoint, template, cache=cache)
+    return EndpointJudge(given.endpoint, template, cache=cache, log=log)
 
 
 def command_line_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,24 +139,37 @@ def command_line_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Reply(NamedTuple):
-    """What is kept of a completion."""
+def require_room(cache: Path, num_replies: int) -> None:
+    """Refuse a cache that cannot be written to, or has no room, before anything is paid for.
 
-    answer: str
-    prompt_tokens: int
-    completion_tokens: int
+    Raises:
+      WriteError: with the path, and the reason.
+    """
+    note = "nothing was asked; endpoint.cache names another place"
+    with writing("the judge's replies", cache, note=note):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+        free, needed = shutil.disk_usage(cache).free, num_replies * ROOM_FOR_REPLY
+    if free < needed:
+        raise WriteError(
+            f"{cache} has {free:,} bytes free, and {num_replies} replies may take {needed:,}; {note}"
+        )
 
 
-def _read_reply(path: Path) -> _Reply:
-    try:
-        return _Reply(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is no kept reply ({error}); delete it, and the judge is asked again"
-        ) from error
+def _keep(path: Path, reply: Completion) -> None:
+    with writing("a reply", path, note="it is among the verdicts, and what was answered before is kept"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps(reply._asdict(), ensure_ascii=False), encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
-def _verdict(reply: _Reply, *, cached: bool) -> Verdict:
+def _verdict(reply: Completion, *, cached: bool) -> Verdict:
     choice = read_answer(reply.answer)
     details = {
         "cached": cached,
@@ -201,9 +178,3 @@ def _verdict(reply: _Reply, *, cached: bool) -> Verdict:
     }
     problem = None if choice else "no single verdict [[A]], [[B]] or [[C]] in the answer"
     return Verdict(choice, reply.answer, problem, details=details)
-
-
-def _seconds_asked_for(response: httpx.Response) -> float:
-    """The Retry-After header where it is a number of seconds."""
-    text = response.headers.get("Retry-After", "")
-    return float(text) if text.replace(".", "", 1).isdecimal() else 0.0

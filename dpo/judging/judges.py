@@ -173,8 +173,9 @@ def reward_judge(name: str, *, setting: str) -> RewardJudge:
 class Template:
     """A jinja2 file that turns a question into the message that a judge reads.
 
-    It sees `messages` (the conversation, each with role and content), `first` and `second`. What responses
-    contain is put in as text and never run as a template.
+    It sees `messages` (the conversation, each with role and content), `first` and `second`, and `mark`, a
+    word that stands in none of them: what is drawn with it, no response can close. What responses contain
+    is put in as text and never run as a template.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -186,13 +187,26 @@ class Template:
             self._template = SandboxedTemplate(text, name=f"template {path}", dialect="judge")
             self.render(Question("?", "one", "two"))
         except ValueError as error:
-            raise UserError(f"{error}; it may use messages, first and second") from error
+            raise UserError(f"{error}; it may use messages, first, second and mark") from error
 
     def render(self, question: Question) -> str:
         """The message for one question."""
         messages = as_messages(question.prompt)
         variables = {"messages": messages, "first": question.first, "second": question.second}
-        return self._template.render(variables)
+        return self._template.render({**variables, "mark": draw_mark(question)})
+
+
+def draw_mark(question: Question) -> str:
+    """A word of 16 hexadecimal digits that does not stand in the question.
+
+    It is drawn from the question itself, the same in both orders: so a question that was paid for is known
+    again, and yet no response can hold its own mark.
+    """
+    texts = [json.dumps(question.prompt), *sorted([question.first, question.second])]
+    mark = json.dumps(texts)
+    while (mark := hashlib.sha256(mark.encode()).hexdigest()[:16]) in "\n".join(texts):
+        pass
+    return mark
 
 
 def default_template(kind: Literal["endpoint", "local"]) -> Path:
@@ -207,11 +221,28 @@ def as_messages(prompt: Prompt) -> list[dict[str, str]]:
 
 
 def read_answer(answer: str) -> Choice | None:
-    """The verdict in a text: [[A]], [[B]] or [[C]] anywhere, or the bare letter as the whole answer.
+    """The verdict in a text: [[A]], [[B]] or [[C]], or the bare letter as the whole answer.
 
-    None where there is none, or several that differ.
+    What a model says while it reasons (a block of `<think>`) is no verdict. The last line counts, so that a
+    verdict which is quoted above it does not; where the last line has none, all that there are must agree.
+    None where there is no verdict, or several that differ.
     """
-    found = set(re.findall(r"\[\[\s*([ABC])\s*\]\]", answer))
+    said = _without_reasoning(answer).strip()
+    last = said.splitlines()[-1] if said else ""
+    found = set(_VERDICT.findall(last)) or set(_VERDICT.findall(said))
     if not found:
-        found = set(re.findall(r"^\W*([ABC])\W*$", answer))
+        found = set(re.findall(r"^\W*([ABC])\W*$", said))
     return LETTERS[found.pop()] if len(found) == 1 else None
+
+
+_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+_REASONING = r"think|thinking|thought|reasoning|reflection"
+
+
+def _without_reasoning(answer: str) -> str:
+    """What is said after the last block of reasoning; nothing where such a block does not end.
+
+    The opening tag may be missing: some templates put it into the question.
+    """
+    after = re.split(rf"</(?:{_REASONING})>", answer, flags=re.IGNORECASE)[-1]
+    return re.split(rf"<(?:{_REASONING})>", after, maxsplit=1, flags=re.IGNORECASE)[0]

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzz_replies import SEEDS as REPLY_SEEDS
+from fuzz_replies import WORDS as REPLY_WORDS
+from fuzz_replies import is_malformed, reply
 from fuzz_run import Target, is_own_value_error
 
 MESSAGES = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello!"}]
@@ -435,6 +438,7 @@ def targets() -> dict[str, Target]:
         Target("safetensors", safetensors_seeds(), SAFETENSORS_WORDS, safetensors_file, own, 400),
         Target("safetensors index", INDEX_SEEDS, SAFETENSORS_WORDS, safetensors_index, own, 200),
         Target("gguf", gguf_seeds(), GGUF_WORDS, gguf_file, own, 200),
+        Target("reply", REPLY_SEEDS, REPLY_WORDS, reply, is_malformed, 400),
         Target("gguf tokenizer", gguf_seeds(), GGUF_WORDS, gguf_tokenizer, own, 30),
     ]
     return {target.name: target for target in found}

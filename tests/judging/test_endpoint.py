@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +19,13 @@ import pytest
 
 from dpo.cli import main
 from dpo.config import EndpointConfig
+from dpo.files import WriteError
 from dpo.judging import endpoint as endpoint_module
+from dpo.judging import server as server_module
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.judges import Question, Template
+from dpo.judging.replies import seconds_asked_for
+from dpo.outcomes import EnvironmentFailure
 
 
 class Response(NamedTuple):
@@ -28,6 +36,7 @@ class Response(NamedTuple):
     answer: str | None = "Good. [[A]]"
     headers: tuple[tuple[str, str], ...] = ()
     delay: float = 0.0
+    between_bytes: float = 0.0
 
 
 class Server:
@@ -58,7 +67,12 @@ class Server:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    self.wfile.write(content)
+                    if not response.between_bytes:
+                        self.wfile.write(content)
+                        return
+                    for byte in content:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(response.between_bytes)
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client gave up waiting
 
@@ -102,12 +116,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture
 def make_judge(server: Server, tmp_path: Path) -> Callable[..., EndpointJudge]:
     template = tmp_path / "template.jinja"
+    log: list[str] = []
     template.write_text("{{ messages[0].content }}|{{ first }}|{{ second }}")
 
     def make(**settings: Any) -> EndpointJudge:
         config = EndpointConfig(base_url=server.url, model="m", concurrency=1, retries=2, backoff=0.01)
-        return EndpointJudge(replace(config, **settings), Template(template), cache=tmp_path / "cache")
+        judge_settings = replace(config, **settings)
+        return EndpointJudge(judge_settings, Template(template), cache=tmp_path / "cache", log=log.append)
 
+    make.log = log  # type: ignore[attr-defined]
     return make
 
 
@@ -198,11 +215,31 @@ def test_retry_after_is_obeyed_up_to_a_limit(
     start = time.monotonic()
     list(make_judge().ask(questions(1)))
     assert time.monotonic() - start >= 0.3
-    monkeypatch.setattr(endpoint_module, "LONGEST_PAUSE", 0.05)
-    long = Response(status=429, headers=(("Retry-After", "3600"),))
-    server.script = lambda number, body: long if number == 3 else Response()
-    ((_, verdict),) = make_judge(model="other").ask(questions(1))
+
+
+def test_retry_after_is_a_date_too_and_may_be_long(
+    server: Server, make_judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait over a minute is waited for (here with the clock's help) and said; over an hour it ends it."""
+    later = formatdate(time.time() + 90, usegmt=True)
+    assert 85 < seconds_asked_for({"Retry-After": later}) <= 90
+    for text in ("", "soon", "-5", "1e9", "nan", formatdate(0), "Fri, 99 Foo 2026 10:00:00 GMT"):
+        assert seconds_asked_for({"Retry-After": text}) == 0
+    long = Response(status=429, headers=(("Retry-After", later),))
+    server.script = lambda number, body: long if number == 1 else Response()
+    waits: list[float] = []
+
+    async def skip(self: server_module.Server, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(server_module.Server, "_pause", skip)
+    ((_, verdict),) = make_judge().ask(questions(1))
     assert verdict.choice == "first"
+    assert 80 < max(waits) <= 90, "not cut to the longest pause of our own"
+    assert "asks to be left alone for" in make_judge.log[-1]
+    server.script = lambda number, body: Response(status=503, headers=(("Retry-After", "7200"),))
+    with pytest.raises(EnvironmentFailure, match="asks to be left alone for 120 minutes"):
+        list(make_judge(model="other").ask(questions(1)))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +263,8 @@ def test_an_answer_without_a_verdict_is_invalid_and_kept(
 def test_a_refused_question_is_invalid_and_the_rest_goes_on(server: Server, make_judge) -> None:
     server.script = lambda number, body: Response(status=400, body=b"too long") if number == 1 else Response()
     verdicts = dict(make_judge().ask(questions(2)))
-    assert (verdicts[0].choice, verdicts[0].problem) == (None, "refused with status 400")
+    assert (verdicts[0].choice, verdicts[0].was_asked) == (None, False)
+    assert verdicts[0].problem == "refused with status 400: 'too long'"
     assert verdicts[1].choice == "first"
 
 
@@ -241,9 +279,122 @@ def test_a_wrong_setting_stops_at_once(server: Server, make_judge, status: int, 
 
 
 def test_a_server_that_is_gone_stops_the_command(server: Server, make_judge) -> None:
-    judge = make_judge(base_url="http://127.0.0.1:9/v1", retries=0, concurrency=4)
-    with pytest.raises(ValueError, match="8 questions in a row had no answer after 0 retries each"):
+    """It is tried for as long as `patience` says, with one line about it."""
+    judge = make_judge(base_url="http://127.0.0.1:9/v1", patience=0.3, concurrency=4)
+    start = time.monotonic()
+    with pytest.raises(
+        EnvironmentFailure, match=r"could not be reached for 0\.3 s .*the same command goes on"
+    ):
         list(judge.ask(questions(100)))
+    assert 0.3 <= time.monotonic() - start < 3
+    (line,) = make_judge.log
+    assert "127.0.0.1:9" in line
+    assert "trying for 0.3 s to reach it" in line
+
+
+def test_a_reply_that_drips_or_swells_is_no_answer(server: Server, make_judge) -> None:
+    """The limit is on the whole exchange, not on each read; compressed or not, a reply has a size."""
+    drip, bomb = Response(between_bytes=0.05), gzip.compress(bytes(2**24))
+    server.script = lambda number, body: drip if number == 1 else Response()
+    start = time.monotonic()
+    ((_, verdict),) = make_judge(timeout=0.3).ask(questions(1))
+    assert verdict.choice == "first"
+    assert time.monotonic() - start < 2
+    for headers in ((("Content-Encoding", "gzip"),), ()):
+        content = bomb if headers else bytes(2**23)
+        server.script = lambda number, body, c=content, h=headers: Response(body=c, headers=h)
+        ((_, verdict),) = make_judge(retries=0, model=f"m{len(headers)}").ask(questions(1))
+        assert (verdict.choice, verdict.was_asked) == (None, False)
+        assert "a reply of more than 4194304 bytes" in verdict.problem
+
+
+def test_ctrl_c_ends_at_once_while_a_server_is_silent(server: Server, make_judge) -> None:
+    server.script = lambda number, body: Response(between_bytes=0.5)
+    judge = make_judge(timeout=60.0, concurrency=4)
+    timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
+    start = time.monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(judge.ask(questions(8)))
+    finally:
+        timer.cancel()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (402, b'{"error": {"message": "pay first"}}'),
+        (429, b'{"error": {"message": "pay first: insufficient_quota"}}'),
+    ],
+)
+def test_without_credit_it_stops_and_the_rest_is_asked_after_paying(
+    server: Server, make_judge, status: int, content: bytes
+) -> None:
+    broke = Response(status=status, body=content)
+    server.script = lambda number, body: Response() if number <= 2 else broke
+    given = []
+    with pytest.raises(EnvironmentFailure, match=rf"answered {status} 'pay first.*same command asks again"):
+        given.extend(make_judge().ask(questions(5)))
+    assert len(server.requests) == 3
+    server.script = lambda number, body: Response()
+    verdicts = dict(make_judge().ask(questions(5)))
+    assert [verdicts[i].choice for i in range(5)] == ["first"] * 5
+    assert len(server.requests) == 6, "two were kept"
+
+
+def test_settings_that_a_server_refuses_stop_it_with_its_message(server: Server, make_judge) -> None:
+    refused = Response(status=400, body=b'{"error": {"message": "temperature is not supported"}}')
+    server.script = lambda number, body: refused
+    with pytest.raises(ValueError, match=r"refused 4 questions in a row .* 'temperature is not supported'"):
+        list(make_judge().ask(questions(50)))
+    assert len(server.requests) == 4
+
+
+def test_a_model_that_wants_max_completion_tokens_gets_it(server: Server, make_judge) -> None:
+    """One question finds out; the kept replies are those of the settings as they are."""
+    message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+
+    def answer(number: int, body: dict[str, Any]) -> Response:
+        return Response(status=400, body=message.encode()) if "max_tokens" in body else Response()
+
+    server.script = answer
+    verdicts = dict(make_judge(options={"max_tokens": 9}).ask(questions(3)))
+    assert [verdicts[i].choice for i in range(3)] == ["first"] * 3
+    assert [body.get("max_completion_tokens") for body in server.requests] == [None, 9, 9, 9]
+    list(make_judge(options={"max_tokens": 9}).ask(questions(3)))
+    assert len(server.requests) == 4
+
+
+def test_a_cache_that_cannot_keep_replies_is_found_before_they_are_paid_for(
+    server: Server, make_judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = make_judge()
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(endpoint_module.shutil, "disk_usage", lambda path: full)
+        with pytest.raises(WriteError, match=r"has 1,000 bytes free.*nothing was asked; endpoint\.cache"):
+            list(judge.ask(questions(1)))
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(WriteError, match="nothing was asked"):
+        list(judge.ask(questions(1)))
+    assert not server.requests
+
+
+def test_a_cache_that_fills_up_stops_it_and_the_verdict_is_not_lost(
+    server: Server, make_judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(endpoint_module.os, "replace", full)
+    given = []
+    with pytest.raises(WriteError, match=r"a reply could not be written .*No space left"):
+        given.extend(make_judge().ask(questions(5)))
+    assert [verdict.choice for _, verdict in given] == ["first"]
+    assert len(server.requests) == 1
 
 
 def test_requests_run_side_by_side_and_verdicts_keep_their_question(server: Server, make_judge) -> None:
