@@ -65,3 +65,11 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     from tiny_model import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """XLA compiles with its dear passes off: for tests of what is done with programs, not of the programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

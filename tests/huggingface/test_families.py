@@ -13,6 +13,8 @@ from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_confi
 from dpo.models.log_probs import token_log_probs
 from dpo.models.sampling import SamplingConfig, generate
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LAYOUT_CASES = ["llama", "mistral", "gemma3_text", "smollm3", "gpt2", "gpt_neo", "opt", "falcon", "mpt"]
 """One of every kind of positions and windows."""
 

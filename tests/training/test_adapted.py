@@ -37,6 +37,8 @@ from dpo.training.optimizer import make_optimizer
 from dpo.training.setup import load_policy
 from dpo.training.step import init_state
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KINDS = [
     pytest.param(LoraConfig(rank=4, use_dora=True, base_dtype="int8"), id="dora, int8"),
     pytest.param(

@@ -20,6 +20,8 @@ from dpo.training import loop, program
 from dpo.training.loop import train
 from dpo.training.validation import DATA_KEY
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
