@@ -16,9 +16,13 @@ import os
 import platform
 from pathlib import Path
 
+from dpo.training.interrupt import stop_at_once
+
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+LONG = ("train", "evaluate", "winrate", "frontier")
+"""Commands that go on from what they have kept, so that a signal at any moment ends them as a stop."""
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -28,6 +32,8 @@ def run() -> int:
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
+    if sys.argv[1:2] and sys.argv[1] in LONG:
+        stop_at_once()
     from dpo.cli import main
 
     return main()

@@ -74,6 +74,10 @@ class NoProgressError(RuntimeError):
     """Starts in a row have saved nothing: another one would not either."""
 
 
+class StopRequested(Exception):  # noqa: N818 (it is no error)
+    """A stop was asked for where there is nothing to save that is not saved already."""
+
+
 class BugError(RuntimeError):
     """An error that nobody meant, in another process of the run."""
 
@@ -85,6 +89,7 @@ CLASSES: dict[type[BaseException], Outcome] = {
     PeerLostError: PEER_LOST,
     NoProgressError: NO_PROGRESS,
     BugError: BUG,
+    StopRequested: STOPPED,
     KeyboardInterrupt: STOPPED_AT_ONCE,
     MemoryError: OUT_OF_MEMORY,
 }
@@ -163,18 +168,23 @@ def _by_status(error: BaseException) -> Outcome | None:
     return None
 
 
-def raise_as(outcome: Outcome, text: str) -> BaseException:
+def failure_of(outcome: Outcome, text: str) -> BaseException:
     """An error of a cause, to be raised where another process met it."""
     kinds = {made: kind for kind, made in CLASSES.items() if kind.__module__ == __name__}
     return kinds.get(outcome, BugError)(text)
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says; a bug, and one that says nothing, with the name of its class."""
+    text = str(error).strip()
+    if not text or (outcome_of(error) is BUG and not isinstance(error, BugError)):
+        return f"{type(error).__name__}: {text}".rstrip(": ")
+    return text
+
+
 def describe(command: str, error: BaseException) -> str:
-    """The message of an error in one line: the command, how its cause begins, what happened."""
-    outcome = outcome_of(error)
-    text = str(error).strip() or type(error).__name__
+    """The message of an error: the command, how its cause begins, what happened, what helps."""
+    outcome, text = outcome_of(error), text_of(error)
     if outcome is OUT_OF_MEMORY:
         text = f"{text.splitlines()[0]}; {MEMORY_ADVICE}"
-    elif outcome in (PEER_LOST, STOPPED_AT_ONCE, BUG) and not isinstance(error, (PeerLostError, BugError)):
-        text = text.splitlines()[0]
     return f"{command}: {outcome.begins}: {text}"

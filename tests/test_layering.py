@@ -124,7 +124,7 @@ BELOW = {
         "config",
         "files",
     },
-    "__main__": {"outcomes", "cli"},
+    "__main__": {"outcomes", "cli", "training"},
 }
 
 

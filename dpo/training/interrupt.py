@@ -11,23 +11,20 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from dpo.outcomes import STOPPED_AT_ONCE, StopRequested
+
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPED = 130
-"""Exit code after a second signal."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks for a stop: Ctrl-C, a launcher, a terminal or connection that has gone."""
 SAME_REQUEST = 0.3
 """Seconds within which further signals count as the first: launchers deliver one request twice."""
 
 
-class StopRequested(Exception):  # noqa: N818 (it is no error)
-    """A stop was asked for where there is nothing to save that is not saved already."""
-
-
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGINT and SIGTERM make the given function return True; a second one ends the process.
+    """While inside, `SIGNALS` make the given function return True; a second one ends the process.
 
     The second is answered by a thread that the signal itself wakes: it waits for no computation, and it works
     for the first process of a container, for which the kernel ignores a signal's default action. Ending
@@ -42,7 +39,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     watcher = threading.Thread(target=_end_at_the_second, args=(reader,), name="signals", daemon=True)
-    previous = {number: signal.signal(number, request) for number in SIGNALS}
+    previous = {number: signal.signal(number, request) for number in _answered()}
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher.start()
     try:
@@ -54,6 +51,24 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+def stop_at_once() -> None:
+    """From here on, wherever there is nothing to save, `SIGNALS` raise `StopRequested`; a second one ends."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in _answered():
+            signal.signal(other, lambda *_: os._exit(STOPPED_AT_ONCE.code))
+        raise StopRequested("nothing was being saved; the same command goes on from what was")
+
+    for number in _answered():
+        signal.signal(number, stop)
+
+
+def _answered() -> tuple[signal.Signals, ...]:
+    """All of them, but for SIGHUP where it is ignored already, as `nohup` has it."""
+    hangup = signal.SIGHUP
+    return tuple(n for n in SIGNALS if n is not hangup or signal.getsignal(n) is not signal.SIG_IGN)
 
 
 def stoppable(
@@ -80,4 +95,4 @@ def _end_at_the_second(reader: int) -> None:
         if now - first > SAME_REQUEST:
             name = signal.Signals(received[0]).name
             os.write(2, f"stopped at once by a second signal ({name}); whole checkpoints stay\n".encode())
-            os._exit(STOPPED)
+            os._exit(STOPPED_AT_ONCE.code)

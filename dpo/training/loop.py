@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ from dpo.files import replace_text, writing
 from dpo.huggingface.pretrained import save_pretrained
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.outcomes import UserError
-from dpo.parallel.distributed import Deadline, agree, is_main, joined, on_main, on_this_host, shared_vote
+from dpo.parallel.deadline import Deadline
+from dpo.parallel.distributed import agree, is_main, on_main, on_this_host, shared_vote
+from dpo.parallel.joining import joined
 from dpo.parallel.sharding import make_mesh, parameter_rules
 from dpo.runs import (
     ADAPTER_DIRECTORY,
@@ -73,6 +76,7 @@ from dpo.training.setup import (
     require_preferences,
     scoring_loader,
 )
+from dpo.training.starts import counted_start, hung_before
 from dpo.training.step import Params, Sums, TrainState, TrainStep, move_reference
 from dpo.training.talk import as_trained
 from dpo.training.tracking import Tracker, open_trackers, require_trackers
@@ -127,6 +131,7 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
         stack.enter_context(joined(config.distributed))
         on_main(lambda: stack.enter_context(exclusive(run_dir)))
         stop_requested = stack.enter_context(stop_requests())
+        on_main(lambda: stack.enter_context(counted_start(run_dir)))
         summary = on_main(lambda: _summary_of(run_dir, settings))
         if summary is not None:
             return RunResult(run_dir, "already finished", summary)
@@ -164,7 +169,12 @@ def _train(
             resume_step=resume.step,
             config=asdict(config),
         )
-        with trackers as tracker, Deadline(config.distributed.step_timeout) as deadline:
+        with (
+            trackers as tracker,
+            Deadline(
+                config.distributed.step_timeout, fruitless=partial(hung_before, run.run_dir)
+            ) as deadline,
+        ):
             _describe(run, tracker)
             for note in notes:
                 tracker.message(note)

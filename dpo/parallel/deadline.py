@@ -1,0 +1,84 @@
+"""Steps that hang: a watch beside the run ends the process, and says where every thread was."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable
+
+import jax
+
+from dpo.outcomes import HANG, NO_PROGRESS
+
+COMPILE_SECONDS = 1800.0
+"""What a step of a new shape may take longer, since it is compiled."""
+
+
+class Deadline:
+    """Ends the process when a step takes too long, and says where every thread was."""
+
+    def __init__(self, timeout: float | None, *, fruitless: Callable[[], bool] = lambda: False):
+        """`timeout` in seconds; None never ends anything.
+
+        `fruitless` says whether a start before this one has ended so too, with nothing saved since: another
+        one would not help then, and the process does not end as one that goes on.
+        """
+        self._timeout, self._fruitless = timeout, fruitless
+        self._seen: set[Hashable] = set()
+        self._deadline: float | None = None
+        self._changed = threading.Condition()
+        self._ended = False
+        self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
+
+    def __enter__(self) -> Deadline:
+        if self._timeout is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def step(self, shape: Hashable) -> None:
+        """A step begins; one of a new shape may take `COMPILE_SECONDS` longer."""
+        if self._timeout is not None:
+            extra = 0.0 if shape in self._seen else COMPILE_SECONDS
+            self._seen.add(shape)
+            self._set(time.monotonic() + self._timeout + extra)
+
+    def pause(self) -> None:
+        """What comes now may take as long as it likes."""
+        self._set(None)
+
+    def _set(self, deadline: float | None) -> None:
+        with self._changed:
+            self._deadline = deadline
+            self._changed.notify()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._ended:
+                left = None if self._deadline is None else self._deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(left)
+            if self._ended:
+                return
+        outcome, advice = HANG, "the same command goes on from the newest checkpoint"
+        if self._fruitless():
+            outcome, advice = NO_PROGRESS, "the start before this one ended so too; allowed is a longer one"
+        print(
+            f"dpo train: {outcome.begins}: process {jax.process_index()} of {jax.process_count()}: a step "
+            f"took longer than {self._timeout:g} s (distributed.step_timeout). Another process may hang or have "
+            f"gone; {advice}. Stacks of all threads:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(outcome.code)
