@@ -75,8 +75,8 @@ class Deadline:
             outcome, advice = NO_PROGRESS, "the start before this one ended so too; allowed is a longer one"
         print(
             f"dpo train: {outcome.begins}: process {jax.process_index()} of {jax.process_count()}: a step "
-            f"took longer than {self._timeout:g} s (distributed.step_timeout). Another process may hang or have "
-            f"gone; {advice}. Stacks of all threads:",
+            f"took longer than {self._timeout:g} s (distributed.step_timeout). Another process may hang or "
+            f"have gone; {advice}. Stacks of all threads:",
             file=sys.stderr,
             flush=True,
         )

@@ -169,12 +169,8 @@ def _train(
             resume_step=resume.step,
             config=asdict(config),
         )
-        with (
-            trackers as tracker,
-            Deadline(
-                config.distributed.step_timeout, fruitless=partial(hung_before, run.run_dir)
-            ) as deadline,
-        ):
+        fruitless = partial(hung_before, run.run_dir)
+        with trackers as tracker, Deadline(config.distributed.step_timeout, fruitless=fruitless) as deadline:
             _describe(run, tracker)
             for note in notes:
                 tracker.message(note)

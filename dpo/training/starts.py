@@ -1,7 +1,7 @@
 """Starts of a run that came to nothing: launchers start a run again and again, and somebody has to say stop.
 
-`RUN/starts.json` counts the starts since something was last saved, and those that ended because a step hung. A
-start that ends by itself (finished, stopped as asked, refused) removes it; one that was killed, that lost
+`RUN/starts.json` counts the starts since something was last saved, and those that ended because a step hung.
+A start that ends by itself (finished, stopped as asked, refused) removes it; one that was killed, that lost
 another process or hung leaves it behind.
 """
 
@@ -34,8 +34,8 @@ def counted_start(run_dir: Path) -> Iterator[None]:
         (run_dir / STARTS_FILE).unlink(missing_ok=True)
         raise NoProgressError(
             f"the last {MOST_STARTS} starts of {run_dir} were killed, or lost another process, and saved "
-            f"nothing after step {record['step']}. Look at what ended them (memory of the host, a network, a node); a "
-            "smaller training.save_minutes makes shorter ways count. Another start by hand counts from one"
+            f"nothing after step {record['step']}. Look at what ended them (memory of the host, a network, a "
+            "node); a smaller training.save_minutes makes shorter ways count. The next start counts from one"
         )
     _write(run_dir, record | {"starts": record["starts"] + 1})
     try:

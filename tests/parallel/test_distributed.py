@@ -1,18 +1,16 @@
 """How processes find one another, and real processes on loopback."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from loopback import ROOT, Processes, environment_of
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file
 
@@ -20,8 +18,6 @@ from dpo.config import DistributedConfig
 from dpo.outcomes import HANG, NO_PROGRESS, PEER_LOST
 from dpo.parallel.cluster import Cluster, find_cluster
 from dpo.parallel.joining import bind_address
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SLURM = {
     "SLURM_JOB_ID": "4099",
@@ -116,59 +112,6 @@ def test_a_coordinator_on_the_loopback_listens_there_alone(monkeypatch):
 
 
 # ---- processes ----
-
-
-def environment_of(devices, tmp_path):
-    """Compiled programs are kept in the directory of the whole test session (conftest.py)."""
-    return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "DPO_CACHE": str(tmp_path / "cache"),
-    }
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-class Processes:
-    """`dpo train` in several processes that meet on loopback."""
-
-    def __init__(self, count, devices, config, tmp_path, *, extra: Callable[[int], list[str]] = lambda i: []):
-        port, self.logs = free_port(), []
-        self.all = []
-        for i in range(count):
-            self.logs.append(tmp_path / f"log-{count}-{i}.txt")
-            where = [] if count == 1 else [
-                f"--distributed.coordinator=127.0.0.1:{port}",
-                f"--distributed.num_processes={count}",
-                f"--distributed.process_id={i}",
-            ]  # fmt: skip
-            with self.logs[-1].open("w") as log:
-                self.all.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "dpo", "train", "--config", str(config), *where, *extra(i)],
-                        cwd=ROOT,
-                        env=environment_of(devices, tmp_path),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def wait(self, seconds=600.0):
-        """Exit codes, after which none is left; alone on two cores a run takes about 30 s."""
-        deadline = time.monotonic() + seconds
-        try:
-            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.all]
-        finally:
-            for process in self.all:
-                process.kill()
-
-    def text(self, i):
-        return self.logs[i].read_text()
 
 
 @pytest.fixture

@@ -1,0 +1,141 @@
+"""Two processes of one run, one of them killed or stopped at a random moment."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from loopback import Processes
+from safetensors.numpy import load_file
+
+from dpo.outcomes import PEER_LOST
+
+PLACES = ("start", "reference", "step", "save", "evaluation", "export")
+"""What the run is doing when a process is lost, by what it has written; a random time is waited on top."""
+STEPS, SAVE_EVERY = 12, 4
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    directory = tmp_path_factory.mktemp("lost")
+    rows = [
+        {"prompt": f"number {i}", "chosen": "yes, very good", "rejected": ["no", "perhaps"][i % 2]}
+        for i in range(24)
+    ]
+    data = directory / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "model": {"source": str(tiny_model_dir)},
+        "data": {"train": str(data), "eval": str(data), "max_eval": 5, "max_length": 128},
+        "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
+        "training": {
+            "batch_size": 8,
+            "steps": STEPS,
+            "save_every": SAVE_EVERY,
+            "eval_every": 6,
+            "eval_samples": 2,
+            "eval_max_new_tokens": 4,
+        },
+        "distributed": {"start_timeout": 120.0, "heartbeat_timeout": 10.0, "step_timeout": 60.0},
+    }
+    (directory / "settings.json").write_text(json.dumps(content))
+    return directory
+
+
+def config_of(directory: Path, name: str) -> Path:
+    content = json.loads((directory / "settings.json").read_text()) | {"run_dir": str(directory / name)}
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def outcome_of_run(run_dir: Path) -> tuple[object, ...]:
+    """Metrics but for their times, and the bytes of what was exported and of the held-out log-probs."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k not in ("seconds", "tokens/s")} for row in rows]
+    export = (run_dir / "export" / "model.safetensors").read_bytes()
+    heldout = load_file(run_dir / "heldout.safetensors")
+    return kept, export, {name: values.tobytes() for name, values in heldout.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Path) -> tuple[object, ...]:
+    """What a run comes to that nothing happened to."""
+    assert Processes(2, 1, config_of(settings, "whole"), settings).wait() == [0, 0]
+    return outcome_of_run(settings / "whole")
+
+
+def lose_one(
+    settings: Path, number: int, how: signal.Signals, generator: random.Random
+) -> tuple[str, list[int], float]:
+    """Start two processes and lose one; where, what the codes were, and the seconds to the other's end."""
+    name = f"{how.name}-{number}"
+    processes = Processes(2, 1, config_of(settings, name), settings)
+    victim, place = generator.randrange(2), PLACES[number % len(PLACES)]
+    try:
+        wait_until(settings / name, place, processes)
+        time.sleep(generator.uniform(0, 6.0 if place == "start" else 0.4))
+        processes.all[victim].send_signal(how)
+        start = time.monotonic()
+        code = processes.all[1 - victim].wait(120)
+        return (
+            f"{place}, process {victim}",
+            [code, processes.all[victim].poll() or 0],
+            time.monotonic() - start,
+        )
+    finally:
+        processes.end()
+        for i in range(2):
+            (settings / f"{name}-{i}.txt").write_text(processes.text(i))
+
+
+def wait_until(run_dir: Path, place: str, processes: Processes) -> None:
+    awaited = {
+        "start": lambda: True,
+        "reference": lambda: (run_dir / "config.yaml").exists(),
+        "step": lambda: size(run_dir / "metrics.jsonl") > 0,
+        "save": lambda: any((run_dir / "checkpoints").glob("*.writing")),
+        "evaluation": lambda: (run_dir / "checkpoints" / str(SAVE_EVERY)).exists(),
+        "export": lambda: (run_dir / "heldout.safetensors").exists(),
+    }[place]
+    deadline = time.monotonic() + 300
+    while not awaited() and time.monotonic() < deadline and all(p.poll() is None for p in processes.all):
+        time.sleep(0.002)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "times"),
+    [
+        pytest.param(signal.SIGKILL, 12, id="12 kills"),
+        pytest.param(signal.SIGKILL, 60, id="60 kills"),
+        pytest.param(signal.SIGSTOP, 10, id="10 stops"),
+    ],
+)
+def test_a_lost_process_costs_nothing_but_time(how, times, settings, whole, capsys):
+    """The other ends within a minute by a code that launchers go on from; started again, the same bits."""
+    generator = random.Random(times)
+    codes, longest = Counter(), 0.0
+    for number in range(times):
+        place, (code, _), seconds = lose_one(settings, number, how, generator)
+        with capsys.disabled():
+            print(f"{how.name} {number} ({place}): the other ended {code} after {seconds:.1f} s", flush=True)
+        codes[code], longest = codes[code] + 1, max(longest, seconds)
+        name = f"{how.name}-{number}"
+        assert code in (0, PEER_LOST.code), (settings / f"{name}-0.txt").read_text()
+        assert seconds < 60
+        again = Processes(2, 1, config_of(settings, name), settings)
+        assert again.wait() == [0, 0], again.text(0)
+        assert outcome_of_run(settings / name) == whole, name
+    with capsys.disabled():
+        print(f"{times} of {times}: codes {dict(codes)}, the slowest after {longest:.1f} s", flush=True)
