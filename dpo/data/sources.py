@@ -294,6 +294,17 @@ def _open_data_set(source: str, split: str, *, data_files: str | None = None, na
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
+def _has_subset(repository: str, name: str) -> bool:
+    """Whether a subset of this name is there, or in the cache when offline; else it is a folder's."""
+    import datasets
+
+    try:
+        datasets.load_dataset_builder(repository, name=name)
+    except ValueError:
+        return False
+    return True
+
+
 def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     import datasets
 
@@ -309,8 +320,7 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     repository, _, subset = source.partition(":")
     where: dict[str, Any] = {}
     if subset:
-        is_name = subset in datasets.get_dataset_config_names(repository)
-        where = {"name": subset} if is_name else {"data_dir": subset}
+        where = {"name": subset} if _has_subset(repository, subset) else {"data_dir": subset}
     found = datasets.load_dataset(repository, split=split, **where)
     if found.info.builder_name != "csv":
         return found
