@@ -45,7 +45,7 @@ def default_tokenizer(default_file: GgufFile):
 def gemma() -> Path:
     path = cache_directory() / GEMMA_FILE
     if not path.is_file():
-        pytest.skip(f"{path} is not there (python -m tests.huggingface.make_oracles --gemma fetches it)")
+        pytest.skip(f"{path} is not there (make_llama_cpp_ids --fetch-gemma)")
     return path
 
 
@@ -117,6 +117,14 @@ def test_what_ends_a_turn_ends_a_response(tmp_path: Path) -> None:
     fields["ggml.eot_token_id"] = ids["<other>"]
     file = GgufFile(write_vocabulary(tmp_path / "x.gguf", "llama", fields))
     assert set(file.generation_config()["eos_token_id"]) == {*found, ids["<other>"]}
+
+
+@pytest.mark.slow
+def test_gemmas_tokens_are_as_stored(gemma: Path) -> None:
+    stored = json.loads(STORED.read_text())["gemma"]
+    file = GgufFile(gemma)
+    assert differing(ids_of(file.tokenizer(), TEXTS), stored["ids"], TEXTS) == []
+    assert sorted(file.generation_config()["eos_token_id"]) == stored["ends"]
 
 
 @pytest.mark.slow
