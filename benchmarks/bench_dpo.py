@@ -82,16 +82,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from dpo.losses import make_objective
     from dpo.parallel.sharding import make_mesh
     from dpo.training.adapted import open_policy
+    from dpo.training.datasets import make_loader, read_dataset, scoring_loader
     from dpo.training.optimizer import make_optimizer, make_schedule
     from dpo.training.placement import place_batch
+    from dpo.training.policy import make_score
+    from dpo.training.program import enable_compilation_cache
     from dpo.training.reference import ReferenceStore, score_rows
-    from dpo.training.setup import (
-        enable_compilation_cache,
-        make_loader,
-        make_score,
-        read_dataset,
-        scoring_loader,
-    )
     from dpo.training.step import init_state, make_train_step
 
     enable_compilation_cache()

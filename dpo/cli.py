@@ -40,7 +40,7 @@ from dpo.outcomes import BUG, STOPPED, USER, UserError, describe, outcome_of
 
 if TYPE_CHECKING:
     from dpo.evaluation.heldout import Heldout
-    from dpo.training.setup import Dataset
+    from dpo.training.datasets import Dataset
 
 FAILED = 1
 """Exit code of a plan that does not fit; what was given is right."""
@@ -115,7 +115,7 @@ def evaluate(arguments: list[str]) -> int:
         _require_file("data", config.data.eval)
     from dpo.evaluation.heldout import score_heldout
     from dpo.pages.accuracy_text import figures_as_text
-    from dpo.training.setup import enable_compilation_cache
+    from dpo.training.program import enable_compilation_cache
 
     enable_compilation_cache()
     heldout = score_heldout(config, log=print_plain)
@@ -202,7 +202,7 @@ def export(arguments: list[str]) -> int:
     config = load_config(Path(given.run) / "config.yaml")
     from dpo.training.export import export_checkpoint
     from dpo.training.hub import check_hub_id, push_to_hub
-    from dpo.training.setup import enable_compilation_cache
+    from dpo.training.program import enable_compilation_cache
 
     if given.hub_id is not None:
         check_hub_id(given.hub_id)
@@ -251,7 +251,7 @@ def frontier(arguments: list[str]) -> int:
         _require_file(name, getattr(given, name))
     from dpo.experiments.frontier import run
     from dpo.judging.functions import require_own_word
-    from dpo.training.setup import enable_compilation_cache
+    from dpo.training.program import enable_compilation_cache
 
     if ":" in given.reward:
         require_own_word(given.reward, setting="reward", arguments=arguments)
@@ -296,7 +296,7 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
         _require_file("data", config.data.eval)
     from dpo.judging.match import RESULT_FILE, play
     from dpo.judging.winrate import figures_as_text, usage_as_text
-    from dpo.training.setup import enable_compilation_cache
+    from dpo.training.program import enable_compilation_cache
 
     enable_compilation_cache()
     output = Path(given.output or Path(given.run or ".") / "winrate")
@@ -330,7 +330,7 @@ def generate(arguments: list[str]) -> int:
     from dpo.huggingface.pretrained import load_pretrained
     from dpo.models.sampling import SamplingConfig
     from dpo.pages.chat import converse, respond
-    from dpo.training.setup import enable_compilation_cache
+    from dpo.training.program import enable_compilation_cache
 
     enable_compilation_cache()
     names = [field.name for field in fields(SamplingConfig)]
@@ -568,7 +568,7 @@ def report_data(config: Config, tokenizer: Any, *, heldout: bool = False) -> tup
     from dpo.data.inspection import inspect_dataset
     from dpo.data.preferences import read_preferences
     from dpo.data.rows import row_reading
-    from dpo.training.setup import read_dataset
+    from dpo.training.datasets import read_dataset
 
     data, dataset = config.data, read_dataset(config.data, tokenizer, heldout=heldout)
     others = None

@@ -19,17 +19,11 @@ from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE
+from dpo.training.datasets import Dataset, read_dataset, require_embeddings, scoring_loader
+from dpo.training.policy import load_policy, make_score
 from dpo.training.reference import score_rows
+from dpo.training.reference_model import open_reference
 from dpo.training.same_tokens import require_same_tokens
-from dpo.training.setup import (
-    Dataset,
-    load_policy,
-    make_score,
-    open_reference,
-    read_dataset,
-    require_embeddings,
-    scoring_loader,
-)
 from dpo.training.validation import DATA_KEY
 
 

@@ -55,7 +55,7 @@ from dpo.runs import CHECKPOINTS_DIRECTORY, CONFIG_FILE, EXPORT_DIRECTORY, flat_
 from dpo.training.identity import resolved_settings, settings_fingerprint
 from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids
-from dpo.training.setup import Policy, load_policy
+from dpo.training.policy import Policy, load_policy
 from dpo.training.step import Params
 
 RESULT_FILE = "frontier.json"

@@ -18,7 +18,8 @@ from dpo.judging.samples import model_identity
 from dpo.models.vocabulary import require_known
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import make_mesh
-from dpo.training.setup import Policy, load_policy, make_score, scoring_loader
+from dpo.training.datasets import scoring_loader
+from dpo.training.policy import Policy, load_policy, make_score
 
 VERDICTS = ("A", "B")
 

@@ -16,6 +16,7 @@ from dpo.judging.judges import Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify
 from dpo.models.vocabulary import require_known
+from dpo.outcomes import UserError
 
 
 class RewardModelJudge:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from dpo.models.decoder import Cache, Decoder
 from dpo.outcomes import UserError
+from dpo.parallel.distributed import fetch
 
 LENGTH_MULTIPLE = 32
 """Prompts and numbers of new tokens are padded to multiples of it."""
@@ -65,12 +66,11 @@ def generate(
     seeds: Sequence[int],
     stop_tokens: Sequence[int],
     batch_size: int = 64,
-    fetch: Callable[[Array], np.ndarray] = np.asarray,
 ) -> list[list[int]]:
     """One response for each prompt and its seed, the stop token included where one was drawn.
 
     Prompts of similar length are decoded together, `batch_size` at a time. Of several processes whose
-    devices share the model all call this alike, and `fetch` brings an array that is on all to the host.
+    devices share the model all call this alike.
     """
     if len(seeds) != len(prompts):
         raise UserError(f"{len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt is needed")

@@ -32,8 +32,8 @@ from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place, with_sharding
+from dpo.training.policy import Policy, load_policy
 from dpo.training.reference import fingerprint_parameters
-from dpo.training.setup import Policy, load_policy
 from dpo.training.step import Params
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY,
 from dpo.training.adapted import export_adapters, open_policy, plain_model, policy_shapes
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
+from dpo.training.policy import Policy
+from dpo.training.step import Params
 from dpo.training.talk import as_trained
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,27 +43,49 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         # The parameters alone, into shapes; under adapters the frozen weights as well.
         policy = (open_policy if config.lora.is_on else policy_shapes)(config, own_mesh(config.mesh))
         params = checkpoints.restore_params(step, policy.params)
-    output = given.output or default_output(given, dtype)
+    policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
+    output = Path(given.output or default_output(given, dtype))
     if given.format == "adapter":
         return export_adapters(policy, params, output, source=config.model.source), step
-    pretrained, model = as_trained(policy.pretrained, config.data), plain_model(policy, params)
-    path = save_pretrained(
+    metrics = heldout_metrics(given.run, step)
+    return export_model(config, policy, params, output, dtype=dtype, num_steps=step, metrics=metrics), step
+
+
+def export_model(
+    config: Config,
+    policy: Policy,
+    params: Params,
+    directory: Path,
+    *,
+    num_steps: int,
+    metrics: Mapping[str, float] | None,
+    dtype: str | None = None,
+) -> Path:
+    """Write the policy with these parameters, adapters merged, as a directory of weights, configuration,
+    tokenizer and model card.
+
+    `metrics` are held-out ones after `num_steps` updates, for the card. Without a `dtype` the weights are
+    written as they are held.
+    """
+    pretrained, model = policy.pretrained, plain_model(policy, params)
+    written = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
+    card = model_card(
+        config,
+        pretrained,
+        num_steps=num_steps,
+        num_parameters=count_parameters(model),
+        dtype=written.name,
+        metrics=metrics,
+    )
+    return save_pretrained(
         model,
-        output,
+        directory,
         hf_config=pretrained.config,
         tokenizer=pretrained.tokenizer,
         generation_config=pretrained.generation_config,
-        dtype=jnp.dtype(dtype),
-        model_card=model_card(
-            config,
-            pretrained,
-            num_steps=step,
-            num_parameters=count_parameters(model),
-            dtype=dtype,
-            metrics=heldout_metrics(given.run, step),
-        ),
+        dtype=written,
+        model_card=card,
     )
-    return path, step
 
 
 def default_output(given: ExportConfig, dtype: str) -> Path:

@@ -23,8 +23,9 @@ from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_all
 from dpo.runs import flat_settings
+from dpo.training.datasets import Dataset, given_chat_template
+from dpo.training.policy import Policy
 from dpo.training.reference import ReferenceStore, Rows, Score
-from dpo.training.setup import Dataset, Policy, given_chat_template
 from dpo.training.versions import PACKAGES, versions
 
 Identity = dict[str, dict[str, Any]]

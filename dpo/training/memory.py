@@ -41,10 +41,12 @@ from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_main, on_main
 from dpo.parallel.sharding import row_multiple
 from dpo.runs import MEMORY_FILE
+from dpo.training.datasets import make_loader, scoring_loader
 from dpo.training.identity import settings_fingerprint
 from dpo.training.placement import place_batch
+from dpo.training.policy import Policy
 from dpo.training.program import Program, make_program
-from dpo.training.setup import Policy, make_loader, scoring_loader
+from dpo.training.reference_model import reference_kind
 from dpo.training.step import make_eval_step
 
 GIB = 2.0**30
@@ -320,9 +322,13 @@ def kept_bytes(config: Config, policy: Policy) -> float:
     """Bytes on a device of the model that samples of the policy are compared with, where there is a copy."""
     if config.training.eval_samples == 0:
         return 0.0
-    if policy.base is None or (config.lora.init is not None and config.model.reference is None):
-        return device_bytes(policy.params)
-    return 0.0 if config.model.reference is None else device_bytes(policy.base.params)
+    match reference_kind(config, policy):
+        case "another model":
+            return device_bytes((policy.base or policy).params)
+        case "the model without adapters":  # the arrays that are frozen
+            return 0.0
+        case "the policy as it starts":
+            return device_bytes(policy.params)
 
 
 def _loader(config: Config, parts: Parts) -> Loader:

@@ -23,10 +23,10 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset, make_dataset
 from dpo.huggingface.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
-from dpo.parallel.distributed import fetch
-from dpo.parallel.sharding import parameter_rules, row_multiple
+from dpo.parallel.sharding import row_multiple
+from dpo.training.datasets import Dataset, given_chat_template
+from dpo.training.policy import Policy, make_score
 from dpo.training.reference import Score
-from dpo.training.setup import Dataset, Policy, given_chat_template, load_policy, make_score
 from dpo.training.step import Params
 
 Observe = Callable[[int, Params], Mapping[str, float]]
@@ -86,7 +86,6 @@ class OnPolicy:
             seeds=self._seeds,
             stop_tokens=self._stop,
             batch_size=len(self._prompts),
-            fetch=fetch,
         )
         ours = self._logps(responses, self._score_with(params))
         theirs = self._logps(responses, self._score_reference(self._reference.params))
@@ -113,21 +112,18 @@ class OnPolicy:
         return found
 
 
-def open_on_policy(config: Config, policy: Policy, heldout: Dataset | None, mesh: Mesh) -> OnPolicy | None:
+def open_on_policy(
+    config: Config, policy: Policy, reference: Policy, heldout: Dataset | None, mesh: Mesh
+) -> OnPolicy | None:
     """What `training.eval_samples` asks for; None where it is 0.
 
-    The reference is another model, the one under new adapters, or a copy of the policy as it is now.
+    A reference that is the policy itself is copied, since training donates its parameters.
     """
     count = config.training.eval_samples
     if count == 0:
         return None
     assert heldout is not None, "the settings allow eval_samples with data.eval only"
-    if config.model.reference is not None:
-        rules = parameter_rules(config.mesh.rules)
-        reference = load_policy(config.model, mesh, source=config.model.reference, rules=rules)
-    elif policy.base is not None and config.lora.init is None:
-        reference = policy.base
-    else:
+    if reference is policy:
         reference = policy._replace(params=jax.tree.map(jnp.copy, policy.params))
     return OnPolicy(
         reference,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dpo.config import Config, TrainingConfig
+from dpo.huggingface.embedded import cache_directory
 from dpo.losses import Objective
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import parameter_rules, parameter_sharding, with_sharding
@@ -82,3 +84,10 @@ def count_steps(training: TrainingConfig, num_prompts: int) -> int:
             f"training.batch_size {training.batch_size}; allowed is at least one whole batch"
         )
     return num_steps
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (or that not)."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

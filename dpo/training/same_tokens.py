@@ -12,7 +12,7 @@ from dpo.data.parts import ALONE, Peers
 from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.pretrained import Pretrained
 from dpo.outcomes import UserError
-from dpo.training.setup import Dataset, read_dataset, require_embeddings
+from dpo.training.datasets import Dataset, read_dataset, require_embeddings
 
 _ARRAYS = (
     *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets", "row_offsets", "origin"),

@@ -61,11 +61,15 @@ class Saver:
             self._best = value, step
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step` updates: by steps, by minutes, or because it is the best so far."""
+        """Whether to save after `step` updates, by steps or by minutes."""
         every = self._settings.save_every
         by_time = self._settings.save_minutes is not None and self._minutes_are_over()
         by_steps = every is not None and step % every == 0
-        return by_steps or by_time or (self._is_best and self.best == step)
+        return by_steps or by_time
+
+    def is_best(self, step: int) -> bool:
+        """Whether what `judge` was last told of are `step` updates, and the best so far."""
+        return self._is_best and self.best == step
 
     def save(self, step: int, state: TrainState) -> None:
         """Save the state after `step` updates, unless it is saved already.

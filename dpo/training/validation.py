@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,26 @@ from dpo.data.packing import facts
 from dpo.data.ties import has_order
 from dpo.files import new_file
 from dpo.losses import Objective, Scores
+from dpo.parallel.distributed import is_main
+from dpo.training.datasets import Dataset
+from dpo.training.interrupt import stoppable
 from dpo.training.metrics import as_numbers, preference_metrics
+from dpo.training.on_policy import Observe
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
-from dpo.training.setup import Dataset
-from dpo.training.step import make_scores
+from dpo.training.step import Params, TrainState, make_scores
+from dpo.training.tracking import Tracker
 
 DATA_KEY = "preferences"
 """In the metadata of held-out log-probs: the fingerprint of the preferences that it is about."""
 
 MeanLoss = Callable[[Scores], Float[Array, ""]]
+
+
+@runtime_checkable
+class Evaluate(Protocol):
+    """How the policy does on held-out data, logged; None where there are none."""
+
+    def __call__(self, state: TrainState, step: int, path: Path | None = None) -> dict[str, float] | None: ...
 
 
 class Validation(NamedTuple):
@@ -97,3 +108,49 @@ def why_no_loss(objective: Objective, dataset: Dataset) -> str | None:
     if tokens.max_responses < 2 and not objective.learns_from_single_responses:
         return f"{name} compares responses, and every prompt has one"
     return None
+
+
+def open_validation(
+    objective: Objective,
+    heldout: Dataset,
+    reference: ReferenceStore,
+    *,
+    loader: Loader,
+    fingerprint: str,
+    log: Callable[[str], None],
+) -> Validation:
+    """What is evaluated now and then; says why where these data have no loss of the objective."""
+    lacking = why_no_loss(objective, heldout)
+    if lacking is not None:
+        log(f"no held-out loss: {lacking}")
+    mean_loss = make_mean_loss(objective, heldout) if lacking is None else None
+    return Validation(heldout, loader, reference, mean_loss, fingerprint)
+
+
+def make_evaluate(
+    validation: Validation | None,
+    *,
+    beta: float,
+    score_with: Callable[[Params], Score],
+    observe: Observe | None,
+    tracker: Tracker,
+    stop_requested: Callable[[], bool],
+) -> Evaluate:
+    """The held-out evaluation of a state, which adds what `observe` says, and ends where a stop is asked for.
+
+    Where it is given a `path`, the main process keeps the log-probs there.
+    """
+
+    def evaluate(state: TrainState, step: int, path: Path | None = None) -> dict[str, float] | None:
+        if validation is None:
+            return None
+        observed = {} if observe is None else observe(step, state.params)
+        score = stoppable(score_with(state.params), stop_requested)
+        rows, metrics = validation.evaluate(score, beta, shift=jnp.asarray(np.asarray(state.shift.mean)))
+        metrics |= observed
+        tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if path is not None and is_main():
+            validation.save(path, rows)
+        return metrics
+
+    return evaluate

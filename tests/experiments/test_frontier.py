@@ -19,7 +19,7 @@ from dpo.experiments.frontier import best_of_n_kl, expected_best, finite_rewards
 from dpo.experiments.frontier_figures import draw_frontier
 from dpo.judging.judges import RewardJudge
 from dpo.outcomes import STOPPED
-from dpo.training import loop
+from dpo.training import loop, preparation
 
 
 def test_best_of_n_is_the_mean_over_all_subsets() -> None:
@@ -44,8 +44,8 @@ def command(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "letters.py").write_text("def e(prompt, response): return response.count('e')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
-    make_mesh = loop.make_mesh
-    for module in (loop, frontier):
+    make_mesh = preparation.make_mesh
+    for module in (preparation, frontier):
         monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     for name, count in (("train", 8), ("eval", 4)):
         rows = [

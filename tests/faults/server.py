@@ -30,7 +30,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 (transformers loads late what is not named)
 
 from dpo.command_line import load_config
-from dpo.training import loop
+from dpo.training import export, loop, program
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.validation import Validation
@@ -123,14 +123,9 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
 
         return call
 
-    make = original(loop, "_make_state_and_step")
-
-    def make_state_and_step(run):
-        state, train_step, schedule = make(run)
-        return state, wrapped(train_step, "step"), schedule
-
-    loop._make_state_and_step = make_state_and_step
-    loop.save_pretrained = wrapped(original(loop, "save_pretrained"), "export")
+    make = original(program, "make_train_step")
+    program.make_train_step = lambda *args, **kwargs: wrapped(make(*args, **kwargs), "step")
+    export.save_pretrained = wrapped(original(export, "save_pretrained"), "export")
     Checkpoints.save = wrapped(original(Checkpoints, "save"), "save")
     Validation.evaluate = wrapped(original(Validation, "evaluate"), "evaluation")
 

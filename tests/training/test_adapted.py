@@ -28,13 +28,13 @@ from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
 from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
-from dpo.training import export, loop
+from dpo.training import export, preparation
 from dpo.training.adapted import open_policy
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.export import export_checkpoint
 from dpo.training.loop import train
 from dpo.training.optimizer import make_optimizer
-from dpo.training.setup import load_policy
+from dpo.training.policy import load_policy
 from dpo.training.step import init_state
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -53,7 +53,7 @@ KINDS = [
 def one_device():
     """Runs use one device, although tests see eight."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((loop, "make_mesh"), (export, "own_mesh"), (heldout, "own_mesh")):
+        for module, name in ((preparation, "make_mesh"), (export, "own_mesh"), (heldout, "own_mesh")):
             patch.setattr(module, name, lambda config: mesh())
         yield
 
@@ -179,7 +179,7 @@ def test_meshes_train_alike(config, lora, tmp_path, monkeypatch):
     """data, fsdp and tensor of two each against one device."""
     config = replace(config, run_dir=str(tmp_path / "one"), lora=lora)
     train(config)
-    monkeypatch.setattr(loop, "make_mesh", make_mesh)
+    monkeypatch.setattr(preparation, "make_mesh", make_mesh)
     other = replace(config, run_dir=str(tmp_path / "eight"), mesh={"data": 2, "fsdp": 2, "tensor": 2})
     train(other)
     for ours, theirs in zip(lines(config), lines(other), strict=True):

@@ -12,7 +12,7 @@ from stopping import stop_after
 
 from dpo.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.parallel.sharding import make_mesh
-from dpo.training import loop
+from dpo.training import preparation
 from dpo.training.loop import train
 
 ONE = (1, 1, 1)
@@ -50,7 +50,7 @@ def devices(monkeypatch):
     def make(mesh):
         return make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
 
-    monkeypatch.setattr(loop, "make_mesh", make)
+    monkeypatch.setattr(preparation, "make_mesh", make)
 
 
 def results(config):

@@ -10,7 +10,7 @@ import pytest
 from dpo.config import Config, DataConfig, OptimizerConfig, TrainingConfig
 from dpo.losses import OBJECTIVES
 from dpo.losses.objectives import UNPAIRED
-from dpo.training import loop
+from dpo.training import preparation
 from dpo.training.loop import train
 
 SHIPPED = Path(__file__).parents[2] / "data" / "sentiment_train.jsonl"
@@ -37,8 +37,8 @@ def as_labels(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_steps(name, directory, monkeypatch):
-    make_mesh = loop.make_mesh
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    make_mesh = preparation.make_mesh
+    monkeypatch.setattr(preparation, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     data = as_labels(directory / "labels.jsonl") if name in UNPAIRED else str(SHIPPED)
     config = Config(
         run_dir=str(directory / name),

@@ -16,7 +16,7 @@ from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trainin
 from dpo.data.preferences import digest, fingerprint, read_preferences
 from dpo.files import write_checksums
 from dpo.parallel.sharding import make_mesh
-from dpo.training import loop, program
+from dpo.training import preparation, program
 from dpo.training.loop import train
 from dpo.training.validation import DATA_KEY
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Runs use one device, although tests see eight."""
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(preparation, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_layouts_train_alike(config, layout, tmp_path):
 def test_meshes_train_alike(config, sizes, tmp_path, monkeypatch):
     """data, fsdp, tensor: eight virtual devices against one."""
     train(config)
-    monkeypatch.setattr(loop, "make_mesh", make_mesh)
+    monkeypatch.setattr(preparation, "make_mesh", make_mesh)
     other = replace(
         config,
         run_dir=str(tmp_path / "other"),

@@ -14,7 +14,7 @@ from stopping import stop_after
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.parallel.sharding import make_mesh
-from dpo.training import loop, memory
+from dpo.training import memory, preparation
 from dpo.training.loop import train
 from dpo.training.memory import GIB, Choice, candidates, first_that_fits, limit_bytes, other_bytes
 
@@ -24,7 +24,7 @@ LIMITLESS = 1e6
 @pytest.fixture(autouse=True)
 def one_device_that_holds_nothing_else(monkeypatch):
     """The programs alone decide, and the step's is the largest of them."""
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(preparation, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(memory, "other_bytes", lambda mesh: 0.0)
     monkeypatch.setattr(memory, "scoring_bytes", lambda *_: 0.0)
 

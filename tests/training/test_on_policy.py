@@ -14,7 +14,7 @@ from dpo.huggingface.pretrained import stop_tokens
 from dpo.judging.local_judge import sequence_log_probs
 from dpo.parallel.sharding import make_mesh
 from dpo.training.on_policy import OnPolicy
-from dpo.training.setup import load_policy
+from dpo.training.policy import load_policy
 
 PROMPTS = [[1, 5, 6], [1, 9, 9, 9, 20], [1, 40]]
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from dpo.data.loader import evaluation_loader
 from dpo.data.preferences import ReadPreferences
 from dpo.data.tokenized import make_dataset
+from dpo.training.datasets import Dataset
 from dpo.training.record import StepClock
-from dpo.training.setup import Dataset
 
 
 def test_the_learning_rate_is_the_one_that_was_used():

@@ -51,7 +51,7 @@ def test_each_new_best_is_due_and_stays(checkpoints):
     best = saver(checkpoints, keep_best=MARGIN)
     for step, margin in enumerate([0.1, 0.3, math.nan, 0.3, 0.2, 0.2], start=1):
         best.judge(step, {MARGIN: margin})
-        if best.due(step) or step > 3:
+        if best.is_best(step) or step > 3:
             best.save(step, state_of(step))
     checkpoints.wait()
     assert best.best == 2
@@ -64,9 +64,9 @@ def test_the_best_is_known_again_from_the_metrics(checkpoints):
     lines = [{"step": step, f"eval/{MARGIN}": value} for step, value in ((1, 9.0), (2, 3.0), (4, 2.0))]
     again = saver(checkpoints, evaluations=lines, keep_best=MARGIN)
     assert again.best == 2  # the checkpoint of step 1 is not there
-    assert not again.due(5)
+    assert not again.is_best(5)
     again.judge(5, {MARGIN: 3.5})
-    assert again.due(5)
+    assert again.is_best(5)
 
 
 def find(checkpoints, tmp_path, **settings):

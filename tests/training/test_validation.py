@@ -9,8 +9,8 @@ from dpo.data.loader import evaluation_loader
 from dpo.data.preferences import ReadPreferences
 from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective
+from dpo.training.datasets import Dataset
 from dpo.training.reference import ReferenceStore
-from dpo.training.setup import Dataset
 from dpo.training.validation import Validation, make_mean_loss, why_no_loss
 
 NUM_ROWS = 5

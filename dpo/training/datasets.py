@@ -1,24 +1,18 @@
-"""From settings to the parts of a run: policy, tokens, batches, a scoring function, reference log-probs.
+"""A run's preferences: read, made into token ids, checked against model and objective, laid out as batches.
 
-Training and evaluation build the same things here, so that both see the same numbers.
+Training and evaluation read the same here, so that both see the same numbers.
 """
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from dpo.config import DataConfig, ModelConfig, TrainingConfig
-from dpo.data.batch import Batch
+from dpo.config import DataConfig, TrainingConfig
 from dpo.data.loader import Loader, Packing, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
@@ -28,48 +22,20 @@ from dpo.data.templates import read_template
 from dpo.data.ties import has_order, without_ties
 from dpo.data.tokenization import tokenize, tokenize_part
 from dpo.data.tokenized import TokenizedDataset
-from dpo.huggingface.embedded import cache_directory
-from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.losses import Objective
 from dpo.losses.objectives import names_that_learn_from_single_responses
 from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.linear import round_products
-from dpo.models.quantized import BaseDtype, hold
 from dpo.outcomes import UserError
-from dpo.parallel.distributed import from_all, from_main, on_main
+from dpo.parallel.distributed import from_all, on_main
 from dpo.parallel.partition import Partition
 from dpo.parallel.sharding import (
-    PARAMETER_RULES,
-    Rules,
     own_rows,
-    parameter_placement,
-    parameter_sharding,
     row_multiple,
 )
-from dpo.training.placement import place_batch
-from dpo.training.reference import ReferenceStore, Score, fingerprint_parameters, open_or_compute
-from dpo.training.step import Params, make_eval_step
 
 EVALUATION_BATCH = 16
 """Prompts that are scored at a time where no gradient is taken."""
-
-
-class Policy(NamedTuple):
-    """A model taken apart: what is trained, what is not, and how to put it together."""
-
-    pretrained: Pretrained
-    graphdef: nnx.GraphDef
-    params: Params
-    frozen: Params
-    fingerprint: str
-    """SHA-256 of the weights as loaded."""
-    base: Policy | None = None
-    """The same weights without adapters, where `params` are adapters: the reference."""
-
-    def merge(self, params: Params) -> Any:
-        """The model with these parameters."""
-        return nnx.merge(self.graphdef, params, self.frozen)
 
 
 class Dataset(NamedTuple):
@@ -91,42 +57,6 @@ class Dataset(NamedTuple):
         if not missing.any():
             return None
         return self.location(np.searchsorted(self.tokens.row_offsets, missing.argmax(), side="right") - 1)
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (or that not)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def load_policy(
-    config: ModelConfig,
-    mesh: Mesh,
-    *,
-    source: str | None = None,
-    base_dtype: BaseDtype = "float32",
-    rules: Rules = PARAMETER_RULES,
-) -> Policy:
-    """Load a model, `config.source` when no other source is given, straight into its places on the mesh.
-
-    A model that is not trained may be held in a smaller `base_dtype`.
-    """
-    pretrained = load_pretrained(
-        source or config.source,
-        compute_dtype=jnp.dtype(config.compute_dtype),
-        remat=config.remat,
-        attention=config.attention,
-        placement=parameter_placement(mesh, rules),
-        partition=Partition(mesh),
-    )
-    if config.round_products is not None:
-        round_products(pretrained.model, config.round_products)
-    hold(pretrained.model, base_dtype)
-    graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
-    params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-    params = jax.device_put(params, parameter_sharding(mesh, params, rules))  # what `hold` made anew
-    return Policy(pretrained, graphdef, params, frozen, fingerprint_parameters(params))
 
 
 def all_processes() -> Peers:
@@ -294,59 +224,3 @@ def _packing(data: DataConfig, mesh: Mesh, *, micro_batches: int = 1) -> Packing
         "own_rows": own_rows(mesh),
         "long_rows": skips_blocks(Partition(mesh)),
     }
-
-
-def make_score(
-    policy: Policy, mesh: Mesh, *, chunk: int, needs: frozenset[str] = frozenset()
-) -> Callable[[Params], Score]:
-    """Of parameters, the function from a batch to its responses' sums on the host."""
-    eval_step = make_eval_step(policy.graphdef, chunk=chunk, needs=needs, mesh=mesh)
-
-    def score_with(params: Params) -> Score:
-        def score(batch: Batch) -> dict[str, np.ndarray]:
-            return jax.tree.map(np.asarray, eval_step(params, policy.frozen, place_batch(mesh, batch)))
-
-        return score
-
-    return score_with
-
-
-def open_reference(
-    model: ModelConfig,
-    data: DataConfig,
-    dataset: Dataset,
-    *,
-    weights: str,
-    score: Score,
-    mesh: Mesh,
-    needs: frozenset[str],
-    log: Callable[[str], None],
-    copy_in: Path | None = None,
-) -> ReferenceStore:
-    """The reference's log-probs of a data set, from the store on disk where it has them.
-
-    `needs` are extra sums that it is to have besides (`Objective.reference_sums`). A copy is kept in the
-    directory `copy_in`, and looked for there first.
-    """
-    directory = Path(model.reference_store or cache_directory() / "reference")
-    identity = {
-        "weights": weights,
-        "data": dataset.tokens.fingerprint,
-        "dtype": model.compute_dtype
-        if model.forward_dtype == model.compute_dtype
-        else "float32, rounded products",
-        "sums": ",".join(sorted({"logps", *needs})),
-    }
-    loader = scoring_loader(data, dataset.tokens, mesh)
-    return open_or_compute(
-        directory,
-        identity,
-        score=score,
-        make_batches=loader.batches,
-        make_probe=lambda: loader.batch(int(from_main(np.asarray(random.randrange(loader.num_steps))))),
-        num_rows=len(dataset.tokens),
-        num_responses=dataset.tokens.max_responses,
-        locate=dataset.location,
-        log=log,
-        copy_in=copy_in,
-    )

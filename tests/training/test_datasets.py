@@ -9,7 +9,7 @@ from dpo.data.preferences import ReadPreferences
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.pretrained import read_config
 from dpo.losses import Objective, make_objective
-from dpo.training.setup import Dataset, fit_to_objective, require_embeddings
+from dpo.training.datasets import Dataset, fit_to_objective, require_embeddings
 
 MODEL = replace(
     read_config(tiny_config(byte_tokenizer()))[1], vocab_size=10, position="learned", max_positions=6

@@ -1,0 +1,42 @@
+"""What a run says of itself before its first step, in a few lines."""
+
+from __future__ import annotations
+
+import jax
+
+from dpo.training.datasets import Dataset
+from dpo.training.preparation import Run
+from dpo.training.step import Params
+
+
+def introduction(run: Run) -> list[str]:
+    """What is about to happen: the policy, the data, their layout, memory, the number of steps."""
+    config, policy, report = run.config, run.policy, run.loader.report()
+    num_params, num_frozen = _count(policy.params), _count(policy.frozen)
+    on_frozen = f" on {num_frozen / 1e6:.1f} M in {config.lora.base_dtype}" if num_frozen else ""
+    shapes = ", ".join(f"{shape.rows}x{shape.row_length}" for shape in run.loader.shapes)
+    return [
+        f"policy: {policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters{on_frozen}",
+        f"data: {_counts(run.dataset)} from {config.data.train}",
+        *([] if run.heldout is None else [f"held out: {_counts(run.heldout)} from {config.data.eval}"]),
+        f"layout {report['layout']}: rows x tokens {shapes}; {report['fill']:.0%} filled; "
+        f"{report['saving_versus_padded']:.1f}x fewer positions than padded; "
+        f"{len(report['shapes'])} programs to compile",
+        *([] if run.memory is None else [run.memory.text]),
+        f"training: {run.num_steps} steps of {config.training.batch_size} prompts into {config.run_dir}",
+    ]
+
+
+def _count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _counts(dataset: Dataset) -> str:
+    """How many prompts and responses there are, what was left out, and what was cut."""
+    tokens = dataset.tokens
+    left_out = [f"{n} {reason}" for reason, n in {**dataset.read.skipped, **tokens.dropped}.items()]
+    return (
+        f"{len(tokens)} prompts, {int(tokens.num_responses.sum())} responses"
+        + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        + (f" ({tokens.num_truncated} truncated)" if tokens.num_truncated else "")
+    )

@@ -1,0 +1,158 @@
+"""The parts that a prepared run is put together from, each made of what the run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+
+from dpo.parallel.distributed import is_main, shared_vote
+from dpo.runs import (
+    REFERENCE_DIRECTORY,
+)
+from dpo.training.checkpoint import Checkpoints
+from dpo.training.datasets import (
+    all_processes,
+    scoring_loader,
+)
+from dpo.training.identity import Identity, take_probe
+from dpo.training.interrupt import stoppable
+from dpo.training.on_policy import Observe
+from dpo.training.policy import Policy
+from dpo.training.preflight import describe_reference
+from dpo.training.preparation import Run
+from dpo.training.program import Program, make_program
+from dpo.training.record import Record
+from dpo.training.reference import ReferenceStore
+from dpo.training.reference_model import Scoring, make_scoring, score_reference
+from dpo.training.same_tokens import require_same_tokens
+from dpo.training.saving import Resume, Saver, find_resume
+from dpo.training.tracking import Tracker, open_trackers
+from dpo.training.validation import Evaluate, make_evaluate, open_validation
+from dpo.training.watchdog import Line
+
+
+def resume_of(run: Run, checkpoints: Checkpoints, *, log: Callable[[str], None]) -> Resume:
+    """Where the run goes on, if it was begun before; see `find_resume`."""
+    return find_resume(
+        checkpoints,
+        run.identity,
+        settings=run.config.training,
+        run_dir=run.run_dir,
+        num_steps=run.num_steps,
+        log=log,
+    )
+
+
+def tracker_of(run: Run, resume: Resume) -> AbstractContextManager[Tracker]:
+    """Where the run's numbers go; only the main process writes."""
+    return open_trackers(
+        run.run_dir if is_main() else None,
+        run.config.training.trackers,
+        total_steps=run.num_steps,
+        resume_step=resume.step,
+        config=asdict(run.config),
+    )
+
+
+def score_datasets(
+    run: Run, reference: Policy, scoring: Scoring, tracker: Tracker, stop_requested: Callable[[], bool]
+) -> dict[str, ReferenceStore]:
+    """The reference's log-probs of the training ("train") and the held-out data ("eval").
+
+    A moving reference has no store for the training data: its log-probs hold for a few steps only. Held-out
+    preferences are always measured against the reference as it was at the start.
+    """
+    moving = run.config.training.reference_every is not None
+    datasets = {"train": None if moving else run.dataset, "eval": run.heldout}
+    if run.config.model.reference is not None:
+        named = {"data.train": run.dataset} | ({} if run.heldout is None else {"data.eval": run.heldout})
+        policy = run.policy.pretrained.source, run.policy.pretrained.tokenizer
+        require_same_tokens(policy, reference.pretrained, run.config.data, named, peers=all_processes())
+    tracker.message(f"reference: {describe_reference(run.config)}")
+    if reference is not run.policy:
+        scoring = make_scoring(reference, run.objective, run.mesh, chunk=run.config.model.log_prob_chunk)
+    return score_reference(
+        run.config,
+        {name: dataset for name, dataset in datasets.items() if dataset is not None},
+        weights=reference.fingerprint,
+        score=stoppable(scoring.stored(reference.params), stop_requested),
+        mesh=run.mesh,
+        needs=run.objective.reference_sums,
+        log=tracker.message,
+        copy_in=run.run_dir / REFERENCE_DIRECTORY,
+    )
+
+
+def evaluation_of(
+    run: Run,
+    stores: Mapping[str, ReferenceStore],
+    scoring: Scoring,
+    observe: Observe | None,
+    tracker: Tracker,
+    stop_requested: Callable[[], bool],
+) -> Evaluate:
+    """The held-out evaluation of a state; see `make_evaluate`."""
+    validation = None
+    if run.heldout is not None:
+        validation = open_validation(
+            run.objective,
+            run.heldout,
+            stores["eval"],
+            loader=scoring_loader(run.config.data, run.heldout.tokens, run.mesh),
+            fingerprint=run.identity["data"]["eval"],
+            log=tracker.message,
+        )
+    return make_evaluate(
+        validation,
+        beta=run.beta,
+        score_with=scoring.heldout,
+        observe=observe,
+        tracker=tracker,
+        stop_requested=stop_requested,
+    )
+
+
+def program_of(run: Run) -> Program:
+    """The training program."""
+    return make_program(
+        run.config,
+        run.objective,
+        beta=run.beta,
+        graphdef=run.policy.graphdef,
+        params=run.policy.params,
+        mesh=run.mesh,
+        num_steps=run.num_steps,
+    )
+
+
+def saver_of(
+    run: Run, checkpoints: Checkpoints, identity: Identity, scoring: Scoring, earlier: Sequence[Line]
+) -> Saver:
+    """When the run saves; `earlier` are the lines of the parts of the run before this one."""
+    loader = scoring_loader(run.config.data, run.dataset.tokens, run.mesh)
+    return Saver(
+        checkpoints,
+        identity,
+        settings=run.config.training,
+        probe=lambda state: take_probe(scoring.stored(state.params), loader.batch(0)),
+        share=lambda asked: shared_vote(asked, run.mesh),
+        evaluations=[line for line in earlier if "loss" not in line],
+    )
+
+
+def record_of(
+    run: Run, tracker: Tracker, program: Program, checkpoints: Checkpoints, earlier: Sequence[Line]
+) -> Record:
+    """What the steps say; `earlier` are the lines of the parts of the run before this one."""
+    return Record(
+        tracker,
+        run.dataset,
+        program.schedule,
+        checkpoints,
+        fill=run.loader.fill,
+        batch_size=run.config.training.batch_size,
+        beta=run.beta,
+        max_skipped=run.config.training.max_skipped,
+        earlier=[line for line in earlier if "loss" in line],
+    )

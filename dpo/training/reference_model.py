@@ -1,0 +1,138 @@
+"""Which model the policy is measured against, and its log-probs of a run's data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpo.config import Config, DataConfig, ModelConfig
+from dpo.huggingface.embedded import cache_directory
+from dpo.losses import Objective
+from dpo.parallel.distributed import from_main
+from dpo.parallel.sharding import parameter_rules
+from dpo.training.datasets import Dataset, scoring_loader
+from dpo.training.policy import Policy, load_policy, make_score
+from dpo.training.reference import ReferenceStore, Score, open_or_compute
+from dpo.training.step import Params
+
+ReferenceKind = Literal["another model", "the model without adapters", "the policy as it starts"]
+
+
+def reference_kind(config: Config, policy: Policy) -> ReferenceKind:
+    """What the reference of these settings is, in words. Nothing else decides it."""
+    if config.model.reference is not None:
+        return "another model"
+    if policy.base is None or config.lora.init is not None:
+        return "the policy as it starts"
+    return "the model without adapters"  # new adapters change nothing yet: the policy as it starts, too
+
+
+def choose_reference(config: Config, policy: Policy, mesh: Mesh) -> Policy:
+    """The model that the policy is measured against; another model is loaded, the others are there.
+
+    The policy itself is returned where it is its own reference: training donates its parameters, so what
+    needs them later copies them.
+    """
+    match reference_kind(config, policy):
+        case "another model":
+            rules = parameter_rules(config.mesh.rules)
+            return load_policy(config.model, mesh, source=config.model.reference, rules=rules)
+        case "the model without adapters":
+            assert policy.base is not None
+            return policy.base
+        case "the policy as it starts":
+            return policy
+
+
+class Scoring(NamedTuple):
+    """Log-probs of batches under given parameters of a model, and the other sums that an objective reads."""
+
+    stored: Callable[[Params], Score]
+    """What a reference's store has."""
+    heldout: Callable[[Params], Score]
+    """What an evaluation needs of the policy."""
+
+
+def make_scoring(model: Policy, objective: Objective, mesh: Mesh, *, chunk: int) -> Scoring:
+    """Compiled on first use; one program where both need the same."""
+    stored, heldout = objective.reference_sums, objective.sums
+    score_with = make_score(model, mesh, chunk=chunk, needs=stored)
+    if heldout == stored:
+        return Scoring(score_with, score_with)
+    return Scoring(score_with, make_score(model, mesh, chunk=chunk, needs=heldout))
+
+
+def score_reference(
+    config: Config,
+    datasets: Mapping[str, Dataset],
+    *,
+    weights: str,
+    score: Score,
+    mesh: Mesh,
+    needs: frozenset[str],
+    log: Callable[[str], None],
+    copy_in: Path,
+) -> dict[str, ReferenceStore]:
+    """The reference's log-probs of several data sets, by their names."""
+    for dataset in datasets.values():  # rows that do not fit are found before anything is scored
+        scoring_loader(config.data, dataset.tokens, mesh)
+    return {
+        name: open_reference(
+            config.model,
+            config.data,
+            dataset,
+            weights=weights,
+            score=score,
+            mesh=mesh,
+            needs=needs,
+            log=log,
+            copy_in=copy_in,
+        )
+        for name, dataset in datasets.items()
+    }
+
+
+def open_reference(
+    model: ModelConfig,
+    data: DataConfig,
+    dataset: Dataset,
+    *,
+    weights: str,
+    score: Score,
+    mesh: Mesh,
+    needs: frozenset[str],
+    log: Callable[[str], None],
+    copy_in: Path | None = None,
+) -> ReferenceStore:
+    """The reference's log-probs of a data set, from the store on disk where it has them.
+
+    `needs` are extra sums that it is to have besides (`Objective.reference_sums`). A copy is kept in the
+    directory `copy_in`, and looked for there first.
+    """
+    directory = Path(model.reference_store or cache_directory() / "reference")
+    identity = {
+        "weights": weights,
+        "data": dataset.tokens.fingerprint,
+        "dtype": model.compute_dtype
+        if model.forward_dtype == model.compute_dtype
+        else "float32, rounded products",
+        "sums": ",".join(sorted({"logps", *needs})),
+    }
+    loader = scoring_loader(data, dataset.tokens, mesh)
+    return open_or_compute(
+        directory,
+        identity,
+        score=score,
+        make_batches=loader.batches,
+        make_probe=lambda: loader.batch(int(from_main(np.asarray(random.randrange(loader.num_steps))))),
+        num_rows=len(dataset.tokens),
+        num_responses=dataset.tokens.max_responses,
+        locate=dataset.location,
+        log=log,
+        copy_in=copy_in,
+    )
