@@ -31,7 +31,7 @@ from dpo.huggingface.pretrained import open_checkpoint, open_shapes, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
-from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place, with_sharding
+from dpo.parallel.sharding import Rules, parameter_rules, parameter_sharding, place
 from dpo.training.policy import Policy, load_policy
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.step import Params
@@ -65,13 +65,11 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
     )
 
 
-def policy_shapes(config: Config, mesh: Mesh) -> Policy:
-    """The policy as `open_policy` makes it, with shapes in their places for parameters; of a whole model."""
+def policy_shapes(config: Config) -> Policy:
+    """The policy as `open_policy` makes it, with shapes for parameters; of a whole model."""
     pretrained = open_shapes(config.model.source, compute_dtype=jnp.dtype(config.model.compute_dtype))
     graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-    rules = parameter_rules(config.mesh.rules)
-    params = with_sharding(params, parameter_sharding(mesh, params, rules))
     return Policy(pretrained, graphdef, params, frozen, fingerprint="")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dpo.files import (
@@ -180,7 +181,9 @@ class Checkpoints:
             raise UserError(f"{self.path(step)} could not be restored: {error}") from error
 
     def restore_params(self, step: int, like: Params) -> Params:
-        """The parameters alone after `step` updates; neither optimiser nor reference is read.
+        """The parameters alone after `step` updates, on the host; neither optimiser nor reference is read.
+
+        One after another, as numpy's arrays: the peak is the parameters and what is left to read of one.
 
         Raises:
           ValueError: when the checkpoint holds other parameters.
@@ -188,14 +191,17 @@ class Checkpoints:
         saved, now = self.identity(step)["state"], _shapes({"params": like})
         if {name: text for name, text in saved.items() if name in now} != now:
             raise UserError(f"{self.path(step)} does not fit these settings: another model?")
-        abstract = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-        restore = ocp.args.PyTreeRestore(
-            abstract,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-            partial_restore=True,
-        )
+        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+        largest_first = sorted(range(len(leaves)), key=lambda index: -leaves[index][1].size)
+        found: list[Any] = [None] * len(leaves)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(self.path(step) / STATE, restore)["params"]
+            for index in largest_first:
+                path, leaf = leaves[index]
+                wanted = _nested(path, ocp.utils.to_shape_dtype_struct(leaf))
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+                part = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+                (found[index],) = jax.tree.leaves(checkpointer.restore(self.path(step) / STATE, part))
+        return jax.tree.unflatten(structure, found)
 
     def _require_shapes(self, step: int, like: TrainState) -> None:
         saved, now = self.identity(step)["state"], _shapes(like)
@@ -251,6 +257,13 @@ def _shapes(state: TrainState | dict[str, Params]) -> dict[str, str]:
     tree = state._asdict() if isinstance(state, TrainState) else state
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _nested(path: tuple[Any, ...], leaf: Any) -> dict[str, Any]:
+    """A state that has nothing but this leaf of its parameters."""
+    for key in reversed(path):
+        leaf = {key.key: leaf}
+    return {"params": leaf}
 
 
 def _async_options() -> ocp.options.AsyncOptions:

@@ -41,7 +41,8 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
         # The parameters alone, into shapes; under adapters the frozen weights as well.
-        policy = (open_policy if config.lora.is_on else policy_shapes)(config, own_mesh(config.mesh))
+        lora = config.lora.is_on
+        policy = open_policy(config, own_mesh(config.mesh)) if lora else policy_shapes(config)
         params = checkpoints.restore_params(step, policy.params)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     output = Path(given.output or default_output(given, dtype))

@@ -73,7 +73,8 @@ TEXTS = [
 def real_rows(directory: Path, count: int) -> list[str]:
     """Prompts and responses of people, from the preferences outside the repository."""
     texts: list[str] = []
-    for line in (directory / "data" / "pairs_train.jsonl").open():
+    lines = (directory / "data" / "pairs_train.jsonl").read_text(encoding="utf-8").split("\n")
+    for line in filter(None, lines[:count]):
         row = json.loads(line)
         texts += [_text(row[name]) for name in ("prompt", "chosen", "rejected") if name in row]
         if len(texts) >= count:
