@@ -112,6 +112,24 @@ class LoraConfig:
         return self.rank is not None or self.init is not None
 
 
+TEMPLATE_DATA = ("messages", "tools", "documents", "add_generation_prompt")
+"""What a chat template gets from the data, and not from settings."""
+
+
+def check_template_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse arguments of a chat template that the data give it.
+
+    Raises:
+      ValueError: naming the setting and what is allowed.
+    """
+    taken = [argument for argument in arguments if argument in TEMPLATE_DATA]
+    if taken:
+        raise ValueError(
+            f"{name} has {taken[0]!r}; allowed are arguments other than {', '.join(TEMPLATE_DATA)}, which "
+            "the data say"
+        )
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where preferences come from and how they become token ids and rows."""
@@ -152,6 +170,8 @@ class DataConfig:
     template_date: str = "2024-07-26"
     """The date that chat templates are told is today (strftime_now in Llama 3's), fixed so that the same
     data always give the same tokens."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}, in training, sampling and judging."""
     layout: Literal["padded", "packed", "shared"] = "shared"
     """How responses lie in the rows of a batch: one a row (padded), several after each other (packed), or
     packed in groups that share their prompt (shared)."""
@@ -167,6 +187,7 @@ class DataConfig:
         check_range("data.max_train", self.max_train, low=1)
         check_range("data.max_eval", self.max_eval, low=1)
         check_range("data.row_length", self.row_length, low=8)
+        check_template_arguments("data.template_kwargs", self.template_kwargs)
         try:
             date.fromisoformat(self.template_date)
         except ValueError as error:

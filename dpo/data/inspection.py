@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ def inspect_dataset(
         "dropped": dataset.dropped,
         "first_dropped": dataset.first_dropped,
         "truncated": dataset.num_truncated,
+        "remarks": dataset.remarks,
+        "first_remarks": dataset.first_remarks,
         "sources": dict(Counter(preference.source for preference in preferences).most_common(20)),
         "responses": _count_sizes(preferences),
         "with_scores": sum(preference.scores is not None for preference in preferences),
@@ -66,7 +68,7 @@ def longer_is_better(dataset: TokenizedDataset) -> Report:
     One comparison a prompt: its first response against its last, unless their ranks are equal. Comparisons of
     equal length are counted apart and are not part of the rate. Without a comparison the interval is [0, 1].
     """
-    lengths = np.diff(dataset.response_offsets)
+    lengths = dataset.scored_counts
     best, worst = dataset.row_offsets[:-1], dataset.row_offsets[1:] - 1
     untied = dataset.ranks[best] != dataset.ranks[worst]
     difference = (lengths[best] - lengths[worst])[untied]
@@ -212,12 +214,21 @@ def render_example(
     for piece in _decode_pieces(prompt[-max_prompt_tokens:], tokenizer):
         text.append(show_controls(piece), style="bright_black")
     ranks = dataset.ranks[dataset.row_offsets[row] : dataset.row_offsets[row + 1]]
-    for k, (response, rank) in enumerate(zip(dataset.responses(row), ranks, strict=True)):
-        text.append(f"\n\nresponse {k + 1} (rank {rank}, {len(response)} tokens scored)\n", style="bold")
-        for i, piece in enumerate(_decode_pieces(response.tolist(), tokenizer)):
-            shown = show_controls(piece).replace("\n", "⏎\n")
-            text.append(shown, style=_TOKEN_STYLES[i % len(_TOKEN_STYLES)])
+    responses = zip(dataset.responses(row), dataset.scored_of(row), ranks, strict=True)
+    for k, (response, flags, rank) in enumerate(responses):
+        text.append(f"\n\nresponse {k + 1} (rank {rank}, {flags.sum()} tokens scored)\n", style="bold")
+        for is_scored, part in groupby(zip(flags, response.tolist(), strict=True), key=lambda pair: pair[0]):
+            _append_tokens(text, _decode_pieces((token for _, token in part), tokenizer), bool(is_scored))
     return text
+
+
+def _append_tokens(text: Text, pieces: Iterable[str], is_scored: bool) -> None:
+    for i, piece in enumerate(pieces):
+        shown = show_controls(piece)
+        if is_scored:
+            text.append(shown.replace("\n", "⏎\n"), style=_TOKEN_STYLES[i % len(_TOKEN_STYLES)])
+        else:
+            text.append(shown, style="bright_black")
 
 
 _TOKEN_STYLES = ("black on green", "black on bright_green")
@@ -276,6 +287,9 @@ def _notes(report: Report) -> Iterator[Text]:
         yield Text(show_controls(f"malformed: {problem}"), style="yellow")
     for reason, where in report["first_dropped"].items():
         yield Text(show_controls(f"first dropped as {reason}: {where}"), style="yellow")
+    for remark, count in report["remarks"].items():
+        where = report["first_remarks"][remark]
+        yield Text(show_controls(f"{count} x {remark} (first: {where})"), style="yellow")
 
 
 def _join_counts(counts: dict[str, int]) -> str:

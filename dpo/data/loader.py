@@ -59,6 +59,9 @@ class Loader:
         self._num_responses = dataset.max_responses
         self._prompt_lengths = dataset.prompt_lengths.tolist()
         self._response_lengths = [row[row > 0].tolist() for row in dataset.response_lengths]
+        self._scored_lengths = (
+            None if dataset.scored is None else [row[row > 0].tolist() for row in dataset.scored_lengths]
+        )
         self._plan = plan_shapes(
             [self._lengths(step) for step in range(num_steps)],
             layout=layout,
@@ -123,7 +126,7 @@ class Loader:
         longest = max(max(step) for step in sequences if step)
         shapes = [self.shape(step) for step in range(self.num_steps)]
         positions = sum(shape.rows * shape.row_length for shape in shapes)
-        scored = sum(r for step in steps for mine in step.responses for r in mine)
+        scored = sum(r for step in steps for mine in step.scored or step.responses for r in mine)
         used = Counter(shapes)
         return {
             "layout": self._layout,
@@ -140,10 +143,11 @@ class Loader:
         }
 
     def _lengths(self, step: int) -> Step:
-        rows = self._order(step).tolist()
+        rows, scored = self._order(step).tolist(), self._scored_lengths
         return Step(
             [self._prompt_lengths[i] if i >= 0 else 0 for i in rows],
             [self._response_lengths[i] if i >= 0 else [] for i in rows],
+            None if scored is None else [scored[i] if i >= 0 else [] for i in rows],
         )
 
 

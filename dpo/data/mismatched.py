@@ -28,9 +28,12 @@ def add_mismatched(dataset: TokenizedDataset, *, seed: int) -> TokenizedDataset:
     room = longest - dataset.prompt_lengths
     starts, ends = dataset.response_offsets[:-1], dataset.response_offsets[1:]
     tokens: list[np.ndarray] = []
+    scored: list[np.ndarray] = []
     for row, other in enumerate(drawn.tolist()):
         cut = slice(starts[other], min(ends[other], starts[other] + room[row]))
         tokens += [*dataset.responses(row), dataset.response_tokens[cut]]
+        if dataset.scored is not None:
+            scored += [*dataset.scored_of(row), dataset.scored[cut]]
     places = dataset.row_offsets[1:]  # behind each row's own
     return dataclasses.replace(
         dataset,
@@ -39,6 +42,7 @@ def add_mismatched(dataset: TokenizedDataset, *, seed: int) -> TokenizedDataset:
         row_offsets=dataset.row_offsets + np.arange(len(dataset) + 1),
         ranks=np.insert(dataset.ranks, places, MISMATCHED),
         scores=np.insert(dataset.scores, places, np.nan),
+        scored=None if dataset.scored is None else np.concatenate(scored),
         fingerprint=hashlib.sha256(f"mismatched {seed} {dataset.fingerprint}".encode()).hexdigest(),
     )
 

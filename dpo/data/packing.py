@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     length: int
     """Tokens, the prompt's included."""
     scored: int
-    """Tokens of the responses."""
+    """Scored tokens of the responses."""
 
 
 Row = list[Piece]
@@ -55,15 +55,20 @@ def lay_out(
     scored: int,
     layout: Layout,
     micro_batches: int = 1,
+    scored_lengths: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Row]]:
     """Rows of every micro-batch. A prompt's responses are all in one micro-batch; a function of lengths only.
 
-    `response_lengths` holds the present responses of each prompt; a prompt with none takes no room. Prompts
+    `response_lengths` holds the present responses of each prompt; a prompt with none takes no room.
+    `scored_lengths` are of their scored tokens alone, the same where not given. Prompts
     go to the micro-batch with the fewest tokens so far, longest first, and pieces to the fullest row that
     still has room, longest first (best-fit decreasing).
     """
+    scored_lengths = scored_lengths or response_lengths
     pieces = [
-        _cut_pieces(p, prompt_lengths[p], response_lengths[p], row_length, scored, layout)
+        _cut_pieces(
+            p, prompt_lengths[p], response_lengths[p], scored_lengths[p], (row_length, scored), layout
+        )
         for p in range(len(prompt_lengths))
     ]
     parts: list[list[Piece]] = [[] for _ in range(micro_batches)]
@@ -94,6 +99,7 @@ def pack(
     """
     prompts = [dataset.prompt(i) if i >= 0 else _NOTHING for i in indices]
     responses = [dataset.responses(i) if i >= 0 else [] for i in indices]
+    learned = [dataset.scored_of(i) if i >= 0 else [] for i in indices]
     parts = lay_out(
         [len(prompt) for prompt in prompts],
         [[len(response) for response in mine] for mine in responses],
@@ -101,6 +107,7 @@ def pack(
         scored=shape.scored,
         layout=layout,
         micro_batches=micro_batches,
+        scored_lengths=[[int(flags.sum()) for flags in mine] for mine in learned],
     )
     rows_a_part = shape.rows // micro_batches
     if shape.rows % micro_batches or any(len(part) > rows_a_part for part in parts):
@@ -115,7 +122,7 @@ def pack(
             for piece in row:
                 batch.row[piece.prompt, list(piece.responses)] = r
             if own_rows is None or r in own_rows:
-                _write_row(batch, r, row, prompts, responses)
+                _write_row(batch, r, row, prompts, responses, learned)
     first = batch.row[np.arange(len(indices)), 0]
     return batch._replace(row=np.where(batch.present, batch.row, first[:, None]))
 
@@ -132,28 +139,34 @@ _NOTHING = np.zeros(0, dtype=np.int32)
 
 
 def _cut_pieces(
-    prompt: int, prompt_length: int, lengths: Sequence[int], row_length: int, scored: int, layout: Layout
+    prompt: int,
+    prompt_length: int,
+    lengths: Sequence[int],
+    scored_lengths: Sequence[int],
+    room: tuple[int, int],
+    layout: Layout,
 ) -> list[Piece]:
     """A prompt's responses in as few pieces as the layout allows, in order."""
+    row_length, scored = room
     longest = max(lengths, default=0)
-    if prompt_length + longest > row_length or longest > scored:
+    if prompt_length + longest > row_length or max(scored_lengths, default=0) > scored:
         raise UserError(
             f"a prompt of {prompt_length} and a response of {longest} tokens do not fit a row of "
             f"{row_length} tokens, {scored} of them scored"
         )
     pieces: list[Piece] = []
-    for k, length in enumerate(lengths):
+    for k, (length, learned) in enumerate(zip(lengths, scored_lengths, strict=True)):
         last = pieces[-1] if pieces else None
         if (
             layout == "shared"
             and last is not None
             and last.length + length <= row_length
-            and last.scored + length <= scored
+            and last.scored + learned <= scored
         ):
             joined = (*last.responses, k)
-            pieces[-1] = Piece(prompt, joined, last.length + length, last.scored + length)
+            pieces[-1] = Piece(prompt, joined, last.length + length, last.scored + learned)
         else:
-            pieces.append(Piece(prompt, (k,), prompt_length + length, length))
+            pieces.append(Piece(prompt, (k,), prompt_length + length, learned))
     return pieces
 
 
@@ -193,7 +206,7 @@ def _empty_batch(
             count = mine.stop - mine.start
             ranks[p, :count] = dataset.ranks[mine]
             scores[p, :count] = dataset.scores[mine]
-            lengths[p, :count] = [len(response) for response in dataset.responses(i)]
+            lengths[p, :count] = [int(flags.sum()) for flags in dataset.scored_of(i)]
     R, T, N = shape
     tokens, positions, group, branch = (np.zeros((R, T), dtype=np.int32) for _ in range(4))
     source, target = (np.zeros((R, N), dtype=np.int32) for _ in range(2))
@@ -220,6 +233,7 @@ def _write_row(
     pieces: Row,
     prompts: list[np.ndarray],
     responses: list[list[np.ndarray]],
+    learned: list[list[np.ndarray]],
 ) -> None:
     """Fill row r of the batch's arrays in place."""
     K = batch.present.shape[1]
@@ -232,12 +246,14 @@ def _write_row(
         last = at - 1
         for branch, k in enumerate(piece.responses, start=1):
             response = responses[piece.prompt][k]
-            here, end = slice(at, at + len(response)), scored + len(response)
+            flags = learned[piece.prompt][k]
+            here, end = slice(at, at + len(response)), scored + int(flags.sum())
             batch.tokens[r, here] = response
             batch.positions[r, here] = len(prompt) + np.arange(len(response))
             batch.branch[r, here] = branch
-            batch.source[r, scored:end] = [last, *range(at, at + len(response) - 1)]
-            batch.target[r, scored:end] = response
+            before = np.concatenate([[last], np.arange(at, at + len(response) - 1)])
+            batch.source[r, scored:end] = before[flags]
+            batch.target[r, scored:end] = response[flags]
             batch.owner[r, scored:end] = piece.prompt * K + k
             at, scored = here.stop, end
         batch.group[r, start:at] = group

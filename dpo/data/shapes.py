@@ -38,6 +38,8 @@ class Step(NamedTuple):
 
     prompts: list[int]
     responses: list[list[int]]
+    scored: list[list[int]] | None = None
+    """Scored tokens of each response; all of them where None."""
 
 
 class Plan(NamedTuple):
@@ -121,6 +123,7 @@ def _measure_one_row(step: Step, layout: Layout, micro_batches: int) -> tuple[in
         scored=whole,
         layout=layout,
         micro_batches=micro_batches,
+        scored_lengths=step.scored,
     )
     pieces = [[piece for row in part for piece in row] for part in parts]
     lengths = [sum(piece.length for piece in part) for part in pieces]
@@ -165,21 +168,23 @@ class _Lengths(NamedTuple):
     group: int
     """Prompt and all its responses."""
     response: int
+    """Scored tokens of one response."""
     responses: int
-    """All responses of one prompt."""
+    """Scored tokens of all responses of one prompt."""
 
     @staticmethod
     def of(steps: Sequence[Step]) -> _Lengths:
         pairs = [
             (p, mine) for step in steps for p, mine in zip(step.prompts, step.responses, strict=True) if mine
         ]
+        scored = [mine for step in steps for mine in step.scored or step.responses if mine]
         if not pairs:
             raise UserError("there is no step, or no response in any step")
         return _Lengths(
             sequence=max(p + max(mine) for p, mine in pairs),
             group=max(p + sum(mine) for p, mine in pairs),
-            response=max(max(mine) for _, mine in pairs),
-            responses=max(sum(mine) for _, mine in pairs),
+            response=max(map(max, scored)),
+            responses=max(map(sum, scored)),
         )
 
 
@@ -219,6 +224,7 @@ def _measure(
             scored=scored,
             layout=layout,
             micro_batches=micro_batches,
+            scored_lengths=step.scored,
         )
         rows = micro_batches * _round_up(max(1, *map(len, parts)), rows_multiple)
         needs.append((rows, sum(piece.length for part in parts for row in part for piece in row)))

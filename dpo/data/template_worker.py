@@ -5,7 +5,8 @@ is well-formed, one line for each of its inputs:
 
     {"template", "dialect": "chat" | "judge", "date": what a chat template takes for today,
      "seconds", "characters", "inputs": [{variable: value}, ...]}
-    {"text"} or {"error", "limit": whether a limit was the reason}
+    {"text", "marks": [[start, end], ...] of its blocks of {% generation %}, where it has any}
+    or {"error", "limit": whether a limit was the reason}
 
 It runs without the rest of the project (a start takes a tenth of a second), may not write files, and has its
 memory and, for every input anew, its CPU time capped by the kernel.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import resource
 import signal
 import sys
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -36,6 +39,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 GRACE = 1
 """Seconds of CPU time after the limit at which the kernel ends the process: one operation can run so long."""
 LONGEST_MESSAGE = 500
+MARK = ("\ufdd0", "\ufdd1")
+"""Begin and end what the assistant says while a text is written: two of Unicode's noncharacters."""
+_MARKS = re.compile(f"[{MARK[0]}{MARK[1]}]")
 
 
 class _OutOfTimeError(BaseException):
@@ -85,7 +91,7 @@ def _limited(request: dict[str, Any], variables: dict[str, Any] | None) -> dict[
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             template = _compile(request["template"], request["dialect"], request["date"])
-            return {"text": "" if variables is None else _render(template, variables, characters)}
+            return {"text": ""} if variables is None else _answer(_render(template, variables, characters))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except _OutOfTimeError:
@@ -107,6 +113,17 @@ def _render(template: jinja2.Template, variables: dict[str, Any], characters: in
             raise _OutOfRoomError
         pieces.append(piece)
     return "".join(pieces)
+
+
+def _answer(text: str) -> dict[str, Any]:
+    """A text with the places in it that were marked, and without the marks."""
+    if MARK[0] not in text:
+        return {"text": text}
+    pieces = _MARKS.split(text)
+    ends = list(accumulate(map(len, pieces)))[:-1]
+    if "".join(_MARKS.findall(text)) != "".join(MARK) * (len(ends) // 2):
+        raise jinja2.TemplateError("blocks of {% generation %} lie in each other or are cut")
+    return {"text": "".join(pieces), "marks": list(zip(ends[0::2], ends[1::2], strict=True))}
 
 
 @lru_cache(maxsize=8)
@@ -137,7 +154,7 @@ _ENVIRONMENTS = {"chat": _chat_environment, "judge": lambda _: _judge_environmen
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what the assistant says; here it changes nothing."""
+    """`{% generation %}`, which marks what the assistant says, and changes nothing else."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -150,7 +167,7 @@ class _Generation(Extension):
         return block
 
     def _content(self, caller: Macro) -> str:
-        return caller()
+        return f"{MARK[0]}{caller()}{MARK[1]}"
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -66,6 +66,13 @@ class Refusal(NamedTuple):
     reason: str
 
 
+class Marked(NamedTuple):
+    """A text, and the places in it that its template marks as the assistant's, in characters."""
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
 class SandboxedTemplate:
     """A jinja2 template, checked when it is made."""
 
@@ -109,10 +116,14 @@ class SandboxedTemplate:
         Raises:
           TemplateLimitError: when one of them is beyond the limits.
         """
+        return [found if isinstance(found, Refusal) else found.text for found in self.render_marked(inputs)]
+
+    def render_marked(self, inputs: Sequence[Mapping[str, Any]]) -> list[Marked | Refusal]:
+        """The same with the places of what the template marks by `{% generation %}`."""
         lines = [json.dumps(variables) for variables in inputs]
         return [answer for group in _groups(lines) for answer in self._ask(group)]
 
-    def _ask(self, inputs: Sequence[str]) -> list[str | Refusal]:
+    def _ask(self, inputs: Sequence[str]) -> list[Marked | Refusal]:
         settings = {"template": self.text, **self._kind, **self._limits._asdict()}
         request = f'{json.dumps(settings)[:-1]}, "inputs": [{", ".join(inputs)}]}}\n'
         patience = self._limits.seconds + PATIENCE
@@ -122,7 +133,12 @@ class SandboxedTemplate:
             raise TemplateLimitError(f"{self._name} is refused: {last['error']}")
         if "error" in compiled:
             raise UserError(f"{self._name}: {compiled['error']}")
-        return [answer["text"] if "text" in answer else Refusal(answer["error"]) for answer in answers]
+        return [
+            Marked(answer["text"], [(start, end) for start, end in answer.get("marks", ())])
+            if "text" in answer
+            else Refusal(answer["error"])
+            for answer in answers
+        ]
 
 
 def read_template(path: str | Path, *, name: str) -> str:

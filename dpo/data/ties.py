@@ -33,6 +33,7 @@ def without_ties(dataset: TokenizedDataset) -> TokenizedDataset:
         row_offsets=_offsets(dataset.num_responses[kept]),
         ranks=dataset.ranks[responses],
         scores=dataset.scores[responses],
+        scored=None if dataset.scored is None else dataset.scored[np.repeat(responses, lengths)],
         origin=dataset.origin[kept],
         fingerprint=hashlib.sha256(f"without ties {dataset.fingerprint}".encode()).hexdigest(),
         dropped=dataset.dropped | {"no_pair": int((~kept).sum())},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dpo.outcomes import UserError
 
@@ -41,6 +41,12 @@ class TokenizedDataset:
     """Where the first preference of each reason stands, and what was found."""
     num_truncated: int = 0
     """Preferences that lost tokens to the truncation policy."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """What else is to be known of the tokens, and of how many preferences it holds."""
+    first_remarks: dict[str, str] = field(default_factory=dict)
+    """Where the first preference of each remark stands."""
+    scored: Bool[np.ndarray, " B"] | None = None
+    """Which response tokens are scored; the others are read only. All where None."""
 
     def __len__(self) -> int:
         return len(self.origin)
@@ -62,11 +68,26 @@ class TokenizedDataset:
 
     @property
     def response_lengths(self) -> Int[np.ndarray, "n K"]:
+        """Tokens of every response, read or scored; 0 where absent."""
+        return self._by_row(np.diff(self.response_offsets))
+
+    @property
+    def scored_lengths(self) -> Int[np.ndarray, "n K"]:
         """Scored tokens of every response; 0 where absent."""
+        return self._by_row(self.scored_counts)
+
+    @property
+    def scored_counts(self) -> Int[np.ndarray, " m"]:
+        """Scored tokens of every response, one after the other."""
+        if self.scored is None:
+            return np.diff(self.response_offsets)
+        return np.diff(np.concatenate([[0], np.cumsum(self.scored)])[self.response_offsets])
+
+    def _by_row(self, values: Int[np.ndarray, " m"]) -> Int[np.ndarray, "n K"]:
         counts = self.num_responses
-        lengths = np.zeros((len(self), self.max_responses), dtype=np.int64)
-        lengths[np.arange(self.max_responses) < counts[:, None]] = np.diff(self.response_offsets)
-        return lengths
+        table = np.zeros((len(self), self.max_responses), dtype=np.int64)
+        table[np.arange(self.max_responses) < counts[:, None]] = values
+        return table
 
     def prompt(self, row: int | np.integer) -> Int[np.ndarray, " _"]:
         """Token ids of one prompt."""
@@ -76,6 +97,13 @@ class TokenizedDataset:
         """Token ids of one prompt's responses, best first."""
         offsets = self.response_offsets[self.row_offsets[row] : self.row_offsets[row + 1] + 1]
         return [self.response_tokens[a:b] for a, b in pairwise(offsets)]
+
+    def scored_of(self, row: int | np.integer) -> list[Bool[np.ndarray, " _"]]:
+        """Which tokens of one prompt's responses are scored."""
+        offsets = self.response_offsets[self.row_offsets[row] : self.row_offsets[row + 1] + 1]
+        if self.scored is None:
+            return [np.ones(b - a, dtype=bool) for a, b in pairwise(offsets)]
+        return [self.scored[a:b] for a, b in pairwise(offsets)]
 
 
 class TokenizedPart(NamedTuple):
@@ -93,6 +121,13 @@ class TokenizedPart(NamedTuple):
     """Where preferences longer than `max_length` stand, and their length."""
     settings: dict[str, Any]
     """Template text and policies, the same in all parts."""
+    remarks: dict[str, int] = {}  # noqa: RUF012 (nobody changes it)
+    first_remarks: dict[str, str] = {}  # noqa: RUF012
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens of all responses."""
+        return len(self.arrays["response_tokens"])
 
 
 def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
@@ -109,6 +144,7 @@ def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
     for part in parts:
         notes.add(part)
     arrays = {}
+    parts = _with_scored(parts)
     for name in parts[0].arrays:
         join = _join_offsets if name.endswith("_offsets") else np.concatenate
         arrays[name] = join([part.arrays[name] for part in parts])
@@ -124,7 +160,24 @@ def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
         dropped=dict(notes.counts),
         first_dropped=notes.first,
         num_truncated=notes.num_truncated,
+        remarks=dict(notes.remarks),
+        first_remarks=notes.first_remarks,
     )
+
+
+def _with_scored(parts: Sequence[TokenizedPart]) -> list[TokenizedPart]:
+    """The parts with flags of what is scored in all of them, where one has any."""
+    if not any("scored" in part.arrays for part in parts):
+        return list(parts)
+    return [
+        part._replace(
+            arrays={
+                **part.arrays,
+                "scored": part.arrays.get("scored", np.ones(part.num_response_tokens, bool)),
+            }
+        )
+        for part in parts
+    ]
 
 
 def make_dataset(
@@ -133,17 +186,20 @@ def make_dataset(
     *,
     ranks: Sequence[Sequence[int]] | None = None,
     scores: Sequence[Sequence[float] | None] | None = None,
+    scored: Sequence[Sequence[Sequence[bool]] | None] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> TokenizedDataset:
     """A data set from token ids: of each prompt, and of its responses, best first.
 
-    Without `ranks` there are no ties. `settings` is what made the ids, for the fingerprint.
+    Without `ranks` there are no ties, without `scored` all tokens of responses are scored.
+    `settings` is what made the ids, for the fingerprint.
     """
     arrays = flat_arrays(
         prompts,
         responses,
         ranks=ranks or [range(len(mine)) for mine in responses],
         scores=scores or [None] * len(responses),
+        scored=scored or [None] * len(responses),
     )
     return TokenizedDataset(
         **arrays,
@@ -158,12 +214,14 @@ def flat_arrays(
     *,
     ranks: Sequence[Sequence[int]],
     scores: Sequence[Sequence[float] | None],
+    scored: Sequence[Sequence[Sequence[bool]] | None],
 ) -> dict[str, Any]:
-    """What a `TokenizedDataset` holds of prompts and responses."""
+    """What a `TokenizedDataset` holds of prompts and responses; "scored" only where not all tokens are."""
     prompt_tokens, prompt_offsets = _join(prompts)
     response_tokens, response_offsets = _join([response for mine in responses for response in mine])
     nothing = float("nan")
     filled = [s or [nothing] * len(mine) for s, mine in zip(scores, responses, strict=True)]
+    flags = {} if not any(scored) else {"scored": _flags(responses, scored)}
     return {
         "prompt_tokens": prompt_tokens,
         "prompt_offsets": prompt_offsets,
@@ -172,7 +230,19 @@ def flat_arrays(
         "row_offsets": np.cumsum([0, *map(len, responses)], dtype=np.int64),
         "ranks": np.asarray([rank for mine in ranks for rank in mine], dtype=np.int32),
         "scores": np.asarray([score for mine in filled for score in mine], dtype=np.float32),
+        **flags,
     }
+
+
+def _flags(
+    responses: Sequence[Sequence[Sequence[int]]], scored: Sequence[Sequence[Sequence[bool]] | None]
+) -> Bool[np.ndarray, " B"]:
+    pieces = [
+        np.asarray(mine[k], bool) if mine else np.ones(len(response), bool)
+        for row, mine in zip(responses, scored, strict=True)
+        for k, response in enumerate(row)
+    ]
+    return np.concatenate(pieces)
 
 
 class Notes:
@@ -182,17 +252,27 @@ class Notes:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self.num_truncated = 0
+        self.remarks: Counter[str] = Counter()
+        self.first_remarks: dict[str, str] = {}
 
     def drop(self, reason: str, detail: str, location: str) -> None:
         """One more that is left out."""
         self.counts[reason] += 1
         self.first.setdefault(reason, f"{location}: {detail}")
 
+    def remark(self, remarks: Iterable[str], location: str) -> None:
+        """Things to say of one that is kept."""
+        for remark in dict.fromkeys(remarks):
+            self.remarks[remark] += 1
+            self.first_remarks.setdefault(remark, location)
+
     def add(self, part: TokenizedPart) -> None:
         """Those of a part that comes after what was counted."""
         self.counts.update(part.dropped)
         self.first |= {**part.first_dropped, **self.first}
         self.num_truncated += part.num_truncated
+        self.remarks.update(part.remarks)
+        self.first_remarks |= {**part.first_remarks, **self.first_remarks}
 
     def describe(self) -> str:
         """Every reason, how often it was, and where first."""

@@ -69,7 +69,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
     numbers = {
         "policy": policy_logps,
         "reference": store.rows["logps"],
-        "lengths": tokens.response_lengths,
+        "lengths": tokens.scored_lengths,
         "present": present,
         "ranks": ranks,
         "origin": tokens.origin,

@@ -68,6 +68,7 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     One model is in memory at a time. {"policy", "reference": sources, "pairs": [{"location": where the row
     stands in the data, "row", "better", "worse": places, "delta", "sides": {"better": {"tokens": the text
     that each token adds, "policy": log-probs, "reference": log-probs}, "worse": …}}]}
+    A token of a response that is read and not scored has None for its log-probs.
     """
     assert config.model.reference is not None
     extremes = extreme_pairs(heldout.rows, beta=beta)
@@ -87,11 +88,11 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     )
 
     def side(row: int, place: int) -> dict[str, Any]:
-        ids = tokens.responses(row)[place]
+        flags = tokens.scored_of(row)[place].tolist()
         return {
-            "tokens": token_texts(tokenizer, ids.tolist()),
-            "policy": policy[row][place],
-            "reference": reference[row][place],
+            "tokens": token_texts(tokenizer, tokens.responses(row)[place].tolist()),
+            "policy": _beside(flags, policy[row][place]),
+            "reference": _beside(flags, reference[row][place]),
         }
 
     return {
@@ -108,6 +109,12 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
             for pair in wanted
         ],
     }
+
+
+def _beside(flags: Sequence[bool], values: Sequence[float]) -> list[float | None]:
+    """The values at the places of the flags that are set, None elsewhere."""
+    left = iter(values)
+    return [next(left) if flag else None for flag in flags]
 
 
 def write_token_ratios(path: str | Path, config: Config, heldout: Heldout, *, beta: float) -> None:

@@ -140,6 +140,7 @@ def make_pairs(
             batch_size=given.batch_size,
             chat_template=chat_template,
             template_date=config.data.template_date,
+            template_kwargs=config.data.template_kwargs,
             log=log,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,11 +63,13 @@ def sample_responses(
     batch_size: int,
     chat_template: str | None = None,
     template_date: str = TEMPLATE_DATE,
+    template_kwargs: Mapping[str, Any] | None = None,
     log: Callable[[str], None],
 ) -> list[Sample]:
     """A response for every request. The model is loaded only where the journal lacks one."""
     seeds = [_derive_seed(seed, player.role, request) for request in requests]
-    template = [chat_template, template_date]
+    template: list[Any] = [chat_template, template_date]
+    template += [template_kwargs] if template_kwargs else []
     keys = [
         _digest("sample", player.identity, template, request.prompt, asdict(request.sampling), row_seed)
         for request, row_seed in zip(requests, seeds, strict=True)
@@ -82,6 +84,7 @@ def sample_responses(
             tokenizer,
             chat_template=chat_template,
             template_date=template_date,
+            template_kwargs=template_kwargs,
         )
         require_known(prompts, pretrained.model.config, source=player.source)
         ids_of = dict(zip(missing, prompts, strict=True))

@@ -24,8 +24,6 @@ class Scored(NamedTuple):
     """Of the target tokens."""
     owner: Int[Array, "R N"]
     """Response p·K + k that a position belongs to; P·K for padding."""
-    positions: Int[Array, "R N"]
-    """Of the predicting tokens; they rise by one along a response."""
     lengths: Int[Array, "P K"]
     present: Bool[Array, "P K"]
     reduce_logits: Callable[[OfLogits], Float[Array, "R N"]]
@@ -46,14 +44,17 @@ class ExtraSum(NamedTuple):
 
 def in_head(
     owner: Int[Array, "R N"],
-    positions: Int[Array, "R N"],
     lengths: Int[Array, "P K"],
     present: Bool[Array, "P K"],
 ) -> Bool[Array, "R N"]:
-    """Which scored tokens are within the length of their prompt's shortest response; padding never is."""
+    """Which scored tokens are within the length of their prompt's shortest response; padding never is.
+
+    The scored tokens of a response stand side by side, so that their places count them.
+    """
     P, K = lengths.shape
-    start = jax.ops.segment_min(positions.ravel(), owner.ravel(), P * K + 1)
-    offset = positions - start[owner]
+    place = jnp.arange(owner.size).reshape(owner.shape)
+    start = jax.ops.segment_min(place.ravel(), owner.ravel(), P * K + 1)
+    offset = place - start[owner]
     shortest = jnp.min(jnp.where(present, lengths, jnp.iinfo(lengths.dtype).max), axis=1)
     limit = jnp.concatenate([jnp.repeat(shortest, K), jnp.zeros(1, lengths.dtype)])
     return offset < limit[owner]
@@ -65,7 +66,7 @@ def log_collision(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
 
 
 def _head(scored: Scored) -> Float[Array, "R N"]:
-    head = in_head(scored.owner, scored.positions, scored.lengths, scored.present)
+    head = in_head(scored.owner, scored.lengths, scored.present)
     return jnp.where(head, scored.log_probs, 0)
 
 

@@ -51,6 +51,11 @@ def spans(side: dict[str, Any]) -> list[Span]:
     found: list[Span] = []
     policy = reference = 0.0
     for text, ours, theirs in zip(side["tokens"], side["policy"], side["reference"], strict=True):
+        if ours is None:  # of another's turn in a response of several
+            found.append(
+                Span(text if text.strip("\n") else text.replace("\n", "⏎\n"), "", "read, not scored")
+            )
+            continue
         policy, reference = policy + ours, reference + theirs
         if not text:
             continue

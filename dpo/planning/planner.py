@@ -485,7 +485,7 @@ def data_lengths(tokens: TokenizedDataset) -> Lengths:
             tokens=report["tokens"] / report["steps"],
             sequence_tokens=report["tokens_unshared"] / report["steps"],
             visible=P * _visible(tokens.prompt_lengths, responses, config.data.layout),
-            scored=P * float(responses.sum(1).mean()),
+            scored=P * float(tokens.scored_lengths.sum(1).mean()),
         )
         source = f"{config.data.train}, the largest of {len(loader.shapes)} shapes"
         return Workload(P, tokens.max_responses, loader.shapes[-1], work, source)

@@ -110,6 +110,7 @@ def _token_policies(config: DataConfig) -> dict[str, Any]:
         "end_token": config.end_token,
         "chat_template": given_chat_template(config),
         "template_date": config.template_date,
+        "template_kwargs": config.template_kwargs,
     }
 
 

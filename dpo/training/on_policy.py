@@ -151,4 +151,5 @@ def prompt_ids(config: Config, prompts: Sequence[Any], policy: Policy, count: in
         policy.pretrained.tokenizer,
         chat_template=given_chat_template(config.data),
         template_date=config.data.template_date,
+        template_kwargs=config.data.template_kwargs,
     )

@@ -71,4 +71,6 @@ def _has_rows_of(theirs: TokenizedDataset, ours: TokenizedDataset) -> bool:
         own, kept = theirs.responses(other), ours.responses(row)
         if not all(map(np.array_equal, own, kept[: len(own)])):
             return False
+        if not all(map(np.array_equal, theirs.scored_of(other), ours.scored_of(row))):
+            return False
     return True

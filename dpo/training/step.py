@@ -95,7 +95,6 @@ def response_sums(model: Any, batch: Batch, *, chunk: int, needs: frozenset[str]
     scored = Scored(
         log_probs,
         owner=jnp.asarray(batch.owner),
-        positions=jnp.take_along_axis(jnp.asarray(batch.positions), jnp.asarray(batch.source), axis=1),
         lengths=jnp.asarray(batch.lengths),
         present=jnp.asarray(batch.present),
         reduce_logits=reduced,

@@ -40,7 +40,7 @@ def inspect(preferences, **settings):
         ([make("p", "a", "b"), make("q", "b", "a")], {"conflicting": 0, "distinct_prompts": 2}),
         ([make("p", "a", ranks=(0,)), make("p", "a", ranks=(1,))], {"conflicting": 1}),
         ([make("p", "a", "b")] * 3, {"duplicates": 2, "conflicting": 0}),
-        ([make("p", "a", "a")], {"identical_responses": 1}),
+        ([make("p", "a", "a"), make("q", "a", "b")], {"identical_responses": 1}),
         ([make("p", "a", "b", "c", ranks=(0, 0, 1))], {"tied": 1, "all_tied": 0}),
         ([make("p", "a", "b", ranks=(0, 0))], {"tied": 1, "all_tied": 1, "conflicting": 0}),
         ([make("p", "a", "b", scores=(1.0, 2.0))], {"scores_against_ranks": 1, "with_scores": 1}),

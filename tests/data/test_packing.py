@@ -1,8 +1,10 @@
 """Every layout describes the same computation: who sees what is read off the arrays."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_rows import LAYOUTS, random_dataset, shapes
 
@@ -208,3 +210,27 @@ def test_rows_that_are_filled_apart_are_those_of_the_whole_batch(shapes, layout,
             first, second, expected = (getattr(batch, name) for batch in (own, others, whole))
             joined = np.where(here, first, second) if name in ROW_FIELDS else first
             np.testing.assert_array_equal(joined, expected, err_msg=name)
+
+
+@given(shapes, st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_scored_tokens_are_targets_and_the_others_are_read(layout, shapes, seed):
+    whole = random_dataset(shapes)
+    rng = np.random.default_rng(seed)
+    flags = rng.random(len(whole.response_tokens)) < 0.5
+    flags[whole.response_offsets[1:] - 1] = True
+    dataset = dataclasses.replace(whole, scored=flags)
+    loader = evaluation_loader(dataset, batch_size=len(dataset), layout=layout)
+    batch, plain = loader.batch(0), evaluation_loader(whole, batch_size=len(whole), layout=layout).batch(0)
+    assert sorted(batch.tokens[batch.group > 0]) == sorted(plain.tokens[plain.group > 0])
+    K = dataset.max_responses
+    np.testing.assert_array_equal(batch.lengths, dataset.scored_lengths)
+    for row in range(len(dataset)):
+        for k, (response, mine) in enumerate(
+            zip(dataset.responses(row), dataset.scored_of(row), strict=True)
+        ):
+            r, n = np.nonzero(batch.owner == row * K + k)
+            assert batch.target[r, n].tolist() == response[mine].tolist()
+            context = np.concatenate([dataset.prompt(row)[-1:], response])[:-1]
+            assert batch.tokens[r, batch.source[r, n]].tolist() == context[mine].tolist()

@@ -88,15 +88,20 @@ def test_a_template_that_writes_the_date_writes_the_one_that_is_given(tokenizer)
     ]
 
 
-def test_a_template_that_rewrites_the_prompt_is_counted(tokenizer):
+def test_a_template_that_opens_the_turn_otherwise_than_it_writes_it_shares_what_comes_before(tokenizer):
     """As thinking templates do: the opened turn differs from the same turn once it is closed."""
     tokenizer.chat_template = (
         "{{ messages[0]['content'] }}{% if add_generation_prompt %}T{% endif %}"
         "{% if messages|length > 1 %}F{{ messages[1]['content'] }}{% endif %}"
     )
     fine = make("hi", "x", "y", location="data.jsonl:9")
-    with pytest.raises(ValueError, match=r"2 x prompt_not_prefix \(first: data.jsonl:1"):
-        tokenize([make("hi", "x", "y"), fine], tokenizer)
+    dataset = tokenize([make("hi", "x", "y"), fine], tokenizer)
+    assert texts(tokenizer, dataset) == ["hi", "Fx", "Fy"]
+    ((remark, count),) = dataset.remarks.items()
+    assert "by 'T', with which its written turns do not begin" in remark
+    assert "data.template_kwargs" in remark
+    assert (count, dataset.first_remarks[remark]) == (2, "data.jsonl:1")
+    assert dataset.scored is None
 
 
 def test_a_template_that_refuses_a_conversation_is_counted(tokenizer):
@@ -116,7 +121,7 @@ def test_a_template_that_refuses_a_conversation_is_counted(tokenizer):
     ("truncation", "lengths", "dropped"),
     [
         ("drop", [(10, 4, 3)], {"too_long": 1}),
-        ("truncate_prompt_left", [(10, 4, 3), (7, 9, 3)], {}),
+        ("truncate_prompt_left", [(10, 4, 3)], {"too_long_to_cut": 1}),
         ("truncate_response_right", [(10, 4, 3), (10, 6, 3)], {}),
     ],
 )
@@ -132,10 +137,11 @@ def test_truncation_policies(tokenizer, truncation, lengths, dropped):
 
 def test_the_prompt_keeps_its_end_and_the_response_its_start(tokenizer):
     rows = [make("hi", "abcdefg", "c")]
-    left = tokenize(rows, tokenizer, max_length=16, truncation="truncate_prompt_left")
     right = tokenize(rows, tokenizer, max_length=16, truncation="truncate_response_right")
-    whole = tokenize(rows, tokenizer, max_length=99)
-    assert left.prompt(0).tolist() == whole.prompt(0)[-7:].tolist()
+    rows = [make("oh hi", "abcdefg", "c")]
+    left = tokenize(rows, tokenizer, max_length=19, truncation="truncate_prompt_left")
+    assert texts(tokenizer, left)[0] == "<s>u:hi<e>\n<s>a:"
+    assert left.remarks == {"the beginning of the prompt's last turn is cut off": 1}
     assert decoded(tokenizer, right) == ["abcdef", "c<e>\n"]
 
 

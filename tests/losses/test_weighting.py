@@ -10,18 +10,17 @@ from dpo.losses.sums import in_head, log_collision
 # Two prompts; responses of 3 and 1 tokens, and of 2 and 2; owner 4 is padding.
 #   row 0: prompt of 2, response 0 (a a a), response 1 (b);  row 1: prompt of 4, responses 2 (c c), 3 (d d)
 OWNER = jnp.array([[0, 0, 0, 1, 4], [2, 2, 3, 3, 4]])
-POSITIONS = jnp.array([[1, 2, 3, 1, 0], [3, 4, 3, 4, 0]])  # of the predicting tokens
 LENGTHS = jnp.array([[3, 1], [2, 2]])
 
 
 def test_the_head_is_as_long_as_the_prompts_shortest_response():
-    head = in_head(OWNER, POSITIONS, LENGTHS, jnp.ones((2, 2), bool))
+    head = in_head(OWNER, LENGTHS, jnp.ones((2, 2), bool))
     np.testing.assert_array_equal(head, [[1, 0, 0, 1, 0], [1, 1, 1, 1, 0]])
 
 
 def test_absent_responses_do_not_shorten_the_head():
     owner = jnp.where(OWNER == 1, 4, OWNER)
-    head = in_head(owner, POSITIONS, LENGTHS.at[0, 1].set(0), jnp.array([[True, False], [True, True]]))
+    head = in_head(owner, LENGTHS.at[0, 1].set(0), jnp.array([[True, False], [True, True]]))
     np.testing.assert_array_equal(head, [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
 
 

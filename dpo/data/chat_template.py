@@ -1,0 +1,136 @@
+"""A chat template with all that it sees: messages, tools, documents, arguments, special tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo.data.messages import Message, message_text
+from dpo.data.templates import Marked, Refusal, SandboxedTemplate
+from dpo.outcomes import UserError
+
+PROBE = "Zwölf Boxkämpfer jagen Viktor"
+_MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+
+
+class ChatInput(NamedTuple):
+    """What a template is to write once."""
+
+    messages: Sequence[Message]
+    context: Mapping[str, Any] | None = None
+    """Tools, documents and arguments of a row (`Preference.context`)."""
+    open_turn: bool = False
+    """Whether the text ends where the assistant is to speak."""
+
+
+class ChatTemplate:
+    """Writes conversations as transformers' `apply_chat_template` does, and knows a few things of itself."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        name: str,
+        date: str,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self.text = text
+        self.has_marks = _MARKS.search(text) is not None
+        self._template = SandboxedTemplate(text, name=name, date=date)
+        self._fixed = {**tokenizer.special_tokens_map, **arguments}
+
+    def write(self, inputs: Sequence[ChatInput]) -> list[Marked | Refusal]:
+        """The text of every input, or the template's error."""
+        return self._template.render_marked([self._variables(given) for given in inputs])
+
+    def write_one(self, messages: Sequence[Message], *, open_turn: bool = False) -> str:
+        """One conversation's text.
+
+        Raises:
+          ValueError: when the template refuses it.
+        """
+        return self._template.render(self._variables(ChatInput(messages, None, open_turn)))
+
+    def find_trailer(self) -> str:
+        """What the template puts after the assistant's text at the end of a conversation.
+
+        Raises:
+          ValueError: when it leaves the text out.
+        """
+        text = self.write_one([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}])
+        if PROBE not in text:
+            raise UserError(
+                "the chat template leaves out the assistant's message; end_token must be 'template'"
+            )
+        return text[text.rindex(PROBE) + len(PROBE) :]
+
+    def _variables(self, given: ChatInput) -> dict[str, Any]:
+        context = given.context or {}
+        return {
+            "messages": [self._message(message) for message in given.messages],
+            "tools": context.get("tools"),
+            "documents": context.get("documents"),
+            "add_generation_prompt": given.open_turn,
+            **self._fixed,
+            **context.get("chat_template_kwargs", {}),
+        }
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        """A message in the form that this template reads: of content and arguments there are two."""
+        seen = dict(message)
+        if isinstance(seen.get("content"), list) and not self._reads_parts:
+            seen["content"] = message_text(message)
+        calls = seen.get("tool_calls")
+        if (
+            isinstance(calls, list)
+            and any(map(_has_text_arguments, calls))
+            and not self._reads_text_arguments
+        ):
+            seen["tool_calls"] = [_with_object_arguments(call) for call in calls]
+        return seen
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether a content of one part of text is written as the text alone is."""
+        parts = [{"type": "text", "text": PROBE}]
+        text, other = (self._probe({"role": "user", "content": content}) for content in (PROBE, parts))
+        return text is not None and text == other
+
+    @cached_property
+    def _reads_text_arguments(self) -> bool:
+        """Whether arguments of a tool call that are JSON text are written as that text, not quoted again."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": '{"x": "y"}'}}
+        text = self._probe({"role": "assistant", "content": "", "tool_calls": [call]})
+        return text is None or '{"x": "y"}' in text
+
+    def _probe(self, message: Message) -> str | None:
+        turns = [{"role": "user", "content": "Hello"}, message]
+        variables = {"messages": turns[message["role"] == "user" :], "tools": None, "documents": None}
+        (found,) = self._template.render_all([variables | {"add_generation_prompt": False} | self._fixed])
+        return None if isinstance(found, Refusal) else found
+
+
+def _has_text_arguments(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("arguments"), str)
+
+
+def _with_object_arguments(call: Any) -> Any:
+    """The call with arguments as an object, where its text says one."""
+    if not _has_text_arguments(call):
+        return call
+    function = call.get("function", call)
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    changed = {**function, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed

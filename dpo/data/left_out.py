@@ -1,0 +1,95 @@
+"""What a row gives a chat template that the template does not read: the text is the same without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dpo.data.chat_template import ChatInput, ChatTemplate
+from dpo.data.messages import Message, Turns
+from dpo.data.templates import Marked, Refusal
+
+MUST_SHOW = frozenset({"tool_calls", "tools", "documents"})
+"""What a response is, or answers to: without it another thing would be learned."""
+_READ_ELSEWHERE = frozenset({"role", "content", "weight"})
+ARGUMENTS = "chat_template_kwargs"
+
+
+class Field(NamedTuple):
+    """Something of a row besides roles and contents."""
+
+    name: str
+    place: str
+    """prompt, response or row."""
+
+    def __str__(self) -> str:
+        return self.name if self.place == "row" else f"{self.name} (of the {self.place})"
+
+
+class Conversations(NamedTuple):
+    """A prompt with its responses as they were written."""
+
+    prompt: Turns
+    answers: Sequence[Turns]
+    context: Mapping[str, Any] | None
+    texts: Sequence[str]
+    """Of the prompt with each response."""
+
+
+def has_fields(prompt: Turns, answers: Sequence[Turns], context: Mapping[str, Any] | None) -> bool:
+    """Whether there is anything that a template could leave out."""
+    return context is not None or any(
+        turn.keys() - _READ_ELSEWHERE for turns in (prompt, *answers) for turn in turns
+    )
+
+
+def find_left_out(conversations: Sequence[Conversations], template: ChatTemplate) -> list[list[Field]]:
+    """Of each preference, the fields without which the template writes the same."""
+    asked = [
+        (number, field, inputs)
+        for number, one in enumerate(conversations)
+        for field, inputs in _without_each(one)
+    ]
+    written = iter(template.write([given for _, _, inputs in asked for given in inputs]))
+    found: list[list[Field]] = [[] for _ in conversations]
+    for number, field, inputs in asked:
+        texts = [next(written) for _ in inputs]
+        if _same(texts, conversations[number].texts):
+            found[number].append(field)
+    return found
+
+
+def _same(written: Sequence[Marked | Refusal], texts: Sequence[str]) -> bool:
+    return all(
+        isinstance(other, Marked) and other.text == text for other, text in zip(written, texts, strict=True)
+    )
+
+
+def _without_each(one: Conversations) -> Iterator[tuple[Field, list[ChatInput]]]:
+    """Every field, and all conversations without it."""
+    for name in _names(one.prompt):
+        prompt = _without(one.prompt, name)
+        yield Field(name, "prompt"), [ChatInput((*prompt, *turns), one.context) for turns in one.answers]
+    for name in dict.fromkeys(name for turns in one.answers for name in _names(turns)):
+        inputs = [ChatInput((*one.prompt, *_without(turns, name)), one.context) for turns in one.answers]
+        yield Field(name, "response"), inputs
+    for name, context in _without_context(one.context or {}):
+        yield Field(name, "row"), [ChatInput((*one.prompt, *turns), context) for turns in one.answers]
+
+
+def _names(turns: Turns) -> list[str]:
+    return list(dict.fromkeys(name for turn in turns for name in turn if name not in _READ_ELSEWHERE))
+
+
+def _without(turns: Turns, name: str) -> list[Message]:
+    return [{key: value for key, value in turn.items() if key != name} for turn in turns]
+
+
+def _without_context(context: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name in context:
+        if name != ARGUMENTS:
+            yield name, {key: value for key, value in context.items() if key != name}
+    arguments = context.get(ARGUMENTS, {})
+    for name in arguments:
+        rest = {key: value for key, value in arguments.items() if key != name}
+        yield f"{ARGUMENTS}.{name}", {**context, ARGUMENTS: rest}

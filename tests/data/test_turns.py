@@ -1,0 +1,239 @@
+"""Responses of several turns, templates that open blocks or mark turns, fields that templates leave out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_tokenizer import make_tokenizer
+
+from dpo.data.preferences import Preference
+from dpo.data.tokenization import tokenize, tokenize_prompts
+
+ASK = ({"role": "user", "content": "q"},)
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<s>a:{% generation %}{{ m.content }}<e>"
+    "{% endgeneration %}\n{% else %}<s>{{ m.role[0] }}:{{ m.content }}<e>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+LAST_HAS_BLOCK = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{% if m.role == 'assistant' and loop.last %}(){% endif %}"
+    "{{ m.content }}<e>\n{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+OPENS_BLOCK = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content.split(')')[-1] }}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:({% endif %}"
+)
+REASONS = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+    "<e>\n{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+
+
+def say(*texts, role="assistant"):
+    roles = (role, "user") if role == "assistant" else ("user", "assistant")
+    return tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(texts))
+
+
+def make(*responses, prompt=ASK, **fields):
+    ranks = tuple(range(len(responses)))
+    return Preference(prompt, responses, ranks, None, "s", "d.jsonl:1")._replace(**fields)
+
+
+def encode(rows, template, **settings):
+    return tokenize(rows, make_tokenizer(), chat_template=template, **settings)
+
+
+def shown(dataset, row=0):
+    """The prompt, and of each response the scored characters, with a bar where they are interrupted."""
+    tokenizer = make_tokenizer()
+    found = ["".join(tokenizer.convert_ids_to_tokens(dataset.prompt(row).tolist()))]
+    for response, flags in zip(dataset.responses(row), dataset.scored_of(row), strict=True):
+        tokens = tokenizer.convert_ids_to_tokens(response.tolist())
+        pieces = "".join(t if flag else "\0" for t, flag in zip(tokens, flags, strict=True)).split("\0")
+        found.append("|".join(piece for piece in pieces if piece))
+    return found
+
+
+@pytest.mark.parametrize("template", [CHATML, LAST_HAS_BLOCK])
+def test_the_assistants_turns_are_scored_and_the_others_read(template):
+    dataset = encode([make(say("one?", "2", "done"), "no")], template)
+    block = "()" if template == LAST_HAS_BLOCK else ""
+    assert shown(dataset) == ["<s>u:q<e>\n<s>a:", f"one?<e>\n|{block}done<e>\n", f"{block}no<e>\n"]
+    whole = make_tokenizer().decode(dataset.responses(0)[0]).replace(" ", "")
+    assert whole == f"one?<e>\n<s>u:2<e>\n<s>a:{block}done<e>\n"
+    assert dataset.scored_lengths.tolist() == [[6 + 6 + len(block), 4 + len(block)]]
+
+
+@pytest.mark.parametrize(
+    ("end_token", "scored"), [("eos_only", ["one?<e>|done<e>", "no<e>"]), ("none", ["one?|done", "no"])]
+)
+def test_what_ends_a_turn_is_scored_as_far_as_it_is_wanted(end_token, scored):
+    dataset = encode([make(say("one?", "2", "done"), "no")], CHATML, end_token=end_token)
+    assert shown(dataset)[1:] == scored
+
+
+def test_marks_of_the_template_say_what_is_scored():
+    prompt = say("q", "old", "r", role="user")
+    dataset = encode([make(say("one?", "2", "done"), "no", prompt=prompt)], MARKED)
+    assert shown(dataset)[1:] == ["one?<e>|done<e>", "no<e>"]
+    theirs = make_tokenizer().apply_chat_template(
+        [*prompt, *say("one?", "2", "done")],
+        chat_template=MARKED,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids = [*dataset.prompt(0).tolist(), *dataset.responses(0)[0].tolist()]
+    assert ids == theirs["input_ids"]
+    mask = np.array(theirs["assistant_masks"], bool)
+    assert (
+        dataset.responses(0)[0][dataset.scored_of(0)[0]].tolist()
+        == np.array(ids)[mask][len("old") + 1 :].tolist()
+    )
+
+
+def test_a_turn_without_weight_is_read_only():
+    turns = say("one?", "2", "done")
+    silent = ({**turns[0], "weight": 0}, *turns[1:])
+    assert shown(encode([make(silent, "no")], CHATML))[1:] == ["done<e>\n", "no<e>\n"]
+
+
+def test_a_block_that_the_template_opens_ends_the_prompt_before_it():
+    dataset = encode([make("(6)six", "(7)seven")], OPENS_BLOCK)
+    assert shown(dataset) == ["<s>u:q<e>\n<s>a:", "six<e>\n", "seven<e>\n"]
+    said = " ".join(dataset.remarks)
+    assert "opens the assistant's turn by '('" in said
+    assert "leaves out part of the content of a response" in said
+
+
+def test_a_template_that_hides_the_answer_names_the_characters_that_differ():
+    hides = "{% if add_generation_prompt %}?{% else %}!{{ messages[-1].content | length }}{% endif %}"
+    differs = r"does not write.*has '\?', with its response '!2'.*data\.chat_template"
+    with pytest.raises(ValueError, match=f"prompt_not_prefix.*{differs}"):
+        encode([make("xx", "yyy")], hides)
+
+
+def test_a_template_that_marks_nothing_is_refused_with_its_reason():
+    nothing = CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    with pytest.raises(ValueError, match=r"turns_not_found.*marks 0 turns.*has 1"):
+        encode([make("x", "y")], nothing)
+
+
+# ---- fields ----
+
+
+def test_a_field_that_the_template_reads_changes_tokens_and_another_is_counted():
+    thought = tuple({**turn, "reasoning_content": "so"} for turn in say("yes"))
+    with_it = encode([make(thought, "no")], REASONS)
+    assert shown(with_it)[1] == "(so)yes<e>\n"
+    assert with_it.remarks == {}
+    without = encode([make(thought, "no")], CHATML)
+    assert shown(without)[1] == "yes<e>\n"
+    assert without.remarks == {"the chat template leaves out reasoning_content (of the response)": 1}
+
+
+fields = st.sampled_from(["reasoning_content", "name", "thinking", "tool_call_id", "audio_id", "note"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(read=st.sets(fields), there=st.dictionaries(fields, st.sampled_from("xyz"), min_size=1))
+def test_every_field_is_read_or_counted(read, there):
+    reading = "".join(f"{{{{ m.{name} or '' }}}}" for name in sorted(read))
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + reading)
+    row = make(({"role": "assistant", "content": "yes", **there},), "no")
+    dataset = encode([row], template)
+    left_out = {
+        f"the chat template leaves out {name} (of the response)" for name in there if name not in read
+    }
+    assert set(dataset.remarks) == left_out
+    for name in there:
+        rest = {key: value for key, value in there.items() if key != name}
+        other = encode(
+            [row._replace(responses=(({"role": "assistant", "content": "yes", **rest},), "no"))], template
+        )
+        same = dataset.response_tokens.tolist() == other.response_tokens.tolist()
+        assert same == (name not in read)
+
+
+def call(city):
+    function = {"name": "f", "arguments": {"city": city}}
+    return (
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
+    )
+
+
+def test_tool_calls_reach_the_template_or_the_row_is_left_out():
+    assert shown(encode([make(call("A"), call("B"))], REASONS))[1:] == [
+        '{"city": "A"}<e>\n',
+        '{"city": "B"}<e>\n',
+    ]
+    dataset = encode([make(call("A"), call("B")), make("x", "y")], CHATML)
+    assert dataset.dropped == {"tool_calls_not_shown": 1}
+    assert "data.chat_template" in dataset.first_dropped["tool_calls_not_shown"]
+
+
+def test_tools_reach_the_template_or_the_row_is_left_out():
+    rows = [make("x", "y", context={"tools": [{"name": "f"}]}), make("x", "y")]
+    dataset = encode(rows, "{% if tools %}<s>T{{ tools[0].name }}{% endif %}" + CHATML)
+    assert shown(dataset)[0].startswith("<s>Tf<s>u:q")
+    assert encode(rows, CHATML).dropped == {"tools_not_shown": 1}
+
+
+def test_arguments_of_settings_and_rows_reach_the_template():
+    template = "{{ mode }}" + CHATML
+    rows = [make("x", "y"), make("x", "y", context={"chat_template_kwargs": {"mode": "R"}})]
+    dataset = encode(rows, template, template_kwargs={"mode": "S"})
+    assert [shown(dataset, row)[0][0] for row in (0, 1)] == ["S", "R"]
+    assert dataset.fingerprint != encode(rows, template).fingerprint
+    (ids,) = tokenize_prompts([ASK], make_tokenizer(), chat_template=template, template_kwargs={"mode": "S"})
+    assert ids == dataset.prompt(0).tolist()
+
+
+def test_parts_of_text_are_written_as_their_text():
+    prompt = ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},)
+    assert shown(encode([make("x", "y", prompt=prompt)], CHATML))[0] == "<s>u:ab<e>\n<s>a:"
+
+
+def test_text_arguments_are_not_quoted_twice():
+    function = {"name": "f", "arguments": '{"city": "A"}'}
+    text = ({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},)
+    assert shown(encode([make(text, "no")], REASONS))[1] == '{"city": "A"}<e>\n'
+
+
+# ---- odd rows ----
+
+
+def test_identical_responses_are_left_out_and_counted():
+    dataset = encode([make("x", "x"), make("x", "y"), make("x", "x", "y")], CHATML)
+    assert dataset.dropped == {"identical_responses": 1}
+    assert dataset.origin.tolist() == [1, 2]
+
+
+def test_the_oldest_turns_go_first_and_the_system_text_stays():
+    prompt = ({"role": "system", "content": "S"}, *say("aaaa", "bbbb", "cc dd", role="user"))
+    row = make("x", "y", prompt=prompt)
+    whole = encode([row], CHATML)
+    length = len(whole.prompt(0)) + 3
+    shorter = encode([row], CHATML, max_length=length - 1, truncation="truncate_prompt_left")
+    assert shown(shorter)[0] == "<s>s:S<e>\n<s>u:cc dd<e>\n<s>a:"
+    assert shorter.remarks == {"oldest turns of the prompt are left out": 1}
+    shortest = encode([row], CHATML, max_length=20, truncation="truncate_prompt_left")
+    assert shown(shortest)[0] == "<s>s:S<e>\n<s>u:dd<e>\n<s>a:"
+    assert shortest.num_truncated == 1
+    tight = encode([row, make("x", "y")], CHATML, max_length=18, truncation="truncate_prompt_left")
+    assert tight.dropped == {"too_long_to_cut": 1}
+
+
+def test_without_a_template_a_cut_prompt_keeps_bos():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    rows = [make("x", "y", prompt="abcdefgh")]
+    whole = tokenize(rows, tokenizer)
+    cut = tokenize(rows, tokenizer, max_length=len(whole.prompt(0)), truncation="truncate_prompt_left")
+    bos = [token for token in whole.prompt(0).tolist()[:1] if token == tokenizer.bos_token_id]
+    assert cut.prompt(0).tolist() == bos + whole.prompt(0).tolist()[-(len(cut.prompt(0)) - len(bos)) :]
