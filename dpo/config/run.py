@@ -124,7 +124,7 @@ def check_template_arguments(name: str, arguments: dict[str, Any]) -> None:
     """
     taken = [argument for argument in arguments if argument in TEMPLATE_DATA]
     if taken:
-        raise ValueError(
+        raise UserError(
             f"{name} has {taken[0]!r}; allowed are arguments other than {', '.join(TEMPLATE_DATA)}, which "
             "the data say"
         )
