@@ -19,8 +19,9 @@ MOVED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "data/README.md": "shipped_data.md",
+    "examples/first_run.ipynb": "examples/first_run.ipynb",
 }
-"""Pages outside docs/, and their names on the site."""
+"""Pages and files outside docs/, and their names on the site."""
 PUBLIC = ("config", "losses", "data", "models", "huggingface", "training", "evaluation", "judging", "pages")
 """Rooms in the order of the reference; the others follow."""
 
@@ -36,7 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files of docs/ (called by mkdocs)."""
     for source, name in MOVED.items():
         if (ROOT / source).is_file():
-            text = turn_links((ROOT / source).read_text(encoding="utf-8"))
+            text = (ROOT / source).read_text(encoding="utf-8")
+            text = turn_links(text) if source.endswith(".md") else text
             files.append(File.generated(config, name, content=text))
     for name, text in reference_pages().items():
         files.append(File.generated(config, f"reference/{name}", content=text))

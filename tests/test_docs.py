@@ -27,7 +27,10 @@ from dpo.config import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SETTINGS = (
     *(Config, InspectConfig, PlanConfig, EvaluateConfig, ExportConfig, ReportConfig, WatchConfig),
     *(WinrateConfig, FrontierConfig, GenerateConfig, DiffusionConfig),
