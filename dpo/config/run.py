@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from datetime import date
 from typing import Any, Literal
 
+from dpo.config.marks import BESIDE, OFF_THE_CARD, OWN, PLACE, marks
 from dpo.config.ranges import check_range
 from dpo.outcomes import UserError
 
@@ -20,13 +21,13 @@ IdentityKind = Literal[
 class ModelConfig:
     """The policy that is trained, and by default the reference."""
 
-    source: str = "embedded:smollm2-135m-instruct"
+    source: str = field(default="embedded:smollm2-135m-instruct", metadata=marks(PLACE))
     """The model to train: a Hugging Face hub id, a directory (a peft adapter too), a GGUF file, or
     embedded:smollm2-135m-instruct."""
-    reference: str | None = None
+    reference: str | None = field(default=None, metadata=marks(PLACE))
     """The frozen model that the policy is compared with, named like model.source; the policy as it starts,
     adapters included, when not given."""
-    reference_store: str | None = None
+    reference_store: str | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD, OWN))
     """Directory in which the reference's log-probs are kept from run to run; reference/ in DPO_CACHE
     (~/.cache/dpo) when not given."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -81,7 +82,7 @@ class LoraConfig:
     """Make the adapters' scale s = alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
     use_dora: bool = False
     """Train the length of every output's weights too (DoRA)."""
-    init: str | None = None
+    init: str | None = field(default=None, metadata=marks(PLACE))
     """Directory of a peft adapter to start from; rank, alpha, modules and kind are the adapter's own."""
     base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Dtype in which the frozen weights are held (with int8 the embeddings are bfloat16). Adapters are
@@ -134,10 +135,10 @@ def check_template_arguments(name: str, arguments: dict[str, Any]) -> None:
 class DataConfig:
     """Where preferences come from and how they become token ids and rows."""
 
-    train: str = "shipped:sentiment_train.jsonl"
+    train: str = field(default="shipped:sentiment_train.jsonl", metadata=marks(PLACE))
     """The training preferences: a file (JSONL, Parquet, CSV and others), a directory, a hub id, or
     shipped:NAME for data that come with the package."""
-    eval: str | None = None
+    eval: str | None = field(default=None, metadata=marks(PLACE))
     """The held-out preferences, named like data.train; nothing is held out when not given."""
     train_split: str = "train"
     """Split of a hub data set that is read for training."""
@@ -165,7 +166,7 @@ class DataConfig:
     end_token: Literal["template", "eos_only", "none"] = "template"
     """How a scored response ends: with all that the chat template puts there, with the end token alone
     (eos_only), or with nothing (none)."""
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, metadata=marks(PLACE))
     """File with a jinja2 chat template to use instead of the tokenizer's own."""
     template_date: str = "2024-07-26"
     """The date that chat templates are told is today (strftime_now in Llama 3's), fixed so that the same
@@ -238,7 +239,7 @@ class TrainingConfig:
     """Prompts in a step, over all devices and micro-batches."""
     micro_batches: int = 1
     """Number of parts into which a step's prompts are split to save memory; the result is the same."""
-    memory_limit: float | Literal["device"] | None = None
+    memory_limit: float | Literal["device"] | None = field(default=None, metadata=marks(BESIDE))
     """Memory that a device may use, in GiB, or device for all that it has. model.remat,
     training.micro_batches and model.log_prob_chunk are then chosen to fit it; nothing is chosen when not
     given."""
@@ -246,23 +247,25 @@ class TrainingConfig:
     """Number of passes over the training data; need not be whole."""
     steps: int | None = None
     """Number of optimiser steps; when given, training.epochs does not count."""
-    eval_every: int | None = None
+    eval_every: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
     """Steps between held-out evaluations; only after training when not given."""
-    eval_samples: int = 0
+    eval_samples: int = field(default=0, metadata=marks(BESIDE, OFF_THE_CARD))
     """Number of held-out prompts that the policy answers at each evaluation, for curves of its KL and
     length."""
-    eval_max_new_tokens: int = 64
+    eval_max_new_tokens: int = field(default=64, metadata=marks(BESIDE, OFF_THE_CARD))
     """Longest answer that is sampled for training.eval_samples and for dpo train --winrate, in tokens."""
-    save_every: int | None = None
+    save_every: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
     """Steps between checkpoints; only at the end when not given."""
-    save_minutes: float | None = None
+    save_minutes: float | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
     """Minutes between checkpoints, besides those of training.save_every."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=marks(BESIDE, OFF_THE_CARD))
     """Number of checkpoints that are kept, the newest ones."""
-    keep_best: Literal["rewards/accuracies", "rewards/margins"] | None = None
+    keep_best: Literal["rewards/accuracies", "rewards/margins"] | None = field(
+        default=None, metadata=marks(BESIDE, OFF_THE_CARD)
+    )
     """Held-out metric (see training.eval_every) whose best checkpoint is saved and kept besides the newest
     ones."""
-    max_skipped: int = 3
+    max_skipped: int = field(default=3, metadata=marks(BESIDE))
     """A step whose loss or gradient is not finite is skipped; the run stops after so many in a row."""
     reference_every: int | None = None
     """Steps between moves of the reference towards the policy (TR-DPO); the reference stays fixed when not
@@ -270,13 +273,15 @@ class TrainingConfig:
     reference_alpha: float = 0.6
     """Size of a move of training.reference_every: the reference becomes alpha x policy + (1 - alpha) x
     reference, so that 1 replaces it."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never"] = field(default="auto", metadata=marks(BESIDE, OFF_THE_CARD))
     """Continue from the newest checkpoint of the run directory (auto), or refuse to run where there is one
     (never)."""
-    allow_changed: list[IdentityKind] = field(default_factory=list)
+    allow_changed: list[IdentityKind] = field(default_factory=list, metadata=marks(BESIDE, OFF_THE_CARD))
     """Kinds of things that may differ from the checkpoint that is continued, such as settings or data;
     nothing may when empty."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        default_factory=list, metadata=marks(BESIDE, OFF_THE_CARD)
+    )
     """Services that get the metrics too, besides metrics.jsonl in the run directory."""
 
     def __post_init__(self) -> None:
@@ -364,7 +369,7 @@ class DistributedConfig:
 class Config:
     """The settings of a whole run."""
 
-    run_dir: str = "runs/sentiment_pairs"
+    run_dir: str = field(default="runs/sentiment_pairs", metadata=marks(BESIDE, OFF_THE_CARD, OWN))
     """Directory for everything that the run writes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -377,8 +382,10 @@ class Config:
     1.0}]."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=marks(BESIDE, OFF_THE_CARD, OWN))
+    distributed: DistributedConfig = field(
+        default_factory=DistributedConfig, metadata=marks(BESIDE, OFF_THE_CARD, OWN)
+    )
 
     def __post_init__(self) -> None:
         if self.objectives and self.objective != {"name": "dpo"}:

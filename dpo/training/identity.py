@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo.config import Config
+from dpo.config.marks import BESIDE, OWN, PLACE, Mark, marked
 from dpo.data.batch import Batch
 from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.outcomes import UserError
@@ -30,32 +31,6 @@ from dpo.training.versions import PACKAGES, versions
 
 Identity = dict[str, dict[str, Any]]
 """Kind ("settings", "data", …) → name → value, all plain JSON."""
-
-NOT_IDENTITY = (
-    "run_dir",
-    "mesh",
-    "distributed",
-    "model.reference_store",
-    "training.allow_changed",
-    "training.eval_every",
-    "training.eval_max_new_tokens",
-    "training.eval_samples",
-    "training.keep_best",
-    "training.keep_checkpoints",
-    "training.max_skipped",
-    "training.memory_limit",
-    "training.resume",
-    "training.save_every",
-    "training.save_minutes",
-    "training.trackers",
-)
-"""Settings, or whole sections, that may change between the parts of one run: no number depends on them.
-
-What training.memory_limit chooses is in the settings that are compared.
-"""
-
-PLACES = ("model.source", "model.reference", "lora.init", "data.train", "data.eval", "data.chat_template")
-"""Settings that say where something is; what is there is compared instead, so that it may be moved."""
 
 ROOTS = frozenset({"settings", "data", "tokenizer", "template", "weights"})
 FOLLOWING = frozenset({"tokens", "steps", "reference"})
@@ -85,7 +60,7 @@ def run_identity(
         data["eval"] = _fingerprint_preferences(heldout.read.preferences)
         tokens["eval"] = heldout.tokens.fingerprint
     return {
-        "settings": {k: v for k, v in resolved_settings(config).items() if k not in PLACES},
+        "settings": without(resolved_settings(config), PLACE),
         "data": data,
         "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
         "template": {"sha256": None if template is None else _sha256(json.dumps(template))},
@@ -108,10 +83,21 @@ def reference_identity(stores: Mapping[str, ReferenceStore]) -> Identity:
 
 def resolved_settings(config: Config) -> dict[str, Any]:
     """Every setting that decides what a run computes, by its dotted name."""
+    return without(flat_settings(asdict(config)), BESIDE)
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Every setting that all processes of a run must have the same of, by its dotted name."""
+    return without(flat_settings(asdict(config)), OWN)
+
+
+def without(flat: Mapping[str, Any], mark: Mark) -> dict[str, Any]:
+    """Flat settings but for those that have a mark, themselves or as a section."""
+    names = marked(Config, mark)
     return {
         name: value
-        for name, value in flat_settings(asdict(config)).items()
-        if name not in NOT_IDENTITY and name.partition(".")[0] not in NOT_IDENTITY
+        for name, value in flat.items()
+        if not any(name == other or name.startswith(f"{other}.") for other in names)
     }
 
 

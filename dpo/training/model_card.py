@@ -12,11 +12,11 @@ import yaml
 from flax import nnx
 
 from dpo.config import Config
+from dpo.config.marks import OFF_THE_CARD, PLACE, marked
 from dpo.huggingface.pretrained import Pretrained
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
 from dpo.runs import objective_terms, specification, term_title
-from dpo.training.identity import PLACES
 from dpo.training.versions import versions
 
 METRICS = {
@@ -29,15 +29,6 @@ METRICS = {
     "logps/rejected": "log-prob of the worse response, nats",
 }
 """Held-out metrics on the card, and what they are."""
-
-_LEFT_OUT = {
-    "model": ("reference_store",),
-    "training": (
-        *("resume", "allow_changed", "trackers", "keep_checkpoints", "keep_best", "save_every"),
-        *("save_minutes", "eval_every", "eval_samples", "eval_max_new_tokens"),
-    ),
-}
-"""Settings that do not change the model."""
 
 
 def model_card(
@@ -186,14 +177,16 @@ def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:
 def _settings(config: Config) -> list[str]:
     """What `dpo train --config FILE` needs to do it again; nothing of this machine or its network."""
     settings = asdict(config)
-    del settings["run_dir"], settings["mesh"], settings["distributed"]
-    for place in PLACES:
-        section, name = place.split(".")
-        if settings[section][name] is not None:
-            settings[section][name] = _data(settings[section][name])
-    for section, names in _LEFT_OUT.items():
-        for name in names:
-            del settings[section][name]
+    for name in marked(Config, PLACE):
+        section, _, last = name.partition(".")
+        if settings[section][last] is not None:
+            settings[section][last] = _data(settings[section][last])
+    for name in marked(Config, OFF_THE_CARD):
+        section, _, last = name.partition(".")
+        if last:
+            del settings[section][last]
+        else:
+            del settings[section]
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
     return [
         "## Settings",

@@ -27,7 +27,7 @@ from dpo.training.datasets import (
     require_embeddings,
     require_preferences,
 )
-from dpo.training.identity import Identity, run_identity, settings_fingerprint
+from dpo.training.identity import Identity, run_identity, shared_settings
 from dpo.training.memory import Fit, Parts, choose_memory, with_remat
 from dpo.training.policy import Policy
 from dpo.training.program import count_steps, enable_compilation_cache
@@ -65,7 +65,7 @@ def prepare(config: Config) -> Run:
             f"{config.model.reference!r}; a reference that moves starts as the policy: set one of the two"
         )
     mesh = make_mesh(config.mesh)
-    agree({"version of jax": jax.__version__, "settings": settings_fingerprint(config), "mesh": config.mesh})
+    agree({"version of jax": jax.__version__, "mesh": config.mesh, **shared_settings(config)})
     enable_compilation_cache()
 
     policy = open_policy(config, mesh)
