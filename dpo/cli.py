@@ -301,7 +301,10 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     enable_compilation_cache()
     output = Path(given.output or Path(given.run or ".") / "winrate")
     result = play(given, config, output=output, log=print_plain)
-    print_plain(f"{result['policy']} against {result['opponent']} on {result['data']}, judge {given.judge}")
+    print_plain(
+        f"{result['policy']} against {result['opponent']} on {result['data']}, "
+        f"judge {result['settings']['judge']}"
+    )
     for temperature, figures in result["temperatures"].items():
         print_plain(f"temperature {temperature}: {figures['prompts']} prompts, {figures['pairs']} pairs")
         print_plain(figures_as_text(figures))

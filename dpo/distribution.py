@@ -6,6 +6,7 @@ copies them into the package, so that an installed package brings them along.
 
 from __future__ import annotations
 
+import filecmp
 import tomllib
 from functools import cache
 from importlib import metadata
@@ -62,6 +63,14 @@ def find_data(source: str) -> str:
     if name not in there:
         raise UserError(f"{source}: no such file comes with the package; allowed: {', '.join(there)}")
     return str(there[name])
+
+
+def is_shipped(source: str) -> bool:
+    """Whether a source of data is one that comes with the package: by its content, wherever it stands."""
+    path = Path(find_data(source)).expanduser()
+    return path.is_file() and any(
+        filecmp.cmp(path, other, shallow=False) for other in _shipped("data").glob("*.jsonl")
+    )
 
 
 def _shipped(kind: str) -> Path:

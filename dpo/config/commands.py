@@ -207,8 +207,9 @@ class WinrateConfig:
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
     """Use the first so many rows only; all when not given."""
-    judge: str = "vader"
-    """vader, module:function, reward_model:DIR, endpoint, local:MODEL, or a control: first, longer."""
+    judge: str | None = None
+    """Who decides: endpoint, local:MODEL, reward_model:DIR, module:function, vader, or a control (first,
+    longer). For the shipped data it is vader when not given; for other data it has to be given."""
     template: str | None = None
     """File with the jinja2 prompt that an endpoint or local judge gets; the shipped one when not given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -217,8 +218,10 @@ class WinrateConfig:
     """Sampling temperatures, each with figures of its own; 0 takes the most probable token."""
     samples: int = 1
     """Number of responses of each model to each prompt at each temperature."""
-    max_new_tokens: int = 128
-    """Longest response that is sampled, in tokens."""
+    max_new_tokens: int | None = None
+    """Longest response that is sampled, in tokens; as long as 99% of the data's responses when not given."""
+    leave_out_cut: bool = False
+    """Leave out pairs in which a response was cut off at that length; the shares are shown either way."""
     top_k: int | None = None
     """Draw from the k most probable tokens only; from all when not given."""
     top_p: float | None = None

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from dpo.data.columns import BY_COLUMNS, Columns, RowReading, unread_meaning
 from dpo.data.conversations import mentions, split_prompt, with_system
-from dpo.data.layouts import LAYOUTS, RowLayout, find_layout, find_prompt
+from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
 from dpo.data.messages import Prompt, Response
 from dpo.data.sources import MalformedRowError
 from dpo.data.values import (
@@ -107,6 +107,28 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
         if not isinstance(value, str) or not mentions(preference.prompt, value):
             raise _unused_meaning(column, name)
     return ReadRow(preference, name, tuple(sorted(unused)))
+
+
+def read_prompt_row(row: Any, *, location: str, source: str, reading: RowReading = BY_COLUMNS) -> Preference:
+    """One row that is a prompt alone, as a preference without responses.
+
+    Raises:
+      MalformedRowError: for a row without a prompt, and for one that has responses in some layout.
+    """
+    if isinstance(row, MalformedRowError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise MalformedRowError("(row)", "wrong_type", f"found {name_type(row)}; allowed is an object")
+    columns = Columns(row, reading)
+    fitting = [name for name, layout in LAYOUTS.items() if layout.fits(frozenset(columns))]
+    if fitting or reading.layout is not None:
+        detail = f"is of the layout {reading.layout or fitting[0]}; allowed is a prompt alone"
+        raise MalformedRowError("(row)", "unknown_format", detail)
+    return _read_columns(columns, _PROMPT_ALONE, location, source)._replace(responses=(), ranks=())
+
+
+_PROMPT_ALONE = RowLayout("prompt", lambda row: Answers({"(response)": "-"}, (0,)))
+"""A response that is taken off again stands in for those that are not there."""
 
 
 def _unused_meaning(column: str, layout: str) -> MalformedRowError:

@@ -44,7 +44,8 @@ from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.judges import RewardJudge, reward_judge
-from dpo.judging.match import play, read_prompts
+from dpo.judging.match import play
+from dpo.judging.prompts import read_prompts
 from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective

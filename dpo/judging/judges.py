@@ -147,12 +147,14 @@ CONTROLS: dict[str, Callable[[Question], Choice]] = {"first": _prefer_first, "lo
 def open_control(given: WinrateConfig, source: str, log: Log) -> ControlJudge:
     """The control that `--judge` names."""
     del source, log
+    assert given.judge is not None
     return ControlJudge(given.judge)
 
 
 def open_reward(given: WinrateConfig, source: str, log: Log) -> RewardJudge:
     """The reward that `--judge` names."""
     del source, log
+    assert given.judge is not None
     return reward_judge(given.judge, setting="judge")
 
 

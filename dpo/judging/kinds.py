@@ -74,7 +74,7 @@ def find_kind(judge: str) -> tuple[Kind, str]:
         return JUDGES[name], source
     if name not in JUDGES and name and source:
         return JUDGES[FUNCTION], source
-    allowed = _spell(name) if name in JUDGES else ", ".join(map(_spell, JUDGES))
+    allowed = spell(name) if name in JUDGES else ", ".join(map(spell, JUDGES))
     raise UserError(f"judge is {judge!r}; allowed: {allowed}")
 
 
@@ -84,6 +84,7 @@ def open_judge(given: WinrateConfig, log: Log) -> Judge:
     Raises:
       ValueError: when there is none of this name, or a template is given to a judge that reads none.
     """
+    assert given.judge is not None, "choose_judge has one"
     kind, source = find_kind(given.judge)
     if given.template is not None and not kind.reads_template:
         readers = " and ".join(name for name, kind in JUDGES.items() if kind.reads_template)
@@ -91,12 +92,13 @@ def open_judge(given: WinrateConfig, log: Log) -> Judge:
     return kind.open(given, source, log)
 
 
-def require_word_for_code(judge: str, *, setting: str, arguments: Sequence[str]) -> None:
+def require_word_for_code(judge: str | None, *, setting: str, arguments: Sequence[str]) -> None:
     """Refuse a judge that is a function and that the command line itself does not name."""
-    if find_kind(judge)[0] is JUDGES[FUNCTION]:
+    if judge is not None and find_kind(judge)[0] is JUDGES[FUNCTION]:
         require_own_word(judge, setting=setting, arguments=arguments)
 
 
-def _spell(name: str) -> str:
+def spell(name: str) -> str:
+    """A kind of judge as `--judge` takes it."""
     source = JUDGES[name].source
     return name if source is None else f"{name}:{source}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,7 @@ import numpy as np
 
 from dpo.config import Config, WinrateConfig
 from dpo.data.messages import response_text
-from dpo.data.preferences import Preference, read_preferences
-from dpo.data.rows import row_reading
+from dpo.data.preferences import Preference
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained
@@ -27,6 +27,7 @@ from dpo.judging.journal import Journal
 from dpo.judging.judges import Judge, Log, Question, Verdict
 from dpo.judging.kinds import find_kind, open_judge
 from dpo.judging.local_judge import sequence_log_probs
+from dpo.judging.prompts import choose_judge, read_prompts, with_length
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.sampling import SamplingConfig
@@ -39,7 +40,7 @@ DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
 """Opponents that are responses of the data: their place in the row, best first."""
 ORDERS = ("policy_first", "opponent_first")
 RESULT_SETTINGS = ("judge", "template", "samples", "max_new_tokens", "top_k", "top_p", "min_p")
-RESULT_SETTINGS += ("compute_dtype", "limit", "seed")
+RESULT_SETTINGS += ("leave_out_cut", "compute_dtype", "limit", "seed")
 """What of its settings a result names, besides what is compared, on which data, at which temperatures."""
 _LOG_EVERY = 50
 
@@ -52,17 +53,31 @@ class Pair(NamedTuple):
     opponent: str
     opponent_tokens: list[int] | None
     """The opponent's tokens of the prompt; None where the opponent is the data."""
+    opponent_has_ended: bool | None
+    """None where the opponent is the data."""
 
     @property
     def is_identical(self) -> bool:
         """Nothing to judge."""
         return self.policy.text == self.opponent
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a side did not come to its end."""
+        return not self.policy.has_ended or self.opponent_has_ended is False
+
+    @property
+    def temperature(self) -> float:
+        """At which both sides were sampled."""
+        return self.request.sampling.temperature
+
 
 def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dict[str, Any]:
     """Win-rate figures of `config.model.source` against `config.model.reference` on `config.data.eval`."""
+    given = replace(given, judge=choose_judge(given.judge, config.data.eval))
     judge = open_judge(given, log)
     preferences = read_prompts(config, log)
+    given = with_length(given, config, preferences, log)
     requests = [
         Request(preference.prompt, number, _sampling(given, temperature))
         for temperature in dict.fromkeys(given.temperatures)
@@ -70,7 +85,8 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
         for number in range(given.samples)
     ]
     with Journal(output / "samples.jsonl") as journal:
-        pairs = make_pairs(given, config, preferences, requests, journal, log)
+        sampled = make_pairs(given, config, preferences, requests, journal, log)
+    pairs = [pair for pair in sampled if not (given.leave_out_cut and pair.is_cut)]
     with Journal(output / "verdicts.jsonl") as journal:
         verdicts = judge_pairs(judge, pairs, journal, log)
     ratios = None
@@ -85,35 +101,15 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
         "settings": {name: getattr(given, name) for name in RESULT_SETTINGS},
         "temperatures": {
             str(temperature): describe_temperature(temperature, given.seed, pairs, verdicts, ratios)
+            | describe_cut([pair for pair in sampled if pair.temperature == temperature], given)
             for temperature in dict.fromkeys(given.temperatures)
         },
     }
-    if find_kind(given.judge)[0].is_paid:
+    if given.judge is not None and find_kind(given.judge)[0].is_paid:
         result["usage"] = describe_usage(given, [line for both in verdicts for line in both])
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     replace_text(output / RESULT_FILE, text, what="the win-rate")
     return result
-
-
-def read_prompts(config: Config, log: Log) -> list[Preference]:
-    """The first row of every prompt of the held-out data."""
-    data = config.data
-    assert data.eval is not None
-    read = read_preferences(
-        data.eval,
-        split=data.eval_split,
-        on_error=data.on_error,
-        limit=data.max_eval,
-        reading=row_reading(data.row_layout, data.columns, data.ignore_columns),
-    )
-    first: dict[str, Preference] = {}
-    for preference in read.preferences:
-        first.setdefault(json.dumps(preference.prompt), preference)
-    log(
-        f"{len(first)} prompts of {data.eval} ({read.num_rows} rows; {sum(read.skipped.values())} malformed, "
-        f"{len(read.preferences) - len(first)} with a prompt that was there)"
-    )
-    return list(first.values())
 
 
 def make_pairs(
@@ -149,11 +145,14 @@ def make_pairs(
         place = DATA_OPPONENTS[config.model.reference]
         own = {json.dumps(row.prompt): response_text(row.responses[place]).strip() for row in preferences}
         return [
-            Pair(request, ours, own[json.dumps(request.prompt)], None)
+            Pair(request, ours, own[json.dumps(request.prompt)], None, None)
             for request, ours in zip(requests, policy, strict=True)
         ]
     theirs = answer("opponent", config.model.reference)
-    return [Pair(r, p, o.text, o.prompt_tokens) for r, p, o in zip(requests, policy, theirs, strict=True)]
+    return [
+        Pair(r, p, o.text, o.prompt_tokens, o.has_ended)
+        for r, p, o in zip(requests, policy, theirs, strict=True)
+    ]
 
 
 def judge_pairs(
@@ -212,14 +211,18 @@ def describe_temperature(
     ratios: np.ndarray | None,
 ) -> dict[str, Any]:
     """The win-rate at one temperature; where they are known, mean rewards and the policy's log-ratio."""
-    mine = [i for i, pair in enumerate(pairs) if pair.request.sampling.temperature == temperature]
+    mine = [i for i, pair in enumerate(pairs) if pair.temperature == temperature]
+    if not mine:
+        raise UserError(
+            f"temperature {temperature:g}: in every pair a response was cut off, and leave_out_cut leaves "
+            "them out; allowed: a larger max_new_tokens"
+        )
     judged = [_as_judged(pairs[i], *verdicts[i]) for i in mine]
     if not any(pair.policy_first and pair.opponent_first for pair in judged):
         raise UserError(_nothing_valid(temperature, [verdicts[i] for i in mine]))
     result = describe_pairs(judged, seed=seed)
     prompts = np.array([pair.prompt for pair in judged])
     result["verdicts"] = [[line["key"] for line in verdicts[i]] for i in mine]
-    result["unended"] = sum(not pairs[i].policy.has_ended for i in mine)
     rewards = [(verdicts[i][0]["details"] or {}).get("rewards") for i in mine]
     scored = [k for k, both in enumerate(rewards) if both is not None]
     if scored:
@@ -234,6 +237,17 @@ def describe_temperature(
         name = "KL, nats" if is_kl else "log-ratio, nats"
         result["log_ratio"] = {name: list(cluster_bootstrap(ratios[mine], prompts, seed=seed))}
     return result
+
+
+def describe_cut(sampled: Sequence[Pair], given: WinrateConfig) -> dict[str, Any]:
+    """Which part of each side's responses was cut off, of all that were sampled; None for the data's own."""
+    theirs = [pair.opponent_has_ended for pair in sampled if pair.opponent_has_ended is not None]
+    shares = {
+        "policy": float(np.mean([not pair.policy.has_ended for pair in sampled])),
+        "opponent": float(np.mean(np.logical_not(theirs))) if theirs else None,
+    }
+    left_out = sum(pair.is_cut for pair in sampled) if given.leave_out_cut else 0
+    return {"cut": {"at": given.max_new_tokens, **shares, "pairs_left_out": left_out}}
 
 
 def _nothing_valid(temperature: float, verdicts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -271,6 +285,7 @@ def _sources(config: Config) -> tuple[str, str]:
 
 
 def _sampling(given: WinrateConfig, temperature: float) -> SamplingConfig:
+    assert given.max_new_tokens is not None, "with_length has one"
     return SamplingConfig(
         max_new_tokens=given.max_new_tokens,
         temperature=temperature,

@@ -126,10 +126,22 @@ def describe_judge(pairs: Sequence[Judged], votes: Votes) -> dict[str, float | N
     }
 
 
+MOST_CUT = 0.05
+"""Part of a side's responses: where more were cut off, the win-rate is of halves of answers."""
+
+
 def warnings_of(figures: dict[str, Any]) -> list[str]:
     """What a reader of the win-rate has to know first."""
     found, judge = few_clusters(figures["prompts"]), figures["judge"]
     found += without_spread("win-rate", figures["win_rate"], figures["prompts"])
+    cut = figures.get("cut", {})
+    for side in ("policy", "opponent"):
+        if cut.get(side) is not None and cut[side] > MOST_CUT:
+            kept = "left out" if cut["pairs_left_out"] else "judged so (leave_out_cut leaves them out)"
+            found.append(
+                f"{cut[side]:.0%} of the {side}'s responses were cut off at {cut['at']} tokens and {kept}: a "
+                "larger max_new_tokens lets them end"
+            )
     if figures["invalid"]:
         low, high = figures["win_rate_if_invalid"]
         found.append(
@@ -163,6 +175,8 @@ def figures_as_text(figures: dict[str, Any]) -> str:
         _line("win-rate", figures["win_rate"], "bootstrap over prompts"),
         *([_line("", figures["win_rate_wilson"], "Wilson")] if "win_rate_wilson" in figures else []),
     ]
+    if "cut" in figures:
+        lines.append(f"{'cut off':<22}{cut_as_text(figures['cut'])}")
     controlled = figures["length_controlled"]
     if controlled is not None:
         lines.append(_line("length-controlled", controlled["win_rate"]))
@@ -183,6 +197,13 @@ def figures_as_text(figures: dict[str, Any]) -> str:
         if name in figures:
             lines += [_line(key, value) for key, value in figures[name].items()]
     return "\n".join([*lines, *(f"! {text}" for text in warnings_of(figures))])
+
+
+def cut_as_text(cut: dict[str, Any]) -> str:
+    """Which part of each side's responses did not come to an end."""
+    sides = [f"{cut[side]:.1%} of the {side}'s" for side in ("policy", "opponent") if cut[side] is not None]
+    left_out = f"; {cut['pairs_left_out']} pairs left out" if cut["pairs_left_out"] else ""
+    return f"{', '.join(sides)} responses, at {cut['at']} tokens{left_out}"
 
 
 def usage_as_text(usage: dict[str, Any]) -> str:

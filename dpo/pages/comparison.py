@@ -148,7 +148,8 @@ def _cells(run: ComparedRun, first: ComparedRun) -> list[str]:
     controlled, kl = run.match["controlled"], run.match["kl"]
     return [
         *cells,
-        f"{_rate(run.match['figures']['win_rate'])} over the {run.match['opponent']}",
+        f"{_rate(run.match['figures']['win_rate'])} over the {run.match['opponent']}"
+        + (f"; cut off: {run.match['cut']}" if run.match["cut"] else ""),
         "" if controlled is None else _rate(controlled),
         "" if kl is None else with_interval(kl[1], 1),
     ]

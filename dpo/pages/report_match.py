@@ -14,7 +14,7 @@ from dpo.config import Config
 from dpo.judging.journal import read_lines
 from dpo.judging.kinds import find_kind
 from dpo.judging.match import RESULT_FILE
-from dpo.judging.winrate import warnings_of
+from dpo.judging.winrate import cut_as_text, warnings_of
 from dpo.outcomes import UserError
 from dpo.pages import plots
 from dpo.pages.page import percent, percents, prompt_text, with_interval
@@ -25,7 +25,7 @@ NUM_SAMPLES = 6
 """Prompts whose responses are shown, from the start of the data: nobody picked them."""
 NUM_LOST = 3
 """Further prompts, where the opponent is furthest ahead."""
-_DEFAULTS = {"samples": 1, "compute_dtype": "float32", "seed": 0}
+_DEFAULTS = {"samples": 1, "compute_dtype": "float32", "seed": 0, "leave_out_cut": False}
 
 
 def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
@@ -48,6 +48,7 @@ def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
         "judge": judge_name(result["judge"]),
         "temperature": main,
         "figures": figures,
+        "cut": cut_as_text(figures["cut"]) if "cut" in figures else None,
         "controlled": (figures["length_controlled"] or {}).get("win_rate"),
         "kl": next(iter(figures.get("log_ratio", {}).items()), None),
         "rewards": list(figures.get("reward", {}).values()) or None,
@@ -115,12 +116,21 @@ def _rows(columns: Sequence[dict[str, Any]], opponent: str) -> list[tuple[str, l
 
         return cell
 
+    def from_cut(side: str) -> Callable[[dict[str, Any]], str]:
+        def cell(figures: dict[str, Any]) -> str:
+            share = figures.get("cut", {}).get(side)
+            return "" if share is None else percent(share)
+
+        return cell
+
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "win-rate": lambda figures: _rate(figures["win_rate"]),
         "at equal lengths": controlled,
         "wins, ties, losses": lambda figures: f"{figures['wins']}, {figures['ties']}, {figures['losses']}",
         "ties that flip with the order": lambda figures: str(figures["ties_flipped"]),
         "invalid": lambda figures: str(figures["invalid"]),
+        "cut off, policy": from_cut("policy"),
+        f"cut off, {opponent}": from_cut("opponent"),
         "mean reward, policy": from_group("reward", 0, 3),
         f"mean reward, {opponent}": from_group("reward", 1, 3),
         f"log policy/{opponent}, nats": from_group("log_ratio", 0, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
-from dpo.config import WinrateConfig
-from dpo.huggingface.pretrained import load_pretrained
+from dpo.config import Config, WinrateConfig
+from dpo.data.preferences import Preference
+from dpo.huggingface.pretrained import load_pretrained, load_tokenizer
 from dpo.judging import match, samples
 from dpo.judging.judges import Template
 from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
+from dpo.judging.prompts import choose_judge, with_length
 from dpo.models import sampling
 
 PROMPTS = ["Say A.", "Say B.", "What now?", "Name a fruit.", "Is it late?", "Say A."]
@@ -130,6 +133,81 @@ def test_judging_in_vain_says_what_was_wrong(
     )
 
 
+def test_what_was_cut_stands_beside_the_win_rate(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both sides' shares, a warning, and the pairs without what was cut."""
+    assert main([*command, "--judge=longer", "--kl=false"]) == 0
+    samples = lines_of(tmp_path / "out" / "samples.jsonl")
+    shares = {
+        role: np.mean([not line["ended"] for line in samples if line["player"] == role])
+        for role in ("policy", "opponent")
+    }
+    figures = result_of(tmp_path / "out")
+    assert figures["cut"] == {"at": 8, **shares, "pairs_left_out": 0}
+    assert shares["policy"] > 0.05
+    printed = capsys.readouterr().out
+    assert f"{shares['policy']:.1%} of the policy's" in printed
+    assert f"! {shares['policy']:.0%} of the policy's responses were cut off at 8 tokens" in printed
+    ended = {role: {s["prompt"] for s in samples if s["player"] == role and s["ended"]} for role in shares}
+    both = ended["policy"] & ended["opponent"]
+    code = main([*command, "--judge=longer", "--kl=false", "--leave_out_cut=true"])
+    if both:
+        assert (code, result_of(tmp_path / "out")["pairs"]) == (0, len(both))
+    else:
+        assert code == 2
+        assert "in every pair a response was cut off" in capsys.readouterr().err
+
+
+def test_rows_of_prompts_alone_are_answered(
+    command: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turn = {"role": "user", "content": "Say B."}
+    rows = [{"prompt": "Say A.", "id": 1}, {"prompt": [turn], "system": "Be brief."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*command, "--judge=longer", "--kl=false"]) == 0
+    prompts = [line["prompt"] for line in lines_of(tmp_path / "out" / "samples.jsonl")]
+    assert "Say A." in prompts
+    assert [{"role": "system", "content": "Be brief."}, turn] in prompts
+    assert main([*command, "--judge=longer", "--opponent=data:best"]) == 2
+    assert "holds prompts alone; allowed: a model" in capsys.readouterr().err
+    data.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"question": ""}) + "\n")
+    assert main([*command, "--judge=longer"]) == 2
+    assert "prompts.jsonl:2" in capsys.readouterr().err
+
+
+def test_the_length_is_that_of_the_datas_responses(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir)
+    given = WinrateConfig(run="run")
+    config = replace(Config(), model=replace(Config().model, source=str(tiny_model_dir)))
+    for count in (1, 70, 200):
+        text = "no " * count
+        longest = len(tokenizer.encode(text, add_special_tokens=False)) + 1
+        rows = [Preference("x", (text, "no"), (0, 1), None, "s", "s:1")]
+        found = with_length(given, config, rows, print).max_new_tokens
+        assert found is not None
+        assert longest <= found < longest + 64
+        assert found % 64 == 0
+    nothing = [Preference("x", (), (), None, "s", "s:1")]
+    assert with_length(given, config, nothing, print).max_new_tokens == 256
+    asked = replace(given, max_new_tokens=5)
+    assert with_length(asked, config, nothing, print).max_new_tokens == 5
+
+
+def test_a_judge_is_chosen_for_the_shipped_data_alone(tmp_path: Path) -> None:
+    """By what they hold, wherever they stand."""
+    shipped = Path(__file__).parents[2] / "data" / "sentiment_eval.jsonl"
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(shipped.read_bytes())
+    for source in (str(shipped), "shipped:sentiment_eval.jsonl", str(copy)):
+        assert choose_judge(None, source) == "vader"
+    assert choose_judge("longer", str(copy)) == "longer"
+    copy.write_text("{}")
+    for source in (str(copy), "no/such"):
+        with pytest.raises(ValueError, match=r"judge is not given, .* allowed: vader: .* reward_model:DIR"):
+            choose_judge(None, source)
+
+
 def test_an_interrupted_start_goes_on(command: list[str], tmp_path: Path, monkeypatch) -> None:
     """Sampling dies after one batch of four: the next start draws the six that are missing and no other."""
     arguments = [*command, "--judge=vader", "--kl=false", "--seed=3"]
@@ -200,7 +278,8 @@ def test_a_local_model_judges_by_the_log_probs_of_its_verdicts(
         (["--judge=nonsense"], "judge is 'nonsense'; allowed: vader, module:function, endpoint"),
         (["--judge=endpoint"], "endpoint.base_url is not given"),
         (["--judge=local:"], "judge is 'local:'; allowed: local:MODEL"),
-        (["--template=x.jinja"], "template is 'x.jinja', but judge vader reads none"),
+        (["--judge=vader", "--template=x.jinja"], "template is 'x.jinja', but judge vader reads none"),
+        ([], "judge is not given, and"),
         (["--temperatures=[-1]"], "temperatures is -1.0; allowed is at least 0.0"),
         (["--data=none.jsonl"], "data is 'none.jsonl': there is no such file"),
         (["--endpoint.retries=-1"], "endpoint.retries is -1; allowed is at least 0"),
