@@ -7,6 +7,7 @@ what it says in the words of the settings.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -151,10 +152,19 @@ def build(settings: type[Settings], values: Namespace, parser: SettingsParser) -
     for key, hint in _null_settings(settings, values):
         parser.error(f"{key}: Expected {hint}. Got value: null")
     try:
-        made = parser.instantiate(values)
+        made = parser.instantiate(expand_home(values))
         return settings(**{name: made[name] for name in names})
     except ValueError as error:
         parser.error(str(error))
+
+
+def expand_home(values: Any) -> Any:
+    """Parsed values with `~/` at the start of a text as the home directory, in files and options alike."""
+    if isinstance(values, Namespace):
+        return Namespace(**{name: expand_home(value) for name, value in vars(values).items()})
+    if isinstance(values, list):
+        return [expand_home(value) for value in values]
+    return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
 
 
 def _null_settings(kind: type, values: Namespace, group: str = "") -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo.cli import read_train_settings
 from dpo.command_line import load_config
 from dpo.config import (
     Config,
@@ -158,3 +159,14 @@ def test_every_setting_has_a_line_of_text(kind: type, name: str) -> None:
     text = after[name]
     assert isinstance(text, ast.Expr), f"{kind.__name__}.{name} has no docstring below it"
     assert isinstance(text.value, ast.Constant)
+
+
+def test_the_home_directory_may_be_written_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In options, in files, and inside of groups and lists; a `~` elsewhere is what it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "settings.yaml"
+    file.write_text("run_dir: ~/run\ndata: {train: ~/train.jsonl}\nmodel: {source: a~/b}\n")
+    config = read_train_settings([f"--config={file}", "--data.eval=~/eval.jsonl"])
+    assert config.run_dir == f"{tmp_path}/run"
+    assert (config.data.train, config.data.eval) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/eval.jsonl")
+    assert config.model.source == "a~/b"

@@ -18,9 +18,10 @@ def preference_metrics(scores: Scores, beta: float) -> Metrics:
     """Means over the batch. `chosen` is every response of rank 0, `rejected` every other.
 
     rewards/* are β (log π − log ρ), rewards/margins and rewards/accuracies are over all strictly ordered
-    pairs of a prompt, so that for K = 2 they are TRL's. A tied δ is not a correct ranking. Responses of
-    another prompt (rank `MISMATCHED`) are left out. A mean over nothing is NaN: of pairs, where every
-    prompt has one labelled response, or of chosen ones, where a batch has none.
+    pairs of a prompt, so that for K = 2 they are TRL's, but for a δ of exactly zero: it counts one half, as
+    in all our figures, and nothing in TRL's. Responses of another prompt (rank `MISMATCHED`) are left out. A
+    mean over nothing is NaN: of pairs, where every prompt has one labelled response, or of chosen ones,
+    where a batch has none.
     """
     rewards = beta * jax.lax.stop_gradient(scores.log_ratio)
     own = scores.present & (scores.ranks != MISMATCHED)
@@ -31,7 +32,7 @@ def preference_metrics(scores: Scores, beta: float) -> Metrics:
     return {
         "rewards/chosen": _mean(rewards, best),
         "rewards/rejected": _mean(rewards, rest),
-        "rewards/accuracies": _mean((margins > 0).astype(jnp.float32), above),
+        "rewards/accuracies": _mean((jnp.sign(margins) + 1) / 2, above),
         "rewards/margins": _mean(margins, above),
         "logps/chosen": _mean(policy, best),
         "logps/rejected": _mean(policy, rest),

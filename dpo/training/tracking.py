@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import secrets
 import statistics
@@ -171,9 +172,10 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
         name = _tracked_as(run_dir, "wandb", resume_step)
-        self._run = wandb.init(
-            project="dpo", id=name, name=name, dir=str(run_dir), config=dict(config), resume="allow"
-        )
+        ours = {"project": "dpo", "id": name, "name": name, "dir": str(run_dir)}
+        said = {key for key, variable in _WANDB.items() if os.environ.get(variable)}
+        chosen = {key: value for key, value in ours.items() if key not in said}
+        self._run = wandb.init(**chosen, config=dict(config), resume="allow")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -182,13 +184,18 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+_WANDB = {"project": "WANDB_PROJECT", "id": "WANDB_RUN_ID", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
+"""What the environment says goes before what is ours: an argument would override it."""
+
+
 class Trackio:
-    """A run of the local trackio project `dpo`; `trackio show` displays it."""
+    """A run of the local trackio project `dpo` (or TRACKIO_PROJECT); `trackio show` displays it."""
 
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
         trackio = importlib.import_module("trackio")
         name = _tracked_as(run_dir, "trackio", resume_step)
-        self._run = trackio.init(project="dpo", name=name, config=dict(config), resume="allow", embed=False)
+        project = os.environ.get("TRACKIO_PROJECT") or "dpo"
+        self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow", embed=False)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

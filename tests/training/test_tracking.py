@@ -263,6 +263,11 @@ def test_a_fresh_start_is_another_run_to_a_tracker_outside_the_directory(
         "a held-out evaluation has the step of the next training line"
     )
     assert all(one["finished"] for one in started)
+    assert {one["project"] for one in started} == {"dpo"}
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "my run")
+    log_steps(run_dir, range(1), names=("wandb",))
+    assert started[-1].keys() & {"project", "name", "id", "dir"} == {"id", "dir"}, "W&B reads the rest itself"
 
 
 def test_wandb_keeps_a_run_offline(tmp_path: Path) -> None:
