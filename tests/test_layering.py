@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -193,3 +194,15 @@ def test_an_error_that_is_meant_says_whose_it_is(module: str) -> None:
         if isinstance(node.exc.func, ast.Name) and node.exc.func.id in ("ValueError", "OSError")
     ]
     assert not raised, f"{module}, lines {raised}: raise dpo.outcomes.UserError, or EnvironmentFailure"
+
+
+def test_the_floors_in_the_design_are_these() -> None:
+    """docs/design.md draws them from the top: a line imports from lines below it only."""
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    drawn = design.split("## Layers")[1].split("```")[1].strip().splitlines()
+    floors = [re.split(r" {2,}", line)[0].split(", ") for line in drawn]
+    assert sorted(name for floor in floors for name in floor) == sorted(set(BELOW) - {""})
+    for place, names in enumerate(floors):
+        below = {name for floor in floors[place + 1 :] for name in floor}
+        for name in names:
+            assert BELOW[name] <= below, f"{name} imports from {sorted(BELOW[name] - below)}"
