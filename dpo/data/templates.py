@@ -37,17 +37,17 @@ The day on which a program runs would make other tokens, and with them another r
 
 
 class Limits(NamedTuple):
-    """What rendering one text may take."""
+    """How much rendering one text may take."""
 
     seconds: float = 5.0
-    """Of CPU time."""
+    """Seconds of CPU time that rendering one text may take."""
     characters: int = 8_000_000
-    """Of the text."""
+    """Characters that a rendered text may have."""
 
 
 LIMITS = Limits()
 MEMORY = 1 << 30
-"""Bytes of address space of the process that renders."""
+"""Bytes of address space that the process that renders may take."""
 PATIENCE = 60.0
 """Seconds of wall-clock time for one text beyond its CPU time, after which the process is taken for dead."""
 

@@ -68,7 +68,7 @@ from dpo.training.program import count_steps, make_program
 
 
 def install_command() -> str:
-    """Puts the TPU's compiler where only `dpo plan` looks for it."""
+    """The command that puts the TPU's compiler where only `dpo plan` looks for it."""
     return f"{sys.executable} -m pip install --no-deps --target {cache_directory() / 'libtpu'} libtpu"
 
 
@@ -77,62 +77,64 @@ class Workload(NamedTuple):
 
     prompts: int
     responses: int
-    """Most responses of a prompt."""
+    """Largest number of responses of a prompt."""
     shape: Shape
     work: Work
     source: str
-    """Where the lengths come from."""
+    """Words that say where the lengths of the sequences come from."""
 
 
 class Memory(NamedTuple):
-    """Bytes on one device while a step runs."""
+    """Memory of one device while a step runs, in bytes, by what it is for."""
 
     parameters: float
     optimizer: float
-    """And all else of the state."""
+    """State of the optimiser, and all else of the training state."""
     batch: float
     temporaries: float
-    """Gradient, activations and what the compiler needs."""
+    """Gradient, activations and whatever else the compiler needs."""
     process: float
-    """Python and libraries, where the devices are this machine's CPU; 0 elsewhere."""
+    """Python and its libraries, where the devices are this machine's CPU; 0 elsewhere."""
     checkpoint: float
-    """The copy of the state that is written, likewise."""
+    """Copy of the state that is being written, where the devices are this machine's CPU; 0 elsewhere."""
     limit: float
-    """Of the device, or of the settings."""
+    """Memory that the device has, or that the settings allow."""
     saves_between_steps: bool = False
-    """Whether that copy is there while steps run, and not after the last one only."""
+    """True where the copy for a checkpoint is there while steps run, false where only after the last one."""
 
     @property
     def total(self) -> float:
-        """The expected peak."""
+        """Most memory that the device is expected to hold at a time, in bytes."""
         step, copy = self.batch + self.temporaries, self.checkpoint
         most = step + copy if self.saves_between_steps else max(step, copy)
         return self.parameters + self.optimizer + self.process + most
 
     @property
     def free(self) -> float:
-        """Negative where it does not fit."""
+        """Bytes that are left below the limit; negative where the step does not fit."""
         return self.limit - self.total
 
 
 class Plan(NamedTuple):
-    """What one step needs on one mesh."""
+    """Memory, work and time of one step on one mesh."""
 
     mesh: dict[str, int]
     workload: Workload
     memory: Memory
     fits: bool
     flops: float
-    """Operations of all devices, what is computed again included."""
+    """Floating-point operations of all devices, those that are done again in the backward pass included."""
     useful_flops: float
-    """Operations of all devices that must be done."""
+    """Floating-point operations of all devices that have to be done once."""
     program: Program | None
-    """None where the compiler stopped because memory does not suffice; so are the next two."""
+    """The compiled program; None (as `travel` and `times`) where the compiler stopped for want of memory."""
     travel: Travel | None
+    """Parameters or logits that travel between devices as a whole."""
     times: Times | None
+    """Seconds that a step takes at best, by what bounds it."""
     compile_seconds: float
     advice: list[str]
-    """What to change, where it does not fit or splits badly."""
+    """Sentences about settings to change, where the step does not fit or is split badly."""
 
 
 class Target(NamedTuple):

@@ -51,13 +51,13 @@ from dpo.training.step import make_eval_step
 
 GIB = 2.0**30
 LEAST_CHUNK = 32
-"""Scored tokens that meet the vocabulary at a time, below which nothing is gained."""
+"""Least value of `model.log_prob_chunk` that is tried: smaller chunks of scored tokens save nothing."""
 
 Remat = Literal["none", "dots", "full"]
 Limit = float | Literal["device"] | None
-"""GiB; all that the device has; no limit."""
+"""A limit of memory: so many GiB, all that the device has, or none."""
 _REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-"""The quickest first."""
+"""Values of `model.remat`, the quickest first."""
 
 
 class Choice(NamedTuple):
@@ -69,12 +69,12 @@ class Choice(NamedTuple):
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The choice in words, for a line of the log."""
         parts = "1 micro-batch" if self.micro_batches == 1 else f"{self.micro_batches} micro-batches"
         return f"remat {self.remat}, {parts}, {self.log_prob_chunk} scored tokens at a time"
 
     def apply(self, config: Config) -> Config:
-        """The settings with these in their place."""
+        """A run's settings with this choice in place of theirs."""
         return replace(
             config,
             model=replace(config.model, remat=self.remat, log_prob_chunk=self.log_prob_chunk),
@@ -83,21 +83,21 @@ class Choice(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A choice, and what a device holds with it."""
+    """A choice of settings, and the memory that a device needs with it."""
 
     choice: Choice
     peak: float
-    """Bytes, as expected from the compiled programs."""
+    """Most memory that a device holds at a time, in bytes, as expected from the compiled programs."""
     limit: float
-    """Bytes."""
+    """Memory that a device may hold, in bytes."""
     tried: tuple[tuple[str, float], ...] = ()
-    """What was too much before it, in words and bytes."""
+    """Choices that were tried before this one and needed too much, each in words and with its bytes."""
     kept: bool = False
-    """Chosen by an earlier start of the run."""
+    """True where an earlier start of the run made the choice."""
 
     @property
     def text(self) -> str:
-        """One line."""
+        """The choice and its memory, as a line of the log."""
         before = "; ".join(f"{name}: {_gib(peak)}" for name, peak in self.tried)
         return (
             f"memory: {self.choice.text}: {self.peak / GIB:.2f} of {_gib(self.limit)} a device"
@@ -106,7 +106,7 @@ class Fit(NamedTuple):
         )
 
     def as_numbers(self) -> dict[str, Any]:
-        """As plain numbers and texts."""
+        """The choice and its memory as plain numbers and texts, to be kept as JSON."""
         return {
             **self.choice._asdict(),
             "peak_gib": self.peak / GIB,
@@ -116,7 +116,7 @@ class Fit(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the programs of a run are made of, besides the settings."""
+    """All that a run's compiled programs depend on besides its settings."""
 
     objective: Objective
     beta: float

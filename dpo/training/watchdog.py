@@ -14,17 +14,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-START, RECENT = 50, 100
-"""Training steps that are looked at: the first ones of the run, and the latest."""
+START = 50
+"""How many of a run's first training steps are kept for comparison."""
+RECENT = 100
+"""How many of a run's latest training steps are looked at."""
 REPEAT = 500
 """Steps after which a warning that still holds is given again."""
 GUIDE = "docs/troubleshooting.md"
 
-SPIKE_HISTORY, SPIKE_SPREADS, SPIKE_LEAST = 20, 12.0, 1.0
-STUCK_AFTER, STUCK_MARGIN, STUCK_LOSS = 100, 0.01, 0.005
-ZERO_STEPS, ZERO_GRADIENT = 3, 1e-10
-COLLAPSE_STEPS, COLLAPSE_NATS = 20, 1.0
-DRIFT_STEPS, DRIFT_RATIO = 50, 1.5
+SPIKE_HISTORY = 20
+"""Steps that have to come before a loss that is called a spike."""
+SPIKE_SPREADS = 12.0
+"""Distance of a spike from the median loss, in standard deviations of the losses before it."""
+SPIKE_LEAST = 1.0
+"""Least distance of a spike from the median loss, in multiples of that loss (at least of ln 2)."""
+STUCK_AFTER = 100
+"""Steps after which a loss may be called stuck."""
+STUCK_MARGIN = 0.01
+"""Largest mean margin, in rewards (β times nats), of a loss that is called stuck."""
+STUCK_LOSS = 0.005
+"""Largest change of the mean loss since the start, as a part of it, of a loss that is called stuck."""
+ZERO_STEPS = 3
+"""Steps in a row without a gradient that are warned of."""
+ZERO_GRADIENT = 1e-10
+"""Largest global norm of a gradient that counts as none."""
+COLLAPSE_STEPS = 20
+"""Steps over which the chosen responses' log-ratio is averaged."""
+COLLAPSE_NATS = 1.0
+"""Nats a token that chosen responses may lose against the reference, on average."""
+DRIFT_STEPS = 50
+"""Steps at the start of the run, and at its end, whose lengths are compared."""
+DRIFT_RATIO = 1.5
+"""Ratio of the mean lengths then and now, in either direction, that is warned of."""
 
 Line = Mapping[str, int | float]
 """The metrics of one training step."""
@@ -129,7 +150,7 @@ def length_drift(history: History) -> str | None:
 
 
 def watchdogs(beta: float) -> dict[str, Callable[[History], str | None]]:
-    """All of them, by the name of their section in docs/troubleshooting.md."""
+    """All watchdogs, by the name of their section in docs/troubleshooting.md."""
     return {
         "loss-spike": loss_spike,
         "loss-stuck": loss_stuck,
