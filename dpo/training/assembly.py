@@ -17,7 +17,6 @@ from dpo.training.datasets import (
 )
 from dpo.training.identity import Identity, take_probe
 from dpo.training.interrupt import stoppable
-from dpo.training.on_policy import Observe
 from dpo.training.policy import Policy
 from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
@@ -26,9 +25,10 @@ from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore
 from dpo.training.reference_model import Scoring, make_scoring, score_reference
 from dpo.training.same_tokens import require_same_tokens
-from dpo.training.saving import Resume, Saver, find_resume
+from dpo.training.saving import Probe, Resume, Saver, find_resume
+from dpo.training.step import TrainState
 from dpo.training.tracking import Tracker, open_trackers
-from dpo.training.validation import Evaluate, make_evaluate, open_validation
+from dpo.training.validation import Validation, open_validation
 from dpo.training.watchdog import Line
 
 
@@ -56,7 +56,12 @@ def tracker_of(run: Run, resume: Resume) -> AbstractContextManager[Tracker]:
 
 
 def score_datasets(
-    run: Run, reference: Policy, scoring: Scoring, tracker: Tracker, stop_requested: Callable[[], bool]
+    run: Run,
+    reference: Policy,
+    scoring: Scoring,
+    stop_requested: Callable[[], bool],
+    *,
+    log: Callable[[str], None],
 ) -> dict[str, ReferenceStore]:
     """The reference's log-probs of the training ("train") and the held-out data ("eval").
 
@@ -69,7 +74,7 @@ def score_datasets(
         named = {"data.train": run.dataset} | ({} if run.heldout is None else {"data.eval": run.heldout})
         policy = run.policy.pretrained.source, run.policy.pretrained.tokenizer
         require_same_tokens(policy, reference.pretrained, run.config.data, named, peers=all_processes())
-    tracker.message(f"reference: {describe_reference(run.config)}")
+    log(f"reference: {describe_reference(run.config)}")
     if reference is not run.policy:
         scoring = make_scoring(reference, run.objective, run.mesh, chunk=run.config.model.log_prob_chunk)
     return score_reference(
@@ -79,38 +84,31 @@ def score_datasets(
         score=stoppable(scoring.stored(reference.params), stop_requested),
         mesh=run.mesh,
         needs=run.objective.reference_sums,
-        log=tracker.message,
+        log=log,
         copy_in=run.run_dir / REFERENCE_DIRECTORY,
     )
 
 
-def evaluation_of(
-    run: Run,
-    stores: Mapping[str, ReferenceStore],
-    scoring: Scoring,
-    observe: Observe | None,
-    tracker: Tracker,
-    stop_requested: Callable[[], bool],
-) -> Evaluate:
-    """The held-out evaluation of a state; see `make_evaluate`."""
-    validation = None
-    if run.heldout is not None:
-        validation = open_validation(
-            run.objective,
-            run.heldout,
-            stores["eval"],
-            loader=scoring_loader(run.config.data, run.heldout.tokens, run.mesh),
-            fingerprint=run.identity["data"]["eval"],
-            log=tracker.message,
-        )
-    return make_evaluate(
-        validation,
-        beta=run.beta,
-        score_with=scoring.heldout,
-        observe=observe,
-        tracker=tracker,
-        stop_requested=stop_requested,
+def validation_of(
+    run: Run, stores: Mapping[str, ReferenceStore], *, log: Callable[[str], None]
+) -> Validation | None:
+    """The held-out data and what is known of them; None where there are none."""
+    if run.heldout is None:
+        return None
+    return open_validation(
+        run.objective,
+        run.heldout,
+        stores["eval"],
+        loader=scoring_loader(run.config.data, run.heldout.tokens, run.mesh),
+        fingerprint=run.identity["data"]["eval"],
+        log=log,
     )
+
+
+def probe_of(run: Run, scoring: Scoring) -> Callable[[TrainState], Probe]:
+    """The log-probs of the first rows under a state's parameters, to verify a restored checkpoint by."""
+    loader = scoring_loader(run.config.data, run.dataset.tokens, run.mesh)
+    return lambda state: take_probe(scoring.stored(state.params), loader.batch(0))
 
 
 def program_of(run: Run) -> Program:
@@ -127,15 +125,18 @@ def program_of(run: Run) -> Program:
 
 
 def saver_of(
-    run: Run, checkpoints: Checkpoints, identity: Identity, scoring: Scoring, earlier: Sequence[Line]
+    run: Run,
+    checkpoints: Checkpoints,
+    identity: Identity,
+    probe: Callable[[TrainState], Probe],
+    earlier: Sequence[Line],
 ) -> Saver:
     """When the run saves; `earlier` are the lines of the parts of the run before this one."""
-    loader = scoring_loader(run.config.data, run.dataset.tokens, run.mesh)
     return Saver(
         checkpoints,
         identity,
         settings=run.config.training,
-        probe=lambda state: take_probe(scoring.stored(state.params), loader.batch(0)),
+        probe=probe,
         share=lambda asked: shared_vote(asked, run.mesh),
         evaluations=[line for line in earlier if "loss" not in line],
     )

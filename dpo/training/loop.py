@@ -40,13 +40,14 @@ from dpo.runs import (
 from dpo.training.adapted import export_adapters
 from dpo.training.announce import introduction
 from dpo.training.assembly import (
-    evaluation_of,
+    probe_of,
     program_of,
     record_of,
     resume_of,
     saver_of,
     score_datasets,
     tracker_of,
+    validation_of,
 )
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.export import export_model
@@ -64,8 +65,11 @@ from dpo.training.program import Program
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import choose_reference, make_scoring
+from dpo.training.saving import Resume
 from dpo.training.starts import counted_start, hung_before
 from dpo.training.step import Params, Sums, TrainState, move_reference
+from dpo.training.tracking import say
+from dpo.training.validation import make_evaluate
 from dpo.training.versions import versions
 
 ReferenceSums = Callable[[TrainState, Batch], Sums]
@@ -117,38 +121,46 @@ def _train(
     stop_requested = shared_vote(stop_requested, run.mesh)
     with ExitStack() as stack:
         # Where the run goes on, if it was begun before.
-        keep, notes = run.config.training.keep_checkpoints, list[str]()
+        keep = run.config.training.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(run.run_dir / CHECKPOINTS_DIRECTORY, keep=keep))
-        resume = resume_of(run, checkpoints, log=notes.append)
-        if is_main():
-            _begin(run, given, settings)
-        tracker = stack.enter_context(tracker_of(run, resume))
-        for line in [*introduction(run), *notes]:
-            tracker.message(line)
+        resume = resume_of(run, checkpoints, log=say)
+        for line in introduction(run):
+            say(line)
 
         # The reference: from here on its log-probs are data.
         scoring = make_scoring(run.policy, run.objective, run.mesh, chunk=run.config.model.log_prob_chunk)
         reference = choose_reference(run.config, run.policy, run.mesh)
-        stores = score_datasets(run, reference, scoring, tracker, stop_requested)
+        stores = score_datasets(run, reference, scoring, stop_requested, log=say)
         known = reference_identity(stores)
-        resume.require_same(known, log=tracker.message)
+        resume.require_same(known, log=say)
         observe = observe or open_on_policy(run.config, run.policy, reference, run.heldout, run.mesh)
-        evaluate = evaluation_of(run, stores, scoring, observe, tracker, stop_requested)
+        validation = validation_of(run, stores, log=say)
 
         # The state, which takes the place of the policy's parameters and is donated from step to step.
-        program, identity = program_of(run), run.identity | known
-        earlier = on_main(lambda: read_metrics(run.run_dir / METRICS_FILE))
-        saver = saver_of(run, checkpoints, identity, scoring, earlier)
-        state = jax.jit(program.init, donate_argnums=0, out_shardings=program.sharding)(run.policy.params)
+        program, identity, probe = program_of(run), run.identity | known, probe_of(run, scoring)
+        state = _first_state(run, program, resume, checkpoints)
         if resume.step:
-            state = checkpoints.restore(resume.step, state)
-            found = resume.check_probe(partial(saver.probe, state), identity)
-            tracker.message(f"resumed after step {resume.step}: {found}")
+            found = resume.check_probe(partial(probe, state), identity)
+            say(f"resumed after step {resume.step}: {found}")
+
+        # All is compared that could have refused: from here on the directory is this start's.
+        if is_main():
+            _begin(run, given, settings)
+        tracker = stack.enter_context(tracker_of(run, resume))
+        earlier = on_main(lambda: read_metrics(run.run_dir / METRICS_FILE))
+        saver = saver_of(run, checkpoints, identity, probe, earlier)
+        evaluate = make_evaluate(
+            validation,
+            beta=run.beta,
+            score_with=scoring.heldout,
+            observe=observe,
+            tracker=tracker,
+            stop_requested=stop_requested,
+        )
 
         # The steps.
-        timeout, fruitless = run.config.distributed.step_timeout, partial(hung_before, run.run_dir)
-        deadline = stack.enter_context(Deadline(timeout, fruitless=fruitless))
         record = record_of(run, tracker, program, checkpoints, earlier)
+        deadline = stack.enter_context(_step_deadline(run))
         between = Between(record, deadline, saver, evaluate)
         sums = _reference_sums(stores.get("train"), scoring.stored)
         hooks = _make_hooks(run, record, between, stop_requested)
@@ -165,7 +177,23 @@ def _train(
         metrics = evaluate(state, step, path=run.run_dir / HELDOUT_FILE)
         if stop_requested():
             raise StopRequested
-        return _finish(run, state, metrics, settings=settings, started=started, best=saver.best)
+        export = _export(run, state, metrics)
+        checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
+        return _finish(run, metrics, export, settings=settings, started=started, best=saver.best)
+
+
+def _first_state(run: Run, program: Program, resume: Resume, checkpoints: Checkpoints) -> TrainState:
+    """Before the first update, or as it was saved. The policy's parameters give up their place either way, so
+    that no more than one state is on a device."""
+    if resume.step == 0:
+        return jax.jit(program.init, donate_argnums=0, out_shardings=program.sharding)(run.policy.params)
+    for leaf in jax.tree.leaves(run.policy.params):
+        leaf.delete()
+    return checkpoints.restore(resume.step, program.state)
+
+
+def _step_deadline(run: Run) -> Deadline:
+    return Deadline(run.config.distributed.step_timeout, fruitless=partial(hung_before, run.run_dir))
 
 
 def _begin(run: Run, given: Config, settings: str) -> None:
@@ -243,16 +271,8 @@ def _make_hooks(run: Run, record: Record, between: Between, stop_requested: Call
     ]
 
 
-def _finish(
-    run: Run,
-    state: TrainState,
-    metrics: dict[str, float] | None,
-    *,
-    settings: str,
-    started: float,
-    best: int | None,
-) -> RunResult:
-    """Export the policy and write the summary, last: a run that has one is finished."""
+def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> Path:
+    """The policy for Hugging Face, and where there are adapters, these for peft."""
     export = run.run_dir / EXPORT_DIRECTORY
     params, frozen = on_this_host((state.params, run.policy.frozen))
     if is_main():
@@ -261,6 +281,19 @@ def _finish(
         if run.config.lora.is_on:
             directory = run.run_dir / ADAPTER_DIRECTORY
             export_adapters(policy, params, directory, source=run.config.model.source)
+    return export
+
+
+def _finish(
+    run: Run,
+    metrics: dict[str, float] | None,
+    export: Path,
+    *,
+    settings: str,
+    started: float,
+    best: int | None,
+) -> RunResult:
+    """Write the summary, last: a run that has one is finished."""
     summary = {
         "settings": settings,
         "steps": run.num_steps,

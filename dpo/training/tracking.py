@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
+from dpo.parallel.distributed import is_main
 from dpo.runs import METRICS_FILE, read_metrics
 
 SHOWN = {
@@ -105,6 +106,12 @@ def open_trackers(
         progress = bar(console, total_steps=total_steps, first_step=resume_step, clock=clock)
         stack.callback(progress.close)
         yield Tracker(writers, progress)
+
+
+def say(text: str) -> None:
+    """Print a line before there is anything to track; of several processes the main one speaks."""
+    if is_main():
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def require_trackers(names: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Whole runs: a random tiny model on disk, a few steps, everything that a run writes."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trainin
 from dpo.data.preferences import digest, fingerprint, read_preferences
 from dpo.files import write_checksums
 from dpo.parallel.sharding import make_mesh
-from dpo.training import preparation, program
+from dpo.training import checkpoint, preparation, program
+from dpo.training.checkpoint import Checkpoints
 from dpo.training.loop import train
 from dpo.training.validation import DATA_KEY
 
@@ -192,6 +194,49 @@ def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config
     result = train(replace(config, training={"allow_changed": ["settings"]}))
     assert result.status == "finished"
     assert [row["step"] for row in lines(config) if "loss" in row] == list(range(6))
+
+
+def test_a_refusal_over_the_reference_changes_nothing(config, tmp_path):
+    """What the reference scores is known late; the directory stays as it was until then."""
+    from tiny_model import write_tiny_model
+
+    config = replace(config, training={"steps": 1, "eval_every": None})
+    train(config)
+    files = [Path(config.run_dir) / name for name in ("config.yaml", "summary.json", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+    other = write_tiny_model(tmp_path / "reference_model", seed=1)
+    with pytest.raises(ValueError, match="belongs to a run with other reference"):
+        train(replace(config, model={"reference": str(other)}))
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(config, monkeypatch):
+    def full(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+    with pytest.raises(OSError, match=r"checkpoint of step 1 could not be written .*No space left"):
+        train(replace(config, training={"steps": 1, "eval_every": None}))
+    assert not (Path(config.run_dir) / "summary.json").exists()
+
+
+def test_a_resumed_run_holds_no_second_state(config, monkeypatch):
+    """The policy's parameters have given up their place when the state is read into it."""
+    held, restore = [], Checkpoints.restore
+
+    def measure(self, step, like):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return restore(self, step, like)
+
+    monkeypatch.setattr(Checkpoints, "restore", measure)
+    stop_after(1, monkeypatch)
+    config = replace(config, training={"steps": 2, "eval_every": None})
+    assert train(config).status == "interrupted"
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    assert train(config).status == "finished"
+    params = sum(array.nbytes for array in weights(config).values())
+    assert held[0] - before < params / 4
 
 
 def test_a_run_that_goes_on_is_not_finished_any_more(config, monkeypatch):
