@@ -351,12 +351,14 @@ def generate(arguments: list[str]) -> int:
             seed=given.seed,
             read=lambda: input("> "),
             write=write,
+            template_kwargs=given.template_kwargs,
         )
         return 0
     prompt = values.prompt
     if given.system is not None:
         prompt = [{"role": "system", "content": given.system}, {"role": "user", "content": values.prompt}]
-    for piece in respond(pretrained, prompt, sampling=sampling, seed=given.seed):
+    how = {"sampling": sampling, "seed": given.seed, "template_kwargs": given.template_kwargs}
+    for piece in respond(pretrained, prompt, **how):
         write(piece)
     write("\n")
     return 0

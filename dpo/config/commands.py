@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dpo.config.addresses import check_address
 from dpo.config.ranges import check_range
-from dpo.config.run import Config, LoraConfig
+from dpo.config.run import Config, LoraConfig, check_template_arguments
 from dpo.outcomes import UserError
 
 
@@ -266,6 +266,8 @@ class GenerateConfig:
     """The model that answers: directory, GGUF file, hub id or embedded:smollm2-135m-instruct."""
     system: str | None = None
     """System message before the prompt; the chat template's own when not given."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}."""
     max_new_tokens: int = 256
     """Longest response, in tokens."""
     temperature: float = 0.7
@@ -293,6 +295,7 @@ class GenerateConfig:
         check_range("min_p", self.min_p, low=0.0, high=1.0)
         check_range("repetition_penalty", self.repetition_penalty, above=0.0)
         check_range("seed", self.seed, low=0, high=2**32 - 1)
+        check_template_arguments("template_kwargs", self.template_kwargs)
 
 
 def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data.control_characters import show_controls
 from dpo.data.messages import Prompt, message_text, response_text
 from dpo.data.preferences import Preference, ReadPreferences
+from dpo.data.remaining import warnings
 from dpo.data.tokenized import TokenizedDataset
 from dpo.intervals import wilson
 
@@ -45,6 +46,7 @@ def inspect_dataset(
         "dropped": dataset.dropped,
         "first_dropped": dataset.first_dropped,
         "truncated": dataset.num_truncated,
+        "warnings": warnings(read, dataset),
         "remarks": dataset.remarks,
         "first_remarks": dataset.first_remarks,
         "sources": dict(Counter(preference.source for preference in preferences).most_common(20)),
@@ -283,6 +285,8 @@ def _render_lengths(lengths: Report) -> Table:
 
 def _notes(report: Report) -> Iterator[Text]:
     """Where the first rows that were left out stand."""
+    for warning in report["warnings"]:
+        yield Text(show_controls(f"WARNING: {warning}"), style="bold red")
     for problem in report["problems"][:5]:
         yield Text(show_controls(f"malformed: {problem}"), style="yellow")
     for reason, where in report["first_dropped"].items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from dpo.data.messages import Message
 from dpo.data.tokenization import tokenize_prompts
@@ -15,11 +16,16 @@ _PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 
 def respond(
-    pretrained: Pretrained, prompt: str | Sequence[Message], *, sampling: SamplingConfig, seed: int
+    pretrained: Pretrained,
+    prompt: str | Sequence[Message],
+    *,
+    sampling: SamplingConfig,
+    seed: int,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """The response in pieces of whole characters, each as soon as it is drawn."""
     tokenizer, stop = pretrained.tokenizer, stop_tokens(pretrained)
-    (ids,) = tokenize_prompts([prompt], tokenizer)
+    (ids,) = tokenize_prompts([prompt], tokenizer, template_kwargs=template_kwargs)
     require_known([ids], pretrained.model.config, source=pretrained.source)
     drawn: list[int] = []
     shown = ""
@@ -42,6 +48,7 @@ def converse(
     seed: int,
     read: Callable[[], str],
     write: Callable[[str], None],
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Answer line after line, each with all before it, until `read` raises EOFError.
 
@@ -58,7 +65,9 @@ def converse(
             continue
         messages.append({"role": "user", "content": line})
         pieces: list[str] = []
-        for piece in respond(pretrained, messages, sampling=sampling, seed=seed + turn):
+        for piece in respond(
+            pretrained, messages, sampling=sampling, seed=seed + turn, template_kwargs=template_kwargs
+        ):
             pieces.append(piece)
             write(piece)
         write("\n")

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,41 @@ ROWS = [
 ]
 FIELDS = ["prompt", "chosen", "rejected", "responses", "ranks", "scores", "completion", "label", "source"]
 FIELDS += ["role", "content", "user", "assistant", "system", "score_chosen", "score_rejected"]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+TURNS = [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f"}'}]
+TURNS += [{"from": "observation", "value": "7"}]
+LAYOUT_ROWS = [
+    {"system": "S", "question": "q", "chosen": "a", "rejected": "b", "source_url": "u"},
+    {"instruction": "i", "input": "j", "history": [["h", "g"]], "chosen": "a", "rejected": "b"},
+    {"instruction": "i", "output": ["a", "b"]},
+    {"instruction": "i", "output": "a", "kto_tag": True},
+    {"conversations": TURNS, "chosen": {"from": "gpt", "value": "a"},
+     "rejected": {"from": "gpt", "value": "b"}},
+    {"conversations": [TURNS[0], {"from": "gpt", "value": "a"}], "kto_tag": False},
+    {"input": {"messages": MESSAGES[:1], "tools": [CALL]}, "preferred_output": MESSAGES[1:],
+     "non_preferred_output": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+    {"instruction": "i", "chosen_response": "a", "rejected_response": "b"},
+    {"instruction": "i", "generations": ["a", "b"], "ratings": [1, 2.5]},
+    {"instruction": "i", "completions": [{"response": "a", "overall_score": 7.5},
+     {"response": "b", "annotations": {"honesty": {"Rating": "4"}}}]},
+    {"prompt": "\n\nHuman: a\n\nAssistant: ", "answers": [{"answer": "a", "rank": 2.0},
+     {"answer": "b", "rank": 1}]},
+    {"messages": MESSAGES, "label": 1},
+    {"prompt": "p", "response": "a", "helpfulness": 3},
+    {"prompt": "p", "response": "b", "helpfulness": "4"},
+    {"prompt": "p", "response_1": "a", "response_2": "b", "preference_strength": -2},
+    {"context": MESSAGES[:1], "response1": "a", "response2": "b", "overall_preference": 3},
+    {"conversation_a": MESSAGES, "conversation_b": MESSAGES * 2, "winner": "tie"},
+    {"prompt": '["q", "r"]', "response_a": '["a", "b"]', "response_b": '["c", "d"]', "winner_model_a": 1,
+     "winner_model_b": 0, "winner_tie": 0},
+    {"prompt": "p", "response_a": "a", "response_b": "b", "preference": "A"},
+    {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 3, "score_B": 2},
+    {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 0},
+    {"prompt": json.dumps(MESSAGES[:1]), "chosen": MESSAGES[1:] + MESSAGES, "rejected": "b", "tools": [CALL],
+     "chat_template_kwargs": '{"x": 1}', "documents": [{"text": "d"}]},
+    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}],
+     "chosen": "a", "rejected": "b"},
+]  # fmt: skip
 JSON_WORDS = [f'"{field}"'.encode() for field in FIELDS]
 JSON_WORDS += [
     b"{",
@@ -74,6 +110,13 @@ JSON_WORDS += [
     b'" "',
 ]
 JSON_WORDS += [b"\\n\\nHuman:", b"\\n\\nAssistant:", b'{"role":"user","content":"x"}', b"\\ud83d\\ude00"]
+
+
+LAYOUT_WORDS = [f'"{name}"'.encode() for name in sorted({name for row in LAYOUT_ROWS for name in row})]
+CSV_SEEDS = [
+    b'prompt,chosen,rejected\n2+2?,4,"5, or ""6"""\nAny?,None,NA\n',
+    b'prompt,responses,ranks\np,"[""a"",""b""]","[1, 2]"\n',
+]
 
 
 def read_rows(data: bytes, name: str) -> object:
@@ -95,6 +138,35 @@ def read_rows(data: bytes, name: str) -> object:
 def json_lines(data: bytes) -> object:
     """JSON lines."""
     return read_rows(data, "rows.jsonl")
+
+
+SHOWS_ALL = (
+    "{{ tools }}{{ documents }}{{ x }}{% for m in messages %}<s>{{ m | tojson }}<e>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+def layouts(data: bytes) -> object:
+    """JSON lines in the layouts of well-known data sets, up to their token ids."""
+    sys.path.append(str(Path(__file__).parents[1] / "data"))
+    from toy_tokenizer import make_tokenizer
+
+    from dpo.data.preferences import read_preferences
+    from dpo.data.tokenization import tokenize
+
+    path = folder("rows") / "layouts.jsonl"
+    path.write_bytes(data)
+    read = read_preferences(path, on_error="skip")
+    for preference in read.preferences:
+        json.dumps(preference, ensure_ascii=False).encode("utf-8")
+    tokens = tokenize(read.preferences[:4], make_tokenizer(), max_length=2000, chat_template=SHOWS_ALL)
+    assert tokens.scored_lengths.max() > 0
+    return sorted(read.layouts), sorted(read.skipped), sorted(tokens.dropped)
+
+
+def csv_rows(data: bytes) -> object:
+    """A table of text."""
+    return read_rows(data, "rows.csv")
 
 
 def json_list(data: bytes) -> object:
@@ -419,9 +491,13 @@ def targets() -> dict[str, Target]:
     """Every reader by name."""
     rows = [json.dumps(row).encode() for row in ROWS]
     lines = [b"\n".join(rows), *rows]
+    layout_rows = [json.dumps(row).encode() for row in LAYOUT_ROWS]
+    layout_lines = [b"\n".join(layout_rows), *layout_rows]
     own, usage = is_own_value_error, is_usage_error
     found = [
         Target("rows.jsonl", lines, JSON_WORDS, json_lines, own, 400),
+        Target("rows.csv", CSV_SEEDS, JSON_WORDS, csv_rows, own, 300),
+        Target("layouts", layout_lines, JSON_WORDS + LAYOUT_WORDS, layouts, own, 60),
         Target("rows.json", [b"[" + b",".join(rows) + b"]"], JSON_WORDS, json_list, own, 200),
         Target("rows.jsonl.gz", [gzip.compress(lines[0])], JSON_WORDS, compressed_lines, own, 200),
         Target("rows.parquet", parquet_seeds(), JSON_WORDS, parquet_rows, own, 200),

@@ -1,0 +1,63 @@
+"""How many preferences of a data set remain, why the others do not, and what may be done about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dpo.data.preferences import TIED_PAIR, ReadPreferences
+from dpo.data.tokenized import TokenizedDataset
+
+MANY = 0.05
+"""Part of the preferences from which on it is a warning that they are left out."""
+
+_SETTINGS = {
+    "too_long": "data.max_length or data.truncation",
+    "too_long_to_cut": "data.max_length",
+    "response_too_long": "data.max_length",
+    "prompt_too_long": "data.max_length",
+    "template_error": "data.chat_template",
+    "prompt_not_prefix": "data.template_kwargs or data.chat_template",
+    "turns_not_found": "data.chat_template",
+    "end_not_found": "data.end_token",
+    "tool_calls_not_shown": "data.chat_template",
+    "tools_not_shown": "data.chat_template or data.ignore_columns",
+    "documents_not_shown": "data.chat_template or data.ignore_columns",
+    TIED_PAIR: "data.expand",
+    "unused_meaning": "data.columns or data.ignore_columns",
+    "unknown_format": "data.columns or data.row_layout",
+    "ambiguous_format": "data.row_layout",
+}
+"""What changes how many are left out for a reason; rows of other reasons are to be corrected."""
+
+
+def left_out(read: ReadPreferences, tokens: TokenizedDataset) -> dict[str, int]:
+    """How many preferences are left out, by reason, the most frequent first."""
+    reasons = Counter(read.skipped) + Counter(tokens.dropped)
+    return dict(reasons.most_common())
+
+
+def remarks(read: ReadPreferences, tokens: TokenizedDataset) -> list[str]:
+    """What is to be said of the data once: columns not used, what templates leave out or write otherwise."""
+    said = [f"not used: {', '.join(read.unused)}"] if read.unused else []
+    return said + [
+        f"{count} of {len(tokens)}: {remark} (first: {tokens.first_remarks[remark]})"
+        for remark, count in tokens.remarks.items()
+    ]
+
+
+def warnings(read: ReadPreferences, tokens: TokenizedDataset) -> list[str]:
+    """A warning where more than MANY of the preferences are left out, naming reasons and settings.
+
+    Rows without a pair (`no_pair`) are not counted: their data say so.
+    """
+    reasons = {reason: count for reason, count in left_out(read, tokens).items() if reason != "no_pair"}
+    missing = sum(reasons.values())
+    whole = len(tokens) + missing
+    if missing <= MANY * whole:
+        return []
+    named = [f"{count} {reason}{_help(reason)}" for reason, count in reasons.items()]
+    return [f"{missing} of {whole} preferences ({missing / whole:.0%}) are left out: {', '.join(named)}"]
+
+
+def _help(reason: str) -> str:
+    return f" (see {_SETTINGS[reason]})" if reason in _SETTINGS else ""

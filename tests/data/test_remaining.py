@@ -1,0 +1,34 @@
+from toy_tokenizer import make_tokenizer
+
+from dpo.data.inspection import inspect_dataset
+from dpo.data.preferences import Preference, ReadPreferences
+from dpo.data.remaining import left_out, remarks, warnings
+from dpo.data.tokenization import tokenize
+
+
+def read(*lengths, skipped=None, unused=None):
+    rows = [
+        Preference("hi", ("a" * length, "b"), (0, 1), None, "s", f"d.jsonl:{i}")
+        for i, length in enumerate(lengths)
+    ]
+    found = ReadPreferences(
+        rows, len(rows) + sum((skipped or {}).values()), skipped or {}, [], {}, unused or {}
+    )
+    return found, tokenize(rows, make_tokenizer(), max_length=20)
+
+
+def test_few_that_are_left_out_are_counted_without_a_warning():
+    assert left_out(*read(*[1] * 99, 30)) == {"too_long": 1}
+    assert warnings(*read(*[1] * 99, 30)) == []
+
+
+def test_many_that_are_left_out_are_a_warning_with_reasons_and_settings():
+    (warning,) = warnings(*read(*[1] * 7, 30, 30, skipped={"empty": 1}))
+    assert warning.startswith("3 of 10 preferences (30%) are left out: 2 too_long (see data.max_length or ")
+    assert warning.endswith(", 1 empty")
+    found, tokens = read(*[1] * 7, 30, 30, skipped={"empty": 1})
+    assert inspect_dataset(found, tokens)["warnings"] == [warning]
+
+
+def test_columns_that_were_not_used_are_said_once():
+    assert remarks(*read(1, 2, unused={"id": 2, "url": 1})) == ["not used: id, url"]
