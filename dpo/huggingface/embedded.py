@@ -45,7 +45,7 @@ EMBEDDED = {
 
 def cache_directory() -> Path:
     """Where downloads are kept: the environment's DPO_CACHE, or ~/.cache/dpo."""
-    return Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo")
+    return Path(os.environ.get("DPO_CACHE") or Path.home() / ".cache" / "dpo").expanduser()
 
 
 def cached_embedded(source: str) -> Path | None:
