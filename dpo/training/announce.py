@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from dpo.config import Config, OptimizerConfig
+from dpo.data.remaining import left_out, remarks, warnings
 from dpo.training.datasets import Dataset
 from dpo.training.preparation import Run
 from dpo.training.step import Params
@@ -19,7 +20,9 @@ def introduction(run: Run) -> list[str]:
     return [
         f"policy: {policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters{on_frozen}",
         f"data: {_counts(run.dataset)} from {config.data.train}",
+        *_remarks("data", run.dataset),
         *([] if run.heldout is None else [f"held out: {_counts(run.heldout)} from {config.data.eval}"]),
+        *([] if run.heldout is None else _remarks("held out", run.heldout)),
         f"layout {report['layout']}: rows x tokens {shapes}; {report['fill']:.0%} filled; "
         f"{report['saving_versus_padded']:.1f}x fewer positions than padded; "
         f"{len(report['shapes'])} programs to compile",
@@ -44,12 +47,18 @@ def _count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def _remarks(name: str, dataset: Dataset) -> list[str]:
+    """What the data need to be told of, warnings last."""
+    said = [f"{name}: {remark}" for remark in remarks(dataset.read, dataset.tokens)]
+    return said + [f"WARNING: {name}: {warning}" for warning in warnings(dataset.read, dataset.tokens)]
+
+
 def _counts(dataset: Dataset) -> str:
-    """How many prompts and responses there are, what was left out, and what was cut."""
+    """How many prompts and responses there are of how many rows, what was left out, and what was cut."""
     tokens = dataset.tokens
-    left_out = [f"{n} {reason}" for reason, n in {**dataset.read.skipped, **tokens.dropped}.items()]
+    why = [f"{n} {reason}" for reason, n in left_out(dataset.read, tokens).items()]
     return (
         f"{len(tokens)} prompts, {int(tokens.num_responses.sum())} responses"
-        + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        + (f", of {dataset.read.num_rows} rows (left out: {', '.join(why)})" if why else "")
         + (f" ({tokens.num_truncated} truncated)" if tokens.num_truncated else "")
     )
