@@ -52,7 +52,13 @@ from dpo.training.assembly import (
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.export import export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
-from dpo.training.identity import reference_identity, settings_fingerprint
+from dpo.training.identity import (
+    Identity,
+    differences,
+    reference_identity,
+    require_same,
+    settings_fingerprint,
+)
 from dpo.training.interrupt import StopRequested, stop_requests
 from dpo.training.lock import exclusive
 from dpo.training.memory import keep_choice
@@ -105,9 +111,9 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
         stop_requested = stack.enter_context(stop_requests())
         on_main(lambda: stack.enter_context(counted_start(run_dir)))
         summary = on_main(lambda: _summary_of(run_dir, settings))
-        if summary is not None:
-            return RunResult(run_dir, "already finished", summary)
         try:
+            if summary is not None and _has_the_same_contents(config, summary):
+                return RunResult(run_dir, "already finished", summary)
             return _train(config, settings, stop_requested, observe)
         except StopRequested:
             return RunResult(run_dir, "interrupted", {"step": None})
@@ -296,6 +302,7 @@ def _finish(
     """Write the summary, last: a run that has one is finished."""
     summary = {
         "settings": settings,
+        "contents": _contents(run),
         "steps": run.num_steps,
         "prompts": len(run.dataset.tokens),
         "eval": metrics,
@@ -310,6 +317,24 @@ def _finish(
         text = json.dumps(summary, indent=1, sort_keys=True)
         replace_text(run.run_dir / SUMMARY_FILE, text, what="the summary")
     return RunResult(run.run_dir, "finished", summary)
+
+
+def _has_the_same_contents(config: Config, summary: dict[str, Any]) -> bool:
+    """Whether data, tokenizer, template and weights are those that a finished run was made from.
+
+    Raises:
+      ValueError: where one is not, and training.allow_changed does not name it.
+    """
+    if "contents" not in summary:  # of an earlier version, which did not say
+        return True
+    now = _contents(prepare(config))
+    where = f"the finished run in {config.run_dir}"
+    require_same(summary["contents"], now, allowed=config.training.allow_changed, where=where, log=say)
+    return not differences(summary["contents"], now)
+
+
+def _contents(run: Run) -> Identity:
+    return {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
 
 
 def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:

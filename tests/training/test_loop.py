@@ -210,6 +210,18 @@ def test_a_refusal_over_the_reference_changes_nothing(config, tmp_path):
     assert [file.read_bytes() for file in files] == before
 
 
+def test_a_finished_run_is_not_finished_for_other_data(config):
+    """Labels that were flipped in the same file leave the settings as they were."""
+    config = replace(config, training={"steps": 1, "eval_every": None})
+    train(config)
+    assert train(config).status == "already finished"
+    path = Path(config.data.train)
+    path.write_text(path.read_text().replace('"ranks": [1, 2]', '"ranks": [2, 1]'))
+    with pytest.raises(ValueError, match=r"(?s)the finished run in .* other data:.*--allow-changed data"):
+        train(config)
+    assert (Path(config.run_dir) / "summary.json").exists()
+
+
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(config, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
