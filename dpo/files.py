@@ -112,14 +112,22 @@ def write_checksums(directory: Path) -> None:
 
 
 def damaged_files(directory: Path) -> list[str]:
-    """What is wrong with the files that `SHA256SUMS` lists: each as "name: what"; empty when nothing is."""
+    """What is wrong with the files that `SHA256SUMS` lists: each as "name: what"; empty when nothing is.
+
+    Missing or other bytes are damage.
+
+    Raises:
+      EnvironmentFailure: when a file is there but can't be read (a permission, a broken disk or connection).
+    """
     try:
         lines = (directory / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except FileNotFoundError:
         return [f"{CHECKSUMS_FILE}: is not there"]
-    except (OSError, ValueError) as error:
-        return [f"{CHECKSUMS_FILE}: can't be read ({type(error).__name__})"]
+    except ValueError:
+        return [f"{CHECKSUMS_FILE}: is not a list of checksums"]
+    except OSError as error:
+        raise _unreadable(directory / CHECKSUMS_FILE, error) from error
     if not expected:
         return [f"{CHECKSUMS_FILE}: is empty"]
     problems = []
@@ -127,9 +135,18 @@ def damaged_files(directory: Path) -> list[str]:
         try:
             if _sha256(directory / name) != digest:
                 problems.append(f"{name}: its checksum does not match")
-        except (OSError, ValueError) as error:
-            problems.append(f"{name}: {getattr(error, 'strerror', None) or error}")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            problems.append(f"{name}: {error.strerror}")
+        except ValueError as error:  # a name that no file can have
+            problems.append(f"{name}: {error}")
+        except OSError as error:
+            raise _unreadable(directory / name, error) from error
     return problems
+
+
+def _unreadable(path: Path, error: OSError) -> EnvironmentFailure:
+    """Bytes that could not be read now are no proof of damage: another time they may be there."""
+    return EnvironmentFailure(f"{path} could not be read: {error.strerror or error}; nothing was changed")
 
 
 def unlisted_files(directory: Path) -> list[str]:

@@ -89,7 +89,7 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "thing" / "SHA256SUMS").write_text("")
     assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: is empty"]
     (tmp_path / "thing" / "SHA256SUMS").write_text("nonsense\n")
-    assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: can't be read (ValueError)"]
+    assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: is not a list of checksums"]
     (tmp_path / "thing" / "SHA256SUMS").unlink()
     assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: is not there"]
 

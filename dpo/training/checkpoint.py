@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from dpo.files import (
     write_checksums,
     writing,
 )
-from dpo.outcomes import UserError
+from dpo.outcomes import OUT_OF_MEMORY, PEER_LOST, StopRequested, UserError, outcome_of
 from dpo.training.step import Params, TrainState
 
 DAMAGED = ".damaged"
@@ -70,7 +71,7 @@ class Checkpoints:
         try:
             self.wait()
         except Exception:
-            if error is None:
+            if error is None or issubclass(error, StopRequested):  # stopped, and what was to be saved is not
                 raise
         finally:
             self._orbax.close()
@@ -225,7 +226,7 @@ class Checkpoints:
                 write_checksums(beside)
                 beside.rename(self.path(step))
                 sync(self._directory)
-                self._delete_old(protect)
+            self._delete_old(protect)
         except Exception as failure:  # a thread's own would be printed, and the run go on without saving
             shutil.rmtree(beside, ignore_errors=True)
             self._failure = failure
@@ -235,8 +236,11 @@ class Checkpoints:
             if step not in protect:
                 # Renamed first: a half-deleted checkpoint must not look like one.
                 doomed = self._directory / f"{step}{UNFINISHED}"
-                self.path(step).rename(doomed)
-                shutil.rmtree(doomed)
+                try:
+                    self.path(step).rename(doomed)
+                    shutil.rmtree(doomed)
+                except OSError as error:  # the new one is whole all the same; the next save tries again
+                    warnings.warn(f"{self.path(step)}, an old checkpoint, stays: {error}", stacklevel=1)
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -244,6 +248,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if outcome_of(error) in (PEER_LOST, OUT_OF_MEMORY):
+                raise
             latest = self.latest
             left = "there is none before it" if latest is None else f"the newest there is step {latest}"
             reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]

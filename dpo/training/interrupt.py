@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -94,5 +94,6 @@ def _end_at_the_second(reader: int) -> None:
         first = now if first is None else first
         if now - first > SAME_REQUEST:
             name = signal.Signals(received[0]).name
-            os.write(2, f"stopped at once by a second signal ({name}); whole checkpoints stay\n".encode())
+            with suppress(OSError):  # nobody may be reading any more
+                os.write(2, f"stopped at once by a second signal ({name}); whole checkpoints stay\n".encode())
             os._exit(STOPPED_AT_ONCE.code)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dpo.files import writing
-from dpo.outcomes import UserError
+from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.runs import LOCK_FILE
 
 
@@ -33,9 +35,17 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is in use by process {file.read().strip() or '(unknown)'}; "
                 "wait for it, stop it, or give another run_dir"
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            raise EnvironmentFailure(
+                f"the file system of {run_dir} has no locks ({error.strerror}), so that two runs there could "
+                "overwrite each other; allowed: a run_dir on one that has them (NFS 4 or Lustre with flock, "
+                "no bucket)"
+            ) from error
         with writing("the lock", run_dir / LOCK_FILE):
             file.truncate(0)
-            file.write(f"{os.getpid()}\n")
+            file.write(f"{os.getpid()} of {socket.gethostname()}\n")
             file.flush()
         yield
 

@@ -13,12 +13,17 @@ import importlib.util
 import json
 import math
 import os
+import queue
 import re
 import secrets
 import statistics
+import sys
+import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
@@ -37,6 +42,8 @@ SHOWN = {
     "tokens/s": "tokens/s",
 }
 """Metrics in the live progress, with the words they go by there."""
+CLOSE_SECONDS = 60
+"""How long a tracker may take to send what it has, when the run ends."""
 PLAIN_INTERVAL = 10.0
 """Seconds between plain progress lines, where there is no terminal."""
 
@@ -62,11 +69,34 @@ class Tracker:
         values = {name: float(value) for name, value in metrics.items()}
         for writer in self._writers:
             writer.write(step, values)
-        self._progress.update(step, values)
+        self._show(lambda: self._progress.update(step, values))
+        for writer in self._writers:
+            if isinstance(writer, Apart) and (failure := writer.failure()):
+                self.message(failure)
 
     def message(self, text: str) -> None:
         """Print a line of text without disturbing the progress display."""
-        self._progress.message(text)
+        self._show(lambda: self._progress.message(text))
+
+    def close(self) -> None:
+        """End the display; writers are closed by who opened them."""
+        self._show(self._progress.close)
+
+    def _show(self, show: Callable[[], None]) -> None:
+        """Once nobody reads what is shown (a closed pipe, a lost terminal), the run goes on in silence."""
+        if not printed(show):
+            self._progress = Silence()
+
+
+def printed(show: Callable[[], None]) -> bool:
+    """Whether what `show` prints was taken; where it was not, standard output leads nowhere from then on."""
+    try:
+        show()
+    except (OSError, SystemExit):  # rich ends the program where a pipe is closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -101,17 +131,18 @@ def open_trackers(
         writers: list[Writer] = [JsonLines(Path(run_dir) / METRICS_FILE, resume_step=resume_step)]
         stack.callback(writers[0].close)
         for name in names:
-            writers.append(WRITERS[name](Path(run_dir), resume_step, config))
+            writers.append(Apart(name, partial(WRITERS[name], Path(run_dir), resume_step, config)))
             stack.callback(writers[-1].close)
         progress = bar(console, total_steps=total_steps, first_step=resume_step, clock=clock)
-        stack.callback(progress.close)
-        yield Tracker(writers, progress)
+        tracker = Tracker(writers, progress)
+        stack.callback(tracker.close)
+        yield tracker
 
 
 def say(text: str) -> None:
     """Print a line before there is anything to track; of several processes the main one speaks."""
     if is_main():
-        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        printed(lambda: Console().print(text, markup=False, highlight=False, soft_wrap=True))
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -123,6 +154,51 @@ def require_trackers(names: Sequence[str]) -> None:
             raise UserError(
                 f"training.trackers names {name!r}, whose package {PACKAGES[name]} is not installed; "
                 f"install it with: pip install {PACKAGES[name]} (or this project with its extra: '.[{name}]')"
+            )
+
+
+class Apart:
+    """A tracker in a thread of its own: one that fails is dropped with a warning, one that hangs is left."""
+
+    def __init__(self, name: str, open_writer: Callable[[], Writer]) -> None:
+        self._name = name
+        self._lines: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._failure: str | None = None
+        self._told = False
+        self._thread = threading.Thread(target=self._work, args=(open_writer,), name=name, daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._failure is None:
+            self._lines.put((step, metrics))
+
+    def failure(self) -> str | None:
+        """The warning, once."""
+        if self._failure is None or self._told:
+            return None
+        self._told = True
+        return self._failure
+
+    def close(self) -> None:
+        """Wait for what is on its way, `CLOSE_SECONDS` at most; what is not told yet is a warning."""
+        self._lines.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._failure = f"warning: {self._name} did not take the last lines within {CLOSE_SECONDS} s"
+        text = self.failure()
+        if text is not None:
+            warnings.warn(text, stacklevel=2)
+
+    def _work(self, open_writer: Callable[[], Writer]) -> None:
+        try:
+            writer = open_writer()
+            while (line := self._lines.get()) is not None:
+                writer.write(*line)
+            writer.close()
+        except BaseException as error:
+            self._failure = (
+                f"warning: {self._name} failed and is left out from here on, metrics.jsonl has everything: "
+                f"{type(error).__name__}: {error}"
             )
 
 
@@ -142,7 +218,8 @@ class JsonLines:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing("the metrics", self._path, note="checkpoints before this are whole"):
+            self._file.close()
 
 
 def _json_line(row: Mapping[str, int | float]) -> str:

@@ -42,7 +42,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
             "eval_samples": 2,
             "eval_max_new_tokens": 4,
         },
-        "distributed": {"start_timeout": 120.0, "heartbeat_timeout": 10.0, "step_timeout": 60.0},
+        "distributed": {"start_timeout": 45.0, "heartbeat_timeout": 10.0, "step_timeout": 60.0},
     }
     (directory / "settings.json").write_text(json.dumps(content))
     return directory

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 
 import pytest
 
@@ -24,4 +25,4 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_stale_lock(tmp_p
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with exclusive(tmp_path):
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()} of {socket.gethostname()}\n"
