@@ -170,7 +170,7 @@ def _by_status(error: BaseException) -> Outcome | None:
 
 def failure_of(outcome: Outcome, text: str) -> BaseException:
     """An error of a cause, to be raised where another process met it."""
-    kinds = {made: kind for kind, made in CLASSES.items() if kind.__module__ == __name__}
+    kinds = {made: kind for kind, made in CLASSES.items() if kind is not MemoryError}
     return kinds.get(outcome, BugError)(text)
 
 

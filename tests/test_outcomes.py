@@ -1,0 +1,122 @@
+"""Every cause of an end: its code, its message, and the table about it in docs/reliability.md."""
+
+from __future__ import annotations
+
+import errno
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo import outcomes
+from dpo.cli import COMMANDS, main
+from dpo.config import DistributedConfig
+from dpo.files import WriteError
+from dpo.outcomes import OUTCOMES, Outcome, UserError, describe, failure_of, outcome_of
+from dpo.parallel import joining
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class JaxRuntimeError(RuntimeError):
+    """Named as JAX's."""
+
+
+GLOO = "UNKNOWN: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+CASES: list[tuple[BaseException, Outcome]] = [
+    (UserError("beta is -1"), outcomes.USER),
+    (ValueError(GLOO), outcomes.PEER_LOST),
+    (JaxRuntimeError(GLOO), outcomes.PEER_LOST),
+    (JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce() failed: ncclRemoteError"), outcomes.PEER_LOST),
+    (JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"), outcomes.PEER_LOST),
+    (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), outcomes.OUT_OF_MEMORY),
+    (MemoryError(), outcomes.OUT_OF_MEMORY),
+    (JaxRuntimeError("INTERNAL: the compiler met something"), outcomes.BUG),
+    (WriteError("the summary could not be written"), outcomes.ENVIRONMENT),
+    (OSError(errno.ENOSPC, "No space left on device"), outcomes.ENVIRONMENT),
+    (ConnectionRefusedError(), outcomes.ENVIRONMENT),
+    (KeyError("weight"), outcomes.BUG),
+    (ValueError("invalid literal"), outcomes.BUG),
+    (KeyboardInterrupt(), outcomes.STOPPED_AT_ONCE),
+    (outcomes.StopRequested("as asked"), outcomes.STOPPED),
+    (outcomes.NoProgressError("ten starts"), outcomes.NO_PROGRESS),
+]
+IDS = [f"{type(error).__name__} {str(error)[:20]}" for error, _ in CASES]
+
+
+@pytest.mark.parametrize(("error", "outcome"), CASES, ids=IDS)
+def test_an_error_is_sorted_by_its_cause(error: BaseException, outcome: Outcome) -> None:
+    assert outcome_of(error) is outcome
+    outer = RuntimeError("in between")
+    outer.__cause__ = error
+    assert outcome_of(outer) is outcome
+
+
+@pytest.mark.parametrize(("error", "outcome"), CASES, ids=IDS)
+def test_one_process_ends_by_it(
+    error: BaseException,
+    outcome: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "train", fail)
+    if outcome is outcomes.BUG:  # keeps its traceback; Python's own exit code is 1
+        with pytest.raises(type(error)):
+            main(["train"])
+        return
+    assert main(["train"]) == outcome.code
+    assert capsys.readouterr().err.startswith(f"dpo train: {outcome.begins}: ")
+
+
+@pytest.mark.parametrize(("error", "outcome"), CASES, ids=IDS)
+def test_one_of_several_processes_ends_by_it_and_the_others_hear_it(
+    error: BaseException, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    said: list[tuple[Outcome, str]] = []
+    monkeypatch.setattr(joining, "find_cluster", lambda *_: joining.Cluster("here:1", 2, 0, "settings"))
+    monkeypatch.setattr(joining, "_meet", lambda *_: None)
+    monkeypatch.setattr(joining, "heard_failure", lambda: None)
+    monkeypatch.setattr(joining, "say_outcome", lambda *words: said.append(words))
+    monkeypatch.setattr(joining.atexit, "register", lambda _, code, **kwargs: ends.append(code))
+    given = DistributedConfig()
+    with pytest.raises(BaseException) as caught, joining.joined(given):  # noqa: PT011
+        raise error
+    assert ends == [outcome.code]
+    assert outcome_of(caught.value) is outcome
+    assert said[0][0] is outcome
+    assert outcome_of(failure_of(*said[0])) is outcome, "what the others raise"
+
+
+def test_missing_memory_names_what_helps() -> None:
+    text = describe("dpo train", MemoryError())
+    assert all(name in text for name in ("memory_limit", "micro_batches", "remat"))
+
+
+def test_the_table_of_the_page_is_this_one() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| `([^`|]*)` \| (yes|no) \|", page, re.MULTILINE)
+    assert rows == [
+        (outcome.cause, str(outcome.code), outcome.begins, "yes" if outcome.goes_on else "no")
+        for outcome in OUTCOMES.values()
+        if outcome is not outcomes.FINISHED
+    ]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_before_anything_is_there_to_save_ends_as_a_stop(name: str) -> None:
+    program = (
+        "import os, signal, time\nfrom dpo.training.interrupt import stop_at_once\nfrom dpo import cli\n"
+        "stop_at_once()\ncli.COMMANDS['train'] = lambda rest: (os.kill(os.getpid(), signal."
+        f"{name}), time.sleep(20))[0]\nraise SystemExit(cli.main(['train']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == outcomes.STOPPED.code, done.stderr
+    assert "dpo train: stopped as asked: " in done.stderr

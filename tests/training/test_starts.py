@@ -1,0 +1,46 @@
+"""Starts without progress are counted, and the last of them is an error."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo.outcomes import NoProgressError, PeerLostError, UserError
+from dpo.training.starts import MOST_STARTS, STARTS_FILE, counted_start, hung_before
+
+
+def lose(run_dir: Path, *, hangs: bool | None = None) -> None:
+    """A start that is lost; with `hangs`, after both of its processes hung, and whether one did before."""
+
+    def run() -> None:
+        with counted_start(run_dir):
+            if hangs is not None:
+                assert [hung_before(run_dir), hung_before(run_dir)] == [hangs, hangs]
+            raise PeerLostError("gone")
+
+    with pytest.raises(PeerLostError):
+        run()
+
+
+def test_starts_that_save_nothing_end_as_an_error_once(tmp_path: Path) -> None:
+    for _ in range(MOST_STARTS):
+        lose(tmp_path)
+    with pytest.raises(NoProgressError, match=f"last {MOST_STARTS} starts"), counted_start(tmp_path):
+        pass
+    lose(tmp_path)
+
+
+def test_a_checkpoint_or_an_end_of_its_own_begins_the_count_anew(tmp_path: Path) -> None:
+    for i in range(1, 2 * MOST_STARTS):
+        (tmp_path / "checkpoints" / str(i)).mkdir(parents=True)
+        lose(tmp_path)
+    with counted_start(tmp_path):
+        assert (tmp_path / STARTS_FILE).exists()
+    assert not (tmp_path / STARTS_FILE).exists()
+    with pytest.raises(UserError), counted_start(tmp_path):
+        raise UserError("wrong data")
+    assert not (tmp_path / STARTS_FILE).exists()
+
+
+def test_the_second_start_whose_steps_hang_is_told_from_the_first(tmp_path: Path) -> None:
+    for expected in (False, True):
+        lose(tmp_path, hangs=expected)
