@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from typing import Any
 
 from dpo.parallel.distributed import is_main, shared_vote
 from dpo.runs import (
@@ -13,6 +14,7 @@ from dpo.runs import (
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.datasets import (
     all_processes,
+    as_trained,
     scoring_loader,
 )
 from dpo.training.identity import Identity, take_probe
@@ -22,7 +24,7 @@ from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
 from dpo.training.program import Program, make_program
 from dpo.training.record import Record
-from dpo.training.reference import ReferenceStore
+from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import Scoring, make_scoring, score_reference
 from dpo.training.same_tokens import require_same_tokens
 from dpo.training.saving import Probe, Resume, Saver, find_resume
@@ -75,18 +77,33 @@ def score_datasets(
         policy = run.policy.pretrained.source, run.policy.pretrained.tokenizer
         require_same_tokens(policy, reference.pretrained, run.config.data, named, peers=all_processes())
     log(f"reference: {describe_reference(run.config)}")
+    of_policy = scoring
     if reference is not run.policy:
-        scoring = make_scoring(reference, run.objective, run.mesh, chunk=run.config.model.log_prob_chunk)
-    return score_reference(
-        run.config,
-        {name: dataset for name, dataset in datasets.items() if dataset is not None},
-        weights=reference.fingerprint,
-        score=stoppable(scoring.stored(reference.params), stop_requested),
-        mesh=run.mesh,
-        needs=run.objective.reference_sums,
-        log=log,
-        copy_in=run.run_dir / REFERENCE_DIRECTORY,
-    )
+        scoring = make_scoring(run.config, reference, run.objective, run.mesh)
+
+    def stores(names: Sequence[str], model: Policy, score: Score, **how: Any) -> dict[str, ReferenceStore]:
+        return score_reference(
+            run.config,
+            {name: dataset for name in names if (dataset := datasets[name]) is not None},
+            weights=model.fingerprint,
+            score=stoppable(score, stop_requested),
+            mesh=run.mesh,
+            needs=run.objective.reference_sums,
+            log=log,
+            copy_in=run.run_dir / REFERENCE_DIRECTORY,
+            **how,
+        )
+
+    in_order = scoring.stored(reference.params)
+    if run.config.model.forward_dtype == "float32":
+        return stores(("train", "eval"), reference, in_order)
+    # New adapters change nothing, but round otherwise than the model without them: the policy itself scores.
+    other = run.config.model.reference is not None
+    model, with_it = (reference, scoring) if other else (run.policy, of_policy)
+    config, tokens = run.config, run.dataset.tokens
+    arrangement = as_trained(config.data, config.training, tokens, run.mesh, run.loader)
+    trained = stores(("train",), model, with_it.trained(model.params), arrangement=arrangement)
+    return trained | stores(("eval",), reference, in_order)
 
 
 def validation_of(

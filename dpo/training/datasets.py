@@ -5,7 +5,9 @@ Training and evaluation read the same here, so that both see the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo.config import DataConfig, TrainingConfig
+from dpo.data.batch import Batch
 from dpo.data.loader import Loader, Packing, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
@@ -27,7 +30,7 @@ from dpo.losses.objectives import names_that_learn_from_single_responses
 from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
-from dpo.parallel.distributed import from_all, on_main
+from dpo.parallel.distributed import from_all, from_main, on_main
 from dpo.parallel.partition import Partition
 from dpo.parallel.sharding import (
     own_rows,
@@ -211,9 +214,68 @@ def make_loader(
     )
 
 
-def scoring_loader(data: DataConfig, tokens: TokenizedDataset, mesh: Mesh) -> Loader:
+def scoring_loader(
+    data: DataConfig, tokens: TokenizedDataset, mesh: Mesh, *, micro_batches: int = 1
+) -> Loader:
     """Every row of a data set once, in order, where no gradient is taken."""
-    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH, **_packing(data, mesh))
+    packing = _packing(data, mesh, micro_batches=micro_batches)
+    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH, **packing)
+
+
+class Arrangement(NamedTuple):
+    """The batches in which a reference scores a data set, and what its numbers depend on besides."""
+
+    make_batches: Callable[[], Iterable[Batch]]
+    """Every row is in one at least; where it is in several the first counts."""
+    make_probe: Callable[[], Batch]
+    """Any of those that hold rows for the first time."""
+    identity: dict[str, str]
+
+
+def in_order(data: DataConfig, tokens: TokenizedDataset, mesh: Mesh) -> Arrangement:
+    """A data set's rows in its order: float32 sums are the same in any batch, but for rounding."""
+    loader = scoring_loader(data, tokens, mesh)
+    return Arrangement(loader.batches, lambda: loader.batch(_same_random(loader.num_steps)), {})
+
+
+def as_trained(
+    data: DataConfig, training: TrainingConfig, tokens: TokenizedDataset, mesh: Mesh, loader: Loader
+) -> Arrangement:
+    """Every row in the batch that trains it first, and the rows that no step has in batches of their own.
+
+    In bfloat16 the same row has other sums in rows of another length, by more than a step changes them. The
+    step's forward on the step's own batch has the same bits as the reference's, so a run starts at log-ratio
+    zero exactly.
+    """
+    first_epoch = min(loader.num_steps, -(-len(tokens) // training.batch_size))
+
+    def batches() -> Iterator[Batch]:
+        missing = np.ones(len(tokens), bool)
+        for batch in loader.batches(0, first_epoch):
+            missing[np.asarray(batch.index)] = False
+            yield batch
+        others = scoring_loader(data, tokens, mesh, micro_batches=training.micro_batches)
+        for step in range(others.num_steps):
+            index = others.indices(step)
+            if missing[index[index >= 0]].any():
+                yield others.batch(step)
+
+    whole = max(1, min(loader.num_steps, len(tokens) // training.batch_size))  # no row of a later epoch
+    return Arrangement(
+        batches,
+        lambda: loader.batch(_same_random(whole)),
+        {"batches": _fingerprint_of_batches(loader, first_epoch, training.micro_batches)},
+    )
+
+
+def _same_random(count: int) -> int:
+    """A number below `count`, the same on every process."""
+    return int(from_main(np.asarray(random.randrange(count))))
+
+
+def _fingerprint_of_batches(loader: Loader, num_steps: int, micro_batches: int) -> str:
+    steps = [(loader.indices(step).tolist(), tuple(loader.shape(step))) for step in range(num_steps)]
+    return hashlib.sha256(repr((micro_batches, steps)).encode()).hexdigest()
 
 
 def _packing(data: DataConfig, mesh: Mesh, *, micro_batches: int = 1) -> Packing:

@@ -134,7 +134,7 @@ def _train(
             say(line)
 
         # The reference: from here on its log-probs are data.
-        scoring = make_scoring(run.policy, run.objective, run.mesh, chunk=run.config.model.log_prob_chunk)
+        scoring = make_scoring(run.config, run.policy, run.objective, run.mesh)
         reference = choose_reference(run.config, run.policy, run.mesh)
         stores = score_datasets(run, reference, scoring, stop_requested, log=say)
         known = reference_identity(stores)
@@ -168,7 +168,7 @@ def _train(
         record = record_of(run, tracker, program, checkpoints, earlier)
         deadline = stack.enter_context(_step_deadline(run))
         between = Between(record, deadline, saver, evaluate)
-        sums = _reference_sums(stores.get("train"), scoring.stored)
+        sums = _reference_sums(stores.get("train"), scoring.trained)
         hooks = _make_hooks(run, record, between, stop_requested)
         if resume.step == 0:
             hooks = [_check_of_the_first_loss(run, state, sums), *hooks]

@@ -75,10 +75,17 @@ def load_policy(
 
 
 def make_score(
-    policy: Policy, mesh: Mesh, *, chunk: int, needs: frozenset[str] = frozenset()
+    policy: Policy,
+    mesh: Mesh,
+    *,
+    chunk: int,
+    needs: frozenset[str] = frozenset(),
+    micro_batches: int = 1,
 ) -> Callable[[Params], Score]:
     """Of parameters, the function from a batch to its responses' sums on the host."""
-    eval_step = make_eval_step(policy.graphdef, chunk=chunk, needs=needs, mesh=mesh)
+    eval_step = make_eval_step(
+        policy.graphdef, chunk=chunk, needs=needs, mesh=mesh, micro_batches=micro_batches
+    )
 
     def score_with(params: Params) -> Score:
         def score(batch: Batch) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ def fingerprint_parameters(params: Any) -> str:
 def score_rows(
     score: Score, batches: Iterable[Batch], *, num_rows: int, num_responses: int, locate: Locate
 ) -> Rows:
-    """Sums of every row of a data set, in its order.
+    """Sums of every row of a data set, in its order; of a row that comes again the first ones count.
 
     Raises:
       ValueError: when a sum is not finite, naming the rows by where they stand in the data.
@@ -76,7 +76,8 @@ def score_rows(
                 listed = ", ".join(f"{locate(row)} (row {row})" for row in bad.tolist())
                 raise UserError(f"{name} of {listed} are not finite: check the weights and the data")
             whole = rows.setdefault(name, np.full((num_rows, num_responses), np.nan, np.float32))
-            whole[index, : values.shape[1]] = np.where(present, values, np.nan)
+            new = np.isnan(whole[index]).all(axis=1)
+            whole[index[new], : values.shape[1]] = np.where(present, values, np.nan)[new]
     return rows
 
 

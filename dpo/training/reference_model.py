@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from dpo.config import Config, DataConfig, ModelConfig
 from dpo.huggingface.embedded import cache_directory
 from dpo.losses import Objective
-from dpo.parallel.distributed import from_main
 from dpo.parallel.sharding import parameter_rules
-from dpo.training.datasets import Dataset, scoring_loader
+from dpo.training.datasets import Arrangement, Dataset, in_order, scoring_loader
 from dpo.training.policy import Policy, load_policy, make_score
 from dpo.training.reference import ReferenceStore, Score, open_or_compute
 from dpo.training.step import Params
@@ -56,15 +53,23 @@ class Scoring(NamedTuple):
     """What a reference's store has."""
     heldout: Callable[[Params], Score]
     """What an evaluation needs of the policy."""
+    trained: Callable[[Params], Score]
+    """What a store has, of a training batch, in bfloat16 to the bits of the step's forward."""
 
 
-def make_scoring(model: Policy, objective: Objective, mesh: Mesh, *, chunk: int) -> Scoring:
-    """Compiled on first use; one program where both need the same."""
-    stored, heldout = objective.reference_sums, objective.sums
-    score_with = make_score(model, mesh, chunk=chunk, needs=stored)
-    if heldout == stored:
-        return Scoring(score_with, score_with)
-    return Scoring(score_with, make_score(model, mesh, chunk=chunk, needs=heldout))
+def make_scoring(config: Config, model: Policy, objective: Objective, mesh: Mesh) -> Scoring:
+    """Compiled on first use; one program where all need the same."""
+
+    def scored(needs: frozenset[str], micro_batches: int = 1) -> Callable[[Params], Score]:
+        chunk = config.model.log_prob_chunk
+        return make_score(model, mesh, chunk=chunk, needs=needs, micro_batches=micro_batches)
+
+    stored = heldout = trained = scored(objective.reference_sums)
+    if objective.sums != objective.reference_sums:
+        heldout = scored(objective.sums)
+    if config.model.forward_dtype == "bfloat16" and config.training.micro_batches > 1:
+        trained = scored(objective.reference_sums, config.training.micro_batches)
+    return Scoring(stored, heldout, trained)
 
 
 def score_reference(
@@ -77,6 +82,7 @@ def score_reference(
     needs: frozenset[str],
     log: Callable[[str], None],
     copy_in: Path,
+    arrangement: Arrangement | None = None,
 ) -> dict[str, ReferenceStore]:
     """The reference's log-probs of several data sets, by their names."""
     for dataset in datasets.values():  # rows that do not fit are found before anything is scored
@@ -92,6 +98,7 @@ def score_reference(
             needs=needs,
             log=log,
             copy_in=copy_in,
+            arrangement=arrangement,
         )
         for name, dataset in datasets.items()
     }
@@ -108,9 +115,11 @@ def open_reference(
     needs: frozenset[str],
     log: Callable[[str], None],
     copy_in: Path | None = None,
+    arrangement: Arrangement | None = None,
 ) -> ReferenceStore:
     """The reference's log-probs of a data set, from the store on disk where it has them.
 
+    They are scored in the order of the data where no other arrangement is given.
     `needs` are extra sums that it is to have besides (`Objective.reference_sums`). A copy is kept in the
     directory `copy_in`, and looked for there first.
     """
@@ -123,13 +132,14 @@ def open_reference(
         else "float32, rounded products",
         "sums": ",".join(sorted({"logps", *needs})),
     }
-    loader = scoring_loader(data, dataset.tokens, mesh)
+    arrangement = arrangement or in_order(data, dataset.tokens, mesh)
+    identity |= arrangement.identity
     return open_or_compute(
         directory,
         identity,
         score=score,
-        make_batches=loader.batches,
-        make_probe=lambda: loader.batch(int(from_main(np.asarray(random.randrange(loader.num_steps))))),
+        make_batches=arrangement.make_batches,
+        make_probe=arrangement.make_probe,
         num_rows=len(dataset.tokens),
         num_responses=dataset.tokens.max_responses,
         locate=dataset.location,

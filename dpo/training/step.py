@@ -122,15 +122,26 @@ def make_scores(policy: Sums, reference: Sums, batch: Batch, shift: Array | None
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, *, chunk: int, needs: frozenset[str] = frozenset(), mesh: Mesh | None = None
+    graphdef: nnx.GraphDef,
+    *,
+    chunk: int,
+    needs: frozenset[str] = frozenset(),
+    mesh: Mesh | None = None,
+    micro_batches: int = 1,
 ) -> EvalStep:
     """(parameters, frozen parameters, batch) → sums over its responses, without a gradient.
 
-    On a mesh every device, and so every host, gets all the sums.
+    On a mesh every device, and so every host, gets all the sums. `micro_batches` parts are taken one after
+    the other, as the training step does: of the same batch it then has the same sums, rounding included.
     """
 
     def eval_step(params: Params, frozen: Params, batch: Batch) -> Sums:
-        return response_sums(nnx.merge(graphdef, params, frozen), batch, chunk=chunk, needs=needs)
+        model = nnx.merge(graphdef, params, frozen)
+        if micro_batches == 1:
+            return response_sums(model, batch, chunk=chunk, needs=needs)
+        parts = _split_rows(batch, micro_batches, Partition(mesh))
+        by_part = jax.lax.map(lambda part: response_sums(model, part, chunk=chunk, needs=needs), parts)
+        return jax.tree.map(lambda sums: sums.sum(0), by_part)
 
     return jax.jit(eval_step, out_shardings=None if mesh is None else replicated(mesh))
 

@@ -46,3 +46,18 @@ def test_places_of_tied_rewards_are_the_mean_over_their_orders(log_ratio, ranks)
     rounding = np.asarray([[2e-4, -1e-4, 0.0, 1e-4]], np.float32)
     rounded = scores._replace(policy=scores.policy + rounding)
     np.testing.assert_allclose(evaluate({"name": "lipo_lambda"}, rounded)[0], [expected], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "of_place"), [("exponential", [3, 1, 0]), ("dcg", [1, 1 / np.log2(3), 0.5])]
+)
+def test_listmle_weighs_the_stages_of_the_responses_that_are_present(weights, of_place):
+    """Three of four are: 2^(n − k) − 1 for k = 1, 2, 3 is 3, 1, 0; 1/log2(1 + k) is 1, 0.63, 0.5."""
+    log_ratio = np.asarray([[1.0, -2.0, 0.5, 9.0]], np.float32)
+    scores = of_log_ratio(log_ratio, present=np.asarray([[True, True, True, False]]))
+    rewards = 0.1 * log_ratio[0, :3]
+    stages = [rewards[k] - np.log(np.exp(rewards[k:]).sum()) for k in range(3)]
+    expected = -np.dot(of_place, stages)
+    np.testing.assert_allclose(
+        evaluate({"name": "listmle", "weights": weights}, scores)[0], [expected], rtol=1e-5
+    )

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from dpo.data.batch import Batch
-from dpo.training.reference import fingerprint_parameters, open_or_compute, with_progress
+from dpo.training.reference import fingerprint_parameters, open_or_compute, score_rows, with_progress
 
 IDENTITY = {"weights": "w", "data": "d", "dtype": "float32"}
 TRUTH = np.array([[-1.0, -2.0], [-3.0, np.nan], [-5.0, -6.0]], np.float32)
@@ -115,3 +115,14 @@ def test_fingerprint_sees_values_names_shapes_and_dtypes():
         {"a": base["a"] + 1},
     ]
     assert len({fingerprint_parameters(variant) for variant in variants}) == len(variants)
+
+
+def test_of_a_row_that_comes_again_the_first_sums_count():
+    calls = iter((0.0, 100.0))
+
+    def drifting(batch):
+        return {"logps": score(batch)["logps"] + next(calls)}
+
+    batches = [batch_of([1, 0]), batch_of([2, 1])]
+    rows = score_rows(drifting, batches, num_rows=3, num_responses=2, locate=str)
+    assert_array_equal(rows["logps"], TRUTH + np.array([[0.0], [0.0], [100.0]], np.float32))
