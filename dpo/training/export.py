@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
@@ -44,6 +45,8 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         lora = config.lora.is_on
         policy = open_policy(config, own_mesh(config.mesh)) if lora else policy_shapes(config)
         params = checkpoints.restore_params(step, policy.params)
+    if lora:  # merged by the products that merge them at the end of a run
+        params = jax.tree.map(jnp.asarray, params)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     output = Path(given.output or default_output(given, dtype))
     if given.format == "adapter":

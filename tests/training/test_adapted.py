@@ -211,6 +211,12 @@ def test_the_adapters_of_any_checkpoint_are_exported(finished, tmp_path):
         assert_array_equal(array, late[name])
 
 
+def test_an_export_of_the_last_checkpoint_is_the_runs_own(finished, tmp_path):
+    path, _ = export_checkpoint(ExportConfig(run=finished.run_dir, output=str(tmp_path / "again")), finished)
+    own = Path(finished.run_dir) / "export"
+    assert (path / "model.safetensors").read_bytes() == (own / "model.safetensors").read_bytes()
+
+
 def test_a_run_without_adapters_has_none_to_export(config):
     with pytest.raises(ValueError, match=r"has none: its config has no lora\.rank"):
         export_checkpoint(
