@@ -212,6 +212,9 @@ class WinrateConfig:
     longer). For the shipped data it is vader when not given; for other data it has to be given."""
     template: str | None = None
     """File with the jinja2 prompt that an endpoint or local judge gets; the shipped one when not given."""
+    judge_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template of a local judge or a reward model; data.template_kwargs when not
+    given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """The endpoint that is asked where the judge is endpoint."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
@@ -249,6 +252,7 @@ class WinrateConfig:
                     raise UserError(f"{name} is not given; allowed: --{name} VALUE, or --run DIR of a run")
         if not self.temperatures:
             raise UserError("temperatures is []; allowed is one or more")
+        check_template_arguments("judge_template_kwargs", self.judge_template_kwargs)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.0)
         for name in ("limit", "samples", "max_new_tokens", "top_k", "batch_size"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,10 +36,12 @@ class LocalJudge:
         *,
         identity: str,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """`identity` stands for the weights at `source`, which are loaded with the first question."""
         self._config = ModelConfig(source=source, compute_dtype=compute_dtype)
         self._template, self._weights = template, identity
+        self._template_kwargs = template_kwargs
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class LocalJudge:
             "weights": self._weights,
             "compute_dtype": self._config.compute_dtype,
             "template": self._template.sha256,
-        }
+        } | ({"template_kwargs": dict(self._template_kwargs)} if self._template_kwargs else {})
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts batch by batch; exactly equal log-probs tie, and one that is not a number is invalid.
@@ -65,7 +67,7 @@ class LocalJudge:
         if [len(ids) for ids in letters] != [1, 1] or letters[0] == letters[1]:
             raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]
-        prompts = tokenize_prompts(messages, tokenizer)
+        prompts = tokenize_prompts(messages, tokenizer, template_kwargs=self._template_kwargs)
         require_known([*prompts, *letters], policy.pretrained.model.config, source=self._config.source)
         for index, (a, b) in score_texts(policy, prompts, [letters] * len(prompts), mesh=mesh):
             yield index, verdict_of_log_probs(float(a), float(b))
@@ -129,4 +131,10 @@ def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
             )
     template = Template(given.template or default_template("local"))
     identity = model_identity(source)
-    return LocalJudge(source, template, identity=identity, compute_dtype=given.compute_dtype)
+    return LocalJudge(
+        source,
+        template,
+        identity=identity,
+        compute_dtype=given.compute_dtype,
+        template_kwargs=given.judge_template_kwargs,
+    )

@@ -27,7 +27,7 @@ from dpo.judging.journal import Journal
 from dpo.judging.judges import Judge, Log, Question, Verdict
 from dpo.judging.kinds import find_kind, open_judge
 from dpo.judging.local_judge import sequence_log_probs
-from dpo.judging.prompts import choose_judge, read_prompts, with_length
+from dpo.judging.prompts import choose_judge, prompt_key, read_prompts, with_length
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.sampling import SamplingConfig
@@ -75,11 +75,12 @@ class Pair(NamedTuple):
 def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dict[str, Any]:
     """Win-rate figures of `config.model.source` against `config.model.reference` on `config.data.eval`."""
     given = replace(given, judge=choose_judge(given.judge, config.data.eval))
+    given = replace(given, judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs)
     judge = open_judge(given, log)
     preferences = read_prompts(config, log)
     given = with_length(given, config, preferences, log)
     requests = [
-        Request(preference.prompt, number, _sampling(given, temperature))
+        Request(preference.prompt, number, _sampling(given, temperature), preference.context)
         for temperature in dict.fromkeys(given.temperatures)
         for preference in preferences
         for number in range(given.samples)
@@ -143,9 +144,9 @@ def make_pairs(
     policy = answer("policy", config.model.source)
     if config.model.reference in DATA_OPPONENTS:
         place = DATA_OPPONENTS[config.model.reference]
-        own = {json.dumps(row.prompt): response_text(row.responses[place]).strip() for row in preferences}
+        own = {prompt_key(row): response_text(row.responses[place]).strip() for row in preferences}
         return [
-            Pair(request, ours, own[json.dumps(request.prompt)], None, None)
+            Pair(request, ours, own[prompt_key(request)], None, None)
             for request, ours in zip(requests, policy, strict=True)
         ]
     theirs = answer("opponent", config.model.reference)

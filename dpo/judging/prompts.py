@@ -20,6 +20,7 @@ from dpo.distribution import is_shipped
 from dpo.huggingface.pretrained import load_tokenizer
 from dpo.judging.judges import Log
 from dpo.judging.kinds import JUDGES, spell
+from dpo.judging.samples import Request
 from dpo.outcomes import UserError
 
 SHIPPED_JUDGE = "vader"
@@ -46,12 +47,17 @@ def read_prompts(config: Config, log: Log) -> list[Preference]:
         preferences, num_rows, malformed = read.preferences, read.num_rows, sum(read.skipped.values())
     first: dict[str, Preference] = {}
     for preference in preferences:
-        first.setdefault(json.dumps(preference.prompt), preference)
+        first.setdefault(prompt_key(preference), preference)
     log(
         f"{len(first)} prompts of {data.eval} ({num_rows} rows; {malformed} malformed, "
         f"{len(preferences) - len(first)} with a prompt that was there)"
     )
     return list(first.values())
+
+
+def prompt_key(asked: Preference | Request) -> str:
+    """What two rows have in common that ask a model for the same."""
+    return json.dumps(asked.prompt if asked.context is None else [asked.prompt, asked.context])
 
 
 def holds_prompts_alone(source: str, *, split: str, reading: RowReading) -> bool:

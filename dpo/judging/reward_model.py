@@ -31,6 +31,7 @@ class RewardModelJudge:
         identity: str,
         compute_dtype: str = "float32",
         batch_size: int = 16,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """`identity` stands for the weights at `source`, which are loaded with the first question.
 
@@ -44,6 +45,7 @@ class RewardModelJudge:
             )
         self._source, self._weights = source, identity
         self._compute_dtype, self._batch_size = compute_dtype, batch_size
+        self._template_kwargs = template_kwargs
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class RewardModelJudge:
             "model": self._source,
             "weights": self._weights,
             "compute_dtype": self._compute_dtype,
-        }
+        } | ({"template_kwargs": dict(self._template_kwargs)} if self._template_kwargs else {})
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """A verdict as soon as both rewards are there; a text that stands in several questions is read once.
@@ -84,7 +86,9 @@ class RewardModelJudge:
     ) -> Iterator[tuple[int, float]]:
         checkpoint = open_checkpoint(self._source)
         model = load_classifier(checkpoint, compute_dtype=jnp.dtype(self._compute_dtype))
-        sequences = tokenize_answers(prompts, responses, checkpoint.tokenizer())
+        sequences = tokenize_answers(
+            prompts, responses, checkpoint.tokenizer(), template_kwargs=self._template_kwargs
+        )
         require_known(sequences, model.config, source=self._source)
         scored = classify(model, sequences, batch_size=self._batch_size)
         yield from ((i, float(logits[0])) for i, logits in scored)
@@ -95,4 +99,9 @@ def open_reward_model(given: WinrateConfig, source: str, log: Log) -> RewardMode
     del log
     path = Path(source).expanduser()
     source = str(path) if path.exists() else source
-    return RewardModelJudge(source, identity=model_identity(source), compute_dtype=given.compute_dtype)
+    return RewardModelJudge(
+        source,
+        identity=model_identity(source),
+        compute_dtype=given.compute_dtype,
+        template_kwargs=given.judge_template_kwargs,
+    )

@@ -31,6 +31,13 @@ class Request(NamedTuple):
     number: int
     """Counts the responses to one prompt."""
     sampling: SamplingConfig
+    context: Mapping[str, Any] | None = None
+    """Tools, documents and template arguments of the prompt's row."""
+
+    @property
+    def asks(self) -> Any:
+        """What stands for the prompt in keys: with its context, where it has one."""
+        return self.prompt if self.context is None else [self.prompt, self.context]
 
 
 class Sample(NamedTuple):
@@ -71,7 +78,7 @@ def sample_responses(
     template: list[Any] = [chat_template, template_date]
     template += [template_kwargs] if template_kwargs else []
     keys = [
-        _digest("sample", player.identity, template, request.prompt, asdict(request.sampling), row_seed)
+        _digest("sample", player.identity, template, request.asks, asdict(request.sampling), row_seed)
         for request, row_seed in zip(requests, seeds, strict=True)
     ]
     missing = [i for i, key in enumerate(keys) if key not in journal.lines]
@@ -85,6 +92,7 @@ def sample_responses(
             chat_template=chat_template,
             template_date=template_date,
             template_kwargs=template_kwargs,
+            contexts=[requests[i].context for i in missing],
         )
         require_known(prompts, pretrained.model.config, source=player.source)
         ids_of = dict(zip(missing, prompts, strict=True))
@@ -127,7 +135,7 @@ def model_identity(source: str) -> str:
 
 
 def _derive_seed(seed: int, role: str, request: Request) -> int:
-    return int(_digest("seed", seed, role, request.prompt, request.number)[:8], 16)
+    return int(_digest("seed", seed, role, request.asks, request.number)[:8], 16)
 
 
 def _batches(

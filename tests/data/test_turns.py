@@ -237,3 +237,10 @@ def test_without_a_template_a_cut_prompt_keeps_bos():
     cut = tokenize(rows, tokenizer, max_length=len(whole.prompt(0)), truncation="truncate_prompt_left")
     bos = [token for token in whole.prompt(0).tolist()[:1] if token == tokenizer.bos_token_id]
     assert cut.prompt(0).tolist() == bos + whole.prompt(0).tolist()[-(len(cut.prompt(0)) - len(bos)) :]
+
+
+def test_a_prompt_for_sampling_has_the_tools_of_its_row():
+    template = "{% if tools %}T{{ tools[0].name }}{% endif %}" + CHATML
+    contexts = [None, {"tools": [{"name": "f"}]}]
+    found = tokenize_prompts([ASK, ASK], make_tokenizer(), chat_template=template, contexts=contexts)
+    assert len(found[1]) == len(found[0]) + 2
