@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,14 @@ from dpo.data.preferences import Preference
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained
+from dpo.judging.figures import (
+    AskedLine,
+    CutFigures,
+    MatchResult,
+    Usage,
+    VerdictLine,
+    WinrateFigures,
+)
 from dpo.judging.journal import Journal
 from dpo.judging.judges import Judge, Log, Question, Verdict
 from dpo.judging.kinds import find_kind, open_judge
@@ -72,8 +80,9 @@ class Pair(NamedTuple):
         return self.request.sampling.temperature
 
 
-def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dict[str, Any]:
+def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> MatchResult:
     """Win-rate figures of `config.model.source` against `config.model.reference` on `config.data.eval`."""
+    assert config.model.reference is not None
     given = replace(given, judge=choose_judge(given.judge, config.data.eval))
     given = replace(given, judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs)
     judge = open_judge(given, log)
@@ -94,7 +103,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
     if given.kl and config.model.reference not in DATA_OPPONENTS:
         with Journal(output / "log_probs.jsonl") as journal:
             ratios = log_ratios(given, config, pairs, journal, log)
-    result = {
+    result: MatchResult = {
         "policy": config.model.source,
         "opponent": config.model.reference,
         "data": config.data.eval,
@@ -102,10 +111,12 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> dic
         "settings": {name: getattr(given, name) for name in RESULT_SETTINGS},
         "temperatures": {
             str(temperature): describe_temperature(temperature, given.seed, pairs, verdicts, ratios)
-            | describe_cut([pair for pair in sampled if pair.temperature == temperature], given)
             for temperature in dict.fromkeys(given.temperatures)
         },
     }
+    for temperature in dict.fromkeys(given.temperatures):
+        mine = [pair for pair in sampled if pair.temperature == temperature]
+        result["temperatures"][str(temperature)]["cut"] = describe_cut(mine, given)
     if given.judge is not None and find_kind(given.judge)[0].is_paid:
         result["usage"] = describe_usage(given, [line for both in verdicts for line in both])
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
@@ -158,7 +169,7 @@ def make_pairs(
 
 def judge_pairs(
     judge: Judge, pairs: Sequence[Pair], journal: Journal, log: Log
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+) -> list[tuple[VerdictLine, VerdictLine]]:
     """The journal's lines on every pair in both orders; what is not there is asked, or tied if identical."""
     lines = [_unjudged(judge, pair, order) for pair in pairs for order in ORDERS]
     for line, pair in zip(lines, [pair for pair in pairs for _ in ORDERS], strict=True):
@@ -172,7 +183,7 @@ def judge_pairs(
         journal.append(_judged(missing[index], verdict))
         if count % _LOG_EVERY == 0:
             log(f"judge: {count} of {len(missing)} missing verdicts")
-    found = [journal.lines[line["key"]] for line in lines]
+    found = cast("list[VerdictLine]", [journal.lines[line["key"]] for line in lines])
     return list(zip(found[::2], found[1::2], strict=True))
 
 
@@ -208,9 +219,9 @@ def describe_temperature(
     temperature: float,
     seed: int,
     pairs: Sequence[Pair],
-    verdicts: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    verdicts: Sequence[tuple[VerdictLine, VerdictLine]],
     ratios: np.ndarray | None,
-) -> dict[str, Any]:
+) -> WinrateFigures:
     """The win-rate at one temperature; where they are known, mean rewards and the policy's log-ratio."""
     mine = [i for i, pair in enumerate(pairs) if pair.temperature == temperature]
     if not mine:
@@ -240,18 +251,18 @@ def describe_temperature(
     return result
 
 
-def describe_cut(sampled: Sequence[Pair], given: WinrateConfig) -> dict[str, Any]:
+def describe_cut(sampled: Sequence[Pair], given: WinrateConfig) -> CutFigures:
     """Which part of each side's responses was cut off, of all that were sampled; None for the data's own."""
     theirs = [pair.opponent_has_ended for pair in sampled if pair.opponent_has_ended is not None]
-    shares = {
+    return {
+        "at": given.max_new_tokens,
         "policy": float(np.mean([not pair.policy.has_ended for pair in sampled])),
         "opponent": float(np.mean(np.logical_not(theirs))) if theirs else None,
+        "pairs_left_out": sum(pair.is_cut for pair in sampled) if given.leave_out_cut else 0,
     }
-    left_out = sum(pair.is_cut for pair in sampled) if given.leave_out_cut else 0
-    return {"cut": {"at": given.max_new_tokens, **shares, "pairs_left_out": left_out}}
 
 
-def _nothing_valid(temperature: float, verdicts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+def _nothing_valid(temperature: float, verdicts: Sequence[tuple[VerdictLine, VerdictLine]]) -> str:
     """That there is nothing to count, and what was wrong most often."""
     problems = Counter(line["problem"] for both in verdicts for line in both if not line["choice"])
     (problem, count), *_ = problems.most_common(1)
@@ -261,7 +272,7 @@ def _nothing_valid(temperature: float, verdicts: Sequence[tuple[dict[str, Any], 
     )
 
 
-def describe_usage(given: WinrateConfig, lines: Sequence[dict[str, Any]]) -> dict[str, float | int]:
+def describe_usage(given: WinrateConfig, lines: Sequence[VerdictLine]) -> Usage:
     """Tokens behind the verdicts, and what those cost that did not come from the cache.
 
     `unreported` answers came without a count of their tokens, which the cost therefore leaves out.
@@ -296,7 +307,7 @@ def _sampling(given: WinrateConfig, temperature: float) -> SamplingConfig:
     )
 
 
-def _unjudged(judge: Judge, pair: Pair, order: str) -> dict[str, Any]:
+def _unjudged(judge: Judge, pair: Pair, order: str) -> AskedLine:
     """A line of the journal without its verdict."""
     line = {
         "order": order,
@@ -307,10 +318,10 @@ def _unjudged(judge: Judge, pair: Pair, order: str) -> dict[str, Any]:
         "number": pair.request.number,
         "judge": judge.identity,
     }
-    return {"key": _digest(line), **line}
+    return cast("AskedLine", {"key": _digest(line), **line})
 
 
-def _judged(line: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+def _judged(line: AskedLine, verdict: Verdict) -> dict[str, Any]:
     ours = {"first": "policy", "second": "opponent"}
     theirs = {"first": "opponent", "second": "policy"}
     names = ours if line["order"] == "policy_first" else theirs
@@ -318,12 +329,13 @@ def _judged(line: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
     return {**line, "winner": winner, **verdict._asdict()}
 
 
-def _question(line: dict[str, Any]) -> Question:
-    first, second = ("policy", "opponent") if line["order"] == "policy_first" else ("opponent", "policy")
-    return Question(line["prompt"], line[first], line[second])
+def _question(line: AskedLine) -> Question:
+    ours, theirs = line["policy"], line["opponent"]
+    both = (ours, theirs) if line["order"] == "policy_first" else (theirs, ours)
+    return Question(line["prompt"], *both)
 
 
-def _as_judged(pair: Pair, policy_first: dict[str, Any], opponent_first: dict[str, Any]) -> Judged:
+def _as_judged(pair: Pair, policy_first: VerdictLine, opponent_first: VerdictLine) -> Judged:
     return Judged(
         prompt=json.dumps(pair.request.prompt),
         policy=pair.policy.text,

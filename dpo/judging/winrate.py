@@ -8,7 +8,7 @@ outcome; it is counted apart, and the win-rate is also given for the cases that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -21,6 +21,13 @@ from dpo.evaluation.statistics import (
     without_spread,
 )
 from dpo.intervals import wilson
+from dpo.judging.figures import (
+    ControlledFigures,
+    CutFigures,
+    JudgeFigures,
+    Usage,
+    WinrateFigures,
+)
 from dpo.judging.judges import Choice
 from dpo.judging.length_control import length_controlled
 from dpo.outcomes import UserError
@@ -68,7 +75,7 @@ def read_votes(pairs: Sequence[Judged]) -> Votes:
     return Votes(np.array(ours, np.float64), np.array(theirs, np.float64))
 
 
-def describe_pairs(pairs: Sequence[Judged], *, seed: int = 0) -> dict[str, Any]:
+def describe_pairs(pairs: Sequence[Judged], *, seed: int = 0) -> WinrateFigures:
     """All figures as plain numbers for a JSON file; the interval of a figure is [estimate, low, high].
 
     Raises:
@@ -83,7 +90,7 @@ def describe_pairs(pairs: Sequence[Judged], *, seed: int = 0) -> dict[str, Any]:
     values, clusters = outcome[valid], prompts[valid]
     per_prompt = _mean_by(values, clusters)
     lengths = np.array([[len(pair.policy), len(pair.opponent)] for pair in pairs], np.float64)
-    result: dict[str, Any] = {
+    result: WinrateFigures = {
         "pairs": len(pairs),
         "prompts": len(np.unique(prompts)),
         "wins": int((values == 1).sum()),
@@ -105,7 +112,7 @@ def describe_pairs(pairs: Sequence[Judged], *, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def describe_judge(pairs: Sequence[Judged], votes: Votes) -> dict[str, float | None]:
+def describe_judge(pairs: Sequence[Judged], votes: Votes) -> JudgeFigures:
     """How far the judge decides by position or by length; None where it had no chance to show it.
 
     `says_first` is the part of its decisions (ties apart) for the response that stood first: ½ for a judge
@@ -130,18 +137,12 @@ MOST_CUT = 0.05
 """Part of a side's responses: where more were cut off, the win-rate is of halves of answers."""
 
 
-def warnings_of(figures: dict[str, Any]) -> list[str]:
+def warnings_of(figures: WinrateFigures) -> list[str]:
     """What a reader of the win-rate has to know first."""
     found, judge = few_clusters(figures["prompts"]), figures["judge"]
     found += without_spread("win-rate", figures["win_rate"], figures["prompts"])
-    cut = figures.get("cut", {})
-    for side in ("policy", "opponent"):
-        if cut.get(side) is not None and cut[side] > MOST_CUT:
-            kept = "left out" if cut["pairs_left_out"] else "judged so (leave_out_cut leaves them out)"
-            found.append(
-                f"{cut[side]:.0%} of the {side}'s responses were cut off at {cut['at']} tokens and {kept}: a "
-                "larger max_new_tokens lets them end"
-            )
+    if "cut" in figures:
+        found += _cut_warnings(figures["cut"])
     if figures["invalid"]:
         low, high = figures["win_rate_if_invalid"]
         found.append(
@@ -169,7 +170,17 @@ def warnings_of(figures: dict[str, Any]) -> list[str]:
     return found
 
 
-def figures_as_text(figures: dict[str, Any]) -> str:
+def _cut_warnings(cut: CutFigures) -> list[str]:
+    kept = "left out" if cut["pairs_left_out"] else "judged so (leave_out_cut leaves them out)"
+    return [
+        f"{share:.0%} of the {side}'s responses were cut off at {cut['at']} tokens and {kept}: a larger "
+        "max_new_tokens lets them end"
+        for side, share in (("policy", cut["policy"]), ("opponent", cut["opponent"]))
+        if share is not None and share > MOST_CUT
+    ]
+
+
+def figures_as_text(figures: WinrateFigures) -> str:
     """The figures of one temperature in a few lines."""
     lines = [
         _line("win-rate", figures["win_rate"], "bootstrap over prompts"),
@@ -193,20 +204,19 @@ def figures_as_text(figures: dict[str, Any]) -> str:
         ),
         f"{'mean length':<22}policy {lengths['policy']:.0f}, opponent {lengths['opponent']:.0f} characters",
     ]
-    for name in ("reward", "log_ratio"):
-        if name in figures:
-            lines += [_line(key, value) for key, value in figures[name].items()]
+    for group in (figures.get("reward", {}), figures.get("log_ratio", {})):
+        lines += [_line(key, value) for key, value in group.items()]
     return "\n".join([*lines, *(f"! {text}" for text in warnings_of(figures))])
 
 
-def cut_as_text(cut: dict[str, Any]) -> str:
+def cut_as_text(cut: CutFigures) -> str:
     """Which part of each side's responses did not come to an end."""
     sides = [f"{cut[side]:.1%} of the {side}'s" for side in ("policy", "opponent") if cut[side] is not None]
     left_out = f"; {cut['pairs_left_out']} pairs left out" if cut["pairs_left_out"] else ""
     return f"{', '.join(sides)} responses, at {cut['at']} tokens{left_out}"
 
 
-def usage_as_text(usage: dict[str, Any]) -> str:
+def usage_as_text(usage: Usage) -> str:
     """What an endpoint's answers took, in a line."""
     text = (
         f"{usage['answers']} answers, {usage['from_cache']} of them from the cache; "
@@ -246,7 +256,7 @@ def _length_controlled(
     lengths: Float[np.ndarray, "n 2"],
     clusters: Shaped[np.ndarray, " n"],
     seed: int,
-) -> dict[str, Any] | None:
+) -> ControlledFigures | None:
     fitted = length_controlled(values, lengths[:, 0] - lengths[:, 1], clusters, seed=seed)
     if fitted is None:
         return None

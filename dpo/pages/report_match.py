@@ -6,11 +6,12 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from markupsafe import Markup
 
 from dpo.config import Config
+from dpo.judging.figures import MatchResult, VerdictLine, WinrateFigures
 from dpo.judging.journal import read_lines
 from dpo.judging.kinds import find_kind
 from dpo.judging.match import RESULT_FILE
@@ -25,6 +26,8 @@ NUM_SAMPLES = 6
 """Prompts whose responses are shown, from the start of the data: nobody picked them."""
 NUM_LOST = 3
 """Further prompts, where the opponent is furthest ahead."""
+Cell = Callable[[WinrateFigures], str]
+"""What a row of the table by temperature says of one."""
 _DEFAULTS = {"samples": 1, "compute_dtype": "float32", "seed": 0, "leave_out_cut": False}
 
 
@@ -33,7 +36,7 @@ def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
     path = run_dir / WINRATE_DIRECTORY / RESULT_FILE
     if not path.is_file():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result: MatchResult = json.loads(path.read_text(encoding="utf-8"))
     by_temperature = result["temperatures"]
     main = "1.0" if "1.0" in by_temperature else next(iter(by_temperature))
     figures = by_temperature[main]
@@ -77,7 +80,7 @@ def judge_name(identity: dict[str, Any]) -> str:
     return f"{identity['judge']} {what}".strip()
 
 
-def command(run_dir: Path, result: dict[str, Any], config: Config) -> str:
+def command(run_dir: Path, result: MatchResult, config: Config) -> str:
     """The command line that gives these figures again."""
     settings = {name: value for name, value in result["settings"].items() if value != _DEFAULTS.get(name)}
     settings["temperatures"] = [float(text) for text in result["temperatures"]]
@@ -93,7 +96,7 @@ def command(run_dir: Path, result: dict[str, Any], config: Config) -> str:
     return shlex.join(["dpo", "winrate", "--run", str(run_dir), *options])
 
 
-def _plot(opponent: str, main: str, by_temperature: dict[str, Any]) -> Markup:
+def _plot(opponent: str, main: str, by_temperature: dict[str, WinrateFigures]) -> Markup:
     figures = by_temperature[main]
     rows = [(f"temperature {main}", figures["win_rate"])]
     if figures["length_controlled"] is not None:
@@ -102,28 +105,28 @@ def _plot(opponent: str, main: str, by_temperature: dict[str, Any]) -> Markup:
     return Markup(plots.intervals(f"Win-rate over the {opponent}, 95% intervals", rows, level=0.5))
 
 
-def _rows(columns: Sequence[dict[str, Any]], opponent: str) -> list[tuple[str, list[str]]]:
+def _rows(columns: Sequence[WinrateFigures], opponent: str) -> list[tuple[str, list[str]]]:
     """The table by temperature: what a row is, and its cells; rows that are empty throughout are left out."""
 
-    def controlled(figures: dict[str, Any]) -> str:
+    def controlled(figures: WinrateFigures) -> str:
         found = figures["length_controlled"]
         return "" if found is None else _rate(found["win_rate"])
 
-    def from_group(group: str, place: int, digits: int) -> Callable[[dict[str, Any]], str]:
-        def cell(figures: dict[str, Any]) -> str:
+    def from_group(group: Literal["reward", "log_ratio"], place: int, digits: int) -> Cell:
+        def cell(figures: WinrateFigures) -> str:
             found = list(figures.get(group, {}).values())
             return with_interval(found[place], digits) if found else ""
 
         return cell
 
-    def from_cut(side: str) -> Callable[[dict[str, Any]], str]:
-        def cell(figures: dict[str, Any]) -> str:
-            share = figures.get("cut", {}).get(side)
+    def from_cut(side: Literal["policy", "opponent"]) -> Cell:
+        def cell(figures: WinrateFigures) -> str:
+            share = figures["cut"][side] if "cut" in figures else None
             return "" if share is None else percent(share)
 
         return cell
 
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+    rows: dict[str, Cell] = {
         "win-rate": lambda figures: _rate(figures["win_rate"]),
         "at equal lengths": controlled,
         "wins, ties, losses": lambda figures: f"{figures['wins']}, {figures['ties']}, {figures['losses']}",
@@ -158,12 +161,11 @@ def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dic
             f"{path} lacks {len(wanted - lines.keys())} of the verdicts that {RESULT_FILE} counts; run dpo "
             "winrate again, or delete the directory"
         )
-    return [_side_by_side(lines[first], lines[second], opponent) for first, second in keys]
+    found = cast("dict[str, VerdictLine]", lines)
+    return [_side_by_side(found[first], found[second], opponent) for first, second in keys]
 
 
-def _side_by_side(
-    policy_first: dict[str, Any], opponent_first: dict[str, Any], opponent: str
-) -> dict[str, Any]:
+def _side_by_side(policy_first: VerdictLine, opponent_first: VerdictLine, opponent: str) -> dict[str, Any]:
     scores = _scores(policy_first, opponent_first)
     names = ("policy", opponent)
     texts = (policy_first["policy"], policy_first["opponent"])
@@ -186,7 +188,7 @@ def _outcome(first: str | None, second: str | None, opponent: str) -> str:
     return {"policy": "policy wins", "opponent": f"{opponent} wins", "tie": "tie"}[first]
 
 
-def _scores(policy_first: dict[str, Any], opponent_first: dict[str, Any]) -> tuple[float, float] | None:
+def _scores(policy_first: VerdictLine, opponent_first: VerdictLine) -> tuple[float, float] | None:
     """Rewards of policy and opponent, or a local judge's mean log-probs of choosing them; None without."""
     ours, theirs = policy_first["details"] or {}, opponent_first["details"] or {}
     if "rewards" in ours:
