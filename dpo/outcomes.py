@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     begins: str
     """How the message begins, after the command's name."""
     goes_on: bool
-    """Whether the same command, started again without any change, goes on from what was saved."""
+    """Whether who started it starts the same command again by itself, to go on from what was saved."""
 
 
 FINISHED = Outcome("finished", 0, "", False)
@@ -35,7 +35,7 @@ USER = Outcome("settings or data", 2, "error", False)
 STOPPED = Outcome("asked to stop", 75, "stopped as asked", True)
 PEER_LOST = Outcome("another process was lost", 75, "another process was lost", True)
 HANG = Outcome("a step hangs", 75, "a step hangs", True)
-STOPPED_AT_ONCE = Outcome("stopped at once", 130, "stopped at once", True)
+STOPPED_AT_ONCE = Outcome("stopped at once", 130, "stopped at once", False)
 
 OUTCOMES = {
     outcome.cause: outcome

@@ -20,4 +20,4 @@ gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all . "$name:dp
 on_all_hosts "cd dpo && make setup PYTHON=python3.11 && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
 on_all_hosts "sudo mkdir -p /mnt/shared && (mountpoint -q /mnt/shared ||
   sudo gcsfuse --implicit-dirs -o allow_other --file-mode=666 --dir-mode=777 $bucket /mnt/shared)"
-on_all_hosts "cd dpo && DPO_CACHE=/mnt/shared/cache .venv/bin/dpo train --distributed.step_timeout=600 $(printf '%q ' "$@")"
+on_all_hosts "cd dpo && DPO_CACHE=/mnt/shared/cache .venv/bin/dpo train --distributed.step_timeout=600 --training.save_minutes=10 $(printf '%q ' "$@")"

@@ -1,5 +1,6 @@
 """The launch scripts are valid, and what they pass to `dpo train` is understood."""
 
+import os
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import yaml
 
 from dpo.cli import read_settings
 from dpo.config import Config
+from dpo.outcomes import OUTCOMES
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -100,3 +102,77 @@ def test_the_kubernetes_job_has_as_many_pods_as_processes():
     (container,) = spec["template"]["spec"]["containers"]
     assert spec["completions"] == spec["parallelism"]
     assert f"--distributed.num_processes={spec['parallelism']}" in container["args"]
+
+
+# ---- launch/slurm.sh over what processes end with ----
+
+
+STUB_SRUN = """#!/usr/bin/env bash
+# Starts as many tasks as there are codes, and gives the largest of what they gave, as srun does.
+while [[ $1 == --* ]]; do shift; done
+largest=0 rank=0
+for code in $CODES; do
+  SLURM_PROCID=$rank CODE=$code "$@"; got=$?
+  [ "$got" -gt "$largest" ] && largest=$got
+  rank=$((rank + 1))
+done
+exit "$largest"
+"""
+STUB_DPO = """#!/usr/bin/env bash
+if [ "$CODE" -eq 137 ]; then kill -KILL $$; fi
+if [ "$CODE" -eq 134 ]; then kill -ABRT $$; fi
+if [ "$CODE" -eq 999 ]; then kill -KILL $PPID; sleep 1; fi
+exit "$CODE"
+"""
+STUB_SCONTROL = """#!/usr/bin/env bash
+echo "$@" >>"$REQUEUED"
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "requeued"),
+    [
+        ("0 0", 0, False),
+        ("75 75", 75, True),
+        ("75 137", 137, True),
+        ("134 75", 134, True),
+        ("137 137", 137, True),
+        ("999 75", 137, True),  # the whole node: nobody writes the code down
+        ("2 75", 2, False),
+        ("1 75", 1, False),
+        ("75 1", 1, False),
+        ("130 75", 130, False),
+        ("1 137", 1, False),
+        ("2 2", 2, False),
+    ],
+)
+def test_a_slurm_job_is_queued_again_where_the_same_command_goes_on(
+    codes: str, status: int, requeued: bool, tmp_path: Path
+) -> None:
+    stubs = {"srun": STUB_SRUN, "scontrol": STUB_SCONTROL, ".venv/bin/dpo": STUB_DPO}
+    for name, text in stubs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "CODES": codes,
+        "REQUEUED": str(tmp_path / "requeued"),
+    }
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "requeued").exists() is requeued
+    assert not list(tmp_path.glob(".dpo-codes*"))
+
+
+def test_manifests_end_by_the_codes_that_would_come_again() -> None:
+    """1, 2 and 130 of `dpo.outcomes`."""
+    ends = sorted({outcome.code for outcome in OUTCOMES.values() if not outcome.goes_on and outcome.code})
+    for manifest in MANIFESTS:
+        text = manifest.read_text()
+        assert f"values: {ends}" in text, manifest
