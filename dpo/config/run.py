@@ -154,7 +154,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Other names of the layout's columns, such as {prompt: query, chosen: good}."""
     ignore_columns: list[str] = field(default_factory=list)
-    """Columns that may stay unread although their names (system, context, images, …) say that they matter."""
+    """Columns not to read, even if their names (system, tools, context, images, …) say that they matter."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] = "ranking"
     """Keep a ranking whole (ranking), or turn it into pairs: best and worst (best_worst), neighbours
     (adjacent), or all (all_pairs)."""

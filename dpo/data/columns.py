@@ -45,7 +45,7 @@ class RowReading(NamedTuple):
     columns: tuple[tuple[str, str], ...] = ()
     """Names that a layout reads, each with the name that the source has instead."""
     ignored: frozenset[str] = frozenset()
-    """Columns that may go unread although their names are in `MEANING`."""
+    """Columns that are not read, although their names may be in `MEANING`."""
 
 
 BY_COLUMNS = RowReading()
@@ -55,7 +55,9 @@ class Columns:
     """A row's columns that are not null, by the names that layouts know."""
 
     def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
-        self._values = _rename(row, reading)
+        values = _rename(row, reading)
+        self._values = {name: value for name, value in values.items() if name not in reading.ignored}
+        self._ignored = {name: value for name, value in values.items() if name in reading.ignored}
         self._items = {theirs: ours for ours, theirs in reading.columns}
         self._read: set[str] = set()
 
@@ -87,7 +89,8 @@ class Columns:
 
     def unread(self) -> dict[str, Any]:
         """The columns that nobody has read, and their values."""
-        return {name: value for name, value in self._values.items() if name not in self._read}
+        unread = {name: value for name, value in self._values.items() if name not in self._read}
+        return unread | self._ignored
 
 
 def _rename(row: Mapping[str, Any], reading: RowReading) -> dict[str, Any]:

@@ -276,6 +276,13 @@ def test_columns_that_nobody_reads_are_named():
     )
 
 
+def test_a_column_that_is_to_be_ignored_is_not_read():
+    row = {**PAIRS["pair"], "tools": [{"name": "f"}], "system": "S", "responses": [1]}
+    found = read(row, ignored=frozenset({"tools", "system", "responses"}))
+    assert (found.preference.prompt, found.preference.context) == (ASK, None)
+    assert found.unused == ("responses", "system", "tools")
+
+
 def test_names_are_mapped_for_any_layout():
     row = {"ask": ASK, "first": BAD, "second": GOOD, "better": "response_b", "prompt": "another"}
     mapping = {"prompt": "ask", "response_a": "first", "response_b": "second", "winner": "better"}
