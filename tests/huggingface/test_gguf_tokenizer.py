@@ -32,6 +32,11 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="module")
+def default_fields(smollm2: Path) -> dict:
+    return tokenizer_fields(smollm2)
+
+
+@pytest.fixture(scope="module")
 def default_file(smollm2: Path) -> GgufFile:
     return GgufFile(smollm2)
 
@@ -140,9 +145,8 @@ def test_llama_cpp_makes_the_same_tokens(model: str, request, shared_dir: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(PRE_TOKENIZERS))
-def test_llama_cpp_cuts_alike(kind: str, smollm2: Path, shared_dir: Path, tmp_path: Path) -> None:
-    fields = tokenizer_fields(smollm2) | {"ggml.pre": kind}
-    path = write_vocabulary(tmp_path / "x.gguf", "llama", fields)
+def test_llama_cpp_cuts_alike(kind: str, default_fields, shared_dir: Path, tmp_path: Path) -> None:
+    path = write_vocabulary(tmp_path / "x.gguf", "llama", default_fields | {"ggml.pre": kind})
     texts = TEXTS + real_rows(shared_dir, 30)
     expected, _ = ask_llama_cpp(path, texts)
     assert differing(ids_of(GgufFile(path).tokenizer(), texts), expected, texts) == []
