@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.distribution import find_data
+from dpo.distribution import find_data, is_shipped
 from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.losses import reward_scale
@@ -81,7 +81,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
         "finished": summary is not None,
         "figures": None,
         "match": match,
-        "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir)]),
+        "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir), *_judge_to_name(config)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),
         "data_rows": [row for row in data if row[1] not in NOTHING],
         "data_none": [name for name, value in data if value in NOTHING],
@@ -96,6 +96,11 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
         content["pair_lists"] = describe_extremes(run_dir, heldout, beta=beta)
         content["legend"] = LEGEND
     return content
+
+
+def _judge_to_name(config: Config) -> list[str]:
+    """What has to be said of the judge where the data are not those that come with one."""
+    return [] if config.data.eval is not None and is_shipped(config.data.eval) else ["--judge", "JUDGE"]
 
 
 def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:
