@@ -638,8 +638,13 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def print_plain(text: str) -> None:
-    """Lines to standard output as they are, without markup; control characters show as symbols."""
-    Console().print(show_controls(text), markup=False, highlight=False, soft_wrap=True)
+    """Lines to standard output as they are, without markup; control characters show as symbols.
+
+    A reader that has gone (`dpo report RUN | head`) is no error.
+    """
+    from dpo.training.tracking import printed
+
+    printed(lambda: Console().print(show_controls(text), markup=False, highlight=False, soft_wrap=True))
 
 
 def _overview() -> str:

@@ -14,7 +14,7 @@ import jax
 from dpo.outcomes import PEER_LOST, PeerLostError, outcome_of, text_of
 from dpo.parallel.cluster import Cluster, Meeting, find_cluster
 from dpo.parallel.distributed import is_main
-from dpo.parallel.lost import describe_loss, end_with_the_others, heard_failure, say_outcome
+from dpo.parallel.lost import describe_loss, end_with_the_others, heard_failure, listening, say_outcome
 
 LEAVE_SECONDS = 20
 """How long a process that has finished waits for the others to finish too."""
@@ -42,7 +42,8 @@ def joined(given: Meeting) -> Iterator[None]:
     _meet(cluster, given)
     last = is_main()
     try:
-        yield
+        with listening():
+            yield
     except BaseException as error:
         failure = _cause_of(error)
         outcome = outcome_of(failure)

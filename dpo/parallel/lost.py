@@ -10,21 +10,24 @@ A process that ends by an error says so to the others through the same service, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed
 
-from dpo.outcomes import OUTCOMES, PEER_LOST, Outcome, failure_of
+from dpo.outcomes import OUTCOMES, PEER_LOST, Outcome, describe, failure_of, outcome_of
 
 ANSWER_SECONDS = 2.0
 """How long the coordination service may take to answer; a lost one never does."""
+LISTEN_SECONDS = 1.0
+"""How often a process asks what the others have said."""
 ADVICE = "The same command goes on from the newest checkpoint, when all processes are started again."
 _SAID = "dpo/ended"
 """Where processes say by what they ended, in the service's table."""
@@ -87,9 +90,31 @@ def heard_failure() -> BaseException | None:
     for key, content in _within_limit(hear) or []:
         said = json.loads(content)
         outcome = OUTCOMES[said["cause"]]
-        if not outcome.goes_on:
+        if not outcome.goes_on and key != f"{_SAID}/{distributed.global_state.process_id}":
             return failure_of(outcome, f"process {key.rpartition('/')[2]} stopped: {said['text']}")
     return None
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """While inside, an error that another process says ends this one too, also where it waits for the other.
+
+    It may wait in a collective, where no exception reaches it before the other's connections are closed.
+    """
+    ended = threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(LISTEN_SECONDS):
+            failure = heard_failure()
+            if failure is not None and not ended.is_set():
+                os.write(2, f"{describe('dpo train', failure)}\n".encode())
+                os._exit(outcome_of(failure).code)
+
+    threading.Thread(target=listen, name="listening", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _within_limit(ask: Callable[[Any], Any]) -> Any:
