@@ -215,3 +215,19 @@ def test_a_file_that_is_not_the_one_that_was_cut_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\d+ bytes in this process and \d+ in process 0"):
         read_part(str(path), "train", part, "ranking")
     assert read_part(str(path), "train", Part(), "ranking").num_rows == 5
+
+
+def test_rows_that_are_one_and_responses_of_several_turns_are_the_same_in_parts(tmp_path):
+    """Rated rows of one prompt are read by one process; flags of scored tokens may be in one part alone."""
+    rated = [{"prompt": f"p{i // 2}", "response": "ab"[i % 2], "helpfulness": i} for i in range(8)]
+    turns = [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate("xyz")]
+    pairs = [
+        {"prompt": f"p{i}", "chosen": turns if i == 5 else "a", "rejected": "b", "id": i} for i in range(6)
+    ]
+    for name, rows in (("rated", rated), ("pairs", pairs)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        at_once, in_parts = read_and_tokenize(path, tokenizer=make_tokenizer())
+        whole = at_once()
+        assert_same(together(3, in_parts), whole)
+        assert (whole[2].scored is None) is (name == "rated")
