@@ -192,7 +192,7 @@ def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pyt
         (["--only=[dpo:0.5]"], "only has 'dpo:0.5'; allowed are plackett_luce:0.5"),
         (["--objectives=[dpoo]"], "name is 'dpoo'; did you mean dpo? allowed"),
         (["--train=none.jsonl"], "train is 'none.jsonl': there is no such file"),
-        (["--reward=nonsense"], "judge is 'nonsense'; allowed: vader"),
+        (["--reward=nonsense"], "reward is 'nonsense'; allowed: vader, module:function"),
     ],
 )
 def test_wrong_settings_are_named(
