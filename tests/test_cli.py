@@ -101,7 +101,7 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--training.steps=many"], "training.steps: Expected an integer or null. Got value: many"),
         (
             ["train", "--winrate=nonsense", "--data.eval=data/sentiment_eval.jsonl"],
-            "judge is 'nonsense'; allowed: vader, first, longer",
+            "judge is 'nonsense'; allowed: vader, module:function, endpoint",
         ),
         (["train", "--winrate=vader"], "winrate is vader, and data.eval is not set"),
         (["train", "--training.steps=-1"], "training.steps is -1; allowed is at least 1"),
@@ -160,7 +160,7 @@ def test_wrong_columns_and_a_run_dir_that_is_a_file_are_found_before_anything_is
     given = [f"--data.train={path}", "--model.source=/no/such/model", f"--run_dir={tmp_path / 'run'}"]
     error = refused(capsys, "train", *given)
     assert "columns.jsonl: 20 of 20 rows are malformed" in error
-    assert "columns.jsonl:1: field '(row)': found no complete kind of row" in error
+    assert "columns.jsonl:1: field '(row)': no layout has the columns ['prompt', 'response_a']" in error
     assert "no model at '/no/such/model'" in refused(capsys, "train", *given, "--data.on_error=skip")
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: it has no rows" in refused(
