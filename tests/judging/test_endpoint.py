@@ -311,6 +311,7 @@ def test_a_reply_that_drips_or_swells_is_no_answer(server: Server, make_judge) -
 def test_ctrl_c_ends_at_once_while_a_server_is_silent(server: Server, make_judge) -> None:
     server.script = lambda number, body: Response(between_bytes=0.5)
     judge = make_judge(timeout=60.0, concurrency=4)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of the tests ignores it
     timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
     start = time.monotonic()
     timer.start()
@@ -319,6 +320,7 @@ def test_ctrl_c_ends_at_once_while_a_server_is_silent(server: Server, make_judge
             list(judge.ask(questions(8)))
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 5
 
 
