@@ -85,7 +85,7 @@ def read_together(
     together = ReadPreferences(
         own[0].preferences,
         num_rows,
-        dict(skipped),
+        dict(sorted(skipped.items())),
         problems[:MAX_PROBLEMS],
         dict(layouts),
         dict(unused),

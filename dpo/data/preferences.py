@@ -133,7 +133,7 @@ def read_part(
     return ReadPreferences(
         preferences,
         notes.num_rows,
-        dict(notes.skipped),
+        dict(sorted(notes.skipped.items())),
         notes.problems,
         dict(notes.layouts),
         dict(notes.unused),

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_tokenizer import make_tokenizer
 
@@ -138,6 +138,7 @@ def write(path, kinds, newline=b"\n", end=b"\n"):
     st.sampled_from([b"", b"\n", b"\r\n\r\n"]),
     st.sampled_from(["ranking", "all_pairs"]),
 )
+@example(["ranking", "no JSON"], 3, None, b"\n", b"", "all_pairs")
 def test_parts_of_any_file_are_the_file(tmp_path_factory, kinds, count, limit, newline, end, expand):
     path = write(tmp_path_factory.getbasetemp() / "rows.jsonl", ["pair", *kinds], newline, end)
     at_once, in_parts = read_and_tokenize(path, tokenizer=make_tokenizer(), limit=limit, expand=expand)
