@@ -75,6 +75,11 @@ def cut(source: str, split: str, *, count: int, limit: int | None = None) -> lis
     return [Part(*places[i], borders[i + 1] - borders[i], size) for i in range(count)]
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a source can only be a file, by its ending; others may be directories or on the hub."""
+    return source.endswith((*_READERS, ".jsonl.gz"))
+
+
 class _Source(NamedTuple):
     """How one kind of source is read."""
 

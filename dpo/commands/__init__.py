@@ -1,0 +1,1 @@
+"""One function a command: from settings that are read to what is printed and written."""

@@ -1,0 +1,100 @@
+"""What the types of the settings can't say, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo.command_line import load_config
+from dpo.config import Config, DataConfig, EvaluateConfig, heldout_settings
+from dpo.distribution import find_data
+from dpo.outcomes import UserError
+
+FIRST_ROWS = 8
+"""Rows of a file of preferences that are parsed before anything is loaded."""
+
+
+def load_run(run: str) -> Config:
+    """The settings that a run directory was made with.
+
+    Raises:
+      ValueError: when there are none, or they are not a configuration.
+    """
+    return load_config(Path(run) / "config.yaml")
+
+
+def check_settings(config: Config) -> None:
+    """The objective, the trackers' packages, files that are named.
+
+    Of files of preferences the first rows are parsed, so that wrong columns are not found after the model is
+    loaded.
+
+    Raises:
+      ValueError: naming the key, the value and what is allowed.
+    """
+    from dpo.losses import make_objective
+    from dpo.runs import specification
+    from dpo.training.tracking import require_trackers
+
+    make_objective(specification(config))
+    require_trackers(config.training.trackers)
+    if config.lora.init is not None:
+        require_file("lora.init", f"{config.lora.init}/adapter_config.json")
+    if config.data.chat_template is not None:
+        require_file("data.chat_template", config.data.chat_template)
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir is {config.run_dir!r}, a file; allowed: a directory, there or not yet")
+    data = config.data
+    _check_source("data.train", data.train, data.train_split, data.max_train, data)
+    _check_source("data.eval", data.eval, data.eval_split, data.max_eval, data)
+
+
+def check_heldout(given: EvaluateConfig, run: Config | None) -> Config:
+    """The settings of a comparison on held-out data that seem to be there; they are opened later.
+
+    Raises:
+      ValueError: without held-out data, or when these are a file that is not there.
+    """
+    config = heldout_settings(given, run)
+    if config.data.eval is None:
+        raise UserError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
+    require_source("data", config.data.eval)
+    return config
+
+
+def require_source(key: str, source: str) -> None:
+    """Refuse a source of data that can only be a file and is not there; others are found when opened."""
+    from dpo.data.sources import is_file_name
+
+    if is_file_name(source):
+        require_file(key, source)
+
+
+def require_file(key: str, path: str) -> None:
+    """Refuse a setting that names a file which is neither there nor comes with the package."""
+    if not Path(find_data(path)).is_file():
+        raise UserError(f"{key} is {path!r}: there is no such file (the working directory is {Path.cwd()})")
+
+
+def _check_source(key: str, source: str | None, split: str, limit: int | None, data: DataConfig) -> None:
+    if source is None:
+        return
+    require_source(key, source)
+    path = Path(find_data(source))
+    if path.is_file() or (path.is_absolute() and not path.is_dir()):
+        _check_first_rows(source, split, limit, data)
+
+
+def _check_first_rows(source: str, split: str, limit: int | None, data: DataConfig) -> None:
+    """Where one of them is malformed and must not be, all rows are read, and the error is about all."""
+    from dpo.data.preferences import read_part, read_preferences
+    from dpo.data.rows import row_reading
+    from dpo.data.sources import Part
+
+    reading = row_reading(data.row_layout, data.columns, data.ignore_columns)
+    first = Part(rows=min(limit or FIRST_ROWS, FIRST_ROWS))
+    read = read_part(source, split, first, data.expand, reading)
+    if not read.num_rows or (read.problems and data.on_error == "stop"):
+        read_preferences(
+            source, split=split, on_error=data.on_error, limit=limit, expand=data.expand, reading=reading
+        )

@@ -1,0 +1,41 @@
+"""`dpo frontier` and `dpo diffusion`: what is run once to learn something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpo.commands.checks import require_file
+from dpo.commands.output import print_plain
+from dpo.config import DiffusionConfig, FrontierConfig
+
+
+def measure_frontier(given: FrontierConfig, arguments: Sequence[str]) -> bool:
+    """Train, sample and draw all of it; False where it was asked to stop before its end.
+
+    `arguments` is the command line, which a reward that runs the user's own code must be named on.
+    """
+    for name in ("train", "eval"):
+        require_file(name, getattr(given, name))
+    from dpo.experiments.frontier import run
+    from dpo.judging.functions import require_own_word
+    from dpo.training.program import enable_compilation_cache
+
+    if ":" in given.reward:
+        require_own_word(given.reward, setting="reward", arguments=arguments)
+    enable_compilation_cache()
+    if run(given, log=print_plain) is None:
+        print_plain("stopped; the same command goes on from there")
+        return False
+    print_plain(f"figures, tables and frontier.json: {given.output}")
+    return True
+
+
+def run_diffusion(config: DiffusionConfig) -> None:
+    """Train on the known reward, sample, compare, and say where the figures are."""
+    from dpo.losses import make_objective
+
+    make_objective(config.objective)
+    from dpo.experiments.diffusion import run
+
+    run(config, log=print_plain)
+    print_plain(f"figures and results.json: {config.run_dir}")

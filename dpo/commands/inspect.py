@@ -1,0 +1,57 @@
+"""`dpo inspect`: what preferences hold, and one of them as it is scored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from dpo.commands.checks import check_settings
+from dpo.commands.output import write_json
+from dpo.config import Config, InspectConfig
+from dpo.outcomes import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dpo.training.datasets import Dataset
+
+
+def inspect_data(config: Config, given: InspectConfig) -> None:
+    """Print the data report and, where asked for, one example; `given.output` keeps the report."""
+    check_settings(config)
+    from dpo.data.inspection import render_example, render_report
+    from dpo.huggingface.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.source)
+    report, dataset = report_data(config, tokenizer, heldout=given.heldout)
+    console = Console()
+    console.print(render_report(report))
+    if given.example is not None:
+        if given.example >= len(dataset.tokens):
+            raise UserError(f"example is {given.example}; allowed is 0 to {len(dataset.tokens) - 1}")
+        console.print(render_example(dataset.tokens, given.example, tokenizer))
+    if given.output is not None:
+        write_json(given.output, report)
+
+
+def report_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, heldout: bool = False
+) -> tuple[dict[str, Any], Dataset]:
+    """The data report of the training (or held-out) preferences, and the data set itself."""
+    from dpo.data.inspection import inspect_dataset
+    from dpo.data.preferences import read_preferences
+    from dpo.data.rows import row_reading
+    from dpo.training.datasets import read_dataset
+
+    data, dataset = config.data, read_dataset(config.data, tokenizer, heldout=heldout)
+    others = None
+    if data.eval is not None and not heldout:
+        others = read_preferences(
+            data.eval,
+            split=data.eval_split,
+            on_error=data.on_error,
+            limit=data.max_eval,
+            reading=row_reading(data.row_layout, data.columns, data.ignore_columns),
+        ).preferences
+    return inspect_dataset(dataset.read, dataset.tokens, heldout=others), dataset
