@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate report data docs test test-all check format bench diffusion frontier clean
+.PHONY: help setup train evaluate report data docs test test-all check format bench diffusion frontier mutants clean
 
 help: ## Print this list
 	@echo "make TARGET [CONFIG=$(CONFIG)] [RUN=$(RUN)] [ARGS=\"--training.steps=20\"] [PYTHON=$(PYTHON)]"
@@ -70,6 +70,9 @@ diffusion: setup ## Diffusion-DPO where the optimum is known (CONFIG=configs/dif
 
 frontier: setup ## True reward against KL for DPO, IPO and Plackett-Luce (an hour or two; goes on where it was stopped)
 	$(BIN)/dpo frontier $(ARGS)
+
+mutants: setup ## Plant faults in modules and see whether their tests notice (ARGS="losses/pairs.py --count 20")
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 bench: setup ## Measure speed and memory of training steps
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -3,10 +3,10 @@
     make mutants                                            every module, 60 faults each (hours)
     make mutants ARGS="losses/pairs.py --count 20 --seed 1"
 
-A fault is one operator, comparison, constant, sign, `and`, `or`, `not`, or one of a pair of names such as `min`
-and `max`, replaced by its neighbour. Each is tried in a process of its own, forked before JAX starts, in which
-the module is imported from the changed text; files are never changed. What no test notices is printed with its
-line: it needs a test, or is equal (nothing that can be seen depends on it).
+A fault is one operator, comparison, constant, sign, `and`, `or`, `not`, or one of a pair of names such as
+`min` and `max`, replaced by its neighbour. Each is tried in a process of its own, forked before JAX starts,
+in which the module is imported from the changed text; files are never changed. What no test notices is
+printed with its line: it needs a test, or is equal (nothing that can be seen depends on it).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import NamedTuple, NoReturn
 
 import pytest
@@ -33,34 +34,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
-    "losses/bradley_terry.py": "losses/test_bradley_terry.py",
-    "losses/divergences.py": "losses/test_objectives.py losses/test_golden.py losses/test_laws.py",
-    "losses/pairs.py": "losses/test_pairs.py losses/test_golden.py",
-    "losses/pairwise.py": "losses/test_objectives.py losses/test_golden.py losses/test_laws.py",
-    "losses/listwise.py": "losses/test_listwise.py losses/test_golden.py losses/test_laws.py",
-    "losses/plackett_luce.py": "losses/test_plackett_luce.py losses/test_golden.py losses/test_laws.py",
-    "losses/unpaired.py": "losses/test_unpaired.py losses/test_golden.py",
-    "losses/whole_batch.py": "losses/test_objectives.py losses/test_golden.py losses/test_laws.py",
-    "losses/weighting.py": "losses/test_weighting.py",
-    "models/log_probs.py": "models/test_log_probs.py",
-    "models/quantized.py": "models/test_quantized.py",
-    "models/rotary.py": "models/test_rotary.py",
-    "models/sampling.py": "models/test_sampling.py",
-    "data/encoding.py": "data/test_tokenization.py data/test_turns.py data/test_templates.py",
-    "data/mismatched.py": "data/test_mismatched.py",
-    "data/packing.py": "data/test_packing.py data/test_shapes.py",
-    "data/preferences.py": "data/test_preferences.py data/test_ties.py data/test_parts.py",
-    "data/sources.py": "data/test_preferences.py data/test_parts.py data/test_row_layouts.py",
-    "data/tokenization.py": "data/test_tokenization.py data/test_templates.py",
-    "intervals.py": "test_intervals.py",
-    "evaluation/statistics.py": "evaluation/test_statistics.py",
-    "judging/length_control.py": "judging/test_length_control.py",
-    "huggingface/adapters.py": "huggingface/test_adapter_files.py",
-    "huggingface/weight_names.py": "huggingface/test_weights.py huggingface/test_families.py",
-    "training/checkpoint.py": "training/test_checkpoint.py",
-    "training/identity.py": "training/test_identity.py",
+    "losses/bradley_terry.py": "bradley_terry",
+    "losses/divergences.py": "formulas golden laws",
+    "losses/pairs.py": "pairs formulas golden weighting",
+    "losses/pairwise.py": "formulas golden laws",
+    "losses/listwise.py": "listwise formulas golden laws",
+    "losses/plackett_luce.py": "plackett_luce golden laws",
+    "losses/unpaired.py": "unpaired formulas golden",
+    "losses/whole_batch.py": "formulas golden laws",
+    "losses/weighting.py": "weighting",
+    "models/log_probs.py": "log_probs",
+    "models/quantized.py": "quantized",
+    "models/rotary.py": "rotary",
+    "models/sampling.py": "sampling",
+    "data/encoding.py": "tokenization turns templates",
+    "data/mismatched.py": "mismatched",
+    "data/packing.py": "packing shapes",
+    "data/preferences.py": "preferences ties parts",
+    "data/sources.py": "preferences parts row_layouts",
+    "data/tokenization.py": "tokenization templates",
+    "intervals.py": "intervals",
+    "evaluation/statistics.py": "statistics",
+    "judging/length_control.py": "length_control",
+    "huggingface/adapters.py": "adapter_files",
+    "huggingface/weight_names.py": "weights families",
+    "training/checkpoint.py": "checkpoint",
+    "training/identity.py": "identity",
 }
-"""The tests of each module: those that are to notice a fault in it."""
+"""The tests that are to notice a fault in a module; `pairs` is `test_pairs.py` in the room that mirrors."""
 
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="} | {
     "is not": "is",
@@ -69,7 +70,14 @@ COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==
     "in": "not in",
 }
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "/", "%": "*", "**": "*", "&": "|", "|": "&"}
-NAMES = {"min": "max", "any": "all", "minimum": "maximum", "argmin": "argmax", "floor": "ceil", "first": "last"}
+NAMES = {
+    "min": "max",
+    "any": "all",
+    "minimum": "maximum",
+    "argmin": "argmax",
+    "floor": "ceil",
+    "first": "last",
+}
 NAMES |= {other: name for name, other in NAMES.items()}
 PREIMPORTED = ("numpy", "jax", "jax.numpy", "flax.linen", "optax", "beartype")
 PREIMPORTED += ("yaml", "pyarrow.parquet", "safetensors.numpy", "tokenizers", "jinja2", "scipy.stats")
@@ -200,10 +208,10 @@ def import_from_text(path: Path, text: str) -> None:
     """Let the next import of a file compile this text instead, whatever bytecode is stored."""
     get_code = bootstrap.SourceLoader.get_code
 
-    def get_changed(self: bootstrap.SourceLoader, name: str):
-        if Path(self.get_filename(name)) == path:  # pyright: ignore[reportAttributeAccessIssue]
+    def get_changed(self: bootstrap.SourceLoader, fullname: str) -> CodeType | None:
+        if Path(self.get_filename(fullname)) == path:  # pyright: ignore[reportAttributeAccessIssue]
             return self.source_to_code(text.encode(), str(path))
-        return get_code(self, name)
+        return get_code(self, fullname)
 
     bootstrap.SourceLoader.get_code = get_changed
 
@@ -250,10 +258,12 @@ def try_module(name: str, *, count: int, seed: int) -> Iterator[tuple[Fault, boo
     """
     path = ROOT / "dpo" / name
     text = path.read_text(encoding="utf-8")
-    tests = [str(ROOT / "tests" / test) for test in TESTS[name].split()]
+    tests = [str((ROOT / "tests" / name).parent / f"test_{test}.py") for test in TESTS[name].split()]
     began = time.monotonic()
     if not passes(path, text, tests, seconds=600):
-        raise SystemExit(f"{name}: its tests fail without a fault: {Path(os.environ['MUTANTS_LOG']).read_text()[-1500:]}")
+        raise SystemExit(
+            f"{name}: its tests fail without a fault: {Path(os.environ['MUTANTS_LOG']).read_text()[-1500:]}"
+        )
     seconds = 30 + 5 * (time.monotonic() - began)
     faults = possible_faults(text)
     drawn = random.Random(f"{seed} {name}").sample(faults, min(count, len(faults)))
