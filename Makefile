@@ -68,7 +68,7 @@ diffusion: CONFIG = configs/diffusion_gaussian.yaml
 diffusion: setup ## Diffusion-DPO where the optimum is known (CONFIG=configs/diffusion_mixture.yaml: in two dimensions)
 	$(BIN)/dpo diffusion --config $(CONFIG) $(ARGS)
 
-frontier: setup ## True reward against KL for DPO, IPO and Plackett-Luce (an hour or two; goes on where it was stopped)
+frontier: setup ## True reward against KL for DPO, IPO and Plackett-Luce (about an hour on two cores; goes on where it was stopped)
 	$(BIN)/dpo frontier $(ARGS)
 
 mutants: setup ## Plant faults in modules and see whether their tests notice (ARGS="losses/pairs.py --count 20")

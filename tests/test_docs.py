@@ -38,6 +38,7 @@ SETTINGS = (
 )
 OTHER_OPTIONS = {"help", "config", "allow_changed", "resume", "winrate", "interactive"}
 """Options of `dpo` that are no settings."""
+MUTANTS = ROOT / "tests" / "mutants.py"
 OTHER_PROGRAMS = ("pytest", "pip", "XLA_FLAGS", "--xla_", "srun", "sbatch", "kubectl", "gcloud")
 
 
@@ -135,7 +136,7 @@ def test_errors_are_as_shown(command: str, error: str, capsys: pytest.CaptureFix
 def test_options_exist(page: Path) -> None:
     known = {name for kind in SETTINGS for name in cli.command_parser("train", kind).setting_names()}
     known |= OTHER_OPTIONS
-    for program in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py")):
+    for program in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py"), MUTANTS):
         known |= {name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', program.read_text())}
     unknown = []
     for code in re.findall(r"`([^`\n]*)`", visible(page.read_text(encoding="utf-8"))):
@@ -203,7 +204,9 @@ def test_the_design_says_what_every_dependency_is_for() -> None:
 def test_every_promise_names_a_test_that_exists_and_is_not_skipped(page: str) -> None:
     """In the first table of the page; a test that is skipped only where something is missing counts."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    header, *rows = re.search(r"^\| promise .*?\n\n", text, re.MULTILINE | re.DOTALL)[0].strip().splitlines()
+    table = re.search(r"^\| promise .*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    header, *rows = table[0].strip().splitlines()
     column = [cell.strip() for cell in header.split("|")].index("test")
     for row in rows[1:]:
         named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.split("|")[column])

@@ -72,7 +72,7 @@ class LoraConfig:
 
     rank: int | None = None
     """Rank of the adapters: a linear x W becomes x W + s (x A) B, with so many columns in A and rows in B.
-    LoRA is off when not given."""
+    LoRA is off when neither rank nor init is given."""
     alpha: float | None = None
     """Sets the adapters' scale s = alpha / rank; twice the rank when not given."""
     target_modules: list[str] | str = "all-linear"
