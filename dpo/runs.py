@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from dpo.config import Config
 from dpo.outcomes import UserError
@@ -47,7 +47,28 @@ LOCK_FILE = "lock"
 # ---- what a run left ----
 
 
-def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
+class RunSummary(TypedDict):
+    """What `SUMMARY_FILE` holds."""
+
+    settings: str
+    """Fingerprint of the settings that a number depends on."""
+    contents: NotRequired[dict[str, dict[str, Any]]]
+    """Fingerprints of data, tokenizer, template and weights; versions before did not keep them."""
+    steps: int
+    prompts: int
+    eval: dict[str, float] | None
+    """Held-out metrics after the last step."""
+    best_checkpoint: int | None
+    export: str
+    memory: dict[str, Any] | None
+    """What training.memory_limit chose."""
+    seconds: float
+    layout: Mapping[str, Any]
+    """How prompts lie in rows (`Loader.report`)."""
+    versions: dict[str, str]
+
+
+def read_summary(run_dir: str | Path) -> RunSummary | None:
     """What a finished run came to; None for one that is not finished.
 
     Raises:
@@ -62,7 +83,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(summary, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(summary).__name__}")
-    return summary
+    return cast(RunSummary, summary)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, int | float]]:

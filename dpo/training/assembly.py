@@ -8,9 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dpo.parallel.distributed import is_main, shared_vote
-from dpo.runs import (
-    REFERENCE_DIRECTORY,
-)
+from dpo.runs import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.datasets import (
     all_processes,
@@ -19,6 +17,7 @@ from dpo.training.datasets import (
 )
 from dpo.training.identity import Identity, take_probe
 from dpo.training.interrupt import stoppable
+from dpo.training.on_policy import Observe
 from dpo.training.policy import Policy
 from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
@@ -30,8 +29,13 @@ from dpo.training.same_tokens import require_same_tokens
 from dpo.training.saving import Probe, Resume, Saver, find_resume
 from dpo.training.step import TrainState
 from dpo.training.tracking import Tracker, open_trackers
-from dpo.training.validation import Validation, open_validation
+from dpo.training.validation import Evaluate, Validation, make_evaluate, open_validation
 from dpo.training.watchdog import Line
+
+
+def checkpoints_of(run: Run) -> Checkpoints:
+    """What the run goes on from; a context that waits for what is being written."""
+    return Checkpoints(run.run_dir / CHECKPOINTS_DIRECTORY, keep=run.config.training.keep_checkpoints)
 
 
 def resume_of(run: Run, checkpoints: Checkpoints, *, log: Callable[[str], None]) -> Resume:
@@ -119,6 +123,25 @@ def validation_of(
         loader=scoring_loader(run.config.data, run.heldout.tokens, run.mesh),
         fingerprint=run.identity["data"]["eval"],
         log=log,
+    )
+
+
+def evaluate_of(
+    run: Run,
+    validation: Validation | None,
+    scoring: Scoring,
+    tracker: Tracker,
+    stop_requested: Callable[[], bool],
+    observe: Observe | None,
+) -> Evaluate:
+    """The held-out evaluation of a state; see `make_evaluate`."""
+    return make_evaluate(
+        validation,
+        beta=run.beta,
+        score_with=scoring.heldout,
+        observe=observe,
+        tracker=tracker,
+        stop_requested=stop_requested,
     )
 
 

@@ -8,11 +8,9 @@ happens after a step is a list of hooks (`dpo.training.hooks`).
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,26 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo.config import Config, save_config
+from dpo.config import Config
 from dpo.data.batch import Batch
-from dpo.files import replace_text, writing
 from dpo.parallel.deadline import Deadline
 from dpo.parallel.distributed import is_main, on_main, on_this_host, shared_vote
 from dpo.parallel.joining import joined
 from dpo.runs import (
     ADAPTER_DIRECTORY,
-    CHECKPOINTS_DIRECTORY,
-    CONFIG_FILE,
     EXPORT_DIRECTORY,
     HELDOUT_FILE,
     METRICS_FILE,
-    SUMMARY_FILE,
     read_metrics,
-    read_summary,
 )
 from dpo.training.adapted import export_adapters
 from dpo.training.announce import introduction
 from dpo.training.assembly import (
+    checkpoints_of,
+    evaluate_of,
     probe_of,
     program_of,
     record_of,
@@ -50,18 +45,16 @@ from dpo.training.assembly import (
     validation_of,
 )
 from dpo.training.checkpoint import Checkpoints
+from dpo.training.directory import begin, finish, has_the_same_contents, summary_of
 from dpo.training.export import export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
 from dpo.training.identity import (
     Identity,
-    differences,
     reference_identity,
-    require_same,
     settings_fingerprint,
 )
 from dpo.training.interrupt import StopRequested, stop_requests
 from dpo.training.lock import exclusive
-from dpo.training.memory import keep_choice
 from dpo.training.metrics import Metrics
 from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.placement import place_batch
@@ -71,17 +64,20 @@ from dpo.training.program import Program
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import choose_reference, make_scoring
-from dpo.training.saving import Resume
+from dpo.training.saving import Probe, Resume
 from dpo.training.starts import counted_start, hung_before
 from dpo.training.step import Params, Sums, TrainState, move_reference
 from dpo.training.tracking import say
-from dpo.training.validation import make_evaluate
-from dpo.training.versions import versions
+from dpo.training.validation import Evaluate
 
 ReferenceSums = Callable[[TrainState, Batch], Sums]
 """(state, batch) → the reference's sums over the batch's responses."""
 Update = Callable[[int, TrainState, Batch], tuple[TrainState, Metrics]]
 """(step from 1, state, batch) → the state after it, and its metrics."""
+
+
+Asked = Callable[[], bool]
+"""Whether a stop is asked for."""
 
 
 class RunResult(NamedTuple):
@@ -90,8 +86,8 @@ class RunResult(NamedTuple):
     run_dir: Path
     status: str
     """finished, interrupted, or already finished (nothing was done)."""
-    summary: dict[str, Any]
-    """What `SUMMARY_FILE` holds."""
+    summary: Mapping[str, Any]
+    """What `dpo.runs.RunSummary` says; of an interrupted run {"step": steps done, or None}."""
 
 
 def train(config: Config, *, observe: Observe | None = None) -> RunResult:
@@ -110,28 +106,24 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
         on_main(lambda: stack.enter_context(exclusive(run_dir)))
         stop_requested = stack.enter_context(stop_requests())
         on_main(lambda: stack.enter_context(counted_start(run_dir)))
-        summary = on_main(lambda: _summary_of(run_dir, settings))
+        summary = on_main(lambda: summary_of(run_dir, settings))
         try:
-            if summary is not None and _has_the_same_contents(config, summary):
+            if summary is not None and has_the_same_contents(config, summary, log=say):
                 return RunResult(run_dir, "already finished", summary)
             return _train(config, settings, stop_requested, observe)
         except StopRequested:
             return RunResult(run_dir, "interrupted", {"step": None})
 
 
-def _train(
-    given: Config, settings: str, stop_requested: Callable[[], bool], observe: Observe | None
-) -> RunResult:
+def _train(given: Config, settings: str, stop_requested: Asked, observe: Observe | None) -> RunResult:
     started = time.monotonic()
     run = prepare(given)
     stop_requested = shared_vote(stop_requested, run.mesh)
     with ExitStack() as stack:
         # Where the run goes on, if it was begun before.
-        keep = run.config.training.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(run.run_dir / CHECKPOINTS_DIRECTORY, keep=keep))
+        checkpoints = stack.enter_context(checkpoints_of(run))
         resume = resume_of(run, checkpoints, log=say)
-        for line in introduction(run):
-            say(line)
+        _introduce(run)
 
         # The reference: from here on its log-probs are data.
         scoring = make_scoring(run.config, run.policy, run.objective, run.mesh)
@@ -145,24 +137,14 @@ def _train(
         # The state, which takes the place of the policy's parameters and is donated from step to step.
         program, identity, probe = program_of(run), run.identity | known, probe_of(run, scoring)
         state = _first_state(run, program, resume, checkpoints)
-        if resume.step:
-            found = resume.check_probe(partial(probe, state), identity)
-            say(f"resumed after step {resume.step}: {found}")
+        _compare_restored(resume, partial(probe, state), identity)
 
         # All is compared that could have refused: from here on the directory is this start's.
-        if is_main():
-            _begin(run, given, settings)
+        begin(run, given, settings)
         tracker = stack.enter_context(tracker_of(run, resume))
         earlier = on_main(lambda: read_metrics(run.run_dir / METRICS_FILE))
         saver = saver_of(run, checkpoints, identity, probe, earlier)
-        evaluate = make_evaluate(
-            validation,
-            beta=run.beta,
-            score_with=scoring.heldout,
-            observe=observe,
-            tracker=tracker,
-            stop_requested=stop_requested,
-        )
+        evaluate = evaluate_of(run, validation, scoring, tracker, stop_requested, observe)
 
         # The steps.
         record = record_of(run, tracker, program, checkpoints, earlier)
@@ -170,22 +152,24 @@ def _train(
         between = Between(record, deadline, saver, evaluate)
         sums = _reference_sums(stores.get("train"), scoring.trained)
         hooks = _make_hooks(run, record, between, stop_requested)
-        if resume.step == 0:
-            hooks = [_check_of_the_first_loss(run, state, sums), *hooks]
+        first = [_check_of_the_first_loss(run, state, sums)] if resume.step == 0 else []
         update = _make_update(run, program, sums, deadline)
-        state, step = _optimise(run, state, update, hooks, between, first_step=resume.step)
+        state, step = _optimise(run, state, update, [*first, *hooks], between, first_step=resume.step)
 
         # What it came to.
         if step < run.num_steps:
             checkpoints.wait()
             return RunResult(run.run_dir, "interrupted", {"step": step})
         saver.save(step, state)
-        metrics = evaluate(state, step, path=run.run_dir / HELDOUT_FILE)
-        if stop_requested():
-            raise StopRequested
-        export = _export(run, state, metrics)
+        metrics = _evaluate_and_export(run, state, evaluate, stop_requested)
         checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
-        return _finish(run, metrics, export, settings=settings, started=started, best=saver.best)
+        summary = finish(run, metrics, settings=settings, started=started, best=saver.best)
+        return RunResult(run.run_dir, "finished", summary)
+
+
+def _introduce(run: Run) -> None:
+    for line in introduction(run):
+        say(line)
 
 
 def _first_state(run: Run, program: Program, resume: Resume, checkpoints: Checkpoints) -> TrainState:
@@ -198,21 +182,14 @@ def _first_state(run: Run, program: Program, resume: Resume, checkpoints: Checkp
     return checkpoints.restore(resume.step, program.state)
 
 
+def _compare_restored(resume: Resume, probe: Callable[[], Probe], identity: Identity) -> None:
+    """A restored policy must score as it did when it was saved; a first start has nothing to compare."""
+    if resume.step:
+        say(f"resumed after step {resume.step}: {resume.check_probe(probe, identity)}")
+
+
 def _step_deadline(run: Run) -> Deadline:
     return Deadline(run.config.distributed.step_timeout, fruitless=partial(hung_before, run.run_dir))
-
-
-def _begin(run: Run, given: Config, settings: str) -> None:
-    """Write down what a start that was accepted was given; a refused one leaves the directory as it was.
-
-    A summary that is there is of other settings: the run is not finished any more.
-    """
-    with writing("the settings", run.run_dir / CONFIG_FILE):  # what may differ is so for one start only
-        start = replace(given, training=replace(given.training, allow_changed=[]))
-        save_config(start, run.run_dir / CONFIG_FILE)
-        (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
-    if run.memory is not None:
-        keep_choice(run.memory, run.run_dir, limit=given.training.memory_limit, settings=settings)
 
 
 def _optimise(
@@ -266,7 +243,7 @@ def _check_of_the_first_loss(run: Run, state: TrainState, reference: ReferenceSu
     return once(lambda done: check_first_loss(float(done.metrics["loss"]), expected, dtype))
 
 
-def _make_hooks(run: Run, record: Record, between: Between, stop_requested: Callable[[], bool]) -> list[Hook]:
+def _make_hooks(run: Run, record: Record, between: Between, stop_requested: Asked) -> list[Hook]:
     """What happens after each step, in this order: a checkpoint comes before the evaluation at its step."""
     return [
         lambda done: record.add(done.step - 1, done.batch, done.metrics),
@@ -277,71 +254,24 @@ def _make_hooks(run: Run, record: Record, between: Between, stop_requested: Call
     ]
 
 
-def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> Path:
+def _evaluate_and_export(
+    run: Run, state: TrainState, evaluate: Evaluate, stop_requested: Asked
+) -> dict[str, float] | None:
+    """Held-out metrics of the last state, which is then exported unless a stop was asked for meanwhile."""
+    metrics = evaluate(state, run.num_steps, path=run.run_dir / HELDOUT_FILE)
+    if stop_requested():
+        raise StopRequested
+    _export(run, state, metrics)
+    return metrics
+
+
+def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> None:
     """The policy for Hugging Face, and where there are adapters, these for peft."""
-    export = run.run_dir / EXPORT_DIRECTORY
     params, frozen = on_this_host((state.params, run.policy.frozen))
     if is_main():
         policy = run.policy._replace(frozen=frozen)
+        export = run.run_dir / EXPORT_DIRECTORY
         export_model(run.config, policy, params, export, num_steps=run.num_steps, metrics=metrics)
         if run.config.lora.is_on:
             directory = run.run_dir / ADAPTER_DIRECTORY
             export_adapters(policy, params, directory, source=run.config.model.source)
-    return export
-
-
-def _finish(
-    run: Run,
-    metrics: dict[str, float] | None,
-    export: Path,
-    *,
-    settings: str,
-    started: float,
-    best: int | None,
-) -> RunResult:
-    """Write the summary, last: a run that has one is finished."""
-    summary = {
-        "settings": settings,
-        "contents": _contents(run),
-        "steps": run.num_steps,
-        "prompts": len(run.dataset.tokens),
-        "eval": metrics,
-        "best_checkpoint": best,
-        "export": str(export),
-        "memory": run.memory and run.memory.as_numbers(),
-        "seconds": round(time.monotonic() - started, 1),
-        "layout": run.loader.report(),
-        "versions": versions(),
-    }
-    if is_main():
-        text = json.dumps(summary, indent=1, sort_keys=True)
-        replace_text(run.run_dir / SUMMARY_FILE, text, what="the summary")
-    return RunResult(run.run_dir, "finished", summary)
-
-
-def _has_the_same_contents(config: Config, summary: dict[str, Any]) -> bool:
-    """Whether data, tokenizer, template and weights are those that a finished run was made from.
-
-    Raises:
-      ValueError: where one is not, and training.allow_changed does not name it.
-    """
-    if "contents" not in summary:  # of an earlier version, which did not say
-        return True
-    now = _contents(prepare(config))
-    where = f"the finished run in {config.run_dir}"
-    require_same(summary["contents"], now, allowed=config.training.allow_changed, where=where, log=say)
-    return not differences(summary["contents"], now)
-
-
-def _contents(run: Run) -> Identity:
-    return {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
-
-
-def _summary_of(run_dir: Path, settings: str) -> dict[str, Any] | None:
-    """What a finished run with these settings came to.
-
-    Raises:
-      ValueError: naming the file, when it is damaged.
-    """
-    summary = read_summary(run_dir)
-    return summary if summary is not None and summary.get("settings") == settings else None

@@ -1,0 +1,94 @@
+"""What a run writes of itself at its beginning and at its end: the settings, the summary, and what they say.
+
+A run directory with a summary is finished. The same command there does nothing, unless settings or contents
+(data, tokenizer, template, weights) are others.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dpo.config import Config, save_config
+from dpo.files import replace_text, writing
+from dpo.parallel.distributed import is_main
+from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, RunSummary, read_summary
+from dpo.training.identity import Identity, differences, require_same
+from dpo.training.memory import keep_choice
+from dpo.training.preparation import Run, prepare
+from dpo.training.versions import versions
+
+
+def begin(run: Run, given: Config, settings: str) -> None:
+    """Write down what a start that was accepted was given; a refused one leaves the directory as it was.
+
+    A summary that is there is of other settings: the run is not finished any more. Of several processes the
+    main one writes.
+    """
+    if not is_main():
+        return
+    with writing("the settings", run.run_dir / CONFIG_FILE):  # what may differ is so for one start only
+        start = replace(given, training=replace(given.training, allow_changed=[]))
+        save_config(start, run.run_dir / CONFIG_FILE)
+        (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+    if run.memory is not None:
+        keep_choice(run.memory, run.run_dir, limit=given.training.memory_limit, settings=settings)
+
+
+def finish(
+    run: Run,
+    metrics: dict[str, float] | None,
+    *,
+    settings: str,
+    started: float,
+    best: int | None,
+) -> RunSummary:
+    """Write the summary, last: a run that has one is finished. `started` is of the monotonic clock."""
+    summary: RunSummary = {
+        "settings": settings,
+        "contents": _contents(run),
+        "steps": run.num_steps,
+        "prompts": len(run.dataset.tokens),
+        "eval": metrics,
+        "best_checkpoint": best,
+        "export": str(run.run_dir / EXPORT_DIRECTORY),
+        "memory": run.memory and run.memory.as_numbers(),
+        "seconds": round(time.monotonic() - started, 1),
+        "layout": run.loader.report(),
+        "versions": versions(),
+    }
+    if is_main():
+        text = json.dumps(summary, indent=1, sort_keys=True)
+        replace_text(run.run_dir / SUMMARY_FILE, text, what="the summary")
+    return summary
+
+
+def summary_of(run_dir: Path, settings: str) -> RunSummary | None:
+    """What a finished run with these settings came to; None where there is none.
+
+    Raises:
+      ValueError: naming the file, when it is damaged.
+    """
+    summary = read_summary(run_dir)
+    return summary if summary is not None and summary.get("settings") == settings else None
+
+
+def has_the_same_contents(config: Config, summary: RunSummary, *, log: Callable[[str], None]) -> bool:
+    """Whether data, tokenizer, template and weights are those that a finished run was made from.
+
+    Raises:
+      ValueError: where one is not, and training.allow_changed does not name it.
+    """
+    if "contents" not in summary:  # of an earlier version, which did not say
+        return True
+    now = _contents(prepare(config))
+    where = f"the finished run in {config.run_dir}"
+    require_same(summary["contents"], now, allowed=config.training.allow_changed, where=where, log=log)
+    return not differences(summary["contents"], now)
+
+
+def _contents(run: Run) -> Identity:
+    return {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
