@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,12 @@ class Network(nnx.Module):
     """Fully connected, SiLU, on x and cos, sin of t; its last layer starts at zero."""
 
     def __init__(self, *, num_dims: int, hidden_size: int, num_layers: int, rngs: nnx.Rngs) -> None:
+        linear = partial(nnx.Linear, precision="highest")  # float32 on every platform
         sizes = [num_dims + 1 + 2 * NUM_FREQUENCIES, *[hidden_size] * num_layers]
         self.layers = nnx.List(
-            [nnx.Linear(before, after, rngs=rngs) for before, after in itertools.pairwise(sizes)]
+            [linear(before, after, rngs=rngs) for before, after in itertools.pairwise(sizes)]
         )
-        self.out = nnx.Linear(sizes[-1], num_dims, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.out = linear(sizes[-1], num_dims, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N D"], t: Float[Array, " N"]) -> Float[Array, "N D"]:
         """`t` runs from 0 to 1."""

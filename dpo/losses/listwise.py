@@ -188,7 +188,9 @@ def _discount_change(log_ratio: Float[Array, "P K"], present: Bool[Array, "P K"]
     apart = jnp.abs(discount[:, None] - discount[None, :])
     size = jnp.sum(tied, axis=2).astype(log_ratio.dtype)
     mean = jnp.sum(jnp.where(tied, discount[None, None, :], 0.0), axis=2) / size
-    within = jnp.einsum("pij,jk,pik->pi", tied.astype(apart.dtype), apart, tied.astype(apart.dtype))
+    within = jnp.einsum(
+        "pij,jk,pik->pi", tied.astype(apart.dtype), apart, tied.astype(apart.dtype), precision="highest"
+    )
     within = within / jnp.maximum(size * (size - 1.0), 1.0)
     change = jnp.where(tied, within[:, :, None], jnp.abs(mean[:, :, None] - mean[:, None, :]))
     prompts = jnp.arange(len(place))[:, None, None]

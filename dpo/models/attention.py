@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
 from dpo.models.attention_fast import attend_cudnn, attend_splash
 from dpo.models.attention_ranges import attend_ranges
+from dpo.models.precision import precision_of
 from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
@@ -208,7 +209,9 @@ def attend_cached(
     R, T, H, C = q.shape
     G = keys.shape[1]
     q = q.reshape(R, T, G, H // G, C)
-    scores = jnp.einsum("rtgqc,rgcs->rgqts", q, keys, preferred_element_type=jnp.float32) * scale
+    scores = scale * jnp.einsum(
+        "rtgqc,rgcs->rgqts", q, keys, precision=precision_of(q, keys), preferred_element_type=jnp.float32
+    )
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if key_bias is not None:
@@ -216,4 +219,5 @@ def attend_cached(
         scores += key_bias.transpose(0, 2, 1).reshape(R, G, H // G, 1, S)
     scores = jnp.where(mask[:, None, None, :, :], scores, _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("rgqts,rgsc->rtgqc", weights, values).reshape(R, T, H, C)
+    out = jnp.einsum("rgqts,rgsc->rtgqc", weights, values, precision=precision_of(values))
+    return out.reshape(R, T, H, C)

@@ -30,6 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from dpo.models.precision import precision_of
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 BLOCK = 64
@@ -363,4 +364,6 @@ def _heads_first(x: Array) -> Array:
 
 def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     axes = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        left, right, axes, precision=precision_of(left, right), preferred_element_type=jnp.float32
+    )

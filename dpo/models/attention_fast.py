@@ -9,15 +9,19 @@ the other. cuDNN adds the mask to the scores, visits everything, and knows half 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 from jaxtyping import Array, Bool, Float
 
 from dpo.models.attention_blocked import SAVED_NAMES
+from dpo.models.precision import told_nothing
 
 LANES = 128
 """Slots a block of splash at least, of which all are multiples."""
@@ -94,11 +98,43 @@ def _splash_row(
         residual_checkpoint_name=SAVED_NAMES[0],
         interpret=interpret,
     )
+    return _attend_exactly(kernel, q, k, v) if q.dtype == jnp.float32 else _attend_by(kernel, q, k, v)
+
+
+def _attend_by(kernel: SplashAttentionKernel, q: Array, k: Array, v: Array) -> Array:
     # Made while tracing, the kernel holds this as a traced value and then asks for its truth (JAX 0.10).
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     out = kernel(q, k, v)
     assert isinstance(out, Array)  # without residuals
     return out
+
+
+@jax.custom_vjp
+def _attend_exactly(kernel: SplashAttentionKernel, q: Array, k: Array, v: Array) -> Array:
+    """The same with products of float32 in full: splash names no precision, so JAX is told one meanwhile."""
+    with _in_full():
+        return _attend_by(kernel, q, k, v)
+
+
+def _exactly_forward(
+    kernel: SplashAttentionKernel, q: Array, k: Array, v: Array
+) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+    with _in_full():
+        return jax.vjp(partial(_attend_by, kernel), q, k, v)
+
+
+def _exactly_backward(
+    pull: Callable[[Array], tuple[Array, ...]], cotangent: Array
+) -> tuple[Array | None, ...]:
+    with _in_full():
+        return (None, *pull(cotangent))
+
+
+_attend_exactly.defvjp(_exactly_forward, _exactly_backward)
+
+
+def _in_full() -> AbstractContextManager[None]:
+    return jax.default_matmul_precision("highest") if told_nothing() else nullcontext()
 
 
 def _pad(x: Float[Array, "R T N C"], length: int) -> Float[Array, "R length N C"]:

@@ -28,6 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from dpo.models.attention_blocked import SAVED_NAMES
+from dpo.models.precision import precision_of
 
 LARGEST_BLOCK = 64
 """Slots a block of queries and of keys at most; rows are padded to a multiple of their block."""
@@ -324,9 +325,8 @@ def _scores(
 
 
 def _dot(a: Array, b: Array) -> Float32[Array, ...]:
-    """A product summed in float32; of float32 operands without rounding them to TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+    """A product summed in float32."""
+    return jax.lax.dot(a, b, precision=precision_of(a, b), preferred_element_type=jnp.float32)
 
 
 def _bounds(ranges: Ranges, size: int) -> _Bounds:

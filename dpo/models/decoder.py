@@ -27,6 +27,7 @@ from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.layers import Embedding, LayerMaker, stack_layers
 from dpo.models.linear import PRODUCT, Rounds
+from dpo.models.precision import precision_of
 from dpo.models.rotary import cos_sin
 from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 
@@ -107,10 +108,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Float32 logits with the family's soft-capping; for few positions, [..., V] is large."""
+        embedding = self.output_embedding.astype(hidden.dtype)
         logits = jnp.einsum(
             "...d,vd->...v",
             hidden,
-            self.output_embedding.astype(hidden.dtype),
+            embedding,
+            precision=precision_of(hidden, embedding),
             preferred_element_type=jnp.float32,
         )
         cap = self.config.logit_softcap

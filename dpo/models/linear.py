@@ -9,6 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
+from dpo.models.precision import precision_of
 from dpo.models.products import rounded_product
 
 Rounds = Literal["neither", "backward", "both"]
@@ -30,6 +31,7 @@ class Linear(nnx.Linear):
 
     def __init__(self, dim_in: int, dim_out: int, **options: Any):
         super().__init__(dim_in, dim_out, **options)
+        self.precision = precision_of(self.dtype or self.param_dtype)
         self.rounds: Rounds = "both" if self.dtype == jnp.bfloat16 else "neither"
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n F"]:
@@ -53,7 +55,9 @@ def product(
     x: Float[Array, "n D"], w: Float[Array, "D F"], rounds: Rounds, dtype: Any = jnp.float32
 ) -> Float[Array, "n F"]:
     """x W, rounded in some passes; the result is in `dtype` where both are rounded, else as the operands."""
-    return x @ w if rounds == "neither" else rounded_product(x, w, rounds == "backward", dtype)
+    if rounds == "neither":
+        return jnp.matmul(x, w, precision=precision_of(x, w))
+    return rounded_product(x, w, rounds == "backward", dtype)
 
 
 def keep(y: Float[Array, "n F"], rounds: Rounds) -> Float[Array, "n F"]:

@@ -24,6 +24,7 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
+from dpo.models.precision import precision_of
 from dpo.models.products import rounded_sum
 from dpo.outcomes import UserError
 from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
@@ -363,4 +364,6 @@ def _logits(
 
 def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     axes = (((left_axis,), (right_axis,)), ((), ()))
-    return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        left, right, axes, precision=precision_of(left, right), preferred_element_type=jnp.float32
+    )

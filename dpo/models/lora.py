@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dpo.models.linear import Linear
+from dpo.models.precision import precision_of
 from dpo.models.quantized import Int8Linear
 
 
@@ -53,7 +54,9 @@ class LoraLinear(nnx.Module):
     @property
     def full_kernel(self) -> Float32[Array, "*L D F"]:
         """W + s A B in float32."""
-        return self.base.full_kernel + self._scale[..., None, None] * (self.lora_a[...] @ self.lora_b[...])
+        a, b = self.lora_a[...], self.lora_b[...]
+        added = jnp.matmul(a, b, precision=precision_of(a, b))
+        return self.base.full_kernel + self._scale[..., None, None] * added
 
     @property
     def _scale(self) -> Float32[Array, "*L"]:
@@ -61,7 +64,8 @@ class LoraLinear(nnx.Module):
 
     def _added(self, x: Float[Array, "n D"], dtype: Any) -> Float[Array, "n F"]:
         a, b = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
-        return ((x.astype(dtype) @ a) * self._scale.astype(dtype)) @ b
+        low = jnp.matmul(x.astype(dtype), a, precision=precision_of(a)) * self._scale.astype(dtype)
+        return jnp.matmul(low, b, precision=precision_of(b))
 
 
 class DoraLinear(LoraLinear):

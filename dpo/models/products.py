@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32
 
+from dpo.models.precision import precision_of
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rounded_product(
@@ -25,7 +27,9 @@ def rounded_product(
     Sums are float32 and are rounded to `dtype` at the end. With `only_backward` the value is the plain
     product, and the gradient that of rounded operands.
     """
-    return x @ w if only_backward else _product(_round(x), _round(w), _FORWARD, dtype)
+    if only_backward:
+        return jnp.matmul(x, w, precision=precision_of(x, w))
+    return _product(_round(x), _round(w), _FORWARD, dtype)
 
 
 def _forward(

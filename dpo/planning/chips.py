@@ -24,7 +24,7 @@ class Chip(NamedTuple):
     flops: float
     """Dense bfloat16 products, FLOP/s."""
     float32_flops: float
-    """Products of float32 arrays at JAX's default precision there, FLOP/s."""
+    """Dense float32 products in full precision (`dpo/models/precision.py`), FLOP/s."""
     memory: float
     """Bytes."""
     bandwidth: float
@@ -35,16 +35,17 @@ class Chip(NamedTuple):
     """Latency from one neighbour to the next."""
 
 
-# TPU: "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter "TPUs"; float32 products are one
-# bfloat16 pass by default. GPU: NVIDIA's data sheets, dense; float32 is TF32 by default.
+# TPU: "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter "TPUs"; a float32 product in full is
+# six bfloat16 passes (`jax.lax.Precision.HIGHEST`). GPU: NVIDIA's data sheets, dense; float32 is their FP32,
+# not their TF32.
 CHIPS: dict[str, Chip] = {
-    "v5e": Chip("TPU v5e", "tpu", 1.97e14, 1.97e14, 16 * GIB, 8.1e11, 4.5e10, 1e-6),
-    "v5p": Chip("TPU v5p", "tpu", 4.59e14, 4.59e14, 95 * GIB, 2.8e12, 9e10, 1e-6),
-    "v6e": Chip("TPU v6e", "tpu", 9.2e14, 9.2e14, 32 * GIB, 1.6e12, 9e10, 1e-6),
-    "v4": Chip("TPU v4", "tpu", 2.75e14, 2.75e14, 32 * GIB, 1.2e12, 4.5e10, 1e-6),
-    "a100": Chip("A100 80GB SXM", "gpu", 3.12e14, 1.56e14, 80e9, 2.0e12, 3.0e11, 3e-6),
-    "h100": Chip("H100 SXM", "gpu", 9.89e14, 4.94e14, 80e9, 3.35e12, 4.5e11, 3e-6),
-    "h200": Chip("H200 SXM", "gpu", 9.89e14, 4.94e14, 141e9, 4.8e12, 4.5e11, 3e-6),
+    "v5e": Chip("TPU v5e", "tpu", 1.97e14, 1.97e14 / 6, 16 * GIB, 8.1e11, 4.5e10, 1e-6),
+    "v5p": Chip("TPU v5p", "tpu", 4.59e14, 4.59e14 / 6, 95 * GIB, 2.8e12, 9e10, 1e-6),
+    "v6e": Chip("TPU v6e", "tpu", 9.2e14, 9.2e14 / 6, 32 * GIB, 1.6e12, 9e10, 1e-6),
+    "v4": Chip("TPU v4", "tpu", 2.75e14, 2.75e14 / 6, 32 * GIB, 1.2e12, 4.5e10, 1e-6),
+    "a100": Chip("A100 80GB SXM", "gpu", 3.12e14, 1.95e13, 80e9, 2.0e12, 3.0e11, 3e-6),
+    "h100": Chip("H100 SXM", "gpu", 9.89e14, 6.7e13, 80e9, 3.35e12, 4.5e11, 3e-6),
+    "h200": Chip("H200 SXM", "gpu", 9.89e14, 6.7e13, 141e9, 4.8e12, 4.5e11, 3e-6),
 }
 
 GPUS_A_HOST = 8

@@ -28,7 +28,7 @@ def plan_as_text(plan: Plan, target: Target, *, compute_dtype: str) -> str:
         *_memory_lines(plan),
     ]
     if plan.times is not None and plan.program is not None:
-        lines += ["", *_time_lines(plan, target, compute_dtype), "", *_collective_lines(plan)]
+        lines += ["", *_time_lines(plan, target), "", *_collective_lines(plan)]
     if plan.advice:
         lines += ["", "to change:", *(f"  {what}" for what in plan.advice)]
     return "\n".join(lines)
@@ -90,14 +90,13 @@ def _memory_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _time_lines(plan: Plan, target: Target, compute_dtype: str) -> list[str]:
+def _time_lines(plan: Plan, target: Target) -> list[str]:
     assert plan.times is not None
     assert plan.program is not None
     times, devices = plan.times, target.topology.num_devices
-    rate = target.chip.float32_flops if compute_dtype == "float32" else target.chip.flops
     tokens = plan.workload.work.sequence_tokens
     quick, slow = times.hidden, times.exposed
-    useful = plan.useful_flops / devices / rate
+    useful = times.compute * plan.useful_flops / plan.flops
     return [
         "a device and step:",
         f"  arithmetic   {plan.flops / devices / 1e12:8.3f} TFLOP  {1e3 * times.compute:9.2f} ms "

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from dpo.config import Config, MeshConfig
+from dpo.config import Config, MeshConfig, ModelConfig
 from dpo.data.batch import ROW_FIELDS, Batch
 from dpo.data.packing import Shape
 from dpo.data.shapes import Step, plan_shapes
@@ -195,7 +195,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
             flops,
             chip=target.chip,
             topology=target.topology,
-            compute_dtype=config.model.compute_dtype,
+            products=_dtype_of_products(config.model),
         )
     plan = Plan(
         mesh=dict(mesh.shape),
@@ -216,6 +216,11 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
 def attention_on(target: Target, setting: Implementation) -> Implementation:
     """The settings' attention, or the target's where its devices stand in for others."""
     return setting if target.attention == "auto" else target.attention
+
+
+def _dtype_of_products(model: ModelConfig) -> str:
+    """What most operands of products are in; float32 where only the backward pass rounds them."""
+    return "bfloat16" if model.round_products == "both" else model.compute_dtype
 
 
 _ATTENTION_PASSES = 3.5

@@ -57,11 +57,9 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     return sum((_equation_flops(equation) for equation in jaxpr.eqns), start=0.0)
 
 
-def step_times(
-    program: Program, flops: float, *, chip: Chip, topology: Topology, compute_dtype: str
-) -> Times:
-    """Times of a step in which every device has an equal share of `flops`."""
-    rate = chip.float32_flops if compute_dtype == "float32" else chip.flops
+def step_times(program: Program, flops: float, *, chip: Chip, topology: Topology, products: str) -> Times:
+    """Times of a step in which every device has an equal share of `flops`, of operands in `products`."""
+    rate = chip.float32_flops if products == "float32" else chip.flops
     bandwidth = ring_bandwidth(chip)
     return Times(
         compute=flops / topology.num_devices / rate,

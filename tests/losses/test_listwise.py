@@ -2,9 +2,12 @@
 
 from itertools import pairwise, permutations
 
+import jax
 import numpy as np
 import pytest
 from score_cases import evaluate, of_log_ratio
+
+from dpo.losses import make_objective
 
 BETA = 0.05
 
@@ -61,3 +64,14 @@ def test_listmle_weighs_the_stages_of_the_responses_that_are_present(weights, of
     np.testing.assert_allclose(
         evaluate({"name": "listmle", "weights": weights}, scores)[0], [expected], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lambda_weights_are_of_float32_on_every_platform(platform):
+    """Their only matrix product: a TPU would round it to bfloat16 by default, a GPU to TF32."""
+    scores = of_log_ratio(np.ones((2, 3), np.float32))
+    weigh = jax.jit(lambda policy: make_objective({"name": "lipo_lambda"})(scores._replace(policy=policy)))
+    text = weigh.trace(scores.policy).lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
