@@ -82,11 +82,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from dpo.losses import make_objective
     from dpo.parallel.sharding import make_mesh
     from dpo.training.adapted import open_policy
-    from dpo.training.datasets import make_loader, read_dataset, scoring_loader
+    from dpo.training.datasets import make_loader, scoring_loader
     from dpo.training.optimizer import make_optimizer, make_schedule
     from dpo.training.placement import place_batch
     from dpo.training.policy import make_score
     from dpo.training.program import enable_compilation_cache
+    from dpo.training.reading import read_dataset
     from dpo.training.reference import ReferenceStore, score_rows
     from dpo.training.step import init_state, make_train_step
 
@@ -278,7 +279,7 @@ def _forecast(traced: Any, compiled: Any, dtype: str, devices: list[Any]) -> flo
         return None
     program, topology = read_program(compiled.as_text() or "", len(devices)), Topology(kind, (len(devices),))
     return step_times(
-        program, count_flops(traced.jaxpr), chip=CHIPS[kind], topology=topology, compute_dtype=dtype
+        program, count_flops(traced.jaxpr), chip=CHIPS[kind], topology=topology, products=dtype
     ).hidden
 
 

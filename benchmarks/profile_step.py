@@ -29,10 +29,11 @@ from dpo.models.layers import GatedMLP
 from dpo.models.log_probs import token_log_probs
 from dpo.models.rotary import cos_sin
 from dpo.parallel.sharding import make_mesh
-from dpo.training.datasets import make_loader, read_dataset
+from dpo.training.datasets import make_loader
 from dpo.training.optimizer import make_optimizer, make_schedule
 from dpo.training.policy import load_policy
 from dpo.training.program import enable_compilation_cache
+from dpo.training.reading import read_dataset
 from dpo.training.step import init_state, make_train_step
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Bytecode is kept: without it every worker compiles the package and the tests anew, each time.
@@ -39,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     from cpu_times import CpuTimes
 
-    config.pluginmanager.register(CpuTimes(config.getoption("--rooms")), "cpu_times")
+    config.pluginmanager.register(CpuTimes(bool(config.getoption("--rooms"))), "cpu_times")
     # A worker may find a program that another is still writing: it compiles it itself, and jax says so.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
     is_worker = hasattr(config, "workerinput")
@@ -73,3 +74,14 @@ def compiled_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokens of tests are kept for a session, and apart from the user's."""
+    from dpo.training import reading
+
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "cache_directory", lambda: directory)
+        yield directory / "tokens"

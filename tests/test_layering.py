@@ -29,7 +29,7 @@ BELOW = {
     "losses": {"outcomes"},
     "diffusion": {"outcomes", "losses"},
     "parallel": {"outcomes"},
-    "data": {"outcomes", "parallel", "losses", "intervals"},
+    "data": {"outcomes", "parallel", "losses", "intervals", "files"},
     "models": {"outcomes", "parallel"},
     "huggingface": {"outcomes", "models", "parallel", "files"},
     "training": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from dpo.outcomes import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpo.training.datasets import Dataset
+    from dpo.training.reading import Dataset
 
 
 def inspect_data(config: Config, given: InspectConfig) -> None:
@@ -39,19 +40,12 @@ def report_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, heldout: bool = False
 ) -> tuple[dict[str, Any], Dataset]:
     """The data report of the training (or held-out) preferences, and the data set itself."""
-    from dpo.data.inspection import inspect_dataset
-    from dpo.data.preferences import read_preferences
-    from dpo.data.rows import row_reading
-    from dpo.training.datasets import read_dataset
+    from dpo.data.inspection import inspect_rows
+    from dpo.training.reading import each_text, read_dataset, read_texts
 
     data, dataset = config.data, read_dataset(config.data, tokenizer, heldout=heldout)
     others = None
     if data.eval is not None and not heldout:
-        others = read_preferences(
-            data.eval,
-            split=data.eval_split,
-            on_error=data.on_error,
-            limit=data.max_eval,
-            reading=row_reading(data.row_layout, data.columns, data.ignore_columns),
-        ).preferences
-    return inspect_dataset(dataset.read, dataset.tokens, heldout=others), dataset
+        others = read_texts(replace(data, expand="ranking"), heldout=True).preferences
+    texts = each_text(data, heldout=heldout)
+    return inspect_rows(dataset.read, texts, dataset.tokens, heldout=others), dataset

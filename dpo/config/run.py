@@ -182,8 +182,17 @@ class DataConfig:
     """Shuffle the data anew in each epoch, by (seed, epoch). When false, they keep the file's order."""
     on_error: Literal["stop", "skip"] = "stop"
     """What is done with a malformed row: stop before training, or skip and count it."""
+    token_store: str | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
+    """Directory in which tokens are kept from start to start, or off to keep none; tokens/ in DPO_CACHE
+    (~/.cache/dpo) when not given."""
+    token_store_limit: float = field(default=50.0, metadata=marks(BESIDE, OFF_THE_CARD))
+    """Gigabytes that the token store may hold; above it, what was not used for the longest time goes."""
+    num_workers: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD, OWN))
+    """Processes that make tokens of large data; as many as there are CPU cores when not given."""
 
     def __post_init__(self) -> None:
+        check_range("data.token_store_limit", self.token_store_limit, above=0.0)
+        check_range("data.num_workers", self.num_workers, low=1)
         check_range("data.max_length", self.max_length, low=2)
         check_range("data.max_train", self.max_train, low=1)
         check_range("data.max_eval", self.max_eval, low=1)

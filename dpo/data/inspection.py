@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import string
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.control_characters import show_controls
-from dpo.data.messages import Prompt, message_text, response_text
-from dpo.data.preferences import Preference, ReadPreferences
+from dpo.data.preferences import Preference, ReadPreferences, ReadSummary
 from dpo.data.remaining import warnings
+from dpo.data.text_counts import TextCounts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.intervals import wilson
 
@@ -34,10 +32,23 @@ def inspect_dataset(
     `heldout` are the preferences to look for shared prompts with. Quantiles and the longer-is-better rate are
     about the tokens that are kept; counts of texts are about all preferences that were read.
     """
-    preferences = read.preferences
+    return inspect_rows(read.summary, read.preferences, dataset, heldout=heldout)
+
+
+def inspect_rows(
+    read: ReadSummary,
+    preferences: Iterable[Preference],
+    dataset: TokenizedDataset,
+    *,
+    heldout: Sequence[Preference] | None = None,
+) -> Report:
+    """The same of preferences that come one by one and are not held."""
+    texts = TextCounts()
+    for preference in preferences:
+        texts.add(preference, with_first_messages=heldout is not None)
     report: Report = {
         "rows": read.num_rows,
-        "preferences": len(preferences),
+        "preferences": texts.count,
         "kept": len(dataset),
         "skipped": read.skipped,
         "problems": [str(problem) for problem in read.problems],
@@ -49,18 +60,17 @@ def inspect_dataset(
         "warnings": warnings(read, dataset),
         "remarks": dataset.remarks,
         "first_remarks": dataset.first_remarks,
-        "sources": dict(Counter(preference.source for preference in preferences).most_common(20)),
-        "responses": _count_sizes(preferences),
-        "with_scores": sum(preference.scores is not None for preference in preferences),
+        "sources": dict(texts.sources.most_common(20)),
+        "responses": {str(size): texts.sizes[size] for size in sorted(texts.sizes)},
+        "with_scores": texts.with_scores,
         "lengths": _lengths(dataset),
         "longer_is_better": longer_is_better(dataset),
-        **_count_texts(preferences),
+        **texts.figures(),
     }
-    if max(len(preference.responses) for preference in preferences) == 1:
-        desirable = sum(preference.ranks[0] == 0 for preference in preferences)
-        report["labels"] = {"desirable": desirable, "undesirable": len(preferences) - desirable}
+    if max(texts.sizes) == 1:
+        report["labels"] = {"desirable": texts.desirable, "undesirable": texts.count - texts.desirable}
     if heldout is not None:
-        report["overlap"] = prompt_overlap(preferences, heldout)
+        report["overlap"] = texts.overlap(heldout)
     return report
 
 
@@ -85,67 +95,7 @@ def longer_is_better(dataset: TokenizedDataset) -> Report:
     }
 
 
-def prompt_overlap(preferences: Sequence[Preference], heldout: Sequence[Preference]) -> Report:
-    """Held-out preferences whose prompt is also trained on: whole, and by the first message alone.
-
-    Prompts are compared in lower case, without punctuation and with single spaces; paraphrases are not found.
-    """
-    whole = {_normalise(_flatten(preference.prompt)) for preference in preferences}
-    first = {_normalise(_first_message(preference.prompt)) for preference in preferences}
-    shared = [p for p in heldout if _normalise(_flatten(p.prompt)) in whole]
-    opened = [p for p in heldout if _normalise(_first_message(p.prompt)) in first]
-    return {
-        "heldout": len(heldout),
-        "same_prompt": len(shared),
-        "same_first_message": len(opened),
-        "examples": [preference.location for preference in shared[:5]],
-    }
-
-
-# ---- counts ----
-
-
-def _count_sizes(preferences: Sequence[Preference]) -> dict[str, int]:
-    sizes = Counter(len(preference.responses) for preference in preferences)
-    return {str(size): sizes[size] for size in sorted(sizes)}
-
-
-def _count_texts(preferences: Sequence[Preference]) -> Report:
-    """Ties, copies and contradictions."""
-    prompts = [_flatten(preference.prompt) for preference in preferences]
-    texts = [tuple(map(response_text, preference.responses)) for preference in preferences]
-    whole = Counter(zip(prompts, texts, strict=True))
-    orders: dict[tuple[str, str, str], set[bool]] = defaultdict(set)
-    for prompt, preference in zip(prompts, preferences, strict=True):
-        for first, second, is_ahead in _statements(preference):
-            orders[prompt, first, second].add(is_ahead)
-    return {
-        "distinct_prompts": len(set(prompts)),
-        "duplicates": sum(count - 1 for count in whole.values()),
-        "tied": sum(len(set(p.ranks)) < len(p.ranks) for p in preferences),
-        "all_tied": sum(len(set(p.ranks)) == 1 < len(p.ranks) for p in preferences),
-        "identical_responses": sum(len(set(mine)) < len(mine) for mine in texts),
-        "conflicting": sum(len(seen) > 1 for seen in orders.values()),
-        "scores_against_ranks": sum(_scores_against_ranks(p) for p in preferences),
-    }
-
-
-def _statements(preference: Preference) -> Iterator[tuple[str, str, bool]]:
-    """What a preference says of two texts, in an order that is the same for both opinions."""
-    texts = list(map(response_text, preference.responses))
-    if len(texts) == 1:
-        yield texts[0], "", preference.ranks[0] == 0
-    for (left, i), (right, j) in combinations(zip(texts, preference.ranks, strict=True), 2):
-        if i != j and left != right:
-            yield min(left, right), max(left, right), left < right
-
-
-def _scores_against_ranks(preference: Preference) -> bool:
-    scores = preference.scores
-    if scores is None:
-        return False
-    pairs = combinations(zip(preference.ranks, scores, strict=True), 2)
-    return any((j - i) * (b - a) > 0 for (i, a), (j, b) in pairs)
+# ---- lengths ----
 
 
 def _lengths(dataset: TokenizedDataset) -> Report:
@@ -174,29 +124,6 @@ def _quantiles(lengths: Int[np.ndarray, " _"]) -> dict[str, float]:
     }
 
 
-# ---- texts ----
-
-
-def _flatten(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn['role']}: {message_text(turn)}" for turn in prompt)
-
-
-def _first_message(prompt: Prompt) -> str:
-    """The first thing a user says."""
-    if isinstance(prompt, str):
-        return prompt
-    return message_text(next((turn for turn in prompt if turn["role"] == "user"), prompt[0]))
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’…–—")
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
-
 # ---- in colour ----
 
 
@@ -207,7 +134,7 @@ def render_report(report: Report) -> RenderableType:
 
 def render_example(
     dataset: TokenizedDataset, row: int, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int = 200
-) -> RenderableType:
+) -> Text:
     """One prompt and its responses: grey is read, colour is scored, one shade a token; line ends show."""
     prompt = dataset.prompt(row).tolist()
     text = Text(f"prompt ({len(prompt)} tokens, not scored)\n", style="bold")

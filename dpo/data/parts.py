@@ -7,7 +7,6 @@ fingerprint. Texts stay where they were read.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,18 +14,20 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from dpo.data.columns import BY_COLUMNS, RowReading
+from dpo.data.joining import TokenizedPart, join_parts
 from dpo.data.preferences import (
-    MAX_PROBLEMS,
     Expand,
     OnError,
     Problem,
     ReadPreferences,
+    ReadSummary,
     check_read,
     has_groups,
+    join_summaries,
     read_part,
 )
 from dpo.data.sources import Part, cut
-from dpo.data.tokenized import TokenizedDataset, TokenizedPart, join_parts
+from dpo.data.tokenized import TokenizedDataset
 
 
 class Peers(NamedTuple):
@@ -69,29 +70,14 @@ def read_together(
         locations = [preference.location for preference in own[0].preferences]
         return json.dumps([*own[0][1:], locations]).encode()
 
-    skipped: Counter[str] = Counter()
-    problems: list[Problem] = []
+    summaries: list[ReadSummary] = []
     locations: list[str] = []
-    layouts: Counter[str] = Counter()
-    unused: Counter[str] = Counter()
-    num_rows = 0
     for rows, reasons, found, kinds, columns, where in map(json.loads, peers.from_all(read)):
-        num_rows += rows
-        skipped.update(reasons)
-        layouts.update(kinds)
-        unused.update(columns)
-        problems += [Problem(*problem) for problem in found]
+        summaries.append(ReadSummary(rows, reasons, [Problem(*one) for one in found], kinds, columns))
         locations += where
-    together = ReadPreferences(
-        own[0].preferences,
-        num_rows,
-        dict(sorted(skipped.items())),
-        problems[:MAX_PROBLEMS],
-        dict(layouts),
-        dict(unused),
-    )
-    check_read(source, together, len(locations), on_error)
-    return together, locations
+    summary = join_summaries(summaries)
+    check_read(source, summary, len(locations), on_error)
+    return ReadPreferences(own[0].preferences, *summary), locations
 
 
 def _cut(source: str, split: str, count: int, limit: int | None, reading: RowReading) -> list[Part]:
@@ -108,17 +94,17 @@ def tokenize_together(tokenize_own: Callable[[], TokenizedPart], peers: Peers) -
     Raises:
       ValueError: in every process, as `tokenize` does.
     """
-    return join_parts([_decode(part) for part in peers.from_all(lambda: _encode(tokenize_own()))])
+    return join_parts([decode_part(part) for part in peers.from_all(lambda: encode_part(tokenize_own()))])
 
 
-def _encode(part: TokenizedPart) -> bytes:
+def encode_part(part: TokenizedPart) -> bytes:
     """Arrays as safetensors, which sorts them; their order and what else there is as JSON in one more."""
     facts = np.frombuffer(json.dumps([list(part.arrays), *part[2:]]).encode(), np.uint8)
     arrays = {**part.arrays, "origin": part.origin, "facts": facts}
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-def _decode(data: bytes) -> TokenizedPart:
+def decode_part(data: bytes) -> TokenizedPart:
     arrays = load(data)
     names, *facts = json.loads(arrays["facts"].tobytes())
     return TokenizedPart({name: arrays[name] for name in names}, arrays["origin"], *facts)

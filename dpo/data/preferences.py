@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations, groupby, pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.conversations import same_prompt
@@ -29,12 +29,16 @@ __all__ = [
     "Preference",
     "Problem",
     "ReadPreferences",
+    "ReadSummary",
     "check_read",
     "digest",
+    "each_preference",
     "expand_ranking",
     "fingerprint",
     "has_groups",
+    "join_summaries",
     "parse_row",
+    "read_located",
     "read_part",
     "read_preferences",
 ]
@@ -61,6 +65,35 @@ class Problem(NamedTuple):
         return f"{self.location}: field '{self.field}': {self.detail} [{self.reason}]"
 
 
+class ReadSummary(NamedTuple):
+    """What became of the rows of a source."""
+
+    num_rows: int
+    """Rows looked at, the skipped ones included."""
+    skipped: dict[str, int]
+    """Rows (or tied pairs of an expanded ranking) left out, by reason."""
+    problems: list[Problem]
+    """The first malformed rows, at most MAX_PROBLEMS."""
+    layouts: dict[str, int]
+    """How many rows were read in each layout."""
+    unused: dict[str, int]
+    """Columns that no layout read, and in how many rows they said something."""
+
+
+def join_summaries(summaries: Iterable[ReadSummary]) -> ReadSummary:
+    """Of rows that were read in parts, one after the other."""
+    num_rows = 0
+    skipped, layouts, unused = Counter[str](), Counter[str](), Counter[str]()
+    problems: list[Problem] = []
+    for summary in summaries:
+        num_rows += summary.num_rows
+        skipped.update(summary.skipped)
+        layouts.update(summary.layouts)
+        unused.update(summary.unused)
+        problems += summary.problems[: MAX_PROBLEMS - len(problems)]
+    return ReadSummary(num_rows, dict(sorted(skipped.items())), problems, dict(layouts), dict(unused))
+
+
 class ReadPreferences(NamedTuple):
     """The rows of a source that were read, and what was left out."""
 
@@ -75,6 +108,11 @@ class ReadPreferences(NamedTuple):
     """How many rows were read in each layout."""
     unused: dict[str, int] = {}  # noqa: RUF012
     """Columns that no layout read, and in how many rows they said something."""
+
+    @property
+    def summary(self) -> ReadSummary:
+        """All but the preferences."""
+        return ReadSummary(*self[1:])
 
 
 class DataError(UserError):
@@ -115,7 +153,7 @@ def read_preferences(
     """
     name = str(source)
     read = read_part(name, split, Part(rows=limit), expand, reading)
-    check_read(name, read, len(read.preferences), on_error)
+    check_read(name, read.summary, len(read.preferences), on_error)
     return read
 
 
@@ -123,9 +161,16 @@ def read_part(
     source: str, split: str, part: Part, expand: Expand, reading: RowReading = BY_COLUMNS
 ) -> ReadPreferences:
     """The preferences of some rows of a source; malformed rows are counted only."""
+    return read_located(read_rows(source, split, part), source, expand, reading)
+
+
+def read_located(
+    rows: Iterable[tuple[str, Any]], source: str, expand: Expand, reading: RowReading = BY_COLUMNS
+) -> ReadPreferences:
+    """The same of rows of a source that come with where they stand, as `read_rows` gives them."""
     preferences: list[Preference] = []
     notes = _RowNotes()
-    for preference in _grouped(_each_row(source, split, part, reading, notes), notes):
+    for preference in _grouped(_each_row(rows, source, reading, notes), notes):
         expanded, num_tied = expand_ranking(preference, expand)
         preferences += expanded
         if num_tied:
@@ -138,6 +183,15 @@ def read_part(
         dict(notes.layouts),
         dict(notes.unused),
     )
+
+
+def each_preference(
+    source: str, split: str, part: Part, expand: Expand, reading: RowReading = BY_COLUMNS
+) -> Iterator[Preference]:
+    """The preferences of some rows, one by one; what cannot be read is left out."""
+    notes = _RowNotes()
+    for preference in _grouped(_each_row(read_rows(source, split, part), source, reading, notes), notes):
+        yield from expand_ranking(preference, expand)[0]
 
 
 def has_groups(source: str, split: str, limit: int | None, reading: RowReading) -> bool:
@@ -164,11 +218,11 @@ class _RowNotes:
 
 
 def _each_row(
-    source: str, split: str, part: Part, reading: RowReading, notes: _RowNotes
+    rows: Iterable[tuple[str, Any]], source: str, reading: RowReading, notes: _RowNotes
 ) -> Iterator[tuple[Preference, bool]]:
     """Rows that can be read, and whether each is one of a group."""
     default_source = Path(source).name if Path(source).exists() else source
-    for location, row in read_rows(source, split, part):
+    for location, row in rows:
         notes.num_rows += 1
         try:
             read = read_row(row, location=location, source=default_source, reading=reading)
@@ -208,7 +262,7 @@ class _Group:
         return self._number
 
 
-def check_read(source: str, read: ReadPreferences, num_preferences: int, on_error: OnError) -> None:
+def check_read(source: str, read: ReadSummary, num_preferences: int, on_error: OnError) -> None:
     """Refuse malformed rows, unless they are to be skipped, and data of which nothing is left."""
     if read.problems and on_error == "stop":
         num_malformed = sum(count for reason, count in read.skipped.items() if reason != TIED_PAIR)

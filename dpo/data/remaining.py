@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dpo.data.preferences import TIED_PAIR, ReadPreferences
+from dpo.data.preferences import TIED_PAIR, ReadSummary
 from dpo.data.tokenized import TokenizedDataset
 
 MANY = 0.05
@@ -30,13 +30,13 @@ _SETTINGS = {
 """What changes how many are left out for a reason; rows of other reasons are to be corrected."""
 
 
-def left_out(read: ReadPreferences, tokens: TokenizedDataset) -> dict[str, int]:
+def left_out(read: ReadSummary, tokens: TokenizedDataset) -> dict[str, int]:
     """How many preferences are left out, by reason, the most frequent first."""
     reasons = Counter(read.skipped) + Counter(tokens.dropped)
     return dict(reasons.most_common())
 
 
-def remarks(read: ReadPreferences, tokens: TokenizedDataset) -> list[str]:
+def remarks(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
     """What is to be said of the data once: columns not used, what templates leave out or write otherwise."""
     said = [f"not used: {', '.join(read.unused)}"] if read.unused else []
     return said + [
@@ -45,7 +45,7 @@ def remarks(read: ReadPreferences, tokens: TokenizedDataset) -> list[str]:
     ]
 
 
-def warnings(read: ReadPreferences, tokens: TokenizedDataset) -> list[str]:
+def warnings(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
     """A warning where more than MANY of the preferences are left out, naming reasons and settings.
 
     Rows without a pair (`no_pair`) are not counted: their data say so.

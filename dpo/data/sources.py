@@ -6,15 +6,18 @@ import codecs
 import contextlib
 import csv
 import gzip
+import hashlib
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from dpo.distribution import find_data
 from dpo.outcomes import UserError
@@ -42,6 +45,8 @@ class Part(NamedTuple):
     """How many; None is all that follow."""
     size: int | None = None
     """What the source must measure to be the one that was cut; None is anything."""
+    end: int | None = None
+    """Where the part that follows begins; None where it is not known."""
 
 
 def read_rows(source: str, split: str, part: Part) -> Iterator[tuple[str, Any]]:
@@ -64,20 +69,38 @@ def cut(source: str, split: str, *, count: int, limit: int | None = None) -> lis
 
     A file of JSON lines is looked through for where lines end, without decoding them.
     """
+    starts, size = _find_starts(source, split, limit)
+    return _parts(starts, [len(starts) * i // count for i in range(count + 1)], size)
+
+
+def cut_every(source: str, split: str, *, rows: int, limit: int | None = None) -> list[Part]:
+    """The first `limit` rows of a source as parts of so many rows, of which the last has what is left."""
+    starts, size = _find_starts(source, split, limit)
+    return _parts(starts, [*range(0, len(starts), rows), len(starts)], size)
+
+
+def _find_starts(source: str, split: str, limit: int | None) -> tuple[Int[np.ndarray, "n 2"], int]:
+    """Offset and number of every row, and the size of the source."""
     opened = _open(source, split)
-    starts = np.fromiter(islice(opened.starts(), limit), dtype=np.dtype((np.int64, 2)))
-    borders = [len(starts) * i // count for i in range(count + 1)]
-    places = [
-        (int(offset), int(number)) for offset, number in starts[[b for b in borders if b < len(starts)]]
+    return np.fromiter(islice(opened.starts(), limit), dtype=np.dtype((np.int64, 2))), opened.size()
+
+
+def _parts(starts: Int[np.ndarray, "n 2"], borders: Sequence[int], size: int) -> list[Part]:
+    """The parts between one border and the next."""
+    places = [(int(starts[b, 0]), int(starts[b, 1])) if b < len(starts) else None for b in borders]
+    return [
+        Part(*(here or (0, 1)), stop - start, size, following and following[0])
+        for (here, start), (following, stop) in pairwise(zip(places, borders, strict=True))
     ]
-    places += [(0, 1)] * (count + 1 - len(places))
-    size = opened.size()
-    return [Part(*places[i], borders[i + 1] - borders[i], size) for i in range(count)]
 
 
-def is_file_name(source: str) -> bool:
-    """Whether a source can only be a file, by its ending; others may be directories or on the hub."""
-    return source.endswith((*_READERS, ".jsonl.gz"))
+def fingerprint_rows(source: str, split: str) -> str:
+    """SHA-256 of what a source holds: the bytes of a file, or the values of a data set's columns.
+
+    Raises:
+      ValueError: when there is no such source, or it cannot be read.
+    """
+    return _open(source, split).fingerprint()
 
 
 class _Source(NamedTuple):
@@ -89,6 +112,7 @@ class _Source(NamedTuple):
     """Offset and number of every row."""
     size: Callable[[], int]
     unit: str
+    fingerprint: Callable[[], str]
 
 
 def _open(source: str, split: str) -> _Source:
@@ -100,7 +124,11 @@ def _open(source: str, split: str) -> _Source:
             raise UserError(f"{source}: a file ending in {suffix!r}; allowed are {allowed} (and .jsonl.gz)")
         read, starts = _READERS[suffix]
         return _Source(
-            lambda part: read(path, part), lambda: starts(path), lambda: path.stat().st_size, "bytes"
+            lambda part: read(path, part),
+            lambda: starts(path),
+            lambda: path.stat().st_size,
+            "bytes",
+            lambda: _fingerprint_file(path),
         )
     looks_local = suffix in _READERS or path.is_absolute() or source.startswith((".", "~"))
     if looks_local and not path.is_dir():
@@ -111,7 +139,45 @@ def _open(source: str, split: str) -> _Source:
         lambda: _each_row(len(data_set())),
         lambda: len(data_set()),
         "rows",
+        lambda: _fingerprint_data_set(data_set()),
     )
+
+
+def _fingerprint_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+class _Digest(io.RawIOBase):
+    """A file that keeps nothing of what is written but its SHA-256."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
+def _fingerprint_data_set(data_set: Any) -> str:
+    """Of the columns as Arrow streams them, and of which rows are taken in which order."""
+    import pyarrow
+
+    digest = _Digest()
+    for table in (data_set.data.table, data_set._indices and data_set._indices.table):
+        if table is not None:
+            schema = table.schema.remove_metadata()
+            with pyarrow.ipc.new_stream(pyarrow.PythonFile(digest, "w"), schema) as stream:
+                for batch in table.to_batches():
+                    stream.write_batch(batch.replace_schema_metadata(None))
+    return digest.sha256.hexdigest()
 
 
 def _read_json_lines(path: Path, part: Part) -> Iterator[tuple[str, Any]]:

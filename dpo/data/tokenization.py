@@ -27,11 +27,12 @@ from dpo.data.encoding import (
     token_ids,
     write,
 )
+from dpo.data.joining import Notes, TokenizedPart, join_parts
 from dpo.data.messages import Message, Prompt, Turns, as_turns
 from dpo.data.preferences import Preference
 from dpo.data.shortening import Shortened, shorten_prompt
 from dpo.data.templates import TEMPLATE_DATE, Marked
-from dpo.data.tokenized import Notes, TokenizedDataset, TokenizedPart, flat_arrays, join_parts
+from dpo.data.tokenized import TokenizedDataset, flat_arrays
 from dpo.outcomes import UserError
 
 Truncation = Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"]
@@ -95,7 +96,8 @@ def tokenize_part(
         for offset, row in enumerate(encode(chunk, encoder)):
             location = chunk[offset].location
             if isinstance(row, Row) and _length(row) > max_length:
-                too_long.append(f"{location}: {_length(row)} tokens")
+                if truncation == "error":
+                    too_long.append(f"{location}: {_length(row)} tokens")
                 row = _shorten(chunk[offset], row, encoder, max_length, truncation)
                 notes.num_truncated += isinstance(row, Row)
             if isinstance(row, Row):
@@ -199,7 +201,7 @@ def _write_or_raise(preferences: Sequence[Preference], encoder: Encoder) -> Iter
         yield written
 
 
-_CHUNK = 2048
+_CHUNK = 512
 
 
 # ---- length ----

@@ -1,19 +1,16 @@
-"""Token ids of prompts and responses as flat arrays: a whole data set, or the parts that make it up."""
+"""Token ids of prompts and responses as flat arrays."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-
-from dpo.outcomes import UserError
+from jaxtyping import Bool, Float, Int, Shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,80 +103,6 @@ class TokenizedDataset:
         return [self.scored[a:b] for a, b in pairwise(offsets)]
 
 
-class TokenizedPart(NamedTuple):
-    """Token ids of preferences that are one after the other in the data, some of all."""
-
-    arrays: dict[str, Any]
-    """As in a `TokenizedDataset`; offsets count from the part's start, and so does origin."""
-    origin: Int[np.ndarray, " n"]
-    num_preferences: int
-    """How many were tokenised, the dropped ones included."""
-    dropped: dict[str, int]
-    first_dropped: dict[str, str]
-    num_truncated: int
-    too_long: list[str]
-    """Where preferences longer than `max_length` stand, and their length."""
-    settings: dict[str, Any]
-    """Template text and policies, the same in all parts."""
-    remarks: dict[str, int] = {}  # noqa: RUF012 (nobody changes it)
-    first_remarks: dict[str, str] = {}  # noqa: RUF012
-
-    @property
-    def num_response_tokens(self) -> int:
-        """Tokens of all responses."""
-        return len(self.arrays["response_tokens"])
-
-
-def join_parts(parts: Sequence[TokenizedPart]) -> TokenizedDataset:
-    """The data set of all parts, the same to the bit however many there are.
-
-    Raises:
-      ValueError: when a preference is too long and may be neither cut nor dropped, or when none is left.
-    """
-    settings = parts[0].settings
-    too_long = [line for part in parts for line in part.too_long]
-    if too_long and settings["truncation"] == "error":
-        raise UserError(_too_long_message(too_long, settings["max_length"]))
-    notes = Notes()
-    for part in parts:
-        notes.add(part)
-    arrays = {}
-    parts = _with_scored(parts)
-    for name in parts[0].arrays:
-        join = _join_offsets if name.endswith("_offsets") else np.concatenate
-        arrays[name] = join([part.arrays[name] for part in parts])
-    starts = np.cumsum([0, *(part.num_preferences for part in parts[:-1])])
-    counts = [len(part.origin) for part in parts]
-    origin = np.concatenate([part.origin for part in parts]) + np.repeat(starts, counts)
-    if not len(origin):
-        raise UserError(f"no preference is left after tokenisation: {notes.describe()}")
-    return TokenizedDataset(
-        **arrays,
-        origin=origin,
-        fingerprint=_fingerprint(arrays, settings),
-        dropped=dict(notes.counts),
-        first_dropped=notes.first,
-        num_truncated=notes.num_truncated,
-        remarks=dict(notes.remarks),
-        first_remarks=notes.first_remarks,
-    )
-
-
-def _with_scored(parts: Sequence[TokenizedPart]) -> list[TokenizedPart]:
-    """The parts with flags of what is scored in all of them, where one has any."""
-    if not any("scored" in part.arrays for part in parts):
-        return list(parts)
-    return [
-        part._replace(
-            arrays={
-                **part.arrays,
-                "scored": part.arrays.get("scored", np.ones(part.num_response_tokens, bool)),
-            }
-        )
-        for part in parts
-    ]
-
-
 def make_dataset(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[Sequence[int]]],
@@ -245,65 +168,33 @@ def _flags(
     return np.concatenate(pieces)
 
 
-class Notes:
-    """What was left out or cut: how often, and where first."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.num_truncated = 0
-        self.remarks: Counter[str] = Counter()
-        self.first_remarks: dict[str, str] = {}
-
-    def drop(self, reason: str, detail: str, location: str) -> None:
-        """One more that is left out."""
-        self.counts[reason] += 1
-        self.first.setdefault(reason, f"{location}: {detail}")
-
-    def remark(self, remarks: Iterable[str], location: str) -> None:
-        """Things to say of one that is kept."""
-        for remark in dict.fromkeys(remarks):
-            self.remarks[remark] += 1
-            self.first_remarks.setdefault(remark, location)
-
-    def add(self, part: TokenizedPart) -> None:
-        """Those of a part that comes after what was counted."""
-        self.counts.update(part.dropped)
-        self.first |= {**part.first_dropped, **self.first}
-        self.num_truncated += part.num_truncated
-        self.remarks.update(part.remarks)
-        self.first_remarks |= {**part.first_remarks, **self.first_remarks}
-
-    def describe(self) -> str:
-        """Every reason, how often it was, and where first."""
-        parts = [f"{count} x {reason} (first: {self.first[reason]})" for reason, count in self.counts.items()]
-        return "; ".join(parts) or "there were none"
-
-
-def _too_long_message(too_long: list[str], max_length: int) -> str:
-    shown = "\n  ".join(too_long[:20])
-    more = f"\n  and {len(too_long) - 20} more" if len(too_long) > 20 else ""
-    return (
-        f"{len(too_long)} preferences are longer than max_length {max_length}:\n  {shown}{more}\n"
-        "Raise max_length, or choose truncation drop, truncate_prompt_left or truncate_response_right."
-    )
-
-
 def _join(pieces: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " _"]]:
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return np.fromiter((token for piece in pieces for token in piece), np.int32, int(offsets[-1])), offsets
 
 
-def _join_offsets(parts: Sequence[Int[np.ndarray, " _"]]) -> Int[np.ndarray, " _"]:
-    """Offsets of parts that stand end to end, each part's beginning with 0."""
-    starts = np.cumsum([0, *(part[-1] for part in parts[:-1])])
-    shifted = [part[1:] + start for part, start in zip(parts, starts, strict=True)]
-    return np.concatenate([parts[0][:1], *shifted])
+class Fingerprint:
+    """SHA-256 over settings and named arrays, of which each may come in pieces."""
+
+    def __init__(self, settings: Mapping[str, object]) -> None:
+        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+
+    def begin(self, name: str, dtype: np.dtype, length: int) -> None:
+        """An array whose pieces come next."""
+        self._digest.update(f"{name} {dtype.str} {(length,)}".encode())
+
+    def add(self, piece: Shaped[np.ndarray, " _"]) -> None:
+        """The next piece."""
+        self._digest.update(np.ascontiguousarray(piece).data)
+
+    def hexdigest(self) -> str:
+        """Of all that was added."""
+        return self._digest.hexdigest()
 
 
 def _fingerprint(arrays: dict[str, np.ndarray], settings: Mapping[str, object]) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    fingerprint = Fingerprint(settings)
     for name, array in arrays.items():
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+        fingerprint.begin(name, array.dtype, len(array))
+        fingerprint.add(array)
+    return fingerprint.hexdigest()

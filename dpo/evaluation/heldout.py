@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config
-from dpo.data.preferences import Preference, digest, fingerprint, read_preferences
-from dpo.data.rows import row_reading
+from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE
-from dpo.training.datasets import Dataset, read_dataset, require_embeddings, scoring_loader
+from dpo.training.datasets import require_embeddings, scoring_loader
 from dpo.training.policy import load_policy, make_score
+from dpo.training.reading import Dataset, read_dataset, read_texts
 from dpo.training.reference import score_rows
 from dpo.training.reference_model import open_reference
 from dpo.training.same_tokens import require_same_tokens
@@ -74,7 +74,8 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
         "ranks": ranks,
         "origin": tokens.origin,
     }
-    return _with_texts(numbers, dataset.read.preferences, {**dataset.read.skipped, **tokens.dropped})
+    preferences = read_texts(config.data, heldout=True).preferences
+    return _with_texts(numbers, preferences, {**dataset.read.skipped, **tokens.dropped})
 
 
 def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
@@ -86,14 +87,7 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     path = Path(run_dir) / HELDOUT_FILE
     if not path.is_file() or config.data.eval is None:
         raise UserError(f"{path} is not there: the run is not finished, or has no held-out data")
-    read = read_preferences(
-        config.data.eval,
-        split=config.data.eval_split,
-        on_error=config.data.on_error,
-        limit=config.data.max_eval,
-        expand=config.data.expand,
-        reading=row_reading(config.data.row_layout, config.data.columns, config.data.ignore_columns),
-    )
+    read = read_texts(config.data, heldout=True)
     numbers = load_file(path)
     with safe_open(path, framework="np") as file:
         then = (file.metadata() or {}).get(DATA_KEY)  # None: a run of an earlier version
@@ -132,8 +126,14 @@ def _with_texts(
         lengths=numbers["lengths"].astype(np.int64),
         present=numbers["present"].astype(bool),
         ranks=numbers["ranks"].astype(np.int64),
-        prompts=np.array([repr(preference.prompt) for preference in kept]),
+        prompts=_number([repr(preference.prompt) for preference in kept]),
         sources=np.array([preference.source for preference in kept]),
     )
     check_finite(rows, [preference.location for preference in kept])
     return Heldout(rows, kept, left_out)
+
+
+def _number(texts: Sequence[str]) -> np.ndarray:
+    """A number for each text, the same for the same, and in the texts' order."""
+    numbers = {text: number for number, text in enumerate(sorted(set(texts)))}
+    return np.array([numbers[text] for text in texts], np.int64)

@@ -21,9 +21,10 @@ from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
 from dpo.files import replace_text
 from dpo.parallel.sharding import own_mesh
-from dpo.training.datasets import scoring_loader, tokenize_preferences
+from dpo.training.datasets import scoring_loader
 from dpo.training.placement import place_batch
 from dpo.training.policy import Policy, load_policy
+from dpo.training.reading import tokenize_preferences
 from dpo.training.step import make_token_step
 
 NUM_PAIRS = 5

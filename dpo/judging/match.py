@@ -40,7 +40,7 @@ from dpo.judging.samples import Player, Request, Sample, model_identity, sample_
 from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models.sampling import SamplingConfig
 from dpo.outcomes import UserError
-from dpo.training.datasets import given_chat_template
+from dpo.training.reading import given_chat_template
 from dpo.training.talk import as_trained
 
 RESULT_FILE = "winrate.json"

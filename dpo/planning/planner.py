@@ -53,7 +53,7 @@ from dpo.planning.roofline import Times, Work, count_flops, forward_flops, step_
 from dpo.planning.travel import Travel, read_travel, split_parameters
 from dpo.runs import specification
 from dpo.training.adapted import starting_adapters
-from dpo.training.datasets import fit_to_objective, make_loader, read_dataset
+from dpo.training.datasets import fit_to_objective, make_loader
 from dpo.training.memory import (
     candidates,
     device_bytes,
@@ -65,6 +65,7 @@ from dpo.training.memory import (
 )
 from dpo.training.placement import batch_sharding
 from dpo.training.program import count_steps, make_program
+from dpo.training.reading import read_dataset
 
 
 def install_command() -> str:

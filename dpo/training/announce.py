@@ -6,8 +6,8 @@ import jax
 
 from dpo.config import Config, OptimizerConfig
 from dpo.data.remaining import left_out, remarks, warnings
-from dpo.training.datasets import Dataset
 from dpo.training.preparation import Run
+from dpo.training.reading import Dataset
 from dpo.training.step import Params
 
 

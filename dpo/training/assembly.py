@@ -10,11 +10,7 @@ from typing import Any
 from dpo.parallel.distributed import is_main, shared_vote
 from dpo.runs import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.datasets import (
-    all_processes,
-    as_trained,
-    scoring_loader,
-)
+from dpo.training.datasets import as_trained, scoring_loader
 from dpo.training.identity import Identity, take_probe
 from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
@@ -22,6 +18,7 @@ from dpo.training.policy import Policy
 from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
 from dpo.training.program import Program, make_program
+from dpo.training.reading import all_processes
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import Scoring, make_scoring, score_reference

@@ -1,16 +1,12 @@
-"""A run's preferences: read, made into token ids, checked against model and objective, laid out as batches.
-
-Training and evaluation read the same here, so that both see the same numbers.
-"""
+"""A run's token ids, checked against model and objective, and laid out as batches."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,109 +14,23 @@ from dpo.config import DataConfig, TrainingConfig
 from dpo.data.batch import Batch
 from dpo.data.loader import Loader, Packing, evaluation_loader, training_loader
 from dpo.data.mismatched import add_mismatched
-from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
-from dpo.data.preferences import Preference, ReadPreferences, read_preferences
-from dpo.data.rows import row_reading
-from dpo.data.templates import read_template
 from dpo.data.ties import has_order, without_ties
-from dpo.data.tokenization import tokenize, tokenize_part
 from dpo.data.tokenized import TokenizedDataset
 from dpo.losses import Objective
 from dpo.losses.objectives import names_that_learn_from_single_responses
 from dpo.models.attention import skips_blocks
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
-from dpo.parallel.distributed import from_all, from_main, on_main
+from dpo.parallel.distributed import from_main
 from dpo.parallel.partition import Partition
 from dpo.parallel.sharding import (
     own_rows,
     row_multiple,
 )
+from dpo.training.reading import Dataset
 
 EVALUATION_BATCH = 16
 """Prompts that are scored at a time where no gradient is taken."""
-
-
-class Dataset(NamedTuple):
-    """Preferences as read and as token ids."""
-
-    read: ReadPreferences
-    """Of several processes: the preferences are this one's part, the counts are of all."""
-    tokens: TokenizedDataset
-    locations: Sequence[str]
-    """Where every preference stands, whoever read it; `tokens.origin` counts in these."""
-
-    def location(self, row: int | np.integer) -> str:
-        """Where a tokenised row stands in the data."""
-        return self.locations[int(self.tokens.origin[row])]
-
-    def location_without_score(self) -> str | None:
-        """Where the first row stands that has a response without a score; None where all have one."""
-        missing = np.isnan(self.tokens.scores)
-        if not missing.any():
-            return None
-        return self.location(np.searchsorted(self.tokens.row_offsets, missing.argmax(), side="right") - 1)
-
-
-def all_processes() -> Peers:
-    """The processes of this run, where all of them call the same."""
-    return Peers(jax.process_index(), jax.process_count(), on_main, from_all)
-
-
-def read_dataset(
-    config: DataConfig, tokenizer: Any, *, heldout: bool = False, peers: Peers = ALONE
-) -> Dataset:
-    """Read and tokenise the training preferences, or the held-out ones; of several `peers`, each a part.
-
-    Raises:
-      ValueError: naming file, line, field and reason of malformed rows, or a chat template that is not there.
-    """
-    source, split, limit = (
-        (config.eval, config.eval_split, config.max_eval)
-        if heldout
-        else (config.train, config.train_split, config.max_train)
-    )
-    if source is None:
-        raise UserError("data.eval is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
-    how: dict[str, Any] = {
-        "split": split,
-        "on_error": config.on_error,
-        "limit": limit,
-        "expand": config.expand,
-        "reading": row_reading(config.row_layout, config.columns, config.ignore_columns),
-    }
-    if peers.count == 1:
-        read = read_preferences(source, **how)
-        tokens = tokenize_preferences(config, read.preferences, tokenizer)
-        return Dataset(read, tokens, [preference.location for preference in read.preferences])
-    read, locations = read_together(source, **how, peers=peers)
-    policies = _token_policies(config)
-    tokens = tokenize_together(lambda: tokenize_part(read.preferences, tokenizer, **policies), peers)
-    return Dataset(read, tokens, locations)
-
-
-def tokenize_preferences(
-    config: DataConfig, preferences: Sequence[Preference], tokenizer: Any
-) -> TokenizedDataset:
-    """Token ids as the settings want them."""
-    return tokenize(preferences, tokenizer, **_token_policies(config))
-
-
-def _token_policies(config: DataConfig) -> dict[str, Any]:
-    return {
-        "max_length": config.max_length,
-        "truncation": config.truncation,
-        "end_token": config.end_token,
-        "chat_template": given_chat_template(config),
-        "template_date": config.template_date,
-        "template_kwargs": config.template_kwargs,
-    }
-
-
-def given_chat_template(config: DataConfig) -> str | None:
-    """The text of the chat template that the settings name; None where the tokenizer's own holds."""
-    path = config.chat_template
-    return None if path is None else read_template(path, name="data.chat_template")
 
 
 def fit_to_objective(dataset: Dataset, objective: Objective, *, seed: int = 0) -> Dataset:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,12 +20,10 @@ from jax.sharding import Mesh
 from dpo.config import Config
 from dpo.config.marks import BESIDE, OWN, PLACE, Mark, marked
 from dpo.data.batch import Batch
-from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.outcomes import UserError
-from dpo.parallel.distributed import from_all
 from dpo.runs import flat_settings
-from dpo.training.datasets import Dataset, given_chat_template
 from dpo.training.policy import Policy
+from dpo.training.reading import Dataset, given_chat_template
 from dpo.training.reference import ReferenceStore, Rows, Score
 from dpo.training.versions import PACKAGES, versions
 
@@ -54,10 +52,10 @@ def run_identity(
     tokenizer = policy.pretrained.tokenizer
     given = given_chat_template(config.data)
     template = tokenizer.chat_template if given is None else given
-    data = {"train": _fingerprint_preferences(dataset.read.preferences)}
+    data = {"train": dataset.content}
     tokens = {"train": dataset.tokens.fingerprint}
     if heldout is not None:
-        data["eval"] = _fingerprint_preferences(heldout.read.preferences)
+        data["eval"] = heldout.content
         tokens["eval"] = heldout.tokens.fingerprint
     return {
         "settings": without(resolved_settings(config), PLACE),
@@ -192,11 +190,6 @@ def check_probe(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str)
             "are not what they were"
         )
     return f"its log-probs of {len(then)} rows are as they were (largest difference {difference.max():.1g})"
-
-
-def _fingerprint_preferences(preferences: Iterable[Preference]) -> str:
-    """Over what the rows say, not over where they stand nor which process has read them."""
-    return fingerprint(from_all(lambda: b"".join(map(digest, preferences))))
 
 
 def _fingerprint_rows(rows: Rows) -> str:

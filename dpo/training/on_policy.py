@@ -24,8 +24,8 @@ from dpo.data.tokenized import TokenizedDataset, make_dataset
 from dpo.huggingface.pretrained import stop_tokens
 from dpo.models.sampling import SamplingConfig, generate
 from dpo.parallel.sharding import row_multiple
-from dpo.training.datasets import Dataset, given_chat_template
 from dpo.training.policy import Policy, make_score
+from dpo.training.reading import Dataset, given_chat_template
 from dpo.training.reference import Score
 from dpo.training.step import Params
 

@@ -19,11 +19,8 @@ from dpo.runs import (
 )
 from dpo.training.adapted import open_policy
 from dpo.training.datasets import (
-    Dataset,
-    all_processes,
     fit_to_objective,
     make_loader,
-    read_dataset,
     require_embeddings,
     require_preferences,
 )
@@ -31,8 +28,9 @@ from dpo.training.identity import Identity, run_identity, shared_settings
 from dpo.training.memory import Fit, Parts, choose_memory, with_remat
 from dpo.training.policy import Policy
 from dpo.training.program import count_steps, enable_compilation_cache
+from dpo.training.reading import Dataset, all_processes, read_dataset
 from dpo.training.talk import as_trained
-from dpo.training.tracking import require_trackers
+from dpo.training.tracking import require_trackers, say
 
 
 class Run(NamedTuple):
@@ -72,9 +70,11 @@ def prepare(config: Config) -> Run:
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     tokenizer = policy.pretrained.tokenizer
     peers = all_processes()
-    dataset = read_dataset(config.data, tokenizer, peers=peers)
+    dataset = read_dataset(config.data, tokenizer, peers=peers, log=say)
     dataset = fit_to_objective(dataset, objective, seed=config.training.seed)
-    heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers) if config.data.eval else None
+    heldout = None
+    if config.data.eval:
+        heldout = read_dataset(config.data, tokenizer, heldout=True, peers=peers, log=say)
     require_embeddings(dataset, policy.pretrained.model.config, name="data.train")
     if heldout is not None:
         require_embeddings(heldout, policy.pretrained.model.config, name="data.eval")

@@ -12,8 +12,8 @@ import numpy as np
 from dpo.data.batch import Batch
 from dpo.outcomes import UserError
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.datasets import Dataset
 from dpo.training.metrics import Metrics, as_numbers
+from dpo.training.reading import Dataset
 from dpo.training.tracking import Tracker
 from dpo.training.watchdog import Line, Watch
 

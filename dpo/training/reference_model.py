@@ -12,8 +12,9 @@ from dpo.config import Config, DataConfig, ModelConfig
 from dpo.huggingface.embedded import cache_directory
 from dpo.losses import Objective
 from dpo.parallel.sharding import parameter_rules
-from dpo.training.datasets import Arrangement, Dataset, in_order, scoring_loader
+from dpo.training.datasets import Arrangement, in_order, scoring_loader
 from dpo.training.policy import Policy, load_policy, make_score
+from dpo.training.reading import Dataset
 from dpo.training.reference import ReferenceStore, Score, open_or_compute
 from dpo.training.step import Params
 

@@ -12,7 +12,8 @@ from dpo.data.parts import ALONE, Peers
 from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.pretrained import Pretrained
 from dpo.outcomes import UserError
-from dpo.training.datasets import Dataset, read_dataset, require_embeddings
+from dpo.training.datasets import require_embeddings
+from dpo.training.reading import Dataset, read_dataset
 
 _ARRAYS = (
     *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets", "row_offsets", "origin"),

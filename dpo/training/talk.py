@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import DataConfig
 from dpo.data.tokenization import tokenize_answers
 from dpo.huggingface.pretrained import Pretrained
-from dpo.training.datasets import given_chat_template
+from dpo.training.reading import given_chat_template
 
 
 def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:

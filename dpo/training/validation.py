@@ -18,10 +18,10 @@ from dpo.data.ties import has_order
 from dpo.files import new_file
 from dpo.losses import Objective, Scores
 from dpo.parallel.distributed import is_main
-from dpo.training.datasets import Dataset
 from dpo.training.interrupt import stoppable
 from dpo.training.metrics import as_numbers, preference_metrics
 from dpo.training.on_policy import Observe
+from dpo.training.reading import Dataset
 from dpo.training.reference import ReferenceStore, Rows, Score, score_rows
 from dpo.training.step import Params, TrainState, make_scores
 from dpo.training.tracking import Tracker

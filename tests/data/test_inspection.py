@@ -8,11 +8,11 @@ from toy_tokenizer import make_tokenizer
 from dpo.data.inspection import (
     inspect_dataset,
     longer_is_better,
-    prompt_overlap,
     render_example,
     render_report,
 )
 from dpo.data.preferences import Preference, Problem, ReadPreferences
+from dpo.data.text_counts import prompt_overlap
 from dpo.data.tokenization import tokenize
 from dpo.data.tokenized import make_dataset
 
@@ -83,9 +83,9 @@ def test_the_report_is_json_and_renders_with_every_count():
     dataset = tokenize(train, make_tokenizer(), max_length=60)
     report = inspect_dataset(read, dataset, heldout=[make("P", "x", "y")])
     assert json.loads(json.dumps(report)) == report
-    console = Console(width=150, file=io.StringIO())
-    console.print(render_report(report))
-    printed = console.file.getvalue()
+    written = io.StringIO()
+    Console(width=150, file=written).print(render_report(report))
+    printed = written.getvalue()
     for part in (
         "empty 1",
         "too_long 1",
@@ -117,10 +117,11 @@ def test_names_and_texts_of_data_are_neither_markup_nor_terminal_commands(tokeni
     odd = make("h[/b]\x1b[2J", "y[red]es", "n\x07o", source="[/no] [bold]x\x1b]0;t\x07")
     read = ReadPreferences([odd], 1, {}, [Problem("[/f]:1", "[/x]", "r", "\x1b[1m")])
     dataset = tokenize([odd], tokenizer)
-    console = Console(width=200, file=io.StringIO(), force_terminal=False)
+    written = io.StringIO()
+    console = Console(width=200, file=written, force_terminal=False)
     console.print(render_report(inspect_dataset(read, dataset)))
     console.print(render_example(dataset, 0, tokenizer))
-    printed = console.file.getvalue()
+    printed = written.getvalue()
     assert "[/no] [bold]x␛]0;t␇ 1" in printed
     assert "malformed: [/f]:1: field '[/x]': ␛[1m [r]" in printed
     assert "\x1b" not in printed

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 from tiny_model import byte_tokenizer, tiny_config
 
-from dpo.data.preferences import ReadPreferences
+from dpo.data.preferences import ReadSummary
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.pretrained import read_config
 from dpo.losses import Objective, make_objective
-from dpo.training.datasets import Dataset, fit_to_objective, require_embeddings
+from dpo.training.datasets import fit_to_objective, require_embeddings
+from dpo.training.reading import Dataset
 
 MODEL = replace(
     read_config(tiny_config(byte_tokenizer()))[1], vocab_size=10, position="learned", max_positions=6
@@ -20,7 +21,7 @@ def data(*rows: tuple[list[int], list[list[int]]]) -> Dataset:
     """One row a line, from line 1."""
     tokens = make_dataset([prompt for prompt, _ in rows], [responses for _, responses in rows])
     locations = [f"a.jsonl:{line}" for line in range(1, len(rows) + 1)]
-    return Dataset(ReadPreferences([], len(rows), {}, []), tokens, locations)
+    return Dataset(ReadSummary(len(rows), {}, [], {}, {}), tokens, locations, "")
 
 
 def test_the_first_row_with_an_unknown_token_is_named():

@@ -1,9 +1,9 @@
 import jax.numpy as jnp
 
 from dpo.data.loader import evaluation_loader
-from dpo.data.preferences import ReadPreferences
+from dpo.data.preferences import ReadSummary
 from dpo.data.tokenized import make_dataset
-from dpo.training.datasets import Dataset
+from dpo.training.reading import Dataset
 from dpo.training.record import StepClock
 
 
@@ -12,7 +12,7 @@ def test_the_learning_rate_is_the_one_that_was_used():
     tokens = make_dataset([[1], [2]], [[[3]], [[4]]])
     batch = evaluation_loader(tokens, batch_size=2).batch(0)
     clock = StepClock(
-        Dataset(ReadPreferences([], 2, {}, []), tokens, []),
+        Dataset(ReadSummary(2, {}, [], {}, {}), tokens, [], ""),
         lambda count: 10.0 - count,
         2,
         fill=lambda step: 1.0,

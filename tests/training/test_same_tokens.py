@@ -12,7 +12,7 @@ from dpo.config import DataConfig
 from dpo.huggingface.pretrained import Pretrained, read_config
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.vocabulary import require_known
-from dpo.training.datasets import read_dataset
+from dpo.training.reading import read_dataset
 from dpo.training.same_tokens import require_same_tokens
 
 

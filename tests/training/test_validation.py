@@ -6,10 +6,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from dpo.data.loader import evaluation_loader
-from dpo.data.preferences import ReadPreferences
+from dpo.data.preferences import ReadSummary
 from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective
-from dpo.training.datasets import Dataset
+from dpo.training.reading import Dataset
 from dpo.training.reference import ReferenceStore
 from dpo.training.validation import Validation, make_mean_loss, why_no_loss
 
@@ -22,7 +22,10 @@ def dataset(num_responses=2, *, scores=None, ranks=None):
     responses = [[[1, 2], [3]][:num_responses] for _ in range(NUM_ROWS)]
     tokens = make_dataset([[1]] * NUM_ROWS, responses, scores=scores, ranks=ranks)
     return Dataset(
-        ReadPreferences([], NUM_ROWS, {}, []), tokens, [f"eval.jsonl:{row + 1}" for row in range(NUM_ROWS)]
+        ReadSummary(NUM_ROWS, {}, [], {}, {}),
+        tokens,
+        [f"eval.jsonl:{row + 1}" for row in range(NUM_ROWS)],
+        "",
     )
 
 

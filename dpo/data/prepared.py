@@ -1,0 +1,266 @@
+"""The tokens of a source, opened where they are stored and made where they are not.
+
+Rows are read and tokenised in chunks (`chunks`), in several processes where they are many
+(`token_processes`), and with a store every chunk goes to disk as soon as it is made (`token_store`): texts
+are never held but for a chunk. Tokens, order, fingerprints and errors are those of `read_preferences` and
+`tokenize` on the whole source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo.data.chunks import CHUNK_ROWS, Chunk, TokenJob, Untokenized
+from dpo.data.joining import join_parts
+from dpo.data.preferences import (
+    OnError,
+    Problem,
+    ReadSummary,
+    check_read,
+    fingerprint,
+    has_groups,
+    join_summaries,
+)
+from dpo.data.sources import Part, cut, cut_every, fingerprint_rows
+from dpo.data.token_processes import count_workers, make_chunks
+from dpo.data.token_store import Stored, TokenStore
+from dpo.data.tokenized import TokenizedDataset
+from dpo.outcomes import UserError
+
+PROGRESS_SECONDS = 15.0
+"""Between two lines that say how far the preparation has come."""
+_FORMAT = 1
+_PACKAGES = ("tokenizers", "transformers", "jinja2", "numpy", "safetensors", "datasets", "pyarrow")
+
+Log = Callable[[str], None]
+
+
+class Locations(Sequence[str]):
+    """Where preferences stand: names of sources, each with the lines or rows that its own stand in."""
+
+    def __init__(self, pieces: Sequence[tuple[str, np.ndarray]]) -> None:
+        self._pieces = [(name, numbers) for name, numbers in pieces]
+        self._ends = np.cumsum([len(numbers) for _, numbers in pieces])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= place < len(self):
+            raise IndexError(f"preference {index} of {len(self)}")
+        piece = int(np.searchsorted(self._ends, place, side="right"))
+        name, numbers = self._pieces[piece]
+        return f"{name}:{numbers[place - int(self._ends[piece])]}"
+
+    def __add__(self, other: Locations) -> Locations:
+        return Locations([*self._pieces, *other._pieces])
+
+
+class Prepared(NamedTuple):
+    """The preferences of a source without their texts."""
+
+    summary: ReadSummary
+    tokens: TokenizedDataset
+    locations: Locations
+    """Where every preference stands that was read."""
+    content: str
+    """SHA-256 of what the preferences say, as `fingerprint` has it."""
+
+
+class Store(NamedTuple):
+    """Where tokens are kept from start to start."""
+
+    directory: Path
+    limit: int
+    """Bytes."""
+
+
+def prepare(
+    job: TokenJob,
+    *,
+    on_error: OnError,
+    limit: int | None,
+    num_workers: int | None,
+    store: Store | None,
+    log: Log,
+) -> Prepared:
+    """The tokens of the first `limit` rows of a source.
+
+    Without a store, or where the tokenizer is none of which the rules can be written down (a slow one), they
+    are made at every call.
+
+    Raises:
+      ValueError: as `read_preferences` and `tokenize` do.
+      EnvironmentFailure: when the store cannot be written to, or a process is lost.
+    """
+    work = _Work(job, on_error, limit, num_workers, log)
+    rules = _rules_of(job.tokenizer)
+    if store is None or rules is None:
+        return work.in_memory()
+    key = _fingerprint(job, on_error, limit, rules)
+    kept = TokenStore(store.directory, key, limit=store.limit, log=log)
+    with kept.held():
+        found = kept.open()
+        return _as_prepared(work.into(kept) if found is None else found)
+
+
+class _Work(NamedTuple):
+    """A preparation: what is to be done, and how."""
+
+    job: TokenJob
+    on_error: OnError
+    limit: int | None
+    num_workers: int | None
+    log: Log
+
+    def in_memory(self) -> Prepared:
+        """All of it, kept nowhere."""
+        chunks, summary = self._chunks({}, lambda _, chunk: chunk)
+        tokens = join_parts([chunk.part for chunk in chunks])
+        name, numbers, content = _whole(chunks)
+        return Prepared(summary, tokens, Locations([(name, numbers)]), content)
+
+    def into(self, store: TokenStore) -> Stored:
+        """What the store lacks of it."""
+        try:
+            chunks, summary = self._chunks(store.finished(), store.keep)
+            name, numbers, content = _whole(chunks)
+            facts = {"summary": summary, "name": name, "content": content}
+            return store.finish([chunk.part for chunk in chunks], numbers, facts)
+        except UserError:
+            store.forget()
+            raise
+
+    def _chunks(
+        self, finished: Mapping[int, Chunk], keep: Callable[[int, Chunk], Chunk]
+    ) -> tuple[list[Chunk], ReadSummary]:
+        """All chunks in order, the finished ones as they are.
+
+        Raises:
+          ValueError: first about rows that cannot be read, then about those that cannot be tokenised.
+        """
+        parts = self._cut()
+        results: dict[int, Chunk | Untokenized] = {
+            i: chunk for i, chunk in finished.items() if i < len(parts)
+        }
+        progress = _Progress(parts, results, self.log)
+
+        def take(number: int, result: Chunk | Untokenized) -> bool:
+            results[number] = keep(number, result) if isinstance(result, Chunk) else result
+            progress.say(number)
+            spoiled = result.summary.problems and self.on_error == "stop"
+            return isinstance(result, Chunk) and not spoiled
+
+        missing = [(number, part) for number, part in enumerate(parts) if number not in results]
+        num_workers = count_workers(self.num_workers, len(missing))
+        make_chunks(self.job, missing, num_workers=num_workers, take=take)
+        return self._check([results[number] for number in range(len(parts))])
+
+    def _cut(self) -> list[Part]:
+        """Parts of `CHUNK_ROWS`; one part where neighbouring rows may belong together."""
+        source, split, limit = self.job.source, self.job.split, self.limit
+        if has_groups(source, split, limit, self.job.reading):
+            return cut(source, split, count=1, limit=limit)
+        return cut_every(source, split, rows=CHUNK_ROWS, limit=limit) or cut(
+            source, split, count=1, limit=limit
+        )
+
+    def _check(self, results: Sequence[Chunk | Untokenized]) -> tuple[list[Chunk], ReadSummary]:
+        summary = join_summaries(result.summary for result in results)
+        count = sum(
+            result.part.num_preferences if isinstance(result, Chunk) else result.num_preferences
+            for result in results
+        )
+        check_read(self.job.source, summary, count, self.on_error)
+        for result in results:
+            if isinstance(result, Untokenized) and result.error is not None:
+                raise result.error
+        return [result for result in results if isinstance(result, Chunk)], summary
+
+
+class _Progress:
+    """Says every so often how many rows are done, and how long the others should take."""
+
+    def __init__(self, parts: Sequence[Part], finished: Mapping[int, Any], log: Log) -> None:
+        self._rows, self._log = [part.rows or 0 for part in parts], log
+        self._done = self._before = sum(self._rows[number] for number in finished)
+        self._began = self._said = time.monotonic()
+        if self._before:
+            log(f"preparing tokens: going on after {self._before} of {sum(self._rows)} rows")
+
+    def say(self, number: int) -> None:
+        """One more part is done."""
+        self._done += self._rows[number]
+        now = time.monotonic()
+        if now - self._said < PROGRESS_SECONDS or self._done == self._before:
+            return
+        whole, self._said = sum(self._rows), now
+        left = round((now - self._began) / (self._done - self._before) * (whole - self._done))
+        shown = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+        self._log(f"preparing tokens: {self._done} of {whole} rows, {shown} left")
+
+
+def _whole(chunks: Sequence[Chunk]) -> tuple[str, np.ndarray, str]:
+    """Name and numbers of all locations, and the fingerprint of all that the preferences say."""
+    name = next((chunk.name for chunk in chunks if len(chunk.numbers)), "")
+    content = fingerprint(chunk.digests.tobytes() for chunk in chunks)
+    return name, np.concatenate([chunk.numbers for chunk in chunks]), content
+
+
+def _as_prepared(stored: Stored) -> Prepared:
+    facts = stored.facts
+    rows, skipped, problems, layouts, unused = facts["summary"]
+    summary = ReadSummary(rows, skipped, [Problem(*one) for one in problems], layouts, unused)
+    return Prepared(summary, stored.tokens, Locations([(facts["name"], stored.numbers)]), facts["content"])
+
+
+# ---- what determines tokens ----
+
+
+def _fingerprint(job: TokenJob, on_error: OnError, limit: int | None, rules: Any) -> str:
+    """Of the rows, the tokenizer, all settings, and the code that makes tokens of them."""
+    facts = {
+        "format": [_FORMAT, CHUNK_ROWS],
+        "code": _fingerprint_code(),
+        "versions": [platform.python_version(), *map(version, _PACKAGES)],
+        "rows": fingerprint_rows(job.source, job.split),
+        "source": [job.source, str(Path(job.source).resolve()), job.split, limit, job.expand, on_error],
+        "reading": [job.reading.layout, job.reading.columns, sorted(job.reading.ignored)],
+        "tokenizer": rules,
+        "policies": dict(job.policies),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint_code() -> str:
+    """Of every module that has a part in it: other code may make other tokens, whatever its version says."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _rules_of(tokenizer: Any) -> Any:
+    """All that decides which tokens a text becomes, as JSON has it; None where it cannot be said."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    return [
+        type(tokenizer).__qualname__,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        sorted(tokenizer.all_special_ids),
+        tokenizer.split_special_tokens,
+    ]

@@ -1,0 +1,133 @@
+"""Counts of what preferences say, one preference after the other: of texts only digests are held."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+from dpo.data.messages import Prompt, message_text, response_text
+from dpo.data.preferences import Preference
+
+
+class TextCounts:
+    """Sizes, ties, copies, contradictions, and prompts to look for elsewhere."""
+
+    def __init__(self) -> None:
+        self.count = self.with_scores = self.desirable = 0
+        self.sources: Counter[str] = Counter()
+        self.sizes: Counter[int] = Counter()
+        """How many preferences have so many responses."""
+        self._tied = self._all_tied = self._identical = self._against = 0
+        self._prompts: set[bytes] = set()
+        self._whole: Counter[bytes] = Counter()
+        self._orders: dict[bytes, int] = {}
+        """Of a prompt with two texts, whether the first was ahead (1), behind (2), or both (3)."""
+        self._normalised: set[bytes] = set()
+        self._first_messages: set[bytes] = set()
+
+    def add(self, preference: Preference, *, with_first_messages: bool) -> None:
+        """One more preference."""
+        ranks, texts = preference.ranks, tuple(map(response_text, preference.responses))
+        prompt = _flatten(preference.prompt)
+        self.count += 1
+        self.sources[preference.source] += 1
+        self.sizes[len(ranks)] += 1
+        self.with_scores += preference.scores is not None
+        self.desirable += ranks[0] == 0
+        self._tied += len(set(ranks)) < len(ranks)
+        self._all_tied += len(set(ranks)) == 1 < len(ranks)
+        self._identical += len(set(texts)) < len(texts)
+        self._against += _scores_against_ranks(preference)
+        self._prompts.add(_digest(prompt))
+        self._whole[_digest(prompt, *texts)] += 1
+        for first, second, is_ahead in _statements(texts, ranks):
+            key = _digest(prompt, first, second)
+            self._orders[key] = self._orders.get(key, 0) | (1 if is_ahead else 2)
+        if with_first_messages:
+            self._normalised.add(_digest(_normalise(prompt)))
+            self._first_messages.add(_digest(_normalise(_first_message(preference.prompt))))
+
+    def figures(self) -> dict[str, int]:
+        """Ties, copies and contradictions."""
+        return {
+            "distinct_prompts": len(self._prompts),
+            "duplicates": self.count - len(self._whole),
+            "tied": self._tied,
+            "all_tied": self._all_tied,
+            "identical_responses": self._identical,
+            "conflicting": sum(seen == 3 for seen in self._orders.values()),
+            "scores_against_ranks": self._against,
+        }
+
+    def overlap(self, heldout: Sequence[Preference]) -> dict[str, Any]:
+        """Held-out preferences whose prompt is among these: whole, and by the first message alone.
+
+        Prompts are compared in lower case, without punctuation and with single spaces; paraphrases are not
+        found.
+        """
+        shared = [p for p in heldout if _digest(_normalise(_flatten(p.prompt))) in self._normalised]
+        opened = [p for p in heldout if _digest(_normalise(_first_message(p.prompt))) in self._first_messages]
+        return {
+            "heldout": len(heldout),
+            "same_prompt": len(shared),
+            "same_first_message": len(opened),
+            "examples": [preference.location for preference in shared[:5]],
+        }
+
+
+def prompt_overlap(preferences: Sequence[Preference], heldout: Sequence[Preference]) -> dict[str, Any]:
+    """Held-out preferences whose prompt is also trained on; see `TextCounts.overlap`."""
+    texts = TextCounts()
+    for preference in preferences:
+        texts.add(preference, with_first_messages=True)
+    return texts.overlap(heldout)
+
+
+def _digest(*texts: str) -> bytes:
+    """Texts that differ, or are cut apart elsewhere, have others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def _statements(texts: Sequence[str], ranks: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
+    """What a preference says of two texts, in an order that is the same for both opinions."""
+    if len(texts) == 1:
+        yield texts[0], "", ranks[0] == 0
+    for (left, i), (right, j) in combinations(zip(texts, ranks, strict=True), 2):
+        if i != j and left != right:
+            yield min(left, right), max(left, right), left < right
+
+
+def _scores_against_ranks(preference: Preference) -> bool:
+    scores = preference.scores
+    if scores is None:
+        return False
+    pairs = combinations(zip(preference.ranks, scores, strict=True), 2)
+    return any((j - i) * (b - a) > 0 for (i, a), (j, b) in pairs)
+
+
+def _flatten(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {message_text(turn)}" for turn in prompt)
+
+
+def _first_message(prompt: Prompt) -> str:
+    """The first thing a user says."""
+    if isinstance(prompt, str):
+        return prompt
+    return message_text(next((turn for turn in prompt if turn["role"] == "user"), prompt[0]))
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’…–—")
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
