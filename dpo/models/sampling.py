@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from dpo.models.decoder import Cache, Decoder
@@ -91,6 +92,17 @@ def generate(
         for row, i in enumerate(rows):
             responses[i] = output[row, : count[row]].tolist()
     return responses
+
+
+def lower_generation(
+    model: Decoder, *, rows: int, longest_prompt: int, sampling: SamplingConfig, stop_tokens: Sequence[int]
+) -> Lowered:
+    """The program that `generate` runs for `rows` prompts of which the longest has so many tokens."""
+    graphdef, params = nnx.split(model)
+    rules = replace(sampling, max_new_tokens=_round_up(sampling.max_new_tokens))
+    batch = _make_batch([[0] * longest_prompt] * rows, [0] * rows, rows)
+    limit = jnp.asarray(sampling.max_new_tokens, jnp.int32)
+    return _run.lower(graphdef, rules, tuple(stop_tokens), params, *jax.device_get((batch, limit)))
 
 
 def stream(

@@ -30,7 +30,7 @@ from dpo.parallel.sharding import (
 from dpo.training.reading import Dataset
 
 EVALUATION_BATCH = 16
-"""Prompts that are scored at a time where no gradient is taken."""
+"""Prompts that are scored at a time where no gradient is taken, for each device that holds rows."""
 
 
 def fit_to_objective(dataset: Dataset, objective: Objective, *, seed: int = 0) -> Dataset:
@@ -127,9 +127,9 @@ def make_loader(
 def scoring_loader(
     data: DataConfig, tokens: TokenizedDataset, mesh: Mesh, *, micro_batches: int = 1
 ) -> Loader:
-    """Every row of a data set once, in order, where no gradient is taken."""
+    """Every row of a data set once, in order, where no gradient is taken: so many prompts a device."""
     packing = _packing(data, mesh, micro_batches=micro_batches)
-    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH, **packing)
+    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH * row_multiple(mesh), **packing)
 
 
 class Arrangement(NamedTuple):

@@ -1,11 +1,13 @@
 """`training.memory_limit`: settings traded for memory, the quickest first, until what is compiled fits.
 
-    peak of a device = other + max(step, state + scoring)
+    peak of a device = other + max(step, state + scoring, state + sampling)
 
     step      arguments + results − aliases + temporaries of the compiled step, at the run's largest shape
     scoring   temporaries of the compiled scoring of rows without a gradient
+    sampling  temporaries of `training.eval_samples`: decoding with its cache, and scoring what was drawn
     other     what no program knows of: on a CPU the process itself; copies that are kept while steps run
 
+A run that goes on reads its state into the place of the parameters that it opened: it never holds two.
 On a CPU a checkpoint is copied and written in the same memory: beside scoring always, since the last one is
 written while the held-out rows are scored, and beside steps where there are saves between them.
 
@@ -43,6 +45,7 @@ from dpo.parallel.sharding import row_multiple
 from dpo.runs import MEMORY_FILE
 from dpo.training.datasets import make_loader, scoring_loader
 from dpo.training.identity import settings_fingerprint
+from dpo.training.on_policy import lower_programs
 from dpo.training.placement import place_batch
 from dpo.training.policy import Policy
 from dpo.training.program import Program, make_program
@@ -176,7 +179,8 @@ def find_fit(config: Config, parts: Parts) -> Fit:
         if other + step > limit:
             return other + step
         scoring = _memoised(programs, chunk, lambda: scoring_bytes(config, parts, chunk))
-        return other + max(step, state + saved + scoring)
+        sampling = _memoised(programs, ("sampling", chunk), lambda: sampling_bytes(config, parts, chunk))
+        return other + max(step, state + saved + max(scoring, sampling))
 
     return first_that_fits(candidates(config, lambda count: _scored(config, parts, count)), peak, limit=limit)
 
@@ -265,6 +269,16 @@ def scoring_bytes(config: Config, parts: Parts, chunk: int) -> float:
         lambda: score.lower(policy.params, policy.frozen, placed),  # type: ignore[attr-defined]
         temporary_bytes,
     )
+
+
+def sampling_bytes(config: Config, parts: Parts, chunk: int) -> float:
+    """Bytes on a device that drawing and scoring the policy's own answers take besides parameters."""
+    if config.training.eval_samples == 0:
+        return 0.0
+    assert parts.heldout is not None, "the settings allow eval_samples with data.eval only"
+    config = replace(config, model=replace(config.model, log_prob_chunk=chunk))
+    programs = lower_programs(config, parts.policy, parts.heldout, parts.mesh)
+    return max(_compiled_bytes(lambda lowered=lowered: lowered, temporary_bytes) for lowered in programs)
 
 
 def temporary_bytes(compiled: Any) -> float:

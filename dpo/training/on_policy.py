@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from jaxtyping import Float
 
 from dpo.config import Config
@@ -22,18 +23,19 @@ from dpo.data.packing import Shape, pack
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset, make_dataset
 from dpo.huggingface.pretrained import stop_tokens
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.sampling import SamplingConfig, generate, lower_generation
 from dpo.parallel.sharding import row_multiple
+from dpo.training.placement import place_batch
 from dpo.training.policy import Policy, make_score
 from dpo.training.reading import Dataset, given_chat_template
 from dpo.training.reference import Score
-from dpo.training.step import Params
+from dpo.training.step import Params, make_eval_step
 
 Observe = Callable[[int, Params], Mapping[str, float]]
 """(steps done, the policy's parameters) → metrics of a held-out evaluation."""
 
 ROWS = 32
-"""Responses that are scored together."""
+"""Responses that are sampled together, and scored together, by a device that holds rows."""
 _MULTIPLE = 32
 
 
@@ -73,9 +75,8 @@ class OnPolicy:
         self._score_reference = self._score_with
         if self._policy.graphdef != reference.graphdef:
             self._score_reference = make_score(reference, mesh, chunk=chunk)
-        longest = max(map(len, prompts)) + max_new_tokens
-        self._rows = -(-ROWS // row_multiple(mesh)) * row_multiple(mesh)
-        self._shape = Shape(self._rows, -(-longest // _MULTIPLE) * _MULTIPLE, max_new_tokens)
+        self._shape = _scoring_shape(max(map(len, prompts)), max_new_tokens, mesh)
+        self._rows = self._shape.rows
 
     def draw(self, params: Params) -> Drawn:
         """One response a prompt from the policy with these parameters."""
@@ -85,7 +86,7 @@ class OnPolicy:
             sampling=self._sampling,
             seeds=self._seeds,
             stop_tokens=self._stop,
-            batch_size=len(self._prompts),
+            batch_size=self._rows,
         )
         ours = self._logps(responses, self._score_with(params))
         theirs = self._logps(responses, self._score_reference(self._reference.params))
@@ -135,6 +136,30 @@ def open_on_policy(
         seed=config.training.seed,
         policy=policy,
     )
+
+
+def lower_programs(config: Config, policy: Policy, heldout: TokenizedDataset, mesh: Mesh) -> list[Lowered]:
+    """What `training.eval_samples` runs, at its largest: sampling, with its cache, and scoring."""
+    new, chunk = config.training.eval_max_new_tokens, config.model.log_prob_chunk
+    prompts = first_prompts(heldout, config.training.eval_samples)
+    shape = _scoring_shape(max(map(len, prompts)), new, mesh)
+    sampling = lower_generation(
+        policy.merge(policy.params),
+        rows=min(shape.rows, len(prompts)),
+        longest_prompt=max(map(len, prompts)),
+        sampling=SamplingConfig(max_new_tokens=new),
+        stop_tokens=stop_tokens(policy.pretrained),
+    )
+    dataset = make_dataset(prompts[:1], [[[0]]])
+    index = np.full(shape.rows, -1)
+    batch = place_batch(mesh, pack(dataset, index, shape=shape, layout="padded", num_responses=1))
+    score = make_eval_step(policy.graphdef, chunk=chunk, mesh=mesh)
+    return [sampling, score.lower(policy.params, policy.frozen, batch)]  # type: ignore[attr-defined]
+
+
+def _scoring_shape(longest_prompt: int, max_new_tokens: int, mesh: Mesh) -> Shape:
+    length = -(-(longest_prompt + max_new_tokens) // _MULTIPLE) * _MULTIPLE
+    return Shape(ROWS * row_multiple(mesh), length, max_new_tokens)
 
 
 def first_prompts(tokens: TokenizedDataset, count: int) -> list[list[int]]:

@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 from tiny_model import byte_tokenizer, tiny_config
 
+from dpo.config import DataConfig, MeshConfig
 from dpo.data.preferences import ReadSummary
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.pretrained import read_config
 from dpo.losses import Objective, make_objective
-from dpo.training.datasets import fit_to_objective, require_embeddings
+from dpo.parallel.sharding import make_mesh
+from dpo.training.datasets import EVALUATION_BATCH, fit_to_objective, require_embeddings, scoring_loader
 from dpo.training.reading import Dataset
 
 MODEL = replace(
@@ -66,3 +70,13 @@ def test_an_objective_says_itself_that_it_learns_from_ties():
     assert len(fit_to_objective(rows, Objective(loss, learns_from_ties=True)).tokens) == 2
     with pytest.raises(ValueError, match="objective mine compares responses, but every prompt has one"):
         fit_to_objective(data(([1], [[2]])), Objective(loss, learns_from_ties=True, name="mine"))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_device_scores_as_many_prompts_at_a_time_on_any_mesh(devices):
+    tokens = make_dataset([[1, 2]] * 100, [[[3], [4]]] * 100)
+    mesh = make_mesh(MeshConfig(data=devices, fsdp=1), jax.devices()[:devices])
+    loader = scoring_loader(DataConfig(train="x"), tokens, mesh)
+    assert loader.num_steps == -(-100 // (EVALUATION_BATCH * devices))
+    scored = np.concatenate([loader.indices(step) for step in range(loader.num_steps)])
+    assert scored[scored >= 0].tolist() == list(range(100))

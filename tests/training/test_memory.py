@@ -13,10 +13,22 @@ from numpy.testing import assert_allclose
 from stopping import stop_after
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from dpo.data.tokenized import make_dataset
+from dpo.losses import make_objective
 from dpo.parallel.sharding import make_mesh
 from dpo.training import memory, preparation
 from dpo.training.loop import train
-from dpo.training.memory import GIB, Choice, candidates, first_that_fits, limit_bytes, other_bytes
+from dpo.training.memory import (
+    GIB,
+    Choice,
+    Parts,
+    candidates,
+    first_that_fits,
+    limit_bytes,
+    other_bytes,
+    sampling_bytes,
+)
+from dpo.training.policy import load_policy
 
 LIMITLESS = 1e6
 
@@ -210,6 +222,25 @@ def test_a_limit_below_the_state_is_refused_before_anything_is_compiled(config, 
     refusal = r"limit is 0\.00 GiB a device; parameters .* a copy for checkpoints .* Allowed is a limit above"
     with pytest.raises(ValueError, match=refusal):
         train(with_training(config, memory_limit=1e-6))
+
+
+def test_samples_of_the_policy_count_with_their_cache(tiny_model_dir):
+    """At least keys and values of all rows that are drawn together, and nothing where none are drawn."""
+    mesh = make_mesh(Config().mesh, jax.devices()[:1])
+    policy = load_policy(ModelConfig(source=str(tiny_model_dir)), mesh)
+    tokens = make_dataset([[1, 2 + i] for i in range(40)], [[[3]]] * 40)
+    parts = Parts(make_objective({"name": "dpo"}), 0.1, policy, tokens, tokens, mesh, 1)
+    cache = policy.merge(policy.params).init_cache(32, 32 + 512)  # 40 prompts are drawn 32 at a time
+    found = {
+        samples: sampling_bytes(
+            with_training(Config(data=DataConfig(eval="x")), eval_samples=samples, eval_max_new_tokens=512),
+            parts,
+            64,
+        )
+        for samples in (0, 40)
+    }
+    assert found[0] == 0
+    assert found[40] >= sum(array.nbytes for array in cache)
 
 
 def compiled_steps():

@@ -12,6 +12,7 @@ from tiny_model import write_tiny_model
 from dpo.config import MeshConfig, ModelConfig
 from dpo.huggingface.pretrained import stop_tokens
 from dpo.judging.local_judge import sequence_log_probs
+from dpo.models.sampling import generate
 from dpo.parallel.sharding import make_mesh
 from dpo.training.on_policy import OnPolicy
 from dpo.training.policy import load_policy
@@ -56,3 +57,23 @@ def test_more_prompts_than_a_batch_are_all_scored(tiny_model_dir: Path, monkeypa
     logps = sampler._logps([[7, 8], [9], [10, 11, 12]], sampler._score_with(reference.params))
     expected = sequence_log_probs(str(tiny_model_dir), PROMPTS, [[7, 8], [9], [10, 11, 12]])
     np.testing.assert_allclose(logps, expected, atol=1e-4)
+
+
+def test_samples_are_drawn_in_batches_and_are_the_same(tiny_model_dir: Path, monkeypatch) -> None:
+    """The cache of so many rows at a time is held, not that of all prompts."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    reference = load_policy(ModelConfig(source=str(tiny_model_dir)), mesh)
+    rows = []
+
+    def spy(model, prompts, *, batch_size, **how):
+        rows.append(batch_size)
+        return generate(model, prompts, batch_size=batch_size, **how)
+
+    monkeypatch.setattr("dpo.training.on_policy.generate", spy)
+    drawn = []
+    for at_once in (2, 32):
+        monkeypatch.setattr("dpo.training.on_policy.ROWS", at_once)
+        sampler = OnPolicy(reference, PROMPTS, mesh=mesh, max_new_tokens=4, stop_tokens=[0], chunk=64)
+        drawn.append(sampler.draw(reference.params).responses)
+    assert rows == [2, 32]
+    assert drawn[0] == drawn[1]
