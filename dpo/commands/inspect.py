@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dpo.commands.checks import check_settings
 from dpo.commands.output import write_json
-from dpo.config import Config, InspectConfig
+from dpo.config import Config, DataConfig, InspectConfig
 from dpo.outcomes import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def inspect_data(config: Config, given: InspectConfig) -> None:
     """Print the data report and, where asked for, one example; `given.output` keeps the report."""
     check_settings(config)
+    if given.rows is not None:
+        config = replace(config, data=with_rows(config.data, given.rows))
     from dpo.data.inspection import render_example, render_report
     from dpo.huggingface.pretrained import load_tokenizer
 
@@ -34,6 +36,13 @@ def inspect_data(config: Config, given: InspectConfig) -> None:
         console.print(render_example(dataset.tokens, given.example, tokenizer))
     if given.output is not None:
         write_json(given.output, report)
+
+
+def with_rows(data: DataConfig, rows: int) -> DataConfig:
+    """The settings with at most so many rows of training and held-out data."""
+    return replace(
+        data, max_train=min(rows, data.max_train or rows), max_eval=min(rows, data.max_eval or rows)
+    )
 
 
 def report_data(

@@ -18,12 +18,15 @@ class InspectConfig:
 
     heldout: bool = False
     """Inspect the held-out preferences (data.eval) instead of the training ones."""
+    rows: int | None = None
+    """Inspect the first so many rows only; as many as a run reads when not given."""
     example: int | None = 0
     """Number of the preference to show, from 0, with colours for what is scored; none when null."""
     output: str | None = None
     """JSON file to write the whole report to."""
 
     def __post_init__(self) -> None:
+        check_range("rows", self.rows, low=1)
         check_range("example", self.example, low=0)
 
 

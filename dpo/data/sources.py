@@ -94,6 +94,11 @@ def _parts(starts: Int[np.ndarray, "n 2"], borders: Sequence[int], size: int) ->
     ]
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a source can only be a file, by its ending; others may be directories or on the hub."""
+    return source.endswith((*_READERS, ".jsonl.gz"))
+
+
 def fingerprint_rows(source: str, split: str) -> str:
     """SHA-256 of what a source holds: the bytes of a file, or the values of a data set's columns.
 

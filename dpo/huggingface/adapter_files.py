@@ -68,11 +68,7 @@ class AdapterDirectory:
         Raises:
           ValueError: when the adapter does not say.
         """
-        base, revision = self._config.get("base_model_name_or_path"), self._config.get("revision")
-        if not base:
-            raise UserError(f"{self.directory / CONFIG_FILE} has no base_model_name_or_path")
-        is_here = Path(base).expanduser().exists()
-        return f"{base}@{revision}" if revision and not is_here and "@" not in base else base
+        return _base_of(self._config, self.directory)
 
     def read(self, module: str) -> AdapterWeights:
         """The adapter of one module in float32."""
@@ -162,6 +158,19 @@ class MergedTensors:
 def is_adapter(directory: Path) -> bool:
     """Whether a directory holds an adapter, and no model."""
     return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file()
+
+
+def read_base(directory: Path) -> str:
+    """The same as `AdapterDirectory.base`, of a directory whose weights need not be there."""
+    return _base_of(_read_config(directory / CONFIG_FILE), directory)
+
+
+def _base_of(config: dict[str, Any], directory: Path) -> str:
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base:
+        raise UserError(f"{directory / CONFIG_FILE} has no base_model_name_or_path")
+    is_here = Path(base).expanduser().exists()
+    return f"{base}@{revision}" if revision and not is_here and "@" not in base else base
 
 
 def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> list[Adapter]:

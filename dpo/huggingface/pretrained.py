@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
@@ -28,6 +27,13 @@ from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
 from dpo.huggingface.loading import Placement, load_parameters
 from dpo.huggingface.saving import flatten, save_pretrained
+from dpo.huggingface.tokenizer_files import (
+    TOKENIZER_FILES,
+    fetch_files,
+    find_hub_id,
+    load_tokenizer,
+    open_tokenizer,
+)
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
 from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
@@ -175,11 +181,6 @@ def load_classifier(
     return _load(make, checkpoint, family, dtype=jnp.dtype(param_dtype), placement=placement)
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of any source that `load_pretrained` takes."""
-    return open_checkpoint(source).tokenizer()
-
-
 def read_config(config: dict[str, Any]) -> tuple[Family, DecoderConfig]:
     """The family and the decoder that a `config.json` describes."""
     family = find_family(str(config.get("model_type", "(none)")))
@@ -232,15 +233,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_adapter(path) if is_adapter(path) else _open_directory(path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, str(path.resolve()))
-    if path.is_file():
-        raise UserError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
-    hub_id, _, revision = text.partition("@")
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) and path.suffix != ".gguf":
-        return _open_hub(hub_id, revision or None)
-    raise UserError(
-        f"no model at {text!r}; allowed: a directory, a .gguf file, a hub id (owner/name or "
-        "owner/name@revision), embedded:<name>"
-    )
+    return _open_hub(*find_hub_id(source))
 
 
 def stop_tokens(pretrained: Pretrained) -> list[int]:
@@ -271,7 +264,7 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
         config=_untied_where_different(_read_json(config_file), directory),
         generation_config=_read_json(generation_file) if generation_file.is_file() else {},
         tensors=tensors,
-        tokenizer=lambda: _open_tokenizer(directory),
+        tokenizer=lambda: open_tokenizer(directory),
         source=source,
         licence=read_licence(directory),
         hub_id=None,
@@ -309,16 +302,6 @@ def _are_equal(tensors: Tensors, first: str, second: str) -> bool:
 _COMPARED_ROWS = 4096
 
 
-def _open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Without code from the directory: transformers would otherwise ask whether to run it."""
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
-        raise UserError(
-            f"{directory}: its tokenizer cannot be opened: {type(error).__name__}: {error}"
-        ) from error
-
-
 def _open_adapter(directory: Path) -> Checkpoint:
     """The model that an adapter was trained on, with the adapter merged as weights are read."""
     adapter = AdapterDirectory(directory)
@@ -329,7 +312,7 @@ def _open_adapter(directory: Path) -> Checkpoint:
     own_tokenizer = (directory / "tokenizer_config.json").is_file()
     return base._replace(
         tensors=lambda family, names: MergedTensors(base.tensors(family, names), adapter),
-        tokenizer=(lambda: _open_tokenizer(directory)) if own_tokenizer else base.tokenizer,
+        tokenizer=(lambda: open_tokenizer(directory)) if own_tokenizer else base.tokenizer,
         source=f"{directory.resolve()} on {base.source}",
     )
 
@@ -353,17 +336,7 @@ def _open_gguf(path: Path, source: str) -> Checkpoint:
 
 def _open_hub(hub_id: str, revision: str | None) -> Checkpoint:
     """A model of the hub, at the newest commit or at a branch, tag or commit that is named."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin.index.json", "README.md"]
-    try:
-        path = Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
-        ) from error
+    path = fetch_files(hub_id, revision, [*TOKENIZER_FILES, "*.safetensors"])
     if is_adapter(path):
         return _open_adapter(path)
     return _open_directory(path, f"{hub_id}@{path.name}")._replace(hub_id=hub_id)

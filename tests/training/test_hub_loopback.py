@@ -14,7 +14,7 @@ from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 from tiny_model import write_tiny_model
 
-from dpo.huggingface.pretrained import open_checkpoint
+from dpo.huggingface.pretrained import load_tokenizer, open_checkpoint
 from dpo.training.hub import push_to_hub
 
 NAME = "someone/tiny"
@@ -58,6 +58,16 @@ def test_a_model_is_read_at_the_revision_that_is_named(hub: Hub, files) -> None:
         then = open_checkpoint(f"{NAME}@{revision}")
         assert then.source == f"{NAME}@{older}"
         assert then.config["hidden_size"] == 16
+
+
+def test_a_tokenizer_is_fetched_without_weights(hub: Hub, files) -> None:
+    hub.put(f"models/{NAME}", files, tag="v1")
+    ids = load_tokenizer(f"{NAME}@v1")("abc")["input_ids"]
+    asked = [path for _, path, _ in hub.asked]
+    assert not any(path.endswith(".safetensors") for path in asked)
+    assert any(path.endswith("tokenizer.json") for path in asked)
+    assert ids == open_checkpoint(NAME).tokenizer()("abc")["input_ids"]
+    assert any(path.endswith(".safetensors") for _, path, _ in hub.asked)
 
 
 @pytest.mark.parametrize(
