@@ -22,13 +22,9 @@ def plan_step(config: Config, given: PlanConfig) -> bool:
     topology = parse_topology(given.topology or "cpu:1")
     prepare_compiler(topology.num_devices)
     from dpo.planning.plan_text import plan_as_numbers, plan_as_text
-    from dpo.planning.planner import (
-        choose_lengths,
-        make_plan_within_limit,
-        open_target,
-        read_decoder,
-        search_meshes,
-    )
+    from dpo.planning.search import make_plan_within_limit, search_meshes
+    from dpo.planning.targets import open_target
+    from dpo.planning.workloads import choose_lengths, read_decoder
 
     lengths = choose_lengths(
         config, prompt=given.prompt_tokens, response=given.response_tokens, responses=given.num_responses

@@ -6,7 +6,8 @@ from collections import defaultdict
 from typing import Any
 
 from dpo.planning.chips import GIB
-from dpo.planning.planner import Plan, Target
+from dpo.planning.plan import Plan
+from dpo.planning.targets import Target
 from dpo.planning.travel import Travel
 
 _LISTED = 6

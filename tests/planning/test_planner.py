@@ -14,21 +14,17 @@ from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
 from dpo.losses import make_objective
 from dpo.parallel.sharding import make_mesh
-from dpo.planning import planner
+from dpo.planning import planner, search, targets, tracing
+from dpo.planning.advice import advise
 from dpo.planning.chips import CHIPS, Topology, parse_topology
+from dpo.planning.plan import Memory
 from dpo.planning.plan_text import plan_as_numbers, plan_as_text
-from dpo.planning.planner import (
-    Target,
-    assumed_lengths,
-    candidate_meshes,
-    choose_lengths,
-    make_plan,
-    make_plan_within_limit,
-    open_target,
-    read_decoder,
-    trace_step,
-)
+from dpo.planning.planner import make_plan
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops
+from dpo.planning.search import candidate_meshes, make_plan_within_limit
+from dpo.planning.targets import Target, open_target
+from dpo.planning.tracing import trace_step
+from dpo.planning.workloads import assumed_lengths, choose_lengths, read_decoder
 
 SMALL_CONFIG = (
     read_shape("shape:smollm2-135m")
@@ -97,7 +93,7 @@ def test_one_device_communicates_nothing():
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(plan):
     memory = plan.memory._replace(limit=plan.memory.total / 2, parameters=plan.memory.total)
     result = plan._replace(memory=memory, fits=False, mesh={"data": 4, "fsdp": 2, "tensor": 1})
-    result = result._replace(advice=list(planner._advice(settings(), result, SMALL)))
+    result = result._replace(advice=list(advise(settings(), result, SMALL)))
     text = plan_as_text(result, target(), compute_dtype="float32")
     assert "does not fit" in text
     assert "GiB too much" in text
@@ -109,7 +105,7 @@ def test_where_communication_takes_longest_smaller_groups_are_named(plan):
     """256 devices instead of 8: in groups of 16 each holds 16 times as much of the state."""
     waits = plan._replace(mesh={"data": 1, "fsdp": 256, "tensor": 1}, times=Times(1.0, 2.0, 3.0))
     more = 15 * (plan.memory.parameters + plan.memory.optimizer)
-    [advice] = planner._advice(settings(), waits, SMALL)
+    [advice] = advise(settings(), waits, SMALL)
     assert advice.startswith("mesh.data 16, mesh.fsdp 16: communication takes longest")
     assert advice.endswith(f"{more / 2**30:.2f} GiB more")
     for other in (
@@ -117,7 +113,7 @@ def test_where_communication_takes_longest_smaller_groups_are_named(plan):
         {"mesh": {"data": 16, "fsdp": 16, "tensor": 1}},
         {"memory": plan.memory._replace(limit=plan.memory.total + more / 2)},
     ):
-        assert list(planner._advice(settings(), waits._replace(**other), SMALL)) == []
+        assert list(advise(settings(), waits._replace(**other), SMALL)) == []
 
 
 @pytest.mark.parametrize(
@@ -234,7 +230,7 @@ def test_a_tpu_without_its_compiler_says_how_to_install_it(monkeypatch):
     def missing(*args, **kwargs):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
-    monkeypatch.setattr(planner.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", missing)
     with pytest.raises(
         ValueError, match=r"needs the TPU's compiler.*pip install --no-deps --target .*libtpu"
     ):
@@ -249,13 +245,13 @@ def test_too_few_devices_to_stand_for_others_is_said():
 
 
 def test_more_gpus_than_a_host_has_are_said_to_be_counted_as_in_one(monkeypatch):
-    monkeypatch.setattr(planner.jax, "devices", lambda _: list(range(16)))
+    monkeypatch.setattr(targets.jax, "devices", lambda _: list(range(16)))
     assert "between hosts of 8 is not counted" in open_target(parse_topology("h100:16")).compiler
     assert "hosts" not in open_target(parse_topology("h100:8")).compiler
 
 
 def test_a_checkpoint_s_copy_counts_beside_the_step_only_where_steps_go_on():
-    memory = planner.Memory(
+    memory = Memory(
         parameters=4.0, optimizer=8.0, batch=0.5, temporaries=5.5, process=1.0, checkpoint=12.0, limit=30.0
     )
     assert memory.total == 4 + 8 + 1 + 12
@@ -273,7 +269,7 @@ def test_a_plan_within_a_limit_is_of_the_first_choice_that_fits(plan, monkeypatc
         memory = plan.memory._replace(temporaries=1.5 * 2**30 / choice[1], limit=0.5 * 2**30)
         return plan._replace(memory=memory, fits=memory.free >= 0)
 
-    monkeypatch.setattr(planner, "make_plan", make)
+    monkeypatch.setattr(search, "make_plan", make)
     limited = dataclasses.replace(settings(), training=TrainingConfig(batch_size=16, memory_limit=0.5))
     said = []
     found = make_plan_within_limit(limited, target(), decoder=SMALL, lengths=LENGTHS, log=said.append)
@@ -286,7 +282,7 @@ def test_a_plan_within_a_limit_is_of_the_first_choice_that_fits(plan, monkeypatc
 
 def test_adapters_are_planned_as_adapters(monkeypatch):
     """The model is there without moments, and three numbers are kept for each of the adapters'."""
-    monkeypatch.setattr(planner, "_read_hf_config", lambda source: SMALL_CONFIG)
+    monkeypatch.setattr(tracing, "read_hf_config", lambda source: SMALL_CONFIG)
     adapted = dataclasses.replace(settings(), lora=LoraConfig(rank=2, base_dtype="bfloat16"))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     parts = [

@@ -26,8 +26,10 @@ from dpo.parallel.partition import Partition
 from dpo.parallel.sharding import make_mesh, parameter_rules, parameter_sharding, place, row_multiple
 from dpo.planning.chips import Chip, Topology
 from dpo.planning.hlo import read_program
-from dpo.planning.planner import Target, Workload, trace_step
 from dpo.planning.roofline import Work
+from dpo.planning.targets import Target
+from dpo.planning.tracing import trace_step
+from dpo.planning.workloads import Workload
 from dpo.training.placement import place_batch
 from dpo.training.program import make_program
 from dpo.training.step import make_eval_step
