@@ -6,12 +6,12 @@ import json
 import random
 import signal
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from loopback import Processes
+from loopback import Forks, Processes, environment_of
 from safetensors.numpy import load_file
 
 from dpo.outcomes import PEER_LOST
@@ -42,7 +42,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
             "eval_samples": 2,
             "eval_max_new_tokens": 4,
         },
-        "distributed": {"start_timeout": 45.0, "heartbeat_timeout": 10.0, "step_timeout": 60.0},
+        "distributed": {"start_timeout": 30.0, "heartbeat_timeout": 10.0, "step_timeout": 60.0},
     }
     (directory / "settings.json").write_text(json.dumps(content))
     return directory
@@ -65,18 +65,23 @@ def outcome_of_run(run_dir: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def whole(settings: Path) -> tuple[object, ...]:
+def forks(settings: Path) -> Iterator[Forks]:
+    server = Forks(environment_of(1, settings))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Path, forks: Forks) -> tuple[object, ...]:
     """What a run comes to that nothing happened to."""
-    assert Processes(2, 1, config_of(settings, "whole"), settings).wait() == [0, 0]
+    assert Processes(2, 1, config_of(settings, "whole"), settings, start=forks).wait() == [0, 0]
     return outcome_of_run(settings / "whole")
 
 
-def lose_one(
-    settings: Path, number: int, how: signal.Signals, generator: random.Random
-) -> tuple[str, list[int], float]:
+def lose_one(settings: Path, forks: Forks, number: int, how: signal.Signals) -> tuple[str, list[int], float]:
     """Start two processes and lose one; where, what the codes were, and the seconds to the other's end."""
-    name = f"{how.name}-{number}"
-    processes = Processes(2, 1, config_of(settings, name), settings)
+    name, generator = f"{how.name}-{number}", random.Random(f"{how.name} {number}")
+    processes = Processes(2, 1, config_of(settings, name), settings, start=forks)
     victim, place = generator.randrange(2), PLACES[number % len(PLACES)]
     try:
         wait_until(settings / name, place, processes)
@@ -113,29 +118,35 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-@pytest.mark.slow
+NUM_KILLS, NUM_STOPS = 60, 10
+OFTEN = 12
+"""Kills that are tried with every change; the others when somebody asks (`-m slow`)."""
+LOSSES = [
+    *((signal.SIGKILL, number) for number in range(NUM_KILLS)),
+    *((signal.SIGSTOP, number) for number in range(NUM_STOPS)),
+]
+
+
+def marks_of(how: signal.Signals, number: int) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow, *([pytest.mark.ci] if how is signal.SIGKILL and number < OFTEN else [])]
+
+
 @pytest.mark.parametrize(
-    ("how", "times"),
-    [
-        pytest.param(signal.SIGKILL, 12, id="12 kills"),
-        pytest.param(signal.SIGKILL, 60, id="60 kills"),
-        pytest.param(signal.SIGSTOP, 10, id="10 stops"),
-    ],
+    ("how", "number"),
+    [pytest.param(*loss, id=f"{loss[0].name}-{loss[1]}", marks=marks_of(*loss)) for loss in LOSSES],
 )
-def test_a_lost_process_costs_nothing_but_time(how, times, settings, whole, capsys):
+def test_a_lost_process_costs_nothing_but_time(how, number, settings, forks, whole, capsys):
     """The other ends within a minute by a code that launchers go on from; started again, the same bits."""
-    generator = random.Random(times)
-    codes, longest = Counter(), 0.0
-    for number in range(times):
-        place, (code, _), seconds = lose_one(settings, number, how, generator)
-        with capsys.disabled():
-            print(f"{how.name} {number} ({place}): the other ended {code} after {seconds:.1f} s", flush=True)
-        codes[code], longest = codes[code] + 1, max(longest, seconds)
-        name = f"{how.name}-{number}"
-        assert code in (0, PEER_LOST.code), (settings / f"{name}-0.txt").read_text()
-        assert seconds < 60
-        again = Processes(2, 1, config_of(settings, name), settings)
-        assert again.wait() == [0, 0], again.text(0)
-        assert outcome_of_run(settings / name) == whole, name
+    place, codes, seconds = lose_one(settings, forks, number, how)
     with capsys.disabled():
-        print(f"{times} of {times}: codes {dict(codes)}, the slowest after {longest:.1f} s", flush=True)
+        print(f"{how.name}-{number} ({place}): the other ended {codes[0]} after {seconds:.1f} s", flush=True)
+    name = f"{how.name}-{number}"
+    assert codes[0] in (0, PEER_LOST.code), said(settings, name)
+    assert seconds < 60, said(settings, name)
+    again = Processes(2, 1, config_of(settings, name), settings, start=forks)
+    assert again.wait() == [0, 0], again.text(0)
+    assert outcome_of_run(settings / name) == whole, name
+
+
+def said(settings: Path, name: str) -> str:
+    return "\n----\n".join((settings / f"{name}-{i}.txt").read_text() for i in range(2))
