@@ -61,7 +61,12 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            env={
+                **environment,
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all that a tiny run does
+                "PYTHONPATH": str(ROOT),
+                "PYTHONWARNINGS": "ignore",
+            },
         )
 
     def __call__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Started:
@@ -77,8 +82,10 @@ class Forks:
 
     def close(self) -> None:
         assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(60)
+        self._server.stdout.close()
 
 
 class Forked(NamedTuple):
