@@ -29,6 +29,7 @@ from dpo.data.batch import Batch
 from dpo.files import damaged_files, new_directory, unlisted_files, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import fetch, from_main, on_main
+from dpo.training.pieces import PIECES, Pieces, Score, read_pieces
 from dpo.training.tracking import time_left
 
 FORMAT = 2
@@ -36,9 +37,6 @@ RELATIVE_TOLERANCE = 1e-3
 ABSOLUTE_TOLERANCE = 1e-2
 PROGRESS_SECONDS = 15.0
 """Between two lines that say how far scoring has come."""
-
-Score = Callable[[Batch], dict[str, Float[np.ndarray, "P K"]]]
-"""Sums of one batch's responses ("logps", …) on the host."""
 
 Rows = dict[str, Float[np.ndarray, "n K"]]
 """Sums of every row of a data set; NaN where a row has no response k."""
@@ -131,9 +129,21 @@ def open_or_compute(
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
     else:
         log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
+        beside = path.with_name(path.name + PIECES)
+        pieces = Pieces(beside, shape, _shared(lambda: read_pieces(beside, shape), shape))
+        if pieces.num_known:
+            log(f"reference log-probs: {pieces.num_known} of these rows are there from a start before")
         batches = with_progress(make_batches(), num_rows=num_rows, log=log)
-        rows = score_rows(score, batches, num_rows=num_rows, num_responses=num_responses, locate=locate)
+        with pieces.kept():
+            rows = score_rows(
+                pieces.remembered(score),
+                batches,
+                num_rows=num_rows,
+                num_responses=num_responses,
+                locate=locate,
+            )
         store = ReferenceStore(_shared(lambda: _write(path, identity, rows), shape))
+        pieces.remove()
         log(f"reference log-probs: stored in {path}")
     if copy is not None:
         on_main(lambda: _copy(path, copy))

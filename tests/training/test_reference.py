@@ -5,6 +5,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from dpo.data.batch import Batch
+from dpo.outcomes import StopRequested
+from dpo.training.pieces import Pieces, read_pieces
 from dpo.training.reference import fingerprint_parameters, open_or_compute, score_rows, with_progress
 
 IDENTITY = {"weights": "w", "data": "d", "dtype": "float32"}
@@ -94,6 +96,53 @@ def test_scores_that_are_not_finite_stop_with_their_rows(tmp_path):
     with pytest.raises(ValueError, match=r"logps of data\.jsonl:2 \(row 1\) are not finite"):
         open_store(tmp_path, score=broken)
     assert not list(tmp_path.iterdir())
+
+
+def test_scoring_that_was_stopped_goes_on_with_the_rows_that_are_missing(tmp_path):
+    scored, said = [], []
+
+    def stops_after_one(batch):
+        scored.append(np.asarray(batch.index).tolist())
+        if len(scored) == 2:
+            raise StopRequested
+        return score(batch)
+
+    whole = open_store(tmp_path / "whole").rows
+    with pytest.raises(StopRequested):
+        open_store(tmp_path / "run", score=stops_after_one)
+    store = open_store(tmp_path / "run", score=stops_after_one, log=said.append)
+    assert scored == [[0, 1], [2, -1], [2, -1]]
+    assert store.rows["logps"].tobytes() == whole["logps"].tobytes()
+    assert "reference log-probs: 2 of these rows are there from a start before" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [
+        path.name for path in (tmp_path / "whole").iterdir()
+    ], "no piece is left"
+
+
+def test_a_damaged_piece_is_scored_again(tmp_path):
+    pieces = Pieces(tmp_path / "pieces", TRUTH.shape, {})
+    pieces.remembered(score)(batch_of([0, 1]))
+    pieces.write()
+    pieces.remembered(score)(batch_of([2, -1]))
+    pieces.write()
+    assert_array_equal(read_pieces(tmp_path / "pieces", TRUTH.shape)["logps"], TRUTH)
+    damaged = sorted((tmp_path / "pieces").iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    rows = read_pieces(tmp_path / "pieces", TRUTH.shape)["logps"]
+    assert 1 <= np.isnan(rows).all(axis=1).sum() <= 2
+    known = ~np.isnan(rows).all(axis=1)
+    assert_array_equal(rows[known], TRUTH[known])
+
+
+def test_a_piece_is_written_every_minute(tmp_path):
+    now = [0.0]
+    pieces = Pieces(tmp_path / "pieces", TRUTH.shape, {}, clock=lambda: now[0])
+    remembered = pieces.remembered(score)
+    remembered(batch_of([0, 1]))
+    assert not (tmp_path / "pieces").exists()
+    now[0] = 61.0
+    remembered(batch_of([2, -1]))
+    assert len(list((tmp_path / "pieces").iterdir())) == 1
 
 
 def test_long_scoring_says_how_far_it_has_come():
