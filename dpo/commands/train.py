@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpo.commands.checks import check_settings
@@ -11,6 +14,17 @@ from dpo.commands.inspect import report_data
 from dpo.commands.output import print_plain, write_json
 from dpo.commands.winrate import match_after_training, measure_winrate
 from dpo.config import Config, EvaluateConfig, WinrateConfig, heldout_settings
+from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.runs import (
+    CONFIG_FILE,
+    DATA_FILE,
+    EVALUATION_FILE,
+    EXPORT_DIRECTORY,
+    HELDOUT_FILE,
+    MADE_FROM,
+    SUMMARY_FILE,
+    TOKENS_FILE,
+)
 
 RESULTS = {
     "export": "policy",
@@ -50,19 +64,41 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
 
 
 def _report(run_dir: Path, config: Config) -> None:
-    """The held-out verdict and where everything is."""
-    from dpo.huggingface.pretrained import load_tokenizer
-    from dpo.pages.report import write_report
-    from dpo.runs import HELDOUT_FILE
+    """The held-out verdict and where everything is.
 
-    if not _is_newer(run_dir / "data.json", run_dir / "config.yaml"):  # that of another start
-        write_json(run_dir / "data.json", report_data(config, load_tokenizer(run_dir / "export"))[0])
+    The run is finished, so data that were removed or changed since it read them are said, and refuse nothing.
+    """
+    from dpo.pages.report import write_report
+
+    with _said("what the training data hold is not in the report", run_dir / DATA_FILE):
+        _describe_data(run_dir, config)
     if (run_dir / HELDOUT_FILE).is_file():
-        _judge_heldout(run_dir, config)
+        with _said("the held-out figures are not in the report", run_dir / EVALUATION_FILE):
+            _judge_heldout(run_dir, config)
     write_report(run_dir, config)
     for name, what in RESULTS.items():
         if (run_dir / name).exists():
             print_plain(f"{what:<12}{run_dir / name}")
+
+
+@contextmanager
+def _said(what: str, stale: Path) -> Iterator[None]:
+    """Say what a finished run can't be described by any more, and remove what was written of it before."""
+    try:
+        yield
+    except (UserError, EnvironmentFailure, FileNotFoundError) as error:
+        stale.unlink(missing_ok=True)
+        print_plain(f"WARNING: {what}: {error}")
+
+
+def _describe_data(run_dir: Path, config: Config) -> None:
+    """What the training data hold, unless it is there of these settings and this end of the run."""
+    from dpo.huggingface.pretrained import load_tokenizer
+
+    made_from = _digest(run_dir / CONFIG_FILE, run_dir / SUMMARY_FILE)
+    if _was_made_from(run_dir / DATA_FILE) != made_from:
+        report, _ = report_data(config, load_tokenizer(run_dir / EXPORT_DIRECTORY))
+        write_json(run_dir / DATA_FILE, {**report, MADE_FROM: made_from})
 
 
 def _judge_heldout(run_dir: Path, config: Config) -> None:
@@ -70,15 +106,14 @@ def _judge_heldout(run_dir: Path, config: Config) -> None:
     from dpo.evaluation.heldout import load_heldout
     from dpo.evaluation.token_ratios import write_token_ratios
     from dpo.pages.accuracy_text import figures_as_text
-    from dpo.runs import HELDOUT_FILE, TOKENS_FILE
 
     heldout, beta = load_heldout(run_dir, config), beta_of(config)
     figures = describe_heldout(heldout, beta=beta, seed=0)
-    write_json(run_dir / "evaluation.json", figures)
-    tokens = run_dir / TOKENS_FILE
-    if not _is_newer(tokens, run_dir / HELDOUT_FILE):
+    write_json(run_dir / EVALUATION_FILE, figures)
+    made_from = _digest(run_dir / HELDOUT_FILE)
+    if _was_made_from(run_dir / TOKENS_FILE) != made_from:
         settings = heldout_settings(EvaluateConfig(run=str(run_dir)), config)
-        write_token_ratios(tokens, settings, heldout, beta=beta)
+        write_token_ratios(run_dir / TOKENS_FILE, settings, heldout, beta=beta, made_from=made_from)
     print_plain(figures_as_text(figures))
 
 
@@ -89,5 +124,14 @@ def _measure(match: WinrateConfig, config: Config, *, alone: bool) -> None:
     print_plain(f"several processes do not sample: dpo winrate --run {match.run} --judge {match.judge}")
 
 
-def _is_newer(path: Path, other: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
+def _digest(*paths: Path) -> str:
+    """SHA-256 of what the files hold: a time of modification says nothing after a copy or a set clock."""
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
+
+
+def _was_made_from(path: Path) -> str | None:
+    """What a file of figures says that it was made from; None where there is no such file, or it is cut."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(MADE_FROM)
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None

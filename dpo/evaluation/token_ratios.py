@@ -21,6 +21,7 @@ from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
 from dpo.files import replace_text
 from dpo.parallel.sharding import own_mesh
+from dpo.runs import MADE_FROM
 from dpo.training.datasets import scoring_loader
 from dpo.training.placement import place_batch
 from dpo.training.policy import Policy, load_policy
@@ -118,9 +119,12 @@ def _beside(flags: Sequence[bool], values: Sequence[float]) -> list[float | None
     return [next(left) if flag else None for flag in flags]
 
 
-def write_token_ratios(path: str | Path, config: Config, heldout: Heldout, *, beta: float) -> None:
-    """`score_extremes` as a file."""
-    text = json.dumps(score_extremes(config, heldout, beta=beta), ensure_ascii=False)
+def write_token_ratios(
+    path: str | Path, config: Config, heldout: Heldout, *, beta: float, made_from: str | None = None
+) -> None:
+    """`score_extremes` as a file, which may say what it was made from."""
+    content = score_extremes(config, heldout, beta=beta) | {MADE_FROM: made_from}
+    text = json.dumps(content, ensure_ascii=False)
     replace_text(Path(path), text + "\n", what="log-probs of tokens")
 
 

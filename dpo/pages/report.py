@@ -19,7 +19,7 @@ from dpo.distribution import find_data, is_shipped
 from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.losses import reward_scale
-from dpo.outcomes import UserError
+from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import percent, percents, render, with_interval, write_page
@@ -29,6 +29,7 @@ from dpo.runs import (
     CONFIG_FILE,
     DATA_FILE,
     HELDOUT_FILE,
+    MADE_FROM,
     METRICS_FILE,
     REPORT_FILE,
     objective_title,
@@ -80,6 +81,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
         "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
         "finished": summary is not None,
         "figures": None,
+        "lost": None,
         "match": match,
         "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir), *_judge_to_name(config)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),
@@ -91,11 +93,21 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
         "versions_are_the_runs": "versions" in (summary or {}),
     }
     if (run_dir / HELDOUT_FILE).is_file():
-        heldout = load_heldout(run_dir, config)
-        content |= describe_heldout(heldout, beta=beta)
-        content["pair_lists"] = describe_extremes(run_dir, heldout, beta=beta)
-        content["legend"] = LEGEND
+        content |= _describe_kept(run_dir, config, beta=beta)
     return content
+
+
+def _describe_kept(run_dir: Path, config: Config, *, beta: float) -> dict[str, Any]:
+    """What is shown of the log-probs that the run left, or why their data no longer tell what they are of."""
+    try:
+        heldout = load_heldout(run_dir, config)
+    except (UserError, EnvironmentFailure) as error:
+        return {"lost": str(error)}
+    return {
+        **describe_heldout(heldout, beta=beta),
+        "pair_lists": describe_extremes(run_dir, heldout, beta=beta),
+        "legend": LEGEND,
+    }
 
 
 def _judge_to_name(config: Config) -> list[str]:
@@ -223,6 +235,7 @@ def _data_rows(path: Path) -> list[tuple[str, str]]:
         return [(name, _number(value))]
 
     report = json.loads(path.read_text(encoding="utf-8"))
+    report.pop(MADE_FROM, None)
     return [row for key, value in report.items() for row in flatten(key.replace("_", " "), value)]
 
 

@@ -1,0 +1,55 @@
+"""What `dpo train` says of a run that is finished, whatever has become of its data since."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from finished_run import finished  # noqa: F401
+
+from dpo.commands import train
+from dpo.config import Config
+from dpo.runs import DATA_FILE
+
+
+@pytest.mark.parametrize("change", ["removed", "others"])
+def test_data_that_were_removed_or_changed_are_said_and_refuse_nothing(
+    run: tuple[Path, Config], change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, config = run
+    data = Path(str(config.data.eval))
+    data.unlink() if change == "removed" else data.write_text(data.read_text().splitlines()[0] + "\n")
+    (run_dir / "evaluation.json").write_text("{}")
+    train._report(run_dir, config)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: the held-out figures are not in the report:" in said
+    assert "WARNING: what the training data hold is not in the report:" in said
+    assert not (run_dir / "evaluation.json").exists(), "figures of another start are not this run's"
+    page = (run_dir / "report.html").read_text()
+    assert "its figures can&#39;t be shown" in page or "its figures can't be shown" in page
+    assert data.name in page
+
+
+def test_the_data_report_is_known_by_what_it_was_made_from(
+    run: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy (`cp -r`) or a clock that was set back changes times of modification, and nothing else."""
+    run_dir, config = run
+    made: list[None] = []
+
+    def report_data(*_: object) -> tuple[dict[str, int], None]:
+        made.append(None)
+        return {"rows": len(made)}, None
+
+    monkeypatch.setattr(train, "report_data", report_data)
+    monkeypatch.setattr("dpo.huggingface.pretrained.load_tokenizer", lambda _: None)
+    train._describe_data(run_dir, config)
+    for path in (run_dir / DATA_FILE, run_dir / "config.yaml"):
+        os.utime(path, (0, 0) if path.name == DATA_FILE else None)
+    train._describe_data(run_dir, config)
+    assert len(made) == 1, "it is still of these settings"
+    (run_dir / "summary.json").write_text('{"steps": 9}')
+    train._describe_data(run_dir, config)
+    assert json.loads((run_dir / DATA_FILE).read_text())["rows"] == 2, "another end of the run"
