@@ -6,9 +6,13 @@ written last, so a directory that has one was complete when it got its name.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,13 +41,21 @@ def writing(what: str, path: str | Path, *, note: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except WriteError:
+    except EnvironmentFailure:
         raise
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise WriteError(
             f"{what} could not be written to {path}: {reason}{f'; {note}' if note else ''}"
         ) from error
+
+
+def require_writable(directory: Path, what: str) -> None:
+    """Write and remove a file there before much is computed for it; raises `WriteError`."""
+    with writing(what, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, suffix=UNFINISHED):
+            pass
 
 
 @contextmanager
@@ -70,23 +82,73 @@ def replace_text(path: Path, text: str, *, what: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+LOCKED = ".lock"
+"""Ending of the file that is held while the directory of its name is written."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system without locks answers: some network file systems, and buckets that are mounted."""
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process writes `path`, and hold it: a file beside it, which the last one removes.
+
+    Directories can't be locked on every network file system; the operating system lets go of a file when
+    its process ends, however it ends.
+
+    Raises:
+      EnvironmentFailure: where the file system has no locks.
+    """
+    lock = path.with_name(path.name + LOCKED)
+    while True:
+        file = lock.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
+        except OSError as error:
+            file.close()
+            raise without_locks(path.parent, error) or error from error
+        file.close()  # who held it before has removed it: another file has its name by now
+    with file:
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} of {socket.gethostname()}\n")
+            file.flush()
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def without_locks(directory: Path, error: OSError) -> EnvironmentFailure | None:
+    """What to say where a file system has no locks; None for any other error."""
+    if error.errno not in NO_LOCKS:
+        return None
+    return EnvironmentFailure(
+        f"the file system of {directory} has no locks ({error.strerror}), so that two processes there could "
+        "overwrite each other; allowed: a directory on one that has them (a local disk, NFS 4 or Lustre with "
+        "flock, no bucket)"
+    )
+
+
 @contextmanager
 def new_directory(what: str, path: Path) -> Iterator[Path]:
     """A directory to fill, which takes the name `path` when it is whole; an older one there is replaced.
 
     A failure leaves `path` as it was. A process that is killed leaves the name with `UNFINISHED` behind,
-    which the next one removes.
+    which the next one removes. Of several that write the same directory one waits for the other.
 
     Raises:
       WriteError: with the path and the reason.
     """
     beside, replaced = (path.with_name(path.name + ending) for ending in (UNFINISHED, REPLACED))
     with writing(what, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(what, path), alone(path):
         if replaced.exists() and not path.exists():
             replaced.rename(path)
         for leftover in (beside, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir(parents=True)
+        beside.mkdir()
         try:
             yield beside
             write_checksums(beside)

@@ -1,5 +1,9 @@
+import errno
 import os
+import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,9 @@ from dpo.files import (
     write_checksums,
     writing,
 )
+from dpo.judging.journal import Journal
+from dpo.outcomes import EnvironmentFailure
+from dpo.training.lock import exclusive
 
 
 def names(directory: Path) -> list[str]:
@@ -110,3 +117,43 @@ def test_a_failure_names_what_where_and_why(tmp_path):
         writing("the report", tmp_path / "x", note="sorry"),
     ):
         raise OSError(28, os.strerror(28))
+
+
+def write_slowly(directory: Path, text: str, began, goes_on) -> None:
+    with new_directory("a thing", directory) as beside:
+        began.set()
+        assert goes_on.wait(60)
+        (beside / "a").write_text(text)
+
+
+def test_of_two_that_write_a_directory_one_waits_for_the_other(tmp_path):
+    """Locks are of open files, so that threads stand for processes."""
+    began, goes_on = threading.Event(), threading.Event()
+    writers = [
+        threading.Thread(target=write_slowly, args=(tmp_path / "thing", text, event, goes_on))
+        for text, event in (("first", began), ("second", threading.Event()))
+    ]
+    writers[0].start()
+    assert began.wait(60)
+    writers[1].start()
+    time.sleep(0.2)
+    assert names(tmp_path) == ["thing.lock", "thing.writing"], "the second has not removed the first's"
+    assert (tmp_path / "thing.lock").read_text() == f"{os.getpid()} of {socket.gethostname()}\n"
+    goes_on.set()
+    for writer in writers:
+        writer.join(60)
+    assert (tmp_path / "thing" / "a").read_text() == "second"
+    assert names(tmp_path) == ["thing"], "nothing is left, the lock neither"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(EnvironmentFailure, match=r"has no locks \(No locks available\).*allowed"):
+        fill(tmp_path / "thing", "text")
+    with pytest.raises(EnvironmentFailure, match="has no locks"), exclusive(tmp_path / "run"):
+        pass
+    with pytest.raises(EnvironmentFailure, match="has no locks"):
+        Journal(tmp_path / "journal.jsonl")

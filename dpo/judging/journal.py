@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo.files import writing
+from dpo.files import without_locks, writing
 from dpo.outcomes import UserError
 
 
@@ -47,6 +47,8 @@ class Journal:
             raise UserError(
                 f"{self.path} is in use by another process; wait for it, stop it, or give another output"
             ) from error
+        except OSError as error:
+            raise without_locks(self.path.parent, error) or error from error
 
     def close(self) -> None:
         """Close the file; the lines stay readable."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -10,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo.files import writing
-from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.files import without_locks, writing
+from dpo.outcomes import UserError
 from dpo.runs import LOCK_FILE
 
 
@@ -36,13 +35,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 "wait for it, stop it, or give another run_dir"
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            raise EnvironmentFailure(
-                f"the file system of {run_dir} has no locks ({error.strerror}), so that two runs there could "
-                "overwrite each other; allowed: a run_dir on one that has them (NFS 4 or Lustre with flock, "
-                "no bucket)"
-            ) from error
+            raise without_locks(run_dir, error) or error from error
         with writing("the lock", run_dir / LOCK_FILE):
             file.truncate(0)
             file.write(f"{os.getpid()} of {socket.gethostname()}\n")

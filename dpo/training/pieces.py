@@ -26,6 +26,7 @@ from safetensors.numpy import load, save
 
 from dpo.data.batch import Batch
 from dpo.files import new_file
+from dpo.outcomes import USER, outcome_of
 from dpo.parallel.distributed import is_main
 
 PIECES = ".pieces"
@@ -79,12 +80,13 @@ class Pieces:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While inside, rows reach the disk now and then, and when it is left by an error or a stop."""
+        """While inside, rows reach the disk now and then, and at an end that another start goes on from."""
         try:
             yield
-        except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to be told
-                self.write()
+        except BaseException as error:
+            if outcome_of(error) is not USER:  # whose weights or data will be others
+                with contextlib.suppress(OSError):  # the first error is the one to be told
+                    self.write()
             raise
 
     def write(self) -> None:

@@ -9,14 +9,11 @@ by the policy's own log-probs.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 
 from dpo.data.batch import Batch
-from dpo.files import damaged_files, new_directory, unlisted_files, writing
+from dpo.files import alone, damaged_files, new_directory, require_writable, unlisted_files
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import fetch, from_main, on_main
 from dpo.training.pieces import PIECES, Pieces, Score, read_pieces
@@ -129,6 +126,7 @@ def open_or_compute(
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
     else:
         log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
+        on_main(lambda: require_writable(directory, "reference log-probs"))
         beside = path.with_name(path.name + PIECES)
         pieces = Pieces(beside, shape, _shared(lambda: read_pieces(beside, shape), shape))
         if pieces.num_known:
@@ -191,27 +189,15 @@ def _fingerprint(identity: dict[str, str]) -> str:
 
 def _write(path: Path, identity: dict[str, str], rows: Rows) -> Rows:
     """Store the sums, unless another process was quicker; returns what is stored."""
-    with _one_writer(path.parent):
+    shape = next(iter(rows.values())).shape
+    with alone(path.with_name(f"{path.name}-store")):  # another one than that which `new_directory` takes
         if path.exists():
-            return _read(path, identity, next(iter(rows.values())).shape)
+            return _read(path, identity, shape)
         with new_directory("reference log-probs", path) as beside:
             save_file(rows, beside / "sums.safetensors")
             meta = json.dumps({"format": FORMAT, "identity": identity}, indent=1, sort_keys=True)
             (beside / "meta.json").write_text(meta)
     return rows
-
-
-@contextmanager
-def _one_writer(directory: Path) -> Iterator[None]:
-    """Hold the stores' directory while one is written: runs that share it may finish one at the same time."""
-    with writing("reference log-probs", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path, identity: dict[str, str], shape: tuple[int, ...]) -> Rows:
