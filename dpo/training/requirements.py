@@ -1,0 +1,115 @@
+"""What a run needs only later, looked at before anything is computed: room, its card, a shared directory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo.config import TrainingConfig
+from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.parallel.distributed import from_all, is_alone, is_main, on_main
+from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, LOCK_FILE
+from dpo.training.model_card import model_card
+from dpo.training.preparation import Run
+from dpo.training.program import Program
+
+SEEN_SECONDS = 30.0
+"""How long a network file system may take to show one host what another has written."""
+SMALL_FILES = 64 * 2**20
+"""Bytes for metrics, log-probs, report and what else is small."""
+
+
+def require_what_comes_later(run: Run, program: Program) -> None:
+    """Refuse a run that could not be saved or exported, while nothing is computed yet.
+
+    Raises:
+      EnvironmentFailure: naming the place and how much room is missing.
+    """
+
+    def look() -> None:
+        require_room(run, program)
+        model_card(
+            run.config,
+            run.policy.pretrained,
+            num_steps=run.num_steps,
+            num_parameters=0,
+            dtype="float32",
+            metrics=None,
+        )
+
+    on_main(look)
+
+
+def require_room(
+    run: Run, program: Program, *, free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
+) -> None:
+    """Room for the checkpoints that are kept, the one that is being written, and the export.
+
+    What checkpoints and exports of an earlier start take counts as room.
+
+    Raises:
+      EnvironmentFailure: with the figures.
+    """
+    checkpoint, export = tree_bytes(program.state), tree_bytes((run.policy.params, run.policy.frozen))
+    count = num_checkpoints(run.config.training, run.num_steps)
+    needed = count * checkpoint + export + SMALL_FILES
+    directories = (CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, ADAPTER_DIRECTORY)
+    there = free(run.run_dir) + sum(held_bytes(run.run_dir / name) for name in directories)
+    if there < needed:
+        raise EnvironmentFailure(
+            f"{run.run_dir} has room for {there / 1e9:.2f} GB, and the run needs {needed / 1e9:.2f} GB: "
+            f"{count} checkpoints of {checkpoint / 1e9:.2f} GB (training.keep_checkpoints, and the one that "
+            f"is being written) and {export / 1e9:.2f} GB for the export; allowed: a run_dir with more room, "
+            "or fewer training.keep_checkpoints"
+        )
+
+
+def num_checkpoints(training: TrainingConfig, num_steps: int) -> int:
+    """How many there are at a time, at most: those that are kept, the best, and the one being written."""
+    kept = training.keep_checkpoints + (training.keep_best is not None) + 1
+    if training.save_minutes is not None or training.keep_best is not None:
+        return kept
+    saves = 1 if training.save_every is None else -(-num_steps // training.save_every)
+    return min(kept, saves)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of all arrays together, whole."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def held_bytes(directory: Path) -> int:
+    """Of all files below a directory that may not be there."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def require_shared(run_dir: Path, *, seconds: float = SEEN_SECONDS) -> None:
+    """Refuse a run directory that some process of the run does not see: hosts with a disk each.
+
+    The lock that the main process holds has its name and its host's.
+
+    Raises:
+      UserError: in every process.
+    """
+    if is_alone():
+        return
+    lock = run_dir / LOCK_FILE
+    written = on_main(lambda: lock.read_text(encoding="utf-8"))
+
+    def see() -> bytes:
+        deadline = time.monotonic() + seconds
+        while not is_main() and not (lock.is_file() and lock.read_text(encoding="utf-8") == written):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{run_dir} is not the directory that process 0 writes to ({written.strip()}): what it "
+                    f"wrote was not there after {seconds:g} s; allowed is a run_dir that all hosts share"
+                )
+            time.sleep(0.1)
+        return b""
+
+    from_all(see)

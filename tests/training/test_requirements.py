@@ -1,0 +1,74 @@
+"""What is needed only at the end is looked at in the beginning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo.config import Config, TrainingConfig
+from dpo.files import WriteError, require_writable
+from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, outcome_of
+from dpo.training import requirements
+from dpo.training.requirements import num_checkpoints, require_room, require_shared
+
+GB = 10**9
+
+
+def run_with(tmp_path: Path, **training: Any) -> tuple[Any, Any]:
+    """A run of which a checkpoint has 3 GB and an export 1 GB, as far as its room is asked for."""
+    array = SimpleNamespace(size=GB // 4, dtype=np.dtype("float32"))
+    config = Config(run_dir=str(tmp_path), training=TrainingConfig(**training))
+    policy = SimpleNamespace(params=[array], frozen=[])
+    run = SimpleNamespace(config=config, policy=policy, num_steps=10, run_dir=tmp_path)
+    return run, SimpleNamespace(state=[array] * 3)
+
+
+def test_a_disk_without_room_is_named_with_the_figures(tmp_path: Path) -> None:
+    run, program = run_with(tmp_path, keep_checkpoints=2, save_every=2)
+    require_room(run, program, free=lambda _: 11 * GB)
+    with pytest.raises(
+        EnvironmentFailure, match=r"room for 9\.00 GB, and the run needs 10\.07 GB: 3 ch"
+    ) as e:
+        require_room(run, program, free=lambda _: 9 * GB)
+    assert outcome_of(e.value) is ENVIRONMENT
+
+
+def test_what_an_earlier_start_saved_counts_as_room(tmp_path: Path) -> None:
+    run, program = run_with(tmp_path, save_every=None)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with (tmp_path / "checkpoints" / "4" / "state").open("wb") as file:
+        file.truncate(3 * GB)
+    require_room(run, program, free=lambda _: int(1.1 * GB))
+
+
+def test_how_many_checkpoints_there_are_at_a_time() -> None:
+    assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None), 100) == 1
+    assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=50), 100) == 2
+    assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=1), 100) == 4
+    assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None, save_minutes=5), 100) == 4
+
+
+def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new", "a thing")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"a thing could not be written to .*file"):
+        require_writable(tmp_path / "file", "a thing")
+
+
+def test_a_directory_that_another_host_has_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the second process sees it, whose lock is not the first's."""
+    monkeypatch.setattr(requirements, "is_alone", lambda: False)
+    monkeypatch.setattr(requirements, "is_main", lambda: False)
+    monkeypatch.setattr(requirements, "on_main", lambda _: "7 of node1\n")
+    monkeypatch.setattr(requirements, "from_all", lambda see: [see()])
+    with pytest.raises(ValueError, match=r"not the directory that process 0 writes to \(7 of node1\)"):
+        require_shared(tmp_path, seconds=0.0)
+    (tmp_path / "lock").write_text("7 of node1\n")
+    require_shared(tmp_path, seconds=0.0)
