@@ -16,7 +16,8 @@ import os
 import platform
 from pathlib import Path
 
-from dpo.training.interrupt import stop_at_once
+from dpo.outcomes import STOPPED, StopRequested
+from dpo.training.interrupt import answer_held_signals, hold_signals, stops_at_once
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -28,15 +29,32 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def run() -> int:
     """The command line in `sys.argv`; returns the exit code."""
+    goes_on = sys.argv[1:2] and sys.argv[1] in LONG
+    if goes_on:
+        hold_signals()
     if wants_huge_pages():
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
-    if sys.argv[1:2] and sys.argv[1] in LONG:
-        stop_at_once()
+    return answer_signals() if goes_on else command()
+
+
+def command() -> int:
+    """Run it; importing takes a second or two."""
     from dpo.cli import main
 
     return main()
+
+
+def answer_signals() -> int:
+    """Run a command that goes on from what it has kept, and end it as stopped by a signal at any moment."""
+    try:
+        with stops_at_once():
+            answer_held_signals()
+            return command()
+    except StopRequested as error:  # before the command itself answers
+        print(f"dpo {sys.argv[1]}: {STOPPED.begins}: {error}", file=sys.stderr)
+        return STOPPED.code
 
 
 def wants_huge_pages(kernel: Path = _KERNEL) -> bool:

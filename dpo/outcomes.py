@@ -74,8 +74,11 @@ class NoProgressError(RuntimeError):
     """Starts in a row have saved nothing: another one would not either."""
 
 
-class StopRequested(Exception):  # noqa: N818 (it is no error)
-    """A stop was asked for where there is nothing to save that is not saved already."""
+class StopRequested(KeyboardInterrupt):
+    """A stop was asked for where there is nothing to save that is not saved already.
+
+    As Ctrl-C's, it passes by whoever expects errors (`except Exception`), in libraries too.
+    """
 
 
 class BugError(RuntimeError):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from dpo.outcomes import STOPPED_AT_ONCE, StopRequested
+from dpo.outcomes import STOPPED, STOPPED_AT_ONCE, StopRequested
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -20,6 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks for a stop: Ctrl-C, a launcher, a terminal or connection that has gone."""
 SAME_REQUEST = 0.3
 """Seconds within which further signals count as the first: launchers deliver one request twice."""
+SOON = 5.0
+"""Seconds after which a process that has nothing to save ends whatever it does."""
+NOTHING_LOST = "nothing was being saved; the same command goes on from what was"
 
 
 @contextmanager
@@ -36,33 +40,59 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         nonlocal requested
         requested = True
 
+    with _answering(request, _end_at_the_second):
+        yield lambda: requested
+
+
+@contextmanager
+def stops_at_once() -> Iterator[None]:
+    """While inside, where there is nothing to save, `SIGNALS` raise `StopRequested`; a second one ends.
+
+    Where no exception comes through, as in a long compilation, the process ends by itself `SOON` after the
+    first, as stopped.
+    """
+    requested = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if not requested:
+            requested = True
+            raise StopRequested(NOTHING_LOST)
+
+    with _answering(stop, _end_soon):
+        yield
+
+
+@contextmanager
+def _answering(
+    handler: Callable[[int, FrameType | None], None], watch: Callable[[int], None]
+) -> Iterator[None]:
+    """`SIGNALS` go to the handler, in the main thread, and their numbers to what `watch` reads in another."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watcher = threading.Thread(target=_end_at_the_second, args=(reader,), name="signals", daemon=True)
-    previous = {number: signal.signal(number, request) for number in _answered()}
+    watcher = threading.Thread(target=watch, args=(reader,), name="signals", daemon=True)
+    previous = {number: signal.signal(number, handler) for number in _answered()}
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher.start()
     try:
-        yield lambda: requested
+        yield
     finally:
         signal.set_wakeup_fd(previous_writer)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
         os.close(writer)
         watcher.join()
         os.close(reader)
 
 
-def stop_at_once() -> None:
-    """From here on, wherever there is nothing to save, `SIGNALS` raise `StopRequested`; a second one ends."""
+def hold_signals() -> None:
+    """Let `SIGNALS` wait until `answer_held_signals`, also in a program that takes this process's place."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in _answered():
-            signal.signal(other, lambda *_: os._exit(STOPPED_AT_ONCE.code))
-        raise StopRequested("nothing was being saved; the same command goes on from what was")
 
-    for number in _answered():
-        signal.signal(number, stop)
+def answer_held_signals() -> None:
+    """Let those that came meanwhile arrive, as now they are answered."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _answered() -> tuple[signal.Signals, ...]:
@@ -88,12 +118,34 @@ def _end_at_the_second(reader: int) -> None:
     """Read the numbers of arriving signals until the pipe is closed, or end the process."""
     first: float | None = None
     while received := os.read(reader, 1):
-        if received[0] not in SIGNALS:
-            continue
-        now = time.monotonic()
-        first = now if first is None else first
-        if now - first > SAME_REQUEST:
-            name = signal.Signals(received[0]).name
-            with suppress(OSError):  # nobody may be reading any more
-                os.write(2, f"stopped at once by a second signal ({name}); whole checkpoints stay\n".encode())
-            os._exit(STOPPED_AT_ONCE.code)
+        first = _end_if_second(received[0], first)
+
+
+def _end_soon(reader: int) -> None:
+    """The same, and end as stopped where the main thread has not come out of what it does in time."""
+    first: float | None = None
+    while True:
+        left = None if first is None else max(0.0, first + SOON - time.monotonic())
+        if not select.select([reader], [], [], left)[0]:
+            _leave(STOPPED.code, f"{STOPPED.begins}: {NOTHING_LOST}")
+        received = os.read(reader, 1)
+        if not received:
+            return
+        first = _end_if_second(received[0], first)
+
+
+def _end_if_second(number: int, first: float | None) -> float | None:
+    """When the first request came, with this signal; does not return from one that comes later."""
+    if number not in SIGNALS:
+        return first
+    now = time.monotonic()
+    if first is not None and now - first > SAME_REQUEST:
+        name = signal.Signals(number).name
+        _leave(STOPPED_AT_ONCE.code, f"stopped at once by a second signal ({name}); whole checkpoints stay")
+    return now if first is None else first
+
+
+def _leave(code: int, text: str) -> NoReturn:
+    with suppress(OSError):  # nobody may be reading any more
+        os.write(2, f"{text}\n".encode())
+    os._exit(code)

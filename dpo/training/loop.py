@@ -53,7 +53,7 @@ from dpo.training.identity import (
     reference_identity,
     settings_fingerprint,
 )
-from dpo.training.interrupt import StopRequested, stop_requests
+from dpo.training.interrupt import StopRequested, stop_requests, stops_at_once
 from dpo.training.lock import exclusive
 from dpo.training.metrics import Metrics
 from dpo.training.on_policy import Observe, open_on_policy
@@ -64,6 +64,7 @@ from dpo.training.program import Program
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import choose_reference, make_scoring
+from dpo.training.requirements import require_shared, require_what_comes_later
 from dpo.training.saving import Probe, Resume
 from dpo.training.starts import counted_start, hung_before
 from dpo.training.step import Params, Sums, TrainState, move_reference
@@ -100,30 +101,34 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
       ValueError: for anything wrong with settings, data, weights or stores, before the first update.
       OSError: when something can't be written; what was written before is whole.
     """
-    run_dir, settings = Path(config.run_dir), settings_fingerprint(config)
-    with ExitStack() as stack:
-        stack.enter_context(joined(config.distributed))
-        on_main(lambda: stack.enter_context(exclusive(run_dir)))
-        stop_requested = stack.enter_context(stop_requests())
-        on_main(lambda: stack.enter_context(counted_start(run_dir)))
-        summary = on_main(lambda: summary_of(run_dir, settings))
-        try:
-            if summary is not None and has_the_same_contents(config, summary, log=say):
-                return RunResult(run_dir, "already finished", summary)
-            return _train(config, settings, stop_requested, observe)
-        except StopRequested:
-            return RunResult(run_dir, "interrupted", {"step": None})
+    try:
+        return _train(config, observe)
+    except StopRequested:
+        return RunResult(Path(config.run_dir), "interrupted", {"step": None})
 
 
-def _train(given: Config, settings: str, stop_requested: Asked, observe: Observe | None) -> RunResult:
+def _train(given: Config, observe: Observe | None) -> RunResult:
     started = time.monotonic()
-    run = prepare(given)
-    stop_requested = shared_vote(stop_requested, run.mesh)
+    run_dir, settings = Path(given.run_dir), settings_fingerprint(given)
     with ExitStack() as stack:
+        # What there is to lose yet is nothing: a stop ends this at once.
+        with stops_at_once():
+            stack.enter_context(joined(given.distributed))
+            on_main(lambda: stack.enter_context(exclusive(run_dir)))
+            require_shared(run_dir)
+            on_main(lambda: stack.enter_context(counted_start(run_dir)))
+            summary = on_main(lambda: summary_of(run_dir, settings))
+            if summary is not None and has_the_same_contents(given, summary, log=say):
+                return RunResult(run_dir, "already finished", summary)
+            run = prepare(given)
+        stop_requested = shared_vote(stack.enter_context(stop_requests()), run.mesh)
+
         # Where the run goes on, if it was begun before.
         checkpoints = stack.enter_context(checkpoints_of(run))
         resume = resume_of(run, checkpoints, log=say)
         _introduce(run)
+        program = program_of(run)
+        require_what_comes_later(run, program)
 
         # The reference: from here on its log-probs are data.
         scoring = make_scoring(run.config, run.policy, run.objective, run.mesh)
@@ -135,7 +140,7 @@ def _train(given: Config, settings: str, stop_requested: Asked, observe: Observe
         validation = validation_of(run, stores, log=say)
 
         # The state, which takes the place of the policy's parameters and is donated from step to step.
-        program, identity, probe = program_of(run), run.identity | known, probe_of(run, scoring)
+        identity, probe = run.identity | known, probe_of(run, scoring)
         state = _first_state(run, program, resume, checkpoints)
         _compare_restored(resume, partial(probe, state), identity)
 

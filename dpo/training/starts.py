@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.files import replace_text
-from dpo.outcomes import NoProgressError, outcome_of
+from dpo.outcomes import STOPPED, NoProgressError, outcome_of
 from dpo.runs import CHECKPOINTS_DIRECTORY
 
 STARTS_FILE = "starts.json"
@@ -41,7 +41,7 @@ def counted_start(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not outcome_of(error).goes_on:
+        if outcome_of(error) is STOPPED or not outcome_of(error).goes_on:
             (run_dir / STARTS_FILE).unlink(missing_ok=True)
         raise
     (run_dir / STARTS_FILE).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import dpo.evaluation.heldout
 import dpo.pages.report
 import dpo.training.loop  # noqa: F401
 from dpo.cli import main
-from dpo.training.interrupt import stop_at_once
+from dpo.training.interrupt import stops_at_once
 
 codes: dict[int, int] = {}
 """How those ended that were waited for."""
@@ -47,8 +47,8 @@ def run(arguments: list[str], log: str) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    stop_at_once()
-    return main(arguments)
+    with stops_at_once():
+        return main(arguments)
 
 
 def wait(pid: int, seconds: float) -> int | None:

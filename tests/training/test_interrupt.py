@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from dpo.training.interrupt import SAME_REQUEST, StopRequested, stop_requests, stoppable
+from dpo.outcomes import STOPPED, StopRequested, outcome_of
+from dpo.training.interrupt import (
+    SAME_REQUEST,
+    answer_held_signals,
+    hold_signals,
+    stop_requests,
+    stoppable,
+    stops_at_once,
+)
 
 WAITING = """
 import time
@@ -23,10 +31,19 @@ with stop_requests() as stop_requested:
 """
 
 
-def start(*prefix: str) -> subprocess.Popen:
+BUSY = """
+from dpo.training import interrupt
+interrupt.SOON = 0.5
+with interrupt.stops_at_once():
+    print("ready", flush=True)
+    sum(range(10**15))  # as a compilation, it lets no exception in
+"""
+
+
+def start(*prefix: str, program: str = WAITING) -> subprocess.Popen:
     root = Path(__file__).parents[2]
     return subprocess.Popen(
-        [*prefix, sys.executable, "-c", WAITING],
+        [*prefix, sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,3 +106,39 @@ def test_a_stoppable_function_does_not_begin_once_a_stop_was_asked_for():
     asked = True
     with pytest.raises(StopRequested):
         double(3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_where_nothing_is_to_be_saved_a_signal_is_an_exception_that_nobody_takes_for_an_error(number):
+    def ask() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except Exception as error:  # as a library might
+            raise AssertionError from error
+
+    with pytest.raises(StopRequested), stops_at_once():
+        ask()
+    assert outcome_of(StopRequested()) is STOPPED
+
+
+def test_where_no_exception_comes_through_the_process_ends_soon_all_the_same():
+    process = start(program=BUSY)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == STOPPED.code
+    assert "the same command goes on" in said
+
+
+def test_signals_that_come_before_anybody_answers_wait():
+    def ask() -> None:
+        hold_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        answer_held_signals()
+        time.sleep(10)
+
+    with pytest.raises(StopRequested), stops_at_once():
+        ask()
