@@ -32,7 +32,12 @@ def require_what_comes_later(run: Run, program: Program) -> None:
     """
 
     def look() -> None:
-        require_room(run, program)
+        require_room(
+            run.run_dir,
+            num_checkpoints(run.config.training, run.num_steps),
+            checkpoint=tree_bytes(program.state),
+            export=tree_bytes((run.policy.params, run.policy.frozen)),
+        )
         model_card(
             run.config,
             run.policy.pretrained,
@@ -46,23 +51,26 @@ def require_what_comes_later(run: Run, program: Program) -> None:
 
 
 def require_room(
-    run: Run, program: Program, *, free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
+    run_dir: Path,
+    count: int,
+    *,
+    checkpoint: int,
+    export: int,
+    free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
 ) -> None:
-    """Room for the checkpoints that are kept, the one that is being written, and the export.
+    """Room for so many checkpoints and the export, each of so many bytes.
 
     What checkpoints and exports of an earlier start take counts as room.
 
     Raises:
       EnvironmentFailure: with the figures.
     """
-    checkpoint, export = tree_bytes(program.state), tree_bytes((run.policy.params, run.policy.frozen))
-    count = num_checkpoints(run.config.training, run.num_steps)
     needed = count * checkpoint + export + SMALL_FILES
     directories = (CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, ADAPTER_DIRECTORY)
-    there = free(run.run_dir) + sum(held_bytes(run.run_dir / name) for name in directories)
+    there = free(run_dir) + sum(held_bytes(run_dir / name) for name in directories)
     if there < needed:
         raise EnvironmentFailure(
-            f"{run.run_dir} has room for {there / 1e9:.2f} GB, and the run needs {needed / 1e9:.2f} GB: "
+            f"{run_dir} has room for {there / 1e9:.2f} GB, and the run needs {needed / 1e9:.2f} GB: "
             f"{count} checkpoints of {checkpoint / 1e9:.2f} GB (training.keep_checkpoints, and the one that "
             f"is being written) and {export / 1e9:.2f} GB for the export; allowed: a run_dir with more room, "
             "or fewer training.keep_checkpoints"

@@ -32,11 +32,12 @@ with stop_requests() as stop_requested:
 
 
 BUSY = """
+import hashlib
 from dpo.training import interrupt
 interrupt.SOON = 0.5
 with interrupt.stops_at_once():
     print("ready", flush=True)
-    sum(range(10**15))  # as a compilation, it lets no exception in
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as a compilation, it lets no exception in
 """
 
 

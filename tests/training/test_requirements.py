@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
-from dpo.config import Config, TrainingConfig
+from dpo.config import TrainingConfig
 from dpo.files import WriteError, require_writable
 from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, outcome_of
 from dpo.training import requirements
@@ -18,38 +15,26 @@ from dpo.training.requirements import num_checkpoints, require_room, require_sha
 GB = 10**9
 
 
-def run_with(tmp_path: Path, **training: Any) -> tuple[Any, Any]:
-    """A run of which a checkpoint has 3 GB and an export 1 GB, as far as its room is asked for."""
-    array = SimpleNamespace(size=GB // 4, dtype=np.dtype("float32"))
-    config = Config(run_dir=str(tmp_path), training=TrainingConfig(**training))
-    policy = SimpleNamespace(params=[array], frozen=[])
-    run = SimpleNamespace(config=config, policy=policy, num_steps=10, run_dir=tmp_path)
-    return run, SimpleNamespace(state=[array] * 3)
-
-
 def test_a_disk_without_room_is_named_with_the_figures(tmp_path: Path) -> None:
-    run, program = run_with(tmp_path, keep_checkpoints=2, save_every=2)
-    require_room(run, program, free=lambda _: 11 * GB)
-    with pytest.raises(
-        EnvironmentFailure, match=r"room for 9\.00 GB, and the run needs 10\.07 GB: 3 ch"
-    ) as e:
-        require_room(run, program, free=lambda _: 9 * GB)
-    assert outcome_of(e.value) is ENVIRONMENT
+    require_room(tmp_path, 3, checkpoint=3 * GB, export=GB, free=lambda _: 11 * GB)
+    said = r"room for 9\.00 GB, and the run needs 10\.07 GB: 3 checkpoints"
+    with pytest.raises(EnvironmentFailure, match=said) as refused:
+        require_room(tmp_path, 3, checkpoint=3 * GB, export=GB, free=lambda _: 9 * GB)
+    assert outcome_of(refused.value) is ENVIRONMENT
 
 
 def test_what_an_earlier_start_saved_counts_as_room(tmp_path: Path) -> None:
-    run, program = run_with(tmp_path, save_every=None)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     with (tmp_path / "checkpoints" / "4" / "state").open("wb") as file:
         file.truncate(3 * GB)
-    require_room(run, program, free=lambda _: int(1.1 * GB))
+    require_room(tmp_path, 1, checkpoint=3 * GB, export=GB, free=lambda _: int(1.1 * GB))
 
 
 def test_how_many_checkpoints_there_are_at_a_time() -> None:
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None), 100) == 1
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=50), 100) == 2
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=1), 100) == 4
-    assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None, save_minutes=5), 100) == 4
+    assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None, save_minutes=5.0), 100) == 4
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
