@@ -7,7 +7,6 @@ what it says in the words of the settings.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from dpo.config import Config
+from dpo.config.home import at_home
 from dpo.distribution import find_settings, settings_names
 from dpo.outcomes import USER, UserError
 
@@ -162,9 +162,7 @@ def expand_home(values: Any) -> Any:
     """Parsed values with `~/` at the start of a text as the home directory, in files and options alike."""
     if isinstance(values, Namespace):
         return Namespace(**{name: expand_home(value) for name, value in vars(values).items()})
-    if isinstance(values, list):
-        return [expand_home(value) for value in values]
-    return os.path.expanduser(values) if isinstance(values, str) and values.startswith("~/") else values
+    return at_home(values)
 
 
 def _null_settings(kind: type, values: Namespace, group: str = "") -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dpo.config import (
     TrainingConfig,
     save_config,
 )
+from dpo.config.home import at_home
 
 UNUSUAL = Config(
     run_dir="runs/ärger",
@@ -170,3 +172,27 @@ def test_the_home_directory_may_be_written_short(tmp_path: Path, monkeypatch: py
     assert config.run_dir == f"{tmp_path}/run"
     assert (config.data.train, config.data.eval) == (f"{tmp_path}/train.jsonl", f"{tmp_path}/eval.jsonl")
     assert config.model.source == "a~/b"
+
+
+def test_the_home_directory_is_found_in_settings_made_in_python(monkeypatch, tmp_path):
+    """`train` takes them so: in groups and in lists too, and a `~` elsewhere is what it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = Config(run_dir="~/run", data=DataConfig(train="~/a.jsonl"), model=ModelConfig(source="a~/b"))
+    found = at_home(given)
+    assert (found.run_dir, found.data.train) == (f"{tmp_path}/run", f"{tmp_path}/a.jsonl")
+    assert found.model.source == "a~/b"
+    assert at_home(["~/x", ("~/y", 1), None]) == [f"{tmp_path}/x", (f"{tmp_path}/y", 1), None]
+    assert at_home(found) == found
+
+
+def test_nothing_overrides_what_the_environment_says():
+    """HF_HOME, HF_ENDPOINT, HF_TOKEN and their like are the hub client's to read, TMPDIR is tempfile's."""
+    theirs = {"cache_dir", "token", "endpoint", "use_auth_token", "local_files_only"}
+    own = {"_State", "state._replace"}  # fields of ours with such a name
+    for path in (Path(__file__).parents[1] / "dpo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) not in own:
+                given = theirs.intersection(keyword.arg or "" for keyword in node.keywords)
+                assert not given, (path, node.lineno, given)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.match(r"/(var/)?tmp\b", node.value), (path, node.lineno)

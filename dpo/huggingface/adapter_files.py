@@ -70,6 +70,11 @@ class AdapterDirectory:
         """
         return _base_of(self._config, self.directory)
 
+    @property
+    def named_base(self) -> str | None:
+        """`base`, or None when the adapter does not say."""
+        return self.base if self._config.get("base_model_name_or_path") else None
+
     def read(self, module: str) -> AdapterWeights:
         """The adapter of one module in float32."""
         a, b = (self._read(f"{module}.lora_{letter}.weight") for letter in "AB")

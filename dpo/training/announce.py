@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 
 from dpo.config import Config, OptimizerConfig
 from dpo.data.remaining import left_out, remarks, warnings
+from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.training.preparation import Run
 from dpo.training.reading import Dataset
 from dpo.training.step import Params
@@ -33,6 +36,11 @@ def introduction(run: Run) -> list[str]:
 
 
 def _advice(config: Config) -> list[str]:
+    """What of the settings is allowed and seldom meant."""
+    return [*_rate_for_adapters(config), *_base_of_adapters(config)]
+
+
+def _rate_for_adapters(config: Config) -> list[str]:
     """The default learning rate is one for all weights; adapters move as far with about ten times as much."""
     rate = config.optimizer.learning_rate
     if not config.lora.is_on or rate != OptimizerConfig().learning_rate:
@@ -41,6 +49,23 @@ def _advice(config: Config) -> list[str]:
         f"learning rate: {rate:g} is the default for training all weights; adapters usually need about ten "
         "times as much (optimizer.learning_rate; docs/lora.md)"
     ]
+
+
+def _base_of_adapters(config: Config) -> list[str]:
+    """An adapter of another model changes this one in ways that nobody chose; a model can have two names."""
+    if config.lora.init is None:
+        return []
+    base, source = AdapterDirectory(config.lora.init).named_base, config.model.source
+    if base is not None and _place(base) == _place(source):
+        return []
+    said = "says of no model that it was trained on it" if base is None else f"was trained on {base}"
+    return [f"adapters: {config.lora.init} {said}, and model.source is {source}: make sure that they are one"]
+
+
+def _place(source: str) -> str:
+    """A model's directory, or its name where there is none."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def _count(params: Params) -> int:

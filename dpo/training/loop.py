@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from dpo.config import Config
+from dpo.config.home import at_home
 from dpo.data.batch import Batch
 from dpo.parallel.deadline import Deadline
 from dpo.parallel.distributed import is_main, on_main, on_this_host, shared_vote
@@ -101,6 +102,7 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
       ValueError: for anything wrong with settings, data, weights or stores, before the first update.
       OSError: when something can't be written; what was written before is whole.
     """
+    config = at_home(config)
     try:
         return _train(config, observe)
     except StopRequested:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -65,6 +66,59 @@ def test_an_export_names_what_others_read(tmp_path: Path) -> None:
     text = "three:\n\n1. Apples </s><s>"
     assert opened(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
     assert opened.chat_template == byte_tokenizer().chat_template
+
+
+SPELLED = {
+    "rope_parameters": ("llama", {"rope_theta": 10000.0, "rope_type": "default"}),
+    "rope_theta": ("gemma3_text", 1000000.0),
+    "rope_scaling": ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+    "rope_local_base_freq": ("gemma3_text", 10000.0),
+    "partial_rotary_factor": ("phi3-longrope", 0.75),
+    "rotary_pct": ("gpt_neox", 0.5),
+    "rotary_emb_base": ("gpt_neox", 10000.0),
+    "tie_word_embeddings": ("llama-untied-biases", False),
+}
+"""Field of config.json → family, and the value that `tiny_models` gave it, in whatever spelling."""
+
+WRITTEN = {
+    "dtype": ("config.json", "float32"),
+    "torch_dtype": ("config.json", "float32"),
+    "architectures": ("config.json", ["LlamaForCausalLM"]),
+    "eos_token_id": ("generation_config.json", [1, 2]),
+    "tokenizer_class": ("tokenizer_config.json", "PreTrainedTokenizerFast"),
+    "chat_template": ("tokenizer_config.json", byte_tokenizer().chat_template),
+}
+"""Field → file of an export, and its value for a tiny Llama whose turns end with tokens 1 and 2."""
+
+ELSEWHERE = {"generation_config.json", "tokenizer_config.json", "chat_template.jinja", "format: pt"}
+"""What the table names and is no field: files, and a mark that the test of streamed bytes holds."""
+
+
+@pytest.mark.parametrize("field", SPELLED)
+def test_a_field_that_others_read_has_the_models_value(field: str) -> None:
+    family, value = SPELLED[field]
+    assert spelled_for_all(case_config(family))[field] == value
+
+
+def test_a_file_that_others_read_has_the_models_value(tmp_path: Path) -> None:
+    source, out = load_pretrained(write_tiny_model(tmp_path / "in")), tmp_path / "out"
+    save_pretrained(
+        source.model,
+        out,
+        hf_config=source.config,
+        tokenizer=source.tokenizer,
+        generation_config={"eos_token_id": [1, 2]},
+    )
+    found = {field: json.loads((out / name).read_text())[field] for field, (name, _) in WRITTEN.items()}
+    assert found == {field: value for field, (_, value) in WRITTEN.items()}
+    assert (out / "chat_template.jinja").read_text() == byte_tokenizer().chat_template
+
+
+def test_every_field_of_the_page_has_a_test() -> None:
+    page = Path(__file__).with_name("models_page.md").read_text(encoding="utf-8")
+    table = page.split("What its readers look for")[1].split("\n\n")[1]
+    named = set(re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in table.splitlines()[2:])))
+    assert named - ELSEWHERE == SPELLED.keys() | WRITTEN.keys()
 
 
 def test_a_head_that_differs_from_the_embedding_is_the_models(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,6 +268,22 @@ def test_a_fresh_start_is_another_run_to_a_tracker_outside_the_directory(
     monkeypatch.setenv("WANDB_NAME", "my run")
     log_steps(run_dir, range(1), names=("wandb",))
     assert started[-1].keys() & {"project", "name", "id", "dir"} == {"id", "dir"}, "W&B reads the rest itself"
+    assert not any("entity" in one for one in started), "WANDB_ENTITY is W&B's to read"
+
+
+def test_trackio_is_told_the_project_that_its_variable_says(tmp_path: Path, monkeypatch) -> None:
+    """And nothing that another of its variables could say (TRACKIO_DIR, TRACKIO_SPACE_ID …)."""
+    started: list[dict] = []
+    fake = ModuleType("trackio")
+    fake.__spec__ = ModuleSpec("trackio", None)
+    run = SimpleNamespace(log=lambda metrics, step: None, finish=lambda: None)
+    monkeypatch.setattr(fake, "init", lambda **options: started.append(options) or run, raising=False)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    for variable in ("", "mine"):
+        monkeypatch.setenv("TRACKIO_PROJECT", variable)
+        log_steps(tmp_path, range(1), names=("trackio",))
+    assert [one["project"] for one in started] == ["dpo", "mine"]
+    assert all(one.keys() == {"project", "name", "config", "resume", "embed"} for one in started)
 
 
 def test_wandb_keeps_a_run_offline(tmp_path: Path) -> None:
