@@ -82,8 +82,9 @@ def replace_text(path: Path, text: str, *, what: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-LOCKED = ".lock"
-"""Ending of the file that is held while the directory of its name is written."""
+LOCKED = f"{UNFINISHED}.lock"
+"""Ending of the file that is held while the directory of its name is written, by `alone`: who holds a lock
+of its own for that directory meanwhile (`NAME.lock`) must not wait for itself."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system without locks answers: some network file systems, and buckets that are mounted."""
 

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -137,13 +138,26 @@ def test_of_two_that_write_a_directory_one_waits_for_the_other(tmp_path):
     assert began.wait(60)
     writers[1].start()
     time.sleep(0.2)
-    assert names(tmp_path) == ["thing.lock", "thing.writing"], "the second has not removed the first's"
-    assert (tmp_path / "thing.lock").read_text() == f"{os.getpid()} of {socket.gethostname()}\n"
+    assert names(tmp_path) == ["thing.writing", "thing.writing.lock"], (
+        "the second has not removed the first's"
+    )
+    assert (tmp_path / "thing.writing.lock").read_text() == f"{os.getpid()} of {socket.gethostname()}\n"
     goes_on.set()
     for writer in writers:
         writer.join(60)
     assert (tmp_path / "thing" / "a").read_text() == "second"
     assert names(tmp_path) == ["thing"], "nothing is left, the lock neither"
+
+
+@pytest.mark.parametrize("ending", [".lock", "-store.writing.lock"])
+def test_who_holds_a_lock_of_its_own_beside_does_not_wait_for_itself(tmp_path, ending):
+    """The stores of tokens and of reference log-probs hold theirs while they write."""
+    with (tmp_path / f"thing{ending}").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = threading.Thread(target=fill, args=(tmp_path / "thing", "text"), daemon=True)
+        writer.start()
+        writer.join(10)
+        assert not writer.is_alive()
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
