@@ -20,7 +20,7 @@ def test_what_decides_no_number_is_as_it_was_before_there_were_marks():
         "model.reference_store",
         *WHEN,
         *("training.max_skipped", "training.memory_limit", "training.resume", "training.allow_changed"),
-        "training.trackers",
+        *("training.trackers", "data.token_store", "data.token_store_limit"),
     }
     assert set(marked(Config, PLACE)) == {
         *("model.source", "model.reference", "lora.init", "data.train", "data.eval", "data.chat_template"),

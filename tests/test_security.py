@@ -147,11 +147,15 @@ def test_a_damaged_tokenizer_is_refused_by_name(
 
 
 def test_only_files_without_code_are_fetched_from_the_hub():
-    patterns = next(
-        ast.literal_eval(node.value)
-        for path, node in nodes(ast.Assign)
-        if path.name == "pretrained.py" and ast.unparse(node.targets[0]) == "patterns"
-    )
+    from dpo.huggingface.tokenizer_files import TOKENIZER_FILES
+
+    fetched = [
+        ast.unparse(call.args[-1])
+        for path, call in nodes(ast.Call)
+        if ast.unparse(call.func) == "fetch_files"
+    ]
+    assert sorted(fetched) == ["TOKENIZER_FILES", "[*TOKENIZER_FILES, '*.safetensors']"]
+    patterns = [*TOKENIZER_FILES, "*.safetensors"]
     assert not any(re.search(r"\.(py|bin|pt|pth|pkl|ckpt|h5)$", pattern) for pattern in patterns)
 
 

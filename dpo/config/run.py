@@ -187,12 +187,9 @@ class DataConfig:
     (~/.cache/dpo) when not given."""
     token_store_limit: float = field(default=50.0, metadata=marks(BESIDE, OFF_THE_CARD))
     """Gigabytes that the token store may hold; above it, what was not used for the longest time goes."""
-    num_workers: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD, OWN))
-    """Processes that make tokens of large data; as many as there are CPU cores when not given."""
 
     def __post_init__(self) -> None:
         check_range("data.token_store_limit", self.token_store_limit, above=0.0)
-        check_range("data.num_workers", self.num_workers, low=1)
         check_range("data.max_length", self.max_length, low=2)
         check_range("data.max_train", self.max_train, low=1)
         check_range("data.max_eval", self.max_eval, low=1)

@@ -1,9 +1,8 @@
 """The tokens of a source, opened where they are stored and made where they are not.
 
-Rows are read and tokenised in chunks (`chunks`), in several processes where they are many
-(`token_processes`), and with a store every chunk goes to disk as soon as it is made (`token_store`): texts
-are never held but for a chunk. Tokens, order, fingerprints and errors are those of `read_preferences` and
-`tokenize` on the whole source.
+Rows are read and tokenised in chunks (`chunks`), by a tokenizer that works on all cores, and with a store
+every chunk goes to disk as soon as it is made (`token_store`): texts are never held but for a chunk. Tokens,
+order, fingerprints and errors are those of `read_preferences` and `tokenize` on the whole source.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo.data.chunks import CHUNK_ROWS, Chunk, TokenJob, Untokenized
+from dpo.data.chunks import CHUNK_ROWS, Chunk, ChunkReader, TokenJob, Untokenized
 from dpo.data.joining import join_parts
 from dpo.data.preferences import (
     OnError,
@@ -31,7 +30,6 @@ from dpo.data.preferences import (
     join_summaries,
 )
 from dpo.data.sources import Part, cut, cut_every, fingerprint_rows
-from dpo.data.token_processes import count_workers, make_chunks
 from dpo.data.token_store import Stored, TokenStore
 from dpo.data.tokenized import TokenizedDataset
 from dpo.outcomes import UserError
@@ -92,7 +90,6 @@ def prepare(
     *,
     on_error: OnError,
     limit: int | None,
-    num_workers: int | None,
     store: Store | None,
     log: Log,
 ) -> Prepared:
@@ -103,9 +100,9 @@ def prepare(
 
     Raises:
       ValueError: as `read_preferences` and `tokenize` do.
-      EnvironmentFailure: when the store cannot be written to, or a process is lost.
+      EnvironmentFailure: when the store cannot be written to.
     """
-    work = _Work(job, on_error, limit, num_workers, log)
+    work = _Work(job, on_error, limit, log)
     rules = _rules_of(job.tokenizer)
     if store is None or rules is None:
         return work.in_memory()
@@ -122,7 +119,6 @@ class _Work(NamedTuple):
     job: TokenJob
     on_error: OnError
     limit: int | None
-    num_workers: int | None
     log: Log
 
     def in_memory(self) -> Prepared:
@@ -157,15 +153,16 @@ class _Work(NamedTuple):
         }
         progress = _Progress(parts, results, self.log)
 
-        def take(number: int, result: Chunk | Untokenized) -> bool:
+        reader, makes_tokens = ChunkReader(self.job), True
+        for number, part in enumerate(parts):
+            if number in results:
+                continue
+            # Once the data are known to be refused, what is left is read for its own problems only.
+            result = reader.tokenize(part) if makes_tokens else reader.check(part)
             results[number] = keep(number, result) if isinstance(result, Chunk) else result
             progress.say(number)
             spoiled = result.summary.problems and self.on_error == "stop"
-            return isinstance(result, Chunk) and not spoiled
-
-        missing = [(number, part) for number, part in enumerate(parts) if number not in results]
-        num_workers = count_workers(self.num_workers, len(missing))
-        make_chunks(self.job, missing, num_workers=num_workers, take=take)
+            makes_tokens = makes_tokens and isinstance(result, Chunk) and not spoiled
         return self._check([results[number] for number in range(len(parts))])
 
     def _cut(self) -> list[Part]:

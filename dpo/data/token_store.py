@@ -175,7 +175,7 @@ def _write_pieces(
 
 
 def _map(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r").view(np.ndarray)
+    return np.lib.format.open_memmap(path, mode="r").view(np.ndarray)  # which refuses pickled objects
 
 
 def _checksum(path: Path) -> str:

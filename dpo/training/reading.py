@@ -98,7 +98,6 @@ def read_dataset(
                 job,
                 on_error=config.on_error,
                 limit=place.limit,
-                num_workers=config.num_workers,
                 store=store,
                 log=log,
             )

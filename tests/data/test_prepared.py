@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_tokenizer import make_tokenizer
 
-from dpo.data import chunks, prepared, token_processes
+from dpo.data import chunks, prepared
 from dpo.data.chunks import TokenJob
 from dpo.data.columns import BY_COLUMNS
 from dpo.data.preferences import Expand, OnError, digest, fingerprint, read_preferences
@@ -47,7 +47,6 @@ class Preparation:
         source,
         *,
         kept=True,
-        num_workers=1,
         on_error: OnError = "stop",
         rows=None,
         expand: Expand = "ranking",
@@ -57,7 +56,6 @@ class Preparation:
             job,
             on_error=on_error,
             limit=rows,
-            num_workers=num_workers,
             store=self.store if kept else None,
             log=self.said.append,
         )
@@ -223,27 +221,6 @@ def test_errors_are_those_of_the_whole(tmp_path, preparation):
         preparation(source, on_error="skip")
 
 
-def test_processes_make_the_same(tmp_path, preparation):
-    source = write_rows(tmp_path / "rows.jsonl", pairs(20))
-    assert_same(preparation(source, num_workers=2), source)
-    assert_same(preparation(source, kept=False, num_workers=3), source)
-
-
-def test_workers_import_no_jax_and_pass_errors_on(tmp_path, monkeypatch):
-    source = write_rows(tmp_path / "rows.jsonl", pairs(4))
-    job = TokenJob(str(source), "train", "ranking", BY_COLUMNS, make_tokenizer(), POLICIES)
-    with token_processes._workers(job, 1) as (worker,):
-        result = worker("tokenize", chunks.Part(rows=4))
-        assert result.part.num_preferences == 4
-        with pytest.raises(AttributeError):
-            worker("nothing", chunks.Part())
-        worker.kill()
-        with pytest.raises(OSError, match="ended by SIGKILL"):
-            worker("tokenize", chunks.Part(rows=4))
-    code = "import sys, dpo.data.token_worker; sys.exit(any(m in sys.modules for m in ('jax', 'torch')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_one_prepares_and_the_others_wait(tmp_path, preparation, monkeypatch):
     source = write_rows(tmp_path / "rows.jsonl", pairs(8))
     real, made = chunks.tokenize_part, []
@@ -306,7 +283,7 @@ import sys; sys.path[:0] = {[os.path.dirname(__file__)]!r}
 import pathlib, test_prepared as t
 from dpo.data import prepared
 prepared.CHUNK_ROWS = 100
-t.Preparation(pathlib.Path({str(tmp_path / "tokens")!r}))({str(source)!r}, num_workers=2)
+t.Preparation(pathlib.Path({str(tmp_path / "tokens")!r}))({str(source)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     while not list(tmp_path.glob("tokens/*.chunks/*.safetensors")):
