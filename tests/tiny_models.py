@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from dpo.huggingface.binding import bind
+from dpo.huggingface.binding import bind, constants
 from dpo.huggingface.families import FAMILIES, classifier_architecture
 from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config
 from dpo.models.classifier import SequenceClassifier
@@ -135,6 +135,84 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 0.75},
     },
     "olmo2": {**_SIZES},
+    "olmo3": {
+        **_SIZES,
+        "sliding_window": 6,
+        "layer_types": _LOCAL_GLOBAL,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 1e4,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "arcee": {**_SIZES, "head_dim": 12, "mlp_bias": True},
+    "seed_oss": {**_SIZES, "head_dim": 12, "attention_out_bias": False},
+    "ministral": {**_SIZES, "sliding_window": 7, "layer_types": _LOCAL_GLOBAL, "head_dim": 12},
+    "ministral3": {
+        **_SIZES,
+        "head_dim": 12,
+        **_rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=8,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.4,
+        ),
+    },
+    "exaone4": {**_SIZES, "head_dim": 12, "sliding_window": 5, "layer_types": _LOCAL_GLOBAL},
+    "exaone4-full": {
+        **_SIZES,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 3,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_dense": {**_SIZES, "head_dim": 12, **_rope("dynamic", alpha=50.0, factor=1.0)},
+    "ernie4_5": {**_SIZES, "head_dim": 12, "use_bias": True},
+    "nanochat": {**_SIZES, "final_logit_softcapping": 3.0, "pad_token_id": None},
+    "apertus": {**_SIZES},
+    "granitemoehybrid": {
+        **_SIZES,
+        "shared_intermediate_size": 40,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["attention"] * 3,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 4,
+        "embedding_multiplier": 6.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "tie_word_embeddings": True,
+    },
+    "granitemoehybrid-unplaced": {
+        **_SIZES,
+        "shared_intermediate_size": 40,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["attention"] * 3,
+        "mamba_n_heads": 4,
+        "attention_multiplier": 0.4,
+    },
+    "phi3-phi4_mini": {
+        **_SIZES,
+        "hidden_size": 96,
+        "original_max_position_embeddings": 16,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0] * 6,
+            "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0],
+        },
+    },
     "granite": {
         **_SIZES,
         "embedding_multiplier": 6.0,
@@ -225,6 +303,7 @@ def _write(
         for binding in bind(family, model.config, shapes)
         for name in binding.names
     }
+    tensors |= {name: np.asarray(value, np.float32) for name, value in constants(family, decoder).items()}
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))

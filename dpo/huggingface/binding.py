@@ -79,9 +79,20 @@ def canonical_names(family: Family, names: Iterable[str]) -> dict[str, str]:
     return {name if name.startswith(_HEADS) else family.prefix + name: name for name in names}
 
 
+def constants(family: Family, config: DecoderConfig) -> dict[str, float]:
+    """The tensors that hold one number each and are no parameters, and the numbers."""
+    return {
+        name.format(layer=layer): value
+        for layer in range(config.num_layers)
+        for name, value in family.constants.items()
+    }
+
+
 def check_tensors(family: Family, bindings: Sequence[Binding], shapes: Shapes, source: str) -> None:
     """One `ValueError` with every tensor that is missing, left over or of the wrong shape."""
     expected = {name: binding.shape for binding in bindings for name in binding.names}
+    if bindings:
+        expected |= dict.fromkeys(constants(family, bindings[0].config), ())
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in shapes]
     problems += [
         f"wrong shape: {name} is {list(shapes[name])}, expected {list(shape)}"
@@ -123,5 +134,8 @@ def _is_ignored(family: Family, bindings: Sequence[Binding], name: str) -> bool:
 _OUTPUT_HEADS = ("lm_head.", "embed_out.")
 _HEADS = (*_OUTPUT_HEADS, "score.")
 """Tensors outside the model's prefix."""
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES = {
+    **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
+    **{name: name for name in ("bias", "alpha_p", "alpha_n")},
+}
 """Our parameter names → Hugging Face's."""

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBa
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
-from dpo.huggingface.binding import bind, canonical_names, check_tensors, find_ends
+from dpo.huggingface.binding import bind, canonical_names, check_tensors, constants, find_ends
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
 from dpo.huggingface.families import (
     FAMILIES,
@@ -206,7 +206,7 @@ def count_labels(checkpoint: Checkpoint) -> int:
 def _parse_config(config: dict[str, Any]) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"the configuration of a {config['model_type']} is not valid: {error}") from error
 
 
@@ -368,9 +368,18 @@ def _load(
     bindings = bind(family, abstract.config, shapes)
     tensors = checkpoint.tensors(family, [name for binding in bindings for name in binding.names])
     check_tensors(family, bindings, tensors.shapes, checkpoint.source)
+    _check_constants(family, abstract.config, tensors, checkpoint.source)
     values = load_parameters(bindings, tensors, shapes, dtype=dtype, placement=placement)
     nnx.replace_by_pure_dict(state, _unflatten(values))
     return nnx.merge(graphdef, state)
+
+
+def _check_constants(family: Family, config: DecoderConfig, tensors: Tensors, source: str) -> None:
+    """That what a family does not learn has the numbers that the decoder computes with."""
+    for name, value in constants(family, config).items():
+        found = float(tensors.read(name))
+        if abs(found - value) > abs(value) / 128:  # bfloat16's rounding
+            raise UserError(f"{source}: tensor {name} is {found}; supported: {value}")
 
 
 def _require_classifier(checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from dpo.files import new_directory
-from dpo.huggingface.binding import Binding, bind
+from dpo.huggingface.binding import Binding, bind, constants
 from dpo.huggingface.families import Family, classifier_architecture, find_family
 from dpo.huggingface.spellings import respell_tokenizer, spelled_for_all
 from dpo.huggingface.weights import SAFETENSORS_DTYPES
@@ -76,15 +76,17 @@ def _save_weights(model: Decoder, target: Path, family: Family, dtype: np.dtype,
     leaves = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     bindings = bind(family, model.config, {path: leaf.shape for path, leaf in leaves.items()})
     shards = _plan_shards(bindings, dtype, max_shard_size)
+    fixed = constants(family, model.config)
     if len(shards) == 1:
-        _save_shard(target / "model.safetensors", shards[0], leaves, dtype)
+        _save_shard(target / "model.safetensors", shards[0], leaves, dtype, fixed)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_shard(target / name, shard, leaves, dtype)
-        weight_map |= {binding.names[index]: name for binding, index in shard}
-    total = sum(leaf.size for leaf in leaves.values())
+        own = fixed if number == len(shards) else {}
+        _save_shard(target / name, shard, leaves, dtype, own)
+        weight_map |= {**{binding.names[index]: name for binding, index in shard}, **dict.fromkeys(own, name)}
+    total = sum(leaf.size for leaf in leaves.values()) + len(fixed)
     index = {
         "metadata": {"total_size": total * dtype.itemsize, "total_parameters": total},
         "weight_map": weight_map,
@@ -107,12 +109,22 @@ def _plan_shards(bindings: Sequence[Binding], dtype: np.dtype, max_shard_size: i
     return shards
 
 
-def _save_shard(path: Path, shard: Sequence[_Part], leaves: Mapping[str, Any], dtype: np.dtype) -> None:
+def _save_shard(
+    path: Path,
+    shard: Sequence[_Part],
+    leaves: Mapping[str, Any],
+    dtype: np.dtype,
+    fixed: Mapping[str, float],
+) -> None:
     """One safetensors file, the same bytes as the library writes of the same tensors."""
-    parts = sorted(shard, key=lambda part: part[0].names[part[1]])
-    shapes = {binding.names[index]: binding.shape for binding, index in parts}
+    parts = {binding.names[index]: (binding, index) for binding, index in shard}
+    names = sorted([*parts, *fixed])
+    shapes = {name: parts[name][0].shape if name in parts else () for name in names}
+    tensors = (
+        _pieces(*parts[name], leaves) if name in parts else (np.asarray(fixed[name]),) for name in names
+    )
     with path.open("wb") as file:
-        write_safetensors(file, shapes, dtype, (_pieces(*part, leaves) for part in parts))
+        write_safetensors(file, shapes, dtype, tensors)
 
 
 def write_safetensors(
@@ -135,6 +147,11 @@ def write_safetensors(
     for pieces in tensors:
         for piece in pieces:
             file.write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
+
+
+def hf_tensor(binding: Binding, index: int, leaves: Mapping[str, Any]) -> np.ndarray:
+    """One tensor as Hugging Face has it, whole, on the host."""
+    return binding.to_theirs([_take(leaves[leaf], index, binding.num_leading) for leaf in binding.leaves])
 
 
 def _pieces(binding: Binding, index: int, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:

@@ -50,8 +50,19 @@ def _join_concatenated(parts: Sequence[np.ndarray], config: DecoderConfig) -> np
     return np.concatenate(parts, axis=-1)
 
 
+def _swapped(tensor: np.ndarray, axes: tuple[int, int]) -> np.ndarray:
+    """The channels of every head seen as two axes, which are swapped."""
+    heads = tensor.reshape(*tensor.shape[:-1], -1, *axes)
+    return heads.swapaxes(-1, -2).reshape(tensor.shape)
+
+
 _CONCATENATED = Fusion(_split_concatenated, _join_concatenated)
 _GROUPED = Fusion(_split_grouped, _join_grouped)
+_INTERLEAVED = Fusion(
+    lambda tensor, config: [_swapped(tensor, (config.head_dim // 2, 2))],
+    lambda parts, config: _swapped(parts[0], (2, config.head_dim // 2)),
+)
+"""Heads whose channels 2j and 2j + 1 turn together, where ours are j and j + n."""
 _HALVES = Fusion(lambda tensor, config: np.split(tensor, 2, axis=-1), _join_concatenated)
 
 _PATHS = {
@@ -67,8 +78,10 @@ _PATHS = {
             "k_norm",
             "q_head_norm",
             "k_head_norm",
+            "q_turned_norm",
+            "k_turned_norm",
         ),
-        "mlp.": ("gate_proj", "up_proj", "down_proj"),
+        "mlp.": ("gate_proj", "up_proj", "down_proj", "act_fn"),
     }.items()
     for name in names
 }
@@ -117,6 +130,30 @@ PHI3_RULES = (
     Rule(_QKV, _LAYER + "self_attn.qkv_proj", _CONCATENATED),
     Rule(_GATE_UP, _LAYER + "mlp.gate_up_proj", _HALVES),
     *_rules(_LAYER, o_proj="self_attn.o_proj", down_proj="mlp.down_proj"),
+)
+HUNYUAN_RULES = (
+    *LLAMA_RULES,
+    *_rules(_LAYER + "self_attn.", q_turned_norm="query_layernorm", k_turned_norm="key_layernorm"),
+)
+EXAONE_RULES = (*_ENDS, *_PROJECTIONS, *_GATED_MLP, *_POST_NORMS, *HEAD_NORM_RULES)
+ERNIE_RULES = (
+    *(Rule((_PATHS[name],), f"{_LAYER}self_attn.{name}", _INTERLEAVED) for name in ("q_proj", "k_proj")),
+    *(rule for rule in LLAMA_RULES if rule.ours[0] not in (_PATHS["q_proj"], _PATHS["k_proj"])),
+)
+NANOCHAT_RULES = (*_ENDS, *_PROJECTIONS, *_rules(_LAYER + "mlp.", up_proj="fc1", down_proj="fc2"))
+APERTUS_RULES = (
+    *_ENDS,
+    *_PROJECTIONS,
+    *_rules(_LAYER + "mlp.", up_proj="up_proj", down_proj="down_proj", act_fn="act_fn"),
+    *_rules(_LAYER, input_layernorm="attention_layernorm", post_attention_layernorm="feedforward_layernorm"),
+    *HEAD_NORM_RULES,
+)
+GRANITE_HYBRID_RULES = (
+    *_ENDS,
+    *_PROJECTIONS,
+    *_PRE_NORMS,
+    Rule(_GATE_UP, _LAYER + "shared_mlp.input_linear", _HALVES),
+    *_rules(_LAYER, down_proj="shared_mlp.output_linear"),
 )
 OLMO2_RULES = (
     *_ENDS,

@@ -73,6 +73,8 @@ class Decoder(nnx.Module):
         self.embed_tokens = make.embedding(config.vocab_size)
         if config.position == "learned":
             self.embed_positions = make.embedding(config.max_positions + config.position_offset)
+        if config.embedding_norm:
+            self.embed_norm = make.norm(config.hidden_size)
         self.layers = stack_layers(make, config.num_layers)
         self.norm = make.norm(config.hidden_size)
         if not config.tie_embeddings:
@@ -93,11 +95,11 @@ class Decoder(nnx.Module):
         """Final-normed hidden states of packed rows; logits are `hidden @ output_embedding.T`."""
         layout = {"positions": positions, "group": group, "branch": branch}
         key_bias = self._key_bias(positions)
-        ropes = self._ropes(positions, group)
+        ropes, grow = self._ropes(positions, group), self._query_growth(positions)
         graphdef, layers = nnx.split(self.layers)
 
         def block(h: Array, layer: _Layer) -> tuple[Array, None]:
-            core = partial(self._attend, **layout, key_bias=key_bias, window=layer.window)
+            core = partial(self._attend, **layout, grow=grow, key_bias=key_bias, window=layer.window)
             h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
             return self.partition.constrain(h, ROWS), None
 
@@ -141,6 +143,7 @@ class Decoder(nnx.Module):
         length does not count it.
         """
         ropes = self._ropes(positions, jnp.ones_like(positions) if group is None else group)
+        grow = self._query_growth(positions)
         graphdef, layers = nnx.split(self.layers)
         rows = jnp.arange(tokens.shape[0])[:, None]
         slots = jnp.arange(cache.values.shape[3])[None, :]
@@ -154,7 +157,7 @@ class Decoder(nnx.Module):
                 values = cache.values.at[layer.index, rows, :, positions].set(v.astype(cache.values.dtype))
                 mask = visible_in_cache(positions, keys.shape[-1], layer.window)
                 at = (keys[layer.index], values[layer.index])
-                out = attend_cached(q, *at, mask, key_bias=key_bias, **self._scoring)
+                out = attend_cached(grow(q), *at, mask, key_bias=key_bias, **self._scoring)
                 return out, Cache(keys, values)
 
             return nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core), None
@@ -175,16 +178,26 @@ class Decoder(nnx.Module):
         bias = positions.astype(dtype)[:, :, None] * jnp.asarray(alibi.slopes, dtype)[None, None, :]
         return bias.astype(jnp.float32) * alibi.scale
 
-    def _attend(self, q: Array, k: Array, v: Array, **layout: Any) -> tuple[Array, None]:
+    def _query_growth(self, positions: Int[Array, "R T"]) -> Callable[[Array], Array]:
+        """What queries at these positions are multiplied by, as a function of them."""
+        growth = self.config.query_growth
+        if growth is None:
+            return lambda q: q
+        times = 1 + growth.beta * jnp.log1p((positions // growth.length).astype(jnp.float32))
+        return lambda q: q * times[:, :, None, None].astype(q.dtype)
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, *, grow: Callable[[Array], Array], **layout: Any
+    ) -> tuple[Array, None]:
         how = {"implementation": self.attention, "partition": self.partition}
-        return attend(q, k, v, **layout, **self._scoring, **how), None
+        return attend(grow(q), k, v, **layout, **self._scoring, **how), None
 
     def _embed(self, tokens: Int[Array, "R T"], positions: Int[Array, "R T"]) -> Float[Array, "R T D"]:
         h = self._look_up(self.embed_tokens, tokens)
         h = h * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
         if self.config.position == "learned":
             h = h + self._look_up(self.embed_positions, positions + self.config.position_offset)
-        return h
+        return self.embed_norm(h) if self.config.embedding_norm else h
 
     def _look_up(self, table: Embedding, index: Int[Array, "R T"]) -> Float[Array, "R T D"]:
         """On a mesh every device looks up its columns for the rows of its whole `fsdp` group, and then

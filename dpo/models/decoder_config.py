@@ -23,6 +23,14 @@ class Alibi:
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + beta log(1 + floor(p / length)), as in Llama 4."""
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Everything that decides the computation. No defaults: `dpo.huggingface.families` states every value."""
 
@@ -33,23 +41,27 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
+    """`relu2` is the square of ReLU; `xielu` has parameters (Huang and Schlag 2024)."""
     gated_mlp: bool
     """act(gate x) * up x, instead of act(up x)."""
-    norm: Literal["rms", "rms_offset", "layer", "layer_no_bias"]
-    """`rms_offset` multiplies by 1 + scale."""
+    norm: Literal["rms", "rms_offset", "rms_unscaled", "layer", "layer_no_bias"]
+    """`rms_offset` multiplies by 1 + scale, `rms_unscaled` by nothing."""
     norm_eps: float
     residual: Literal["sequential", "parallel", "parallel_shared"]
     """Attention then MLP; both from the same input with a norm each; both from one norm."""
     pre_norm: bool
     post_norm: bool
     """Norms of the inputs, and of the outputs, of attention and MLP."""
-    qk_norm: Literal["none", "head", "per_head", "all_heads"]
-    """Norm of q and k over a head (one scale, or one a head), or over all heads together."""
+    qk_norm: Literal["none", "head", "per_head", "all_heads", "turned_head"]
+    """Norm of q and k over a head (one scale, or one a head), over all heads together, or over a head after
+    it was turned to its position."""
+    embedding_norm: bool
+    """Whether the embedded tokens are normed before the first layer."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    position: Literal["rotary", "learned", "alibi"]
+    position: Literal["rotary", "learned", "alibi", "none"]
     alibi: Alibi | None
     position_offset: int
     """Row of the learned table that holds position 0."""
@@ -61,6 +73,7 @@ class DecoderConfig:
     """Positions that each layer sees back, itself included; `NO_WINDOW` is all."""
     attention_scale: float
     attention_softcap: float | None
+    query_growth: QueryGrowth | None
     logit_softcap: float | None
     embedding_scale: float
     residual_scale: float

@@ -6,6 +6,7 @@ asks which family it is. Norms are float32 inside; the residual stream has the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,9 @@ from jaxtyping import Array, Float, Int
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import Linear
 from dpo.models.rotary import rotate
+
+XIELU_BETA, XIELU_EPS = 0.5, -1e-6
+"""What xIELU does not learn."""
 
 
 class Block(nnx.Module):
@@ -88,6 +92,7 @@ class Attention(nnx.Module):
         self.o_proj = make.linear(H * C, D, config.output_bias)
         self.q_norm, self.q_head_norm = make.qk_norms(H)
         self.k_norm, self.k_head_norm = make.qk_norms(G)
+        self.q_turned_norm, self.k_turned_norm = make.turned_norm(), make.turned_norm()
         self.place = make.placement()
 
     def __call__(
@@ -96,7 +101,8 @@ class Attention(nnx.Module):
         q = self.q_head_norm(self._heads(self.q_norm(self.q_proj(x))))
         k = self.k_head_norm(self._heads(self.k_norm(self.k_proj(x))))
         v = self._heads(self.v_proj(x))
-        out, extra = core(self.place(q, rope), self.place(k, rope), v)
+        q, k = self.q_turned_norm(self.place(q, rope)), self.k_turned_norm(self.place(k, rope))
+        out, extra = core(q, k, v)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), extra
 
     def _heads(self, x: Float[Array, "R T HC"]) -> Float[Array, "R T H C"]:
@@ -108,13 +114,13 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, make: LayerMaker):
         config = make.config
-        self.act = _ACTIVATIONS[config.activation]
+        self.act_fn = make.activation()
         self.gate_proj = make.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = make.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = make.linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MLP(nnx.Module):
@@ -122,12 +128,41 @@ class MLP(nnx.Module):
 
     def __init__(self, make: LayerMaker):
         config = make.config
-        self.act = _ACTIVATIONS[config.activation]
+        self.act_fn = make.activation()
         self.up_proj = make.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = make.linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
-        return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class XIELU(nnx.Module):
+    """xIELU (Huang and Schlag 2024): a x² + βx where x > 0, else b (exp(min(x, ε)) - 1 - x) + βx.
+
+    a and b are learned, one of each a layer.
+    """
+
+    def __init__(self, param_dtype: jnp.dtype):
+        self.alpha_p = nnx.Param(jnp.full((1,), math.log(math.expm1(0.8)), param_dtype))
+        self.alpha_n = nnx.Param(jnp.full((1,), math.log(math.expm1(0.8 - XIELU_BETA)), param_dtype))
+
+    def __call__(self, x: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+        h = x.astype(jnp.float32)
+        a = jax.nn.softplus(_lead(self.alpha_p[...].astype(jnp.float32), h.ndim))
+        b = XIELU_BETA + jax.nn.softplus(_lead(self.alpha_n[...].astype(jnp.float32), h.ndim))
+        below = (jnp.expm1(jnp.minimum(h, XIELU_EPS)) - h) * b
+        return (jnp.where(h > 0, a * h * h, below) + XIELU_BETA * h).astype(x.dtype)
+
+
+class UnscaledRMSNorm(nnx.Module):
+    """x / rms(x) over the last axis, in float32."""
+
+    def __init__(self, eps: float):
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        h = x.astype(jnp.float32)
+        return (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -201,7 +236,9 @@ class LayerMaker:
         dim = self.config.hidden_size
         return Embedding(rows, dim, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
 
-    def norm(self, *shape: int, use_bias: bool = True) -> RMSNorm | LayerNorm:
+    def norm(self, *shape: int, use_bias: bool = True) -> RMSNorm | UnscaledRMSNorm | LayerNorm:
+        if self.config.norm == "rms_unscaled":
+            return UnscaledRMSNorm(self.config.norm_eps)
         common = {"eps": self.config.norm_eps, "param_dtype": self.param_dtype}
         if self.config.norm.startswith("rms"):
             return RMSNorm(*shape, offset=float(self.config.norm == "rms_offset"), **common)
@@ -211,10 +248,19 @@ class LayerMaker:
         """A norm before heads are split, and one after."""
         C = self.config.head_dim
         shapes = {"all_heads": (heads * C,), "head": (C,), "per_head": (heads, C)}
-        if self.config.qk_norm == "none":
+        if self.config.qk_norm in ("none", "turned_head"):
             return _identity, _identity
         norm = self.norm(*shapes[self.config.qk_norm], use_bias=False)
         return (norm, _identity) if self.config.qk_norm == "all_heads" else (_identity, norm)
+
+    def turned_norm(self) -> Callable:
+        """A norm of heads that were turned to their positions."""
+        return self.norm(self.config.head_dim) if self.config.qk_norm == "turned_head" else _identity
+
+    def activation(self) -> Callable:
+        if self.config.activation == "xielu":
+            return XIELU(self.param_dtype)
+        return _ACTIVATIONS[self.config.activation]
 
     def placement(self) -> Callable:
         return _rotate if self.config.position == "rotary" else _unplaced
@@ -261,6 +307,7 @@ _ACTIVATIONS: dict[str, Callable] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 _BLOCKS = {"sequential": Block, "parallel": ParallelBlock, "parallel_shared": SharedParallelBlock}

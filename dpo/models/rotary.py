@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,11 @@ def make_rope(parameters: dict, head_dim: int, max_positions: int) -> Rope:
 def no_rope(rope: Rope) -> Rope:
     """Layers without positions, in the same shape as `rope`: every angle is zero."""
     return Rope(inv_freq=(0.0,) * len(rope.inv_freq))
+
+
+def reversed_rope(rope: Rope) -> Rope:
+    """Turning the other way."""
+    return replace(rope, inv_freq=tuple(-angle for angle in rope.inv_freq))
 
 
 def _frequencies(rope: Rope, positions: Int[Array, "R T"], group: Int[Array, "R T"]) -> Float[Array, "*n"]:

@@ -1,6 +1,7 @@
 """Compare every family with transformers' torch models; write oracles.json beside this and docs/models.md.
 
     python -m tests.huggingface.make_oracles            the families
+    python -m tests.huggingface.make_oracles olmo3 …    these cases alone, the others stay as they are
     python -m tests.huggingface.make_oracles --smollm2  the embedded model
 
 Needs torch. The numbers kept are what transformers computes in float32, so that tests without torch hold the
@@ -34,7 +35,7 @@ from torch_models import torch_greedy, torch_log_probs, torch_logits, torch_mode
 
 from dpo.huggingface.embedded import fetch_embedded
 from dpo.huggingface.families import FAMILIES, classifier_architecture, find_family
-from dpo.huggingface.gguf_files import ARCHITECTURES
+from dpo.huggingface.gguf_architectures import ARCHITECTURES
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 SMOLLM2 = ORACLES.with_name("smollm2_oracle.json")
@@ -45,8 +46,21 @@ def main() -> None:
     if "--smollm2" in sys.argv:
         SMOLLM2.write_text(json.dumps(smollm2_oracle()) + "\n")
         return
-    ORACLES.write_text(_lines({case: torch_oracle(case) for case in CASES}))
-    DOCS.write_text(document({case: [measure(case, seed) for seed in SEEDS] for case in CASES}))
+    cases = sys.argv[1:] or list(CASES)
+    known = json.loads(ORACLES.read_text()) if sys.argv[1:] else {}
+    rows = _known_rows() if sys.argv[1:] else {}
+    for case in cases:
+        known[case] = torch_oracle(case)
+        rows[case] = _row(case, [measure(case, seed) for seed in SEEDS])
+        ORACLES.write_text(_lines({name: known[name] for name in CASES if name in known}))
+        DOCS.write_text(document({name: rows[name] for name in CASES if name in rows}))
+
+
+def _known_rows() -> dict[str, str]:
+    """The lines of the page's table, by case."""
+    lines = DOCS.read_text().partition("## Against transformers")[2].splitlines()
+    found = {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+    return {case: found[case] for case in CASES if case in found}
 
 
 def _lines(oracles: dict[str, Any]) -> str:
@@ -74,7 +88,7 @@ def _rounded(values: np.ndarray) -> list[Any]:
     return np.round(values.astype(float), 6).tolist()
 
 
-def document(measured: dict[str, list[Parity]]) -> str:
+def document(rows: dict[str, str]) -> str:
     """The page: what is supported, and one line a case."""
     text = (Path(__file__).with_name("models_page.md")).read_text()
     values = {
@@ -85,7 +99,7 @@ def document(measured: dict[str, list[Parity]]) -> str:
         "model_types": ", ".join(f"`{name}`" for name in FAMILIES),
         "classifiers": ", ".join(f"`{classifier_architecture(name)}`" for name in CLASSIFIERS),
         "gguf": ", ".join(f"`{name}`" for name in ARCHITECTURES),
-        "table": "\n".join(_row(case, several) for case, several in measured.items()),
+        "table": "\n".join(rows.values()),
     }
     for name, value in values.items():
         text = text.replace("{{ " + name + " }}", str(value))

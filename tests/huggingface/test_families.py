@@ -8,7 +8,8 @@ import pytest
 from numpy.testing import assert_allclose
 from tiny_models import CASES, ORACLES, TOKENS, batch_arrays, case_config, load_case, write_checkpoint
 
-from dpo.huggingface.families import FAMILIES, alibi_slopes
+from dpo.huggingface.classic_configurations import alibi_slopes
+from dpo.huggingface.families import FAMILIES
 from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config, save_pretrained
 from dpo.models.log_probs import token_log_probs
 from dpo.models.sampling import SamplingConfig, generate

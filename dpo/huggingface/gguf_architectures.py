@@ -1,0 +1,295 @@
+"""llama.cpp's architectures: what a file's metadata mean as a configuration, and how its tensors differ.
+
+What a file cannot say (llama.cpp has it in its code) is said here, with a comment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+from dpo.huggingface.gguf_changes import INTERLEAVED, OFFSET_NORMS, TURNED_CONV1D, UNGROUPED, Change
+from dpo.huggingface.gguf_metadata import GgufMetadata, published
+from dpo.outcomes import UserError
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that hold divisors of rotary frequencies; they become configuration."""
+
+
+class Architecture(NamedTuple):
+    """One row of the table."""
+
+    names: gguf.MODEL_ARCH
+    """llama.cpp's names of the tensors."""
+    configure: Callable[[GgufMetadata], dict[str, Any]]
+    """The configuration, but for what all have in common."""
+    change: Change | None = None
+    """What the conversion did to some tensors."""
+
+
+def _common(file: GgufMetadata, model_type: str) -> dict[str, Any]:
+    heads, kv_heads = file.num_heads
+    return {
+        "model_type": model_type,
+        "hidden_size": file.count("embedding_length"),
+        "intermediate_size": file.count("feed_forward_length"),
+        "num_hidden_layers": file.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": file.count("attention.key_length", file.count("embedding_length") // heads),
+        "max_position_embeddings": file.count("context_length"),
+    }
+
+
+def _rms(file: GgufMetadata, model_type: str, **choices: Any) -> dict[str, Any]:
+    return {
+        **_common(file, model_type),
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(file),
+        **choices,
+    }
+
+
+def _llama(file: GgufMetadata) -> dict[str, Any]:
+    """Llama, and Mistral, which llama.cpp calls by the same name."""
+    window = file.find("attention.sliding_window", None)
+    config = _rms(file, "llama" if window is None else "mistral", hidden_act="silu")
+    if window is not None:
+        return {**config, "sliding_window": window}
+    return {
+        **config,
+        "head_dim": file.count(
+            "attention.key_length", file.count("rope.dimension_count", config["head_dim"])
+        ),
+        "attention_bias": file.has("blk.0.attn_q.bias"),
+        "mlp_bias": file.has("blk.0.ffn_up.bias"),
+    }
+
+
+def _qwen2(file: GgufMetadata) -> dict[str, Any]:
+    return _rms(file, "qwen2", hidden_act="silu", use_sliding_window=False)
+
+
+def _qwen3(file: GgufMetadata) -> dict[str, Any]:
+    has_bias = file.has("blk.0.attn_q.bias")
+    return _rms(file, "qwen3", hidden_act="silu", use_sliding_window=False, attention_bias=has_bias)
+
+
+def _gemma2(file: GgufMetadata, model_type: str = "gemma2", largest: int = 46) -> dict[str, Any]:
+    config = _rms(file, model_type, hidden_activation="gelu_pytorch_tanh", attention_bias=False)
+    # llama.cpp: the largest model (27B, known by its layers) scales by its width a head, others by the head's
+    width = config["hidden_size"] // config["num_attention_heads"]
+    is_largest = config["num_hidden_layers"] == largest
+    return {
+        **config,
+        "query_pre_attn_scalar": width if is_largest else config["head_dim"],
+        "attn_logit_softcapping": file.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": file.number("final_logit_softcapping", 30.0),
+        "sliding_window": file.count("attention.sliding_window", 4096),
+    }
+
+
+def _gemma3(file: GgufMetadata) -> dict[str, Any]:
+    config = _gemma2(file, "gemma3_text", largest=62)
+    # llama.cpp: every sixth layer sees everything, the others have a base of 10,000 unless the file says more
+    every = file.count("attention.sliding_window_pattern", 6)
+    local = {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", 10000.0)}
+    return {
+        **config,
+        "attn_logit_softcapping": file.find("attn_logit_softcapping", None),
+        "final_logit_softcapping": file.find("final_logit_softcapping", None),
+        "layer_types": [
+            "sliding_attention" if (layer + 1) % every else "full_attention"
+            for layer in range(config["num_hidden_layers"])
+        ],
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+    }
+
+
+def _phi3(file: GgufMetadata) -> dict[str, Any]:
+    config = _rms(file, "phi3", hidden_act="silu", sliding_window=file.find("attention.sliding_window", None))
+    if not config["sliding_window"]:
+        config["sliding_window"] = None
+    return config | {"original_max_position_embeddings": _original_length(file)}
+
+
+def _stablelm(file: GgufMetadata) -> dict[str, Any]:
+    has_second_norm = file.has("blk.0.ffn_norm.weight")
+    return {
+        **_common(file, "stablelm"),
+        "hidden_act": "silu",
+        "layer_norm_eps": file.number("attention.layer_norm_epsilon"),
+        "rope_parameters": _rope(file),
+        "use_qkv_bias": file.has("blk.0.attn_q.bias"),
+        "qk_layernorm": file.has("blk.0.attn_q_norm.weight"),
+        "use_parallel_residual": file.find("use_parallel_residual", not has_second_norm),
+    }
+
+
+def _gpt2(file: GgufMetadata) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_embd": file.count("embedding_length"),
+        "n_layer": file.num_layers,
+        "n_head": file.count("attention.head_count"),
+        "n_positions": file.count("context_length"),
+        "n_inner": file.count("feed_forward_length"),
+        "layer_norm_epsilon": file.number("attention.layer_norm_epsilon"),
+    }
+
+
+def _falcon(file: GgufMetadata) -> dict[str, Any]:
+    """Falcon 7B's layout, or 40B's with two norms; without biases, in parallel, with rotary positions."""
+    heads, kv_heads = file.num_heads
+    return {
+        "model_type": "falcon",
+        "activation": "gelu",
+        "hidden_size": file.count("embedding_length"),
+        "ffn_hidden_size": file.count("feed_forward_length"),
+        "num_hidden_layers": file.num_layers,
+        "num_attention_heads": heads,
+        "num_kv_heads": kv_heads,
+        "multi_query": kv_heads == 1,
+        "new_decoder_architecture": file.has("blk.0.attn_norm_2.weight"),
+        "parallel_attn": True,
+        "bias": False,
+        "alibi": False,
+        "layer_norm_epsilon": file.number("attention.layer_norm_epsilon"),
+        "max_position_embeddings": file.count("context_length"),
+        "rope_parameters": _rope(file),
+    }
+
+
+def _rope(file: GgufMetadata) -> dict[str, Any]:
+    """Rotary parameters as Hugging Face writes them."""
+    head_dim = file.count("attention.key_length", file.count("embedding_length") // file.num_heads[0])
+    turned = file.count("rope.dimension_count", head_dim)
+    common: dict[str, Any] = {"rope_theta": file.number("rope.freq_base", 10000.0)}
+    if file.architecture in ("phi3", "stablelm"):
+        common["partial_rotary_factor"] = turned / head_dim
+    if file.has("rope_factors_long.weight"):
+        factors = {
+            f"{kind}_factor": file.values(f"rope_factors_{kind}.weight").tolist()
+            for kind in ("short", "long")
+        }
+        attention = file.find("rope.scaling.attn_factor", None)
+        if attention is not None:
+            common["attention_factor"] = attention
+        length = {"original_max_position_embeddings": _original_length(file)}
+        return {**common, "rope_type": "longrope", **length, **factors}
+    if file.has("rope_freqs.weight"):
+        return _llama3_rope(file, common, turned)
+    scaling = file.find("rope.scaling.type", "none")
+    if scaling == "none":
+        return {**common, "rope_type": "default"}
+    common["factor"] = file.number("rope.scaling.factor")
+    if scaling == "linear":
+        return {**common, "rope_type": "linear"}
+    if scaling == "yarn":
+        return {
+            **common,
+            "rope_type": "yarn",
+            "original_max_position_embeddings": file.count("rope.scaling.original_context_length"),
+        }
+    raise UserError(f"{file.path}: rope.scaling.type is {scaling!r}; supported: none, linear, yarn, longrope")
+
+
+def _llama3_rope(file: GgufMetadata, common: dict[str, Any], dim: int) -> dict[str, Any]:
+    """The parameters of Llama 3.1's scaling from the divisors that it came to.
+
+    The file holds one divisor a frequency only; all released models share the parameters tried here.
+    """
+    divisors = file.values("rope_freqs.weight")
+    low, high, length = 1.0, 4.0, file.count("rope.scaling.original_context_length", 8192)
+    factor = published(divisors.max().item())
+    inv_freq = 1 / common["rope_theta"] ** (np.arange(0, dim, 2) / dim)
+    kept = np.clip((length * inv_freq / (2 * np.pi) - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - kept) / factor + kept)
+    if expected.shape != divisors.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise UserError(f"{file.path}: rope_freqs.weight holds divisors that are not Llama 3's")
+    return {
+        **common,
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+
+
+def _original_length(file: GgufMetadata) -> int:
+    return file.count("rope.scaling.original_context_length", file.count("context_length"))
+
+
+def _arcee(file: GgufMetadata) -> dict[str, Any]:
+    biases = {"attention_bias": file.has("blk.0.attn_q.bias"), "mlp_bias": file.has("blk.0.ffn_up.bias")}
+    return _rms(file, "arcee", hidden_act="relu2", **biases)
+
+
+def _smollm3(file: GgufMetadata) -> dict[str, Any]:
+    # llama.cpp: every fourth layer has no positions
+    has_rope = [int((layer + 1) % 4 != 0) for layer in range(file.num_layers)]
+    return _rms(file, "smollm3", hidden_act="silu", use_sliding_window=False, no_rope_layers=has_rope)
+
+
+def _ernie(file: GgufMetadata) -> dict[str, Any]:
+    return _rms(file, "ernie4_5", hidden_act="silu", use_bias=file.has("blk.0.attn_q.bias"))
+
+
+def _seed_oss(file: GgufMetadata) -> dict[str, Any]:
+    biases = {
+        "attention_bias": file.has("blk.0.attn_q.bias"),
+        "attention_out_bias": file.has("blk.0.attn_output.bias"),
+    }
+    return _rms(file, "seed_oss", hidden_act="silu", mlp_bias=False, **biases)
+
+
+def _olmo2(file: GgufMetadata) -> dict[str, Any]:
+    return _rms(file, "olmo2", hidden_act="silu", attention_bias=False)
+
+
+def _hunyuan(file: GgufMetadata) -> dict[str, Any]:
+    return _rms(file, "hunyuan_v1_dense", hidden_act="silu", attention_bias=False)
+
+
+def _granite(file: GgufMetadata) -> dict[str, Any]:
+    config = _rms(file, "granite", hidden_act="silu", attention_bias=file.has("blk.0.attn_q.bias"))
+    return {
+        **config,
+        "mlp_bias": file.has("blk.0.ffn_up.bias"),
+        "attention_multiplier": file.number("attention.scale", config["head_dim"] ** -0.5),
+        "embedding_multiplier": file.number("embedding_scale", 1.0),
+        "residual_multiplier": file.number("residual_scale", 1.0),
+        "logits_scaling": file.number("logit_scale", 1.0),
+    }
+
+
+def _gemma(file: GgufMetadata) -> dict[str, Any]:
+    return _rms(file, "gemma", hidden_act="gelu_pytorch_tanh", attention_bias=False)
+
+
+_ARCH = gguf.MODEL_ARCH
+ARCHITECTURES = {
+    "llama": Architecture(_ARCH.LLAMA, _llama, INTERLEAVED),
+    "qwen2": Architecture(_ARCH.QWEN2, _qwen2),
+    "qwen3": Architecture(_ARCH.QWEN3, _qwen3),
+    "gemma": Architecture(_ARCH.GEMMA, _gemma, OFFSET_NORMS),
+    "gemma2": Architecture(_ARCH.GEMMA2, _gemma2, OFFSET_NORMS),
+    "gemma3": Architecture(_ARCH.GEMMA3, _gemma3, OFFSET_NORMS),
+    "phi3": Architecture(_ARCH.PHI3, _phi3),
+    "stablelm": Architecture(_ARCH.STABLELM, _stablelm),
+    "gpt2": Architecture(_ARCH.GPT2, _gpt2, TURNED_CONV1D),
+    "falcon": Architecture(_ARCH.FALCON, _falcon, UNGROUPED),
+    "smollm3": Architecture(_ARCH.SMOLLM3, _smollm3, INTERLEAVED),
+    "arcee": Architecture(_ARCH.ARCEE, _arcee, INTERLEAVED),
+    "granite": Architecture(_ARCH.GRANITE, _granite, INTERLEAVED),
+    "ernie4_5": Architecture(_ARCH.ERNIE4_5, _ernie),
+    "seed_oss": Architecture(_ARCH.SEED_OSS, _seed_oss),
+    "olmo2": Architecture(_ARCH.OLMO2, _olmo2),
+    "hunyuan-dense": Architecture(_ARCH.HUNYUAN_DENSE, _hunyuan),
+}
+"""llama.cpp's architectures that are read and written."""

@@ -1,0 +1,89 @@
+"""What a GGUF file's metadata say of its architecture, checked value by value."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo.huggingface.gguf_reader import GgufContainer, GgufTensor
+from dpo.outcomes import UserError
+
+
+class GgufMetadata:
+    """A file's header: numbers under its architecture's name, and which tensors there are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.container = GgufContainer(path)
+        self.fields = self.container.fields
+        self.architecture = str(self.fields.get("general.architecture", ""))
+
+    @property
+    def is_tied(self) -> bool:
+        """No output projection, or one that repeats the embedding (as GPT-2's conversion writes)."""
+        tensors = self.container.tensors
+        return "output.weight" not in tensors or self.container.has_equal_data(
+            tensors["output.weight"], self.tensor("token_embd.weight")
+        )
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number of the architecture's metadata; `ValueError` where it is none."""
+        value = self.find(key, default)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is a number from 1"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number of the architecture's metadata; `ValueError` where it is none."""
+        value = self.find(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is a number")
+        return float(value)
+
+    def find(self, key: str, default: Any = None) -> Any:
+        """A value of the architecture's metadata, or the default; a list of equal values is one value."""
+        value = self.fields.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        return published(value) if isinstance(value, float) else value
+
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor of this name."""
+        return name in self.container.tensors
+
+    def tensor(self, name: str) -> GgufTensor:
+        """A tensor that must be there."""
+        if name not in self.container.tensors:
+            raise UserError(f"{self.path}: tensor {name} is missing")
+        return self.container.tensors[name]
+
+    def values(self, name: str) -> np.ndarray:
+        """What a small tensor holds."""
+        return self.container.read(self.tensor(name))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers; every one has tensors."""
+        layers, tensors = self.count("block_count"), len(self.container.tensors)
+        if layers > tensors:
+            raise UserError(
+                f"{self.path}: {self.architecture}.block_count is {layers}; it has {tensors} tensors"
+            )
+        return layers
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Query heads, and key/value heads."""
+        heads = self.count("attention.head_count")
+        return heads, self.count("attention.head_count_kv", heads)
+
+
+def published(value: float) -> float:
+    """A float that was published in decimal and stored in float32: 9.99999975e-06 is 1e-05."""
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
