@@ -111,7 +111,8 @@ def test_the_table_of_the_page_is_this_one() -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_before_anything_is_there_to_save_ends_as_a_stop(name: str) -> None:
     program = (
-        "import os, signal, sys, time\nfrom dpo.__main__ import answer_signals\nfrom dpo import cli\n"
+        "import os, signal, sys, time\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also under nohup
+        "from dpo.__main__ import answer_signals\nfrom dpo import cli\n"
         "cli.COMMANDS['train'] = lambda rest: (os.kill(os.getpid(), signal."
         f"{name}), time.sleep(20))[0]\nsys.argv = ['dpo', 'train']\nraise SystemExit(answer_signals())"
     )

@@ -115,7 +115,7 @@ def test_the_experiment_is_whole_and_resumable(
     # a second start trains, samples and judges nothing
     before = files_of(out)
     monkeypatch.setattr("dpo.models.sampling._run", None)
-    monkeypatch.setattr("dpo.training.loop._train", None)
+    monkeypatch.setattr("dpo.training.loop.prepare", None)
     assert main(command) == 0
     assert before == files_of(out)
 

@@ -110,7 +110,12 @@ def test_a_stoppable_function_does_not_begin_once_a_stop_was_asked_for():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_where_nothing_is_to_be_saved_a_signal_is_an_exception_that_nobody_takes_for_an_error(number):
+def test_where_nothing_is_to_be_saved_a_signal_is_an_exception_that_nobody_takes_for_an_error(
+    number, request
+):
+    before = signal.signal(number, signal.SIG_DFL)  # which nohup and a test's worker ignore
+    request.addfinalizer(lambda: signal.signal(number, before))
+
     def ask() -> None:
         try:
             os.kill(os.getpid(), number)
