@@ -36,6 +36,10 @@ def test_streamed_safetensors_are_the_librarys_bytes(dtype, tmp_path: Path) -> N
     assert (tmp_path / "own").read_bytes() == path.read_bytes()
 
 
+BASE_IS_LOST = {"olmo3"}
+"""transformers 5 gives an older file's base to layers that see all, and 500,000 to those with a window."""
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_both_spellings_are_one_decoder(case: str) -> None:
     """With rotary parameters in both spellings, and from the older one alone."""
@@ -43,7 +47,8 @@ def test_both_spellings_are_one_decoder(case: str) -> None:
     spelled = json.loads(json.dumps(spelled_for_all(config)))
     assert read_config(spelled)[1] == read_config(config)[1]
     older = {key: value for key, value in spelled.items() if key != "rope_parameters"}
-    assert read_config(older)[1] == read_config(config)[1]
+    if case not in BASE_IS_LOST:
+        assert read_config(older)[1] == read_config(config)[1]
     if getattr(CONFIG_MAPPING[config["model_type"]].from_dict(config), "rope_parameters", None):
         assert "rope_theta" in spelled
         assert "rope_scaling" in spelled

@@ -132,6 +132,7 @@ def test_where_no_exception_comes_through_the_process_ends_soon_all_the_same():
     process = start(program=BUSY)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    time.sleep(1)  # until it is busy
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == STOPPED.code
