@@ -68,8 +68,8 @@ def train(arguments: list[str]) -> int:
     config = build_train_settings(values, parser)
     from dpo.commands.train import train_and_report
 
-    finished = train_and_report(config, judge=values.winrate, arguments=arguments)
-    return 0 if finished else STOPPED.code
+    result = train_and_report(config, judge=values.winrate, arguments=arguments)
+    return STOPPED.code if result.status == "interrupted" else 0
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -88,7 +88,7 @@ def inspect(arguments: list[str]) -> int:
     config, given = build(Config, values, parser), build(InspectConfig, values, parser)
     from dpo.commands.inspect import inspect_data
 
-    inspect_data(config, given)
+    inspect_data(config, given, arguments)
     return 0
 
 
@@ -101,7 +101,7 @@ def plan(arguments: list[str]) -> int:
     config, given = build(Config, values, parser), build(PlanConfig, values, parser)
     from dpo.commands.plan import plan_step
 
-    return 0 if plan_step(config, given) else FAILED
+    return 0 if plan_step(config, given, arguments) else FAILED
 
 
 def export(arguments: list[str]) -> int:
@@ -211,7 +211,8 @@ def train_parser() -> SettingsParser:
     parser = command_parser("train", Config)
     kinds = get_args(IdentityKind)
     parser.add_argument(
-        "--allow-changed",
+        "--allow_changed",
+        action="extend",
         nargs="+",
         choices=kinds,
         default=[],
@@ -268,6 +269,6 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "dpo COMMAND --help lists every setting with its type, default and meaning; dpo --version.",
+            "dpo COMMAND --help says what can be set, --help-all all of it with types; dpo --version.",
         ]
     )

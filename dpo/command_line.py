@@ -87,6 +87,9 @@ class SettingsParser(ArgumentParser):
     _files: tuple[str, ...] = ()
     """Values of `--config` on the command line."""
 
+    is_of_a_run: bool = False
+    """The settings of a run are among its options: `--help` shows those that people use, in groups."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = explain(message, self.setting_names())
         if _FILE_ERROR.match(text) and self._files:  # the parser does not say in which
@@ -94,11 +97,14 @@ class SettingsParser(ArgumentParser):
         if _NO_FILE.match(text):
             text += f"; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
         print(f"{self.prog}: error: {text}", file=sys.stderr)
-        print(f"(all settings: {self.prog} --help)", file=sys.stderr)
+        print(f"(all settings: {self.prog} --help{'-all' if self.is_of_a_run else ''})", file=sys.stderr)
         raise SystemExit(USER.code)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:
-        given = _with_shipped_settings([str(arg) for arg in (sys.argv[1:] if args is None else args)])
+        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        if any(arg in ("-h", "--help", "--help_all") for arg in given):
+            self._show_help(in_short=self.is_of_a_run and "--help_all" not in given)
+        given = _with_shipped_settings(self._with_true(given))
         pairs = zip(given, [*given, ""][1:], strict=True)
         self._files = tuple(
             arg.partition("=")[2] or following for arg, following in pairs if _CONFIG_OPTION.match(arg)
@@ -107,6 +113,24 @@ class SettingsParser(ArgumentParser):
             return super().parse_args(given, *rest, **kwargs)
         except RecursionError:
             self.error(f"a value holds more than {MAX_YAML_DEPTH} lists or mappings in each other")
+
+    def _show_help(self, *, in_short: bool) -> NoReturn:
+        if not in_short:
+            print(self.format_help(), end="")
+            raise SystemExit(0)
+        from dpo.help import short_help
+
+        print(short_help(self.prog, self.description or "", self._actions, self.groups or {}), end="")
+        raise SystemExit(0)
+
+    def _with_true(self, given: list[str]) -> list[str]:
+        """Arguments with true for a setting that is true or false and has no value: --heldout."""
+        switches = {
+            f"--{action.dest}" for action in self._actions if getattr(action, "_typehint", None) is bool
+        }
+        pairs = zip(given, [*given, "--"][1:], strict=True)
+        bare = {place for place, (arg, after) in enumerate(pairs) if arg in switches and after[:2] == "--"}
+        return [f"{arg}=true" if place in bare else arg for place, arg in enumerate(given)]
 
     def setting_names(self) -> list[str]:
         """Dotted names of all that can be set here; groups are not among them."""
@@ -138,6 +162,7 @@ def settings_parser(*settings: type, prog: str | None = None, description: str =
         help=f"YAML file of settings, or the name of one that comes with the package ({names}). Options that "
         "come after it override it.",
     )
+    parser.is_of_a_run = Config in settings
     for kind in settings:
         parser.add_class_arguments(kind, nested_key=None, fail_untyped=True, as_positional=True)
     return parser

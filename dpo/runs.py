@@ -108,6 +108,23 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
     return rows
 
 
+def model_of(source: str) -> str:
+    """A model's source: of a run directory its export, of anything else itself.
+
+    Raises:
+      ValueError: when the run has no export yet.
+    """
+    path = Path(source).expanduser()
+    if not (path / CONFIG_FILE).is_file() or (path / "config.json").is_file():
+        return source
+    if not (path / EXPORT_DIRECTORY / "config.json").is_file():
+        raise UserError(
+            f"{source} is a run without {EXPORT_DIRECTORY}/: it is not finished; allowed: wait for its end, "
+            f"or write the newest checkpoint as a model with dpo export {source}"
+        )
+    return str(path / EXPORT_DIRECTORY)
+
+
 # ---- what a run was given ----
 
 

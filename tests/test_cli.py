@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 
 from dpo import cli
 from dpo.cli import COMMANDS, main
+from dpo.config import Config, DataConfig
+from dpo.help import COMMON
 from dpo.outcomes import STOPPED
 from dpo.training import hub
 
@@ -49,7 +51,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
 
 def test_help_gives_type_default_and_text_of_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     learning_rate = "Learning rate at its peak, after the warm-up. (type: float, default: 1e-06)"
@@ -59,10 +61,44 @@ def test_help_gives_type_default_and_text_of_settings(capsys: pytest.CaptureFixt
 
 def test_inspect_takes_a_runs_settings_and_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["inspect", "--help"])
+        main(["inspect", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--run_dir RUN_DIR Directory for everything that the run writes." in text
+    assert "--run_dir RUN_DIR Directory for everything that the run writes;" in text
     assert "--example EXAMPLE Number of the preference to show" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "own"), [("train", "--winrate"), ("inspect", "--heldout"), ("plan", "--memory")]
+)
+def test_the_short_help_has_the_commands_own_options_and_then_twenty_settings(
+    command: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    heads = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    common = [f"--{name}" for names in COMMON.values() for name in names]
+    assert len(common) == 20
+    assert heads[-20:] == common
+    assert own in heads[:-20]
+    assert not [head for head in heads if "-" in head.removeprefix("--")], "one spelling: underscores"
+    assert f"dpo {command} --help-all" in text
+    assert "--model.remat" not in text
+
+
+@pytest.mark.parametrize(
+    ("data", "objective", "directory"),
+    [
+        ({}, {"name": "dpo"}, "runs/sentiment_train-dpo"),
+        ({"train": "my/train.jsonl"}, {"name": "my_losses:margin"}, "runs/my-train-margin"),
+        ({"train": "OWNER/NAME:SUBSET"}, {"name": "ipo"}, "runs/NAME_SUBSET-ipo"),
+        ({"train": "a dir/"}, {"name": "ipo"}, "runs/a_dir-ipo"),
+    ],
+)
+def test_a_run_directory_is_named_after_data_and_objective(data, objective, directory) -> None:
+    assert Config(data=DataConfig(**data), objective=objective).run_dir == directory
+    assert Config(run_dir="mine", data=DataConfig(**data), objective=objective).run_dir == "mine"
 
 
 def test_help_and_errors_come_before_anything_heavy_is_imported() -> None:
@@ -360,7 +396,7 @@ def test_going_on_is_the_default_and_what_may_differ_is_for_one_start() -> None:
     assert read_train_settings(["--resume", "never"]).training.resume == "never"
     assert read_train_settings(["--training.resume=never", "--resume", "auto"]).training.resume == "auto"
     assert read_train_settings(["--training.resume=never"]).training.resume == "never"
-    assert read_train_settings(["--allow-changed", "data", "versions"]).training.allow_changed == [
+    assert read_train_settings(["--allow_changed", "data", "versions"]).training.allow_changed == [
         "data",
         "versions",
     ]

@@ -36,7 +36,7 @@ SETTINGS = (
     *(Config, InspectConfig, PlanConfig, EvaluateConfig, ExportConfig, ReportConfig, WatchConfig),
     *(WinrateConfig, FrontierConfig, GenerateConfig, DiffusionConfig),
 )
-OTHER_OPTIONS = {"help", "config", "allow_changed", "resume", "winrate", "interactive"}
+OTHER_OPTIONS = {"help", "help_all", "config", "allow_changed", "resume", "winrate", "interactive"}
 """Options of `dpo` that are no settings."""
 MUTANTS = ROOT / "tests" / "mutants.py"
 OTHER_PROGRAMS = ("pytest", "pip", "XLA_FLAGS", "--xla_", "srun", "sbatch", "kubectl", "gcloud")

@@ -18,15 +18,17 @@ ANYWHERE = {"distribution"}
 """Imports nothing itself; whoever opens a file that comes with the package, or says its version, asks it."""
 # What each layer may import besides itself.
 BELOW = {
-    "": set(),
+    "": {"python", "losses", "config"},
     "outcomes": set(),
     "intervals": {"outcomes"},
     "files": {"outcomes"},
     "distribution": {"outcomes"},
     "config": {"outcomes", "files"},
-    "command_line": {"outcomes", "config"},
+    "help": set(),
+    "command_line": {"outcomes", "config", "help"},
     "runs": {"outcomes", "config"},
-    "losses": {"outcomes"},
+    "own_code": {"outcomes"},
+    "losses": {"outcomes", "own_code"},
     "diffusion": {"outcomes", "losses"},
     "parallel": {"outcomes"},
     "data": {"outcomes", "parallel", "losses", "intervals", "files"},
@@ -67,6 +69,7 @@ BELOW = {
     },
     "judging": {
         "outcomes",
+        "own_code",
         "evaluation",
         "training",
         "huggingface",
@@ -94,6 +97,7 @@ BELOW = {
     },
     "experiments": {
         "outcomes",
+        "own_code",
         "pages",
         "judging",
         "evaluation",
@@ -109,6 +113,7 @@ BELOW = {
     },
     "commands": {
         "outcomes",
+        "own_code",
         "experiments",
         "pages",
         "judging",
@@ -124,6 +129,18 @@ BELOW = {
         "runs",
         "config",
         "files",
+    },
+    "python": {
+        "outcomes",
+        "commands",
+        "evaluation",
+        "training",
+        "huggingface",
+        "models",
+        "parallel",
+        "data",
+        "runs",
+        "config",
     },
     "cli": {"outcomes", "commands", "data", "command_line", "config"},
     "__main__": {"outcomes", "cli", "training"},
@@ -170,6 +187,8 @@ def test_settings_are_known_to_the_rim_only() -> None:
     """data, models, losses and parallel take plain arguments, so that they can be used without a run."""
     knowing = {layer(module) for module in MODULES if "dpo.config" in imported_modules(module)}
     assert knowing <= {
+        "",
+        "python",
         "cli",
         "commands",
         "experiments",

@@ -90,7 +90,7 @@ def test_modules_are_imported_by_name_only_where_a_user_names_one():
         if ast.unparse(call.func) == "importlib.import_module"
     }
     chosen = {(path, name) for path, name in found if name == "module"}
-    assert chosen == {("dpo/judging/functions.py", "module")}
+    assert chosen == {("dpo/own_code.py", "module")}
     assert all(re.match(r"""['"]|f['"]""", name) for path, name in found - chosen)
 
 

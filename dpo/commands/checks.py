@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, EvaluateConfig, heldout_settings
 from dpo.distribution import find_data
 from dpo.outcomes import UserError
+from dpo.own_code import require_own_word_for_objectives
 
 FIRST_ROWS = 8
 """Rows of a file of preferences that are parsed before anything is loaded."""
@@ -22,8 +24,10 @@ def load_run(run: str) -> Config:
     return load_config(Path(run) / "config.yaml")
 
 
-def check_settings(config: Config) -> None:
+def check_settings(config: Config, arguments: Sequence[str]) -> None:
     """The objective, the trackers' packages, files that are named.
+
+    An objective of the user's own has to be named by `arguments`, the command line.
 
     Of files of preferences the first rows are parsed, so that wrong columns are not found after the model is
     loaded.
@@ -32,9 +36,10 @@ def check_settings(config: Config) -> None:
       ValueError: naming the key, the value and what is allowed.
     """
     from dpo.losses import make_objective
-    from dpo.runs import specification
+    from dpo.runs import objective_terms, specification
     from dpo.training.tracking import require_trackers
 
+    require_own_word_for_objectives(objective_terms(config), arguments=arguments)
     make_objective(specification(config))
     require_trackers(config.training.trackers)
     if config.lora.init is not None:

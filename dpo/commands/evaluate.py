@@ -18,9 +18,12 @@ def evaluate_heldout(given: EvaluateConfig) -> None:
     """Score, print the figures, and keep them where that was asked for or they are a run's own."""
     config = check_heldout(given, None if given.run is None else load_run(given.run))
     from dpo.evaluation.heldout import score_heldout
+    from dpo.evaluation.rows_table import require_ending, write_rows
     from dpo.pages.accuracy_text import figures_as_text
     from dpo.training.program import enable_compilation_cache
 
+    if given.rows is not None:
+        require_ending(given.rows)
     enable_compilation_cache()
     heldout = score_heldout(config, log=print_plain)
     figures = describe_heldout(heldout, beta=given.beta or beta_of(config), seed=given.seed)
@@ -34,6 +37,9 @@ def evaluate_heldout(given: EvaluateConfig) -> None:
         tokens = Path(output).with_suffix(".tokens.json")
         write_token_ratios(tokens, config, heldout, beta=figures["beta"])
         print_plain(f"all figures: {output}; token by token, for a few pairs: {tokens}")
+    if given.rows is not None:
+        count = write_rows(given.rows, config, heldout, beta=figures["beta"])
+        print_plain(f"all {count} responses, token by token: {given.rows}")
 
 
 def beta_of(config: Config) -> float:
@@ -55,7 +61,7 @@ def _output_of(given: EvaluateConfig) -> str | None:
     """Where figures are kept: where asked for, else in the run if nothing but the seed was given besides."""
     if given.run is None or given.output is not None:
         return given.output
-    if replace(given, seed=0) == EvaluateConfig(run=given.run):
+    if replace(given, seed=0, rows=None) == EvaluateConfig(run=given.run):
         return str(Path(given.run) / "evaluation.json")
     print_plain(f"not the figures of {given.run} itself, so not kept there; --output FILE keeps them")
     return None

@@ -17,7 +17,7 @@ def measure_frontier(given: FrontierConfig, arguments: Sequence[str]) -> bool:
     for name in ("train", "eval"):
         require_file(name, getattr(given, name))
     from dpo.experiments.frontier import run
-    from dpo.judging.functions import require_own_word
+    from dpo.own_code import require_own_word
     from dpo.training.program import enable_compilation_cache
 
     if ":" in given.reward:

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from dpo.config import GenerateConfig
 from dpo.data.control_characters import show_controls
+from dpo.runs import model_of
 
 
 def answer(given: GenerateConfig, prompt: str | None) -> None:
@@ -21,7 +22,7 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
     enable_compilation_cache()
     names = [field.name for field in fields(SamplingConfig)]
     sampling = SamplingConfig(**{name: getattr(given, name) for name in names})
-    pretrained = load_pretrained(given.model, compute_dtype=jnp.dtype(given.compute_dtype))
+    pretrained = load_pretrained(model_of(given.model), compute_dtype=jnp.dtype(given.compute_dtype))
     if prompt is None:
         converse(
             pretrained,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from dpo.training.reading import Dataset
 
 
-def inspect_data(config: Config, given: InspectConfig) -> None:
+def inspect_data(config: Config, given: InspectConfig, arguments: Sequence[str]) -> None:
     """Print the data report and, where asked for, one example; `given.output` keeps the report."""
-    check_settings(config)
+    check_settings(config, arguments)
     if given.rows is not None:
         config = replace(config, data=with_rows(config.data, given.rows))
     from dpo.data.inspection import render_example, render_report

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 
 from dpo.commands.output import print_plain, write_json
 from dpo.config import Config, PlanConfig
+from dpo.own_code import require_own_word_for_objectives
+from dpo.runs import objective_terms
 
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -15,27 +19,34 @@ _NO_TPU = {
 """Keeps the TPU's compiler from asking a metadata server which machine this is, and from complaining."""
 
 
-def plan_step(config: Config, given: PlanConfig) -> bool:
+def plan_step(config: Config, given: PlanConfig, arguments: Sequence[str]) -> bool:
     """Print the plan, of the best mesh where one is searched for; False where it does not fit."""
+    require_own_word_for_objectives(objective_terms(config), arguments=arguments)
     from dpo.planning.chips import parse_topology
 
-    topology = parse_topology(given.topology or "cpu:1")
+    topology = parse_topology(given.topology or ("cpu:1" if given.memory is None else "gpu:1"), given.memory)
     prepare_compiler(topology.num_devices)
     from dpo.planning.plan_text import plan_as_numbers, plan_as_text
+    from dpo.planning.remedies import find_remedies
     from dpo.planning.search import make_plan_within_limit, search_meshes
     from dpo.planning.targets import open_target
     from dpo.planning.workloads import choose_lengths, read_decoder
 
+    decoder = read_decoder(config.model.source)  # a misspelt model is said before lengths are asked for
     lengths = choose_lengths(
         config, prompt=given.prompt_tokens, response=given.response_tokens, responses=given.num_responses
     )
-    decoder, target = read_decoder(config.model.source), open_target(topology)
+    target = open_target(topology, given.memory)
     print_plain(f"plan of {config.model.source}")
     if given.search:
         tried = search_meshes(config, target, decoder=decoder, lengths=lengths, log=print_plain)
         plan = tried[0][1]
+        config = replace(config, mesh=tried[0][0])
     else:
         plan = make_plan_within_limit(config, target, decoder=decoder, lengths=lengths, log=print_plain)
+    if not plan.fits:
+        found = find_remedies(config, plan.memory, target, decoder=decoder, lengths=lengths, log=print_plain)
+        plan = plan._replace(advice=[*found, *plan.advice])
     print_plain(plan_as_text(plan, target, compute_dtype=config.model.compute_dtype))
     if given.output is not None:
         write_json(given.output, plan_as_numbers(plan, target))

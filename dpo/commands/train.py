@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo.commands.checks import check_settings
 from dpo.commands.evaluate import beta_of, describe_heldout
@@ -26,6 +27,9 @@ from dpo.runs import (
     TOKENS_FILE,
 )
 
+if TYPE_CHECKING:
+    from dpo.training.loop import RunResult
+
 RESULTS = {
     "export": "policy",
     "adapter": "adapters",
@@ -38,12 +42,12 @@ RESULTS = {
 """What a run directory may hold, as it is listed at the end."""
 
 
-def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[str]) -> bool:
-    """Train and say what it came to; False where the run was asked to stop before its end.
+def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[str]) -> RunResult:
+    """Train, say what it came to, and write the figures and the report beside it.
 
     `arguments` is the command line, which a judge that runs the user's own code must be named on.
     """
-    check_settings(config)
+    check_settings(config, arguments)
     match = None if judge is None else match_after_training(config, judge, arguments)
     from dpo.training.loop import train
 
@@ -51,16 +55,16 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
     from dpo.parallel.distributed import is_alone, is_main
 
     if not is_main():
-        return result.status != "interrupted"
+        return result
     if result.status == "interrupted":
         print_plain(f"{config.run_dir}: stopped as asked; the same command goes on from there")
-        return False
+        return result
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
     _report(result.run_dir, config)
     if match is not None:
         _measure(match, config, alone=is_alone())
-    return True
+    return result
 
 
 def _report(run_dir: Path, config: Config) -> None:

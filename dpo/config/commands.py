@@ -35,7 +35,11 @@ class PlanConfig:
     """Compile a step of a run's settings for given devices, without running it."""
 
     topology: str | None = None
-    """The devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8 or cpu:2; cpu:1 when not given."""
+    """The devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8, l40s:1, rtx4090:1 or cpu:2; cpu:1
+    when not given, or gpu:1 with --memory."""
+    memory: float | None = None
+    """Memory of a device, in GiB, for any GPU (gpu:1) or in place of the topology's own; the chip's when not
+    given."""
     search: bool = False
     """Try several meshes and show the fastest that fits."""
     prompt_tokens: int | None = None
@@ -48,6 +52,7 @@ class PlanConfig:
     """JSON file to write all figures to."""
 
     def __post_init__(self) -> None:
+        check_range("memory", self.memory, above=0.0)
         for name in ("prompt_tokens", "response_tokens", "num_responses"):
             check_range(name, getattr(self, name), low=1)
 
@@ -89,6 +94,9 @@ class EvaluateConfig:
     output: str | None = None
     """JSON file to write all figures to. When not given, RUN/evaluation.json if policy, reference, data
     and settings are all the run's own, and nothing otherwise."""
+    rows: str | None = None
+    """Table to write too, one line for each held-out response with its log-probs, whole and token by token:
+    a file that ends with .parquet or .jsonl."""
 
     def __post_init__(self) -> None:
         if self.run is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from datetime import date
+from pathlib import PurePath
 from typing import Any, Literal
 
 from dpo.config.marks import BESIDE, OFF_THE_CARD, OWN, PLACE, marks
@@ -375,14 +376,15 @@ class DistributedConfig:
 class Config:
     """The settings of a whole run."""
 
-    run_dir: str = field(default="runs/sentiment_pairs", metadata=marks(BESIDE, OFF_THE_CARD, OWN))
-    """Directory for everything that the run writes."""
+    run_dir: str = field(default="", metadata=marks(BESIDE, OFF_THE_CARD, OWN))
+    """Directory for everything that the run writes; runs/DATA-OBJECTIVE, after data.train and the
+    objective, when not given."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
-    """The objective: its name and hyper-parameters, such as {name: dpo, beta: 0.1}; docs/objectives.md
-    lists them."""
+    """The objective: its name and hyper-parameters, such as {name: dpo, beta: 0.1}, or singly:
+    --objective.name=dpo --objective.beta=0.1; docs/objectives.md lists them."""
     objectives: list[dict[str, Any]] = field(default_factory=list)
     """Several objectives in a weighted sum, instead of one: [{name: dpo, weight: 0.8}, {name: sft, weight:
     1.0}]."""
@@ -394,6 +396,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if not self.run_dir:
+            object.__setattr__(self, "run_dir", f"runs/{self._data_name()}-{self._objective_name()}")
         if self.objectives and self.objective != {"name": "dpo"}:
             raise UserError(
                 f"objective is {self.objective} and objectives is {self.objectives}; allowed is one of them "
@@ -407,6 +411,21 @@ class Config:
                     f"training.{name} is {asked} and data.eval is not set; allowed: both, because it is "
                     "about held-out data"
                 )
+
+    def _data_name(self) -> str:
+        """What data.train is called, with its folder where the file's name could be anybody's."""
+        path = PurePath(re.sub(r"^\w+:", "", self.data.train))
+        stem = path.name.partition(".")[0] or path.name
+        named = f"{path.parent.name}-{stem}" if stem in _ANYBODYS and path.parent.name else stem
+        return re.sub(r"[^\w-]+", "_", named) or "data"
+
+    def _objective_name(self) -> str:
+        names = [str(term.get("name", "")) for term in self.objectives or [self.objective]]
+        return "-".join(re.sub(r"[^\w-]+", "_", name.rpartition(":")[2]) or "objective" for name in names)
+
+
+_ANYBODYS = ("train", "training", "data", "preferences", "pairs", "dataset")
+"""Names of files of which everybody has one."""
 
 
 def _check_rule(pattern: str, spec: list[Any]) -> None:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
-from dpo.config import Config
+from dpo.config import Config, DataConfig
 from dpo.data.preferences import Preference
 from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.accuracy import Rows, make_pairs
@@ -82,12 +83,8 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     preferences = [heldout.preferences[row] for row in rows]
     mesh = own_mesh(config.mesh)
     policy, tokens, tokenizer = _score(config, load_policy(config.model, mesh), preferences, mesh)
-    reference, _, _ = _score(
-        config,
-        load_policy(config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype),
-        preferences,
-        mesh,
-    )
+    other = load_policy(config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype)
+    reference, _, _ = _score(config, other, preferences, mesh)
 
     def side(row: int, place: int) -> dict[str, Any]:
         flags = tokens.scored_of(row)[place].tolist()
@@ -155,19 +152,26 @@ def _one_a_row(pairs: Sequence[OrderedPair], taken: set[int]) -> list[OrderedPai
 def _score(
     config: Config, policy: Policy, preferences: Sequence[Preference], mesh: Mesh
 ) -> tuple[list[list[list[float]]], TokenizedDataset, Any]:
-    """Log-probs by row, response and token; the tokens; the tokenizer."""
+    """Log-probs by row, response and token, to four places; the tokens; the tokenizer."""
     tokenizer = policy.pretrained.tokenizer
-    dataset = tokenize_preferences(config.data, preferences, tokenizer)
-    assert len(dataset) == len(preferences), "rows that were kept once are kept again"
-    step = make_token_step(policy.graphdef, chunk=config.model.log_prob_chunk)
-    found: list[list[list[float]]] = [[] for _ in preferences]
-    for batch in scoring_loader(config.data, dataset, mesh).batches():
+    tokens = tokenize_preferences(config.data, preferences, tokenizer)
+    assert len(tokens) == len(preferences), "rows that were kept once are kept again"
+    found = score_tokens(config.data, policy, tokens, mesh, chunk=config.model.log_prob_chunk)
+    rounded = [[values.astype(float).round(4).tolist() for values in responses] for responses in found]
+    return rounded, tokens, tokenizer
+
+
+def score_tokens(
+    data: DataConfig, policy: Policy, tokens: TokenizedDataset, mesh: Mesh, *, chunk: int = 1024
+) -> list[list[Float[np.ndarray, " _"]]]:
+    """Log-probs of the scored tokens, by row and response."""
+    step = make_token_step(policy.graphdef, chunk=chunk)
+    found: list[list[np.ndarray]] = [[] for _ in range(len(tokens))]
+    for batch in scoring_loader(data, tokens, mesh).batches():
         values = np.asarray(step(policy.params, policy.frozen, place_batch(mesh, batch))).reshape(-1)
         owner, K = np.asarray(batch.owner).reshape(-1), batch.present.shape[1]
         for p, row in enumerate(np.asarray(batch.index)):
             if row >= 0:
-                found[row] = [
-                    values[owner == p * K + k].astype(float).round(4).tolist()
-                    for k in range(int(np.asarray(batch.present[p]).sum()))
-                ]
-    return found, dataset, tokenizer
+                count = int(np.asarray(batch.present[p]).sum())
+                found[row] = [values[owner == p * K + k] for k in range(count)]
+    return found

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 from dpo.config import WinrateConfig
 from dpo.data.messages import response_text
 from dpo.data.templates import SandboxedTemplate, read_template
-from dpo.judging.functions import import_function
 from dpo.judging.rewards import REWARDS, Prompt, Reward
 from dpo.outcomes import UserError
+from dpo.own_code import import_function
 
 Log = Callable[[str], None]
 Choice = Literal["first", "second", "tie"]

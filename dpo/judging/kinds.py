@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from dpo.config import WinrateConfig
 from dpo.judging.endpoint import command_line_settings, open_endpoint
-from dpo.judging.functions import require_own_word
 from dpo.judging.judges import Judge, Log, open_control, open_reward
 from dpo.judging.local_judge import open_local
 from dpo.judging.reward_model import open_reward_model
 from dpo.outcomes import UserError
+from dpo.own_code import require_own_word
 
 
 def _no_settings(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,15 @@
 """Objectives: pure functions of `Scores` to one loss a prompt."""
 
-from dpo.losses.objectives import OBJECTIVES, make_objective, reward_scale
+from dpo.losses.objectives import OBJECTIVES, make_objective, reward_scale, with_own_beta
 from dpo.losses.scores import MISMATCHED, Objective, RunningMean, Scores
 
-__all__ = ["MISMATCHED", "OBJECTIVES", "Objective", "RunningMean", "Scores", "make_objective", "reward_scale"]
+__all__ = [
+    "MISMATCHED",
+    "OBJECTIVES",
+    "Objective",
+    "RunningMean",
+    "Scores",
+    "make_objective",
+    "reward_scale",
+    "with_own_beta",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from dpo.losses.parameters import NonNegative, Range, checked, suggestion
 from dpo.losses.scores import Objective, Scores
 from dpo.losses.weighting import with_policy_weights, with_tail_weight
 from dpo.outcomes import UserError
+from dpo.own_code import import_function
 
 Modifier = Callable[[Scores], Scores]
 
@@ -58,6 +60,7 @@ LISTWISE: dict[str, Callable[..., Objective]] = {
 UNPAIRED: dict[str, Callable[..., Objective]] = {"kto": unpaired.kto, "bco": unpaired.bco}
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = PAIRWISE | LISTWISE | UNPAIRED
+_SHIPPED = frozenset(OBJECTIVES)
 
 
 def _divergence(divergence: Divergence) -> Modifier:
@@ -106,10 +109,36 @@ def reward_scale(spec: dict[str, Any] | Sequence[dict[str, Any]]) -> float:
     1 for objectives without β.
     """
     for entry in [spec] if isinstance(spec, dict) else spec:
-        beta = inspect.signature(OBJECTIVES[entry["name"]]).parameters.get("beta")
+        beta = entry.get("beta", _default_beta(entry["name"]))
         if beta is not None:
-            return float(entry.get("beta", beta.default))
+            return float(beta)
     return 1.0
+
+
+def _default_beta(name: str) -> float | None:
+    """β of an objective that is asked for without; None where it has none, or its run would have noted it.
+
+    The module of an objective `module:function` is not imported for that: `with_own_beta` has noted the β.
+    """
+    if name not in OBJECTIVES:
+        if ":" in name:
+            return None
+        raise UserError(
+            f"objective {name!r} is none of this project's, and nothing has put it into OBJECTIVES; "
+            "allowed: import the module that does before (in Python), or name it module:function in "
+            "objective.name, so that its runs can be opened by every command"
+        )
+    beta = inspect.signature(OBJECTIVES[name]).parameters.get("beta")
+    return None if beta is None else beta.default
+
+
+def with_own_beta(spec: dict[str, Any]) -> dict[str, Any]:
+    """An objective's settings; of one of the user's own with its default β, so that no code is needed."""
+    name = spec.get("name")
+    if name in _SHIPPED or "beta" in spec or not isinstance(name, str):
+        return spec
+    beta = inspect.signature(_find_factory(name, where=f"objective {name}")).parameters.get("beta")
+    return spec if beta is None or beta.default is beta.empty else {**spec, "beta": beta.default}
 
 
 def names_that_learn_from_single_responses() -> list[str]:
@@ -121,17 +150,45 @@ def _make_one(spec: dict[str, Any], *, where: str) -> Objective:
     if "name" not in spec:
         raise UserError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
     name = spec["name"]
-    if not isinstance(name, str) or name not in OBJECTIVES:
-        meant = suggestion(str(name), OBJECTIVES)
-        raise UserError(f"{where}: name is {name!r}; {meant}allowed: {', '.join(OBJECTIVES)}")
-    factory = OBJECTIVES[name]
-    admitted = {key: modifier for key, modifier in MODIFIERS.items() if key in factory().admits}
+    factory = _find_factory(name, where=where)
+    admitted = {
+        key: modifier for key, modifier in MODIFIERS.items() if key in _defaults(factory, name).admits
+    }
     values = checked(
         [factory, *admitted.values()], {k: v for k, v in spec.items() if k != "name"}, where=where
     )
     objective = factory(**{key: value for key, value in values.items() if key not in admitted})
     objective = replace(objective, name=name)
     return _modified(objective, {key: values[key] for key in admitted if values.get(key, False) is not False})
+
+
+def _find_factory(name: Any, *, where: str) -> Callable[..., Objective]:
+    """The function that makes an objective: a shipped one, or that which `module:function` names."""
+    if isinstance(name, str) and name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if isinstance(name, str) and re.fullmatch(r"[\w.]+:\w+", name):
+        return import_function(name, setting="objective.name", allowed="a function that returns an Objective")
+    meant = suggestion(str(name), OBJECTIVES)
+    raise UserError(
+        f"{where}: name is {name!r}; {meant}allowed: {', '.join(OBJECTIVES)}, or module:function of your own"
+    )
+
+
+def _defaults(factory: Callable[..., Objective], name: str) -> Objective:
+    """The objective with its default hyper-parameters."""
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(factory).parameters.values()
+        if parameter.default is parameter.empty
+    ]
+    if needed:
+        raise UserError(
+            f"objective {name}: {', '.join(needed)} has no default value; every argument needs one"
+        )
+    made = factory()
+    if not isinstance(made, Objective):
+        raise UserError(f"objective {name}: it returns {type(made).__name__}; allowed: dpo.losses.Objective")
+    return made
 
 
 def _modified(objective: Objective, settings: dict[str, Any]) -> Objective:

@@ -32,6 +32,7 @@ from dpo.runs import (
     MADE_FROM,
     METRICS_FILE,
     REPORT_FILE,
+    objective_terms,
     objective_title,
     read_metrics,
     read_summary,
@@ -75,6 +76,8 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     match = read_match(run_dir, config)
     data = _data_rows(run_dir / DATA_FILE)
     again = ["--config", f"{run_dir}/{CONFIG_FILE}", "--run_dir", f"{run_dir}_again"]
+    names = [str(term["name"]) for term in objective_terms(config)]
+    again += [f"--objective.name={name}" for name in names if ":" in name]  # code: on the user's word
     commands = [shlex.join(["dpo", "train", *again])]
     content: dict[str, Any] = {
         "title": f"{objective_title(config)} on {Path(find_data(config.data.train)).name}",

@@ -13,7 +13,7 @@ from dpo.planning.plan import Plan
 
 
 def advise(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]:
-    """What to change, the most useful first."""
+    """What to change of mesh and dtype, the most useful first; what else helps is tried (`remedies`)."""
     partition = {axis: plan.mesh[axis] for axis in (*ROWS, TENSOR)}
     tensor = partition[TENSOR]
     if decoder.num_heads % tensor or decoder.num_kv_heads % tensor:
@@ -28,15 +28,8 @@ def advise(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]:
     held = memory.parameters + memory.optimizer
     if held > 0.5 * memory.limit and partition["data"] > 1:
         yield f"mesh.fsdp {parts} instead of {partition['fsdp']}: the state takes {held / 2**30:.2f} GiB"
-    if plan.workload.shape.rows > parts * config.training.micro_batches:
-        yield f"training.micro_batches {2 * config.training.micro_batches}: half the rows at a time"
-    if config.model.remat != "full":
-        yield "model.remat full: only a layer's input is kept"
     if config.model.compute_dtype == "float32":
         yield "model.compute_dtype bfloat16: half the activations"
-    chunk = min(config.model.log_prob_chunk, plan.workload.shape.rows * plan.workload.shape.scored)
-    if chunk * decoder.vocab_size * 8 / tensor > 0.1 * memory.limit:
-        yield f"model.log_prob_chunk {config.model.log_prob_chunk // 2}: half the logits at a time"
     if held > 0.5 * memory.limit or plan.workload.shape.rows <= parts * config.training.micro_batches:
         yield f"a larger topology: {int(np.ceil(memory.total / memory.limit))} times the devices would do"
 

@@ -1,6 +1,8 @@
 """Accelerators: what one chip has, and how many a topology has.
 
 v5e:4x4      16 TPU v5e chips          compiled for the TPU
+rtx4090:1    a card in a workstation   compiled by the CPU's compiler
+gpu:2        2 GPUs of which only the memory is known (--memory)
 h100:8       8 GPUs in one host        partitioned for 8 devices, compiled by the CPU's compiler
 cpu:2        2 devices of this machine compiled for the CPU
 """
@@ -8,12 +10,19 @@ cpu:2        2 devices of this machine compiled for the CPU
 from __future__ import annotations
 
 import math
+import os
 import re
+from math import nan
 from typing import Literal, NamedTuple
 
 from dpo.outcomes import UserError
 
 GIB = 2**30
+MIB = 2**20
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Environment variables that say which part of a GPU's memory JAX reserves, the first that is set."""
+FRACTION = 0.75
+"""What it reserves where none is set; a program gets no more."""
 
 
 class Chip(NamedTuple):
@@ -36,8 +45,11 @@ class Chip(NamedTuple):
 
 
 # TPU: "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter "TPUs"; a float32 product in full is
-# six bfloat16 passes (`jax.lax.Precision.HIGHEST`). GPU: NVIDIA's data sheets, dense; float32 is their FP32,
-# not their TF32.
+# six bfloat16 passes (`jax.lax.Precision.HIGHEST`). GPU: NVIDIA's data sheets of A100, H100, H200, L4 and
+# L40S, and its white papers "Ampere GA102" (RTX 3090), "Ada GPU Architecture" (RTX 4090) and "RTX Blackwell
+# GPU Architecture" (RTX 5090): dense, bfloat16 with sums in float32; float32 is their FP32, not their TF32.
+# The memory of L4 and L40S is what the driver lists with ECC on. Links without a switch are PCIe 4.0 x16
+# (RTX 5090: 5.0).
 CHIPS: dict[str, Chip] = {
     "v5e": Chip("TPU v5e", "tpu", 1.97e14, 1.97e14 / 6, 16 * GIB, 8.1e11, 4.5e10, 1e-6),
     "v5p": Chip("TPU v5p", "tpu", 4.59e14, 4.59e14 / 6, 95 * GIB, 2.8e12, 9e10, 1e-6),
@@ -46,8 +58,15 @@ CHIPS: dict[str, Chip] = {
     "a100": Chip("A100 80GB SXM", "gpu", 3.12e14, 1.95e13, 80e9, 2.0e12, 3.0e11, 3e-6),
     "h100": Chip("H100 SXM", "gpu", 9.89e14, 6.7e13, 80e9, 3.35e12, 4.5e11, 3e-6),
     "h200": Chip("H200 SXM", "gpu", 9.89e14, 6.7e13, 141e9, 4.8e12, 4.5e11, 3e-6),
+    "l4": Chip("L4", "gpu", 1.21e14, 3.03e13, 23034 * MIB, 3.0e11, 3.2e10, 5e-6),
+    "l40s": Chip("L40S", "gpu", 3.62e14, 9.16e13, 46068 * MIB, 8.64e11, 3.2e10, 5e-6),
+    "rtx3090": Chip("RTX 3090", "gpu", 7.1e13, 3.56e13, 24 * GIB, 9.36e11, 3.2e10, 5e-6),
+    "rtx4090": Chip("RTX 4090", "gpu", 1.652e14, 8.26e13, 24 * GIB, 1.008e12, 3.2e10, 5e-6),
+    "rtx5090": Chip("RTX 5090", "gpu", 2.095e14, 1.048e14, 32 * GIB, 1.792e12, 6.4e10, 5e-6),
 }
 
+ANY_GPU = "gpu"
+"""The kind of a topology of GPUs of which nothing but the memory is known."""
 GPUS_A_HOST = 8
 """How many GPUs a host's switch connects at most."""
 
@@ -70,15 +89,43 @@ class Topology(NamedTuple):
         return f"{self.kind}:{'x'.join(map(str, self.axes))}"
 
 
-def parse_topology(text: str) -> Topology:
-    """Read v5e:4x4, h100:8 or cpu:2.
+def memory_fraction(chip: Chip) -> float:
+    """The part of a device's memory that programs can have: of a GPU what JAX reserves at its start."""
+    said = [os.environ[name] for name in FRACTIONS if os.environ.get(name)]
+    if chip.platform != "gpu":
+        return 1.0
+    try:
+        return float(said[0]) if said else FRACTION
+    except ValueError as error:
+        raise UserError(f"{' or '.join(FRACTIONS)} is {said[0]!r}; allowed: a number such as 0.9") from error
+
+
+def chip_of(topology: Topology, memory: float | None) -> Chip:
+    """The chip of a topology of accelerators; `memory`, in GiB, stands in for its own where it is given."""
+    if topology.kind == ANY_GPU:
+        assert memory is not None, "parse_topology has seen to it"
+        return Chip(f"GPU with {memory:g} GiB", "gpu", nan, nan, memory * GIB, nan, nan, nan)
+    chip = CHIPS[topology.kind]
+    return chip if memory is None else chip._replace(memory=memory * GIB)
+
+
+def parse_topology(text: str, memory: float | None = None) -> Topology:
+    """Read v5e:4x4, h100:8 or cpu:2; gpu:1 where the memory is given.
 
     Raises:
       ValueError: with what is allowed.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text.lower())
-    kinds = ", ".join([*CHIPS, "cpu"])
-    if found is None or found[1] not in (*CHIPS, "cpu"):
+    allowed = [*CHIPS, "cpu", ANY_GPU]
+    kinds = ", ".join(allowed)
+    if found is not None and found[1] == ANY_GPU and memory is None:
+        raise UserError(f"topology is {text!r} and memory is not given; allowed: both, as in --memory=24")
+    if found is not None and found[1] == "cpu" and memory is not None:
+        raise UserError(
+            f"topology is {text!r} and memory is {memory:g}; allowed: training.memory_limit for this "
+            "machine, or memory with accelerators"
+        )
+    if found is None or found[1] not in allowed:
         raise UserError(f"topology is {text!r}; allowed is KIND:SIZE with {kinds}, such as v5e:4x4 or h100:8")
     axes = tuple(int(size) for size in found[2].split("x"))
     tpu = found[1] in CHIPS and CHIPS[found[1]].platform == "tpu"

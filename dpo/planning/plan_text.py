@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from dpo.planning.chips import GIB
+from dpo.planning.chips import FRACTIONS, GIB, memory_fraction
 from dpo.planning.plan import Plan
 from dpo.planning.targets import Target
 from dpo.planning.travel import Travel
@@ -26,10 +26,12 @@ def plan_as_text(plan: Plan, target: Target, *, compute_dtype: str) -> str:
         f"step    {plan.workload.prompts} prompts in {shape.rows} rows of {shape.row_length} tokens "
         f"({shape.scored} scored), {fill:.0%} filled; {compute_dtype}",
         "",
-        *_memory_lines(plan),
+        *_memory_lines(plan, target),
     ]
     if plan.times is not None and plan.program is not None:
         lines += ["", *_time_lines(plan, target), "", *_collective_lines(plan)]
+    if plan.times is None and plan.program is not None:
+        lines += ["", "how long a step takes is not known: of this GPU only the memory was given"]
     if plan.advice:
         lines += ["", "to change:", *(f"  {what}" for what in plan.advice)]
     return "\n".join(lines)
@@ -75,7 +77,7 @@ def _travel_as_numbers(travel: Travel) -> dict[str, Any]:
     }
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _memory_lines(plan: Plan, target: Target) -> list[str]:
     memory = plan.memory
     parts = memory._asdict() | {"expected peak": memory.total}
     here = ("process", "checkpoint") if memory.process else ()
@@ -88,6 +90,18 @@ def _memory_lines(plan: Plan) -> list[str]:
             f"  {name:<13}{parts[name] / GIB:8.3f} GiB" + (after if name == "checkpoint" else "")
             for name in names
         ),
+        *_reserved(plan, target),
+    ]
+
+
+def _reserved(plan: Plan, target: Target) -> list[str]:
+    """What part of a GPU's memory the limit is, where JAX and not a setting has set it."""
+    chip, fraction = target.chip, memory_fraction(target.chip)
+    if fraction == 1 or plan.memory.limit != chip.memory * fraction:
+        return []
+    return [
+        f"  (JAX reserves {fraction:.0%} of the {chip.memory / GIB:.1f} GiB and gives a program no more; "
+        f"{FRACTIONS[0]}=0.92 in the environment of the run, and of this command, raises it)"
     ]
 
 

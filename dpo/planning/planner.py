@@ -7,6 +7,7 @@ are split and what is communicated is the same, memory is near, and time is the 
 
 from __future__ import annotations
 
+import math
 import re
 import time
 
@@ -22,9 +23,9 @@ from dpo.parallel.sharding import (
     parameter_rules,
 )
 from dpo.planning.advice import advise
-from dpo.planning.hlo import read_program
+from dpo.planning.hlo import Program, read_program
 from dpo.planning.plan import Plan
-from dpo.planning.roofline import count_flops, forward_flops, step_times
+from dpo.planning.roofline import Times, count_flops, forward_flops, step_times
 from dpo.planning.targets import Target, attention_on
 from dpo.planning.tracing import trace_step
 from dpo.planning.travel import read_travel, split_parameters
@@ -73,13 +74,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         rules = parameter_rules(config.mesh.rules)
         split = split_parameters(mesh, state.params, rules) | split_parameters(mesh, frozen, rules)
         travel = read_travel(program, split, decoder, mesh.shape)
-        times = step_times(
-            program,
-            flops,
-            chip=target.chip,
-            topology=target.topology,
-            products=_dtype_of_products(config.model),
-        )
+        times = _times(config, program, flops, target)
     plan = Plan(
         mesh=dict(mesh.shape),
         workload=workload,
@@ -94,6 +89,14 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         advice=[],
     )
     return plan._replace(advice=list(advise(config, plan, decoder)))
+
+
+def _times(config: Config, program: Program, flops: float, target: Target) -> Times | None:
+    """None where of the chip nothing is known but its memory."""
+    if math.isnan(target.chip.flops):
+        return None
+    products = _dtype_of_products(config.model)
+    return step_times(program, flops, chip=target.chip, topology=target.topology, products=products)
 
 
 def _dtype_of_products(model: ModelConfig) -> str:

@@ -16,6 +16,7 @@ from dpo.planning.planner import make_plan
 from dpo.planning.targets import Target
 from dpo.planning.workloads import Lengths
 from dpo.training.memory import (
+    Choice,
     candidates,
 )
 
@@ -29,6 +30,18 @@ def make_plan_within_limit(
     """
     if config.training.memory_limit is None:
         return make_plan(config, target, decoder=decoder, lengths=lengths)
+    plans = []
+    for choice in choices_of(config, target, lengths):
+        plan = make_plan(choice.apply(config), target, decoder=decoder, lengths=lengths)
+        log(f"training.memory_limit: {choice.text}: {plan.memory.total / 2**30:.2f} GiB")
+        if plan.fits:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.memory.total)
+
+
+def choices_of(config: Config, target: Target, lengths: Lengths) -> Iterator[Choice]:
+    """The settings that are traded for memory, in the order in which a run tries them."""
     mesh = make_mesh(config.mesh, target.devices)
 
     def scored(micro_batches: int) -> int:
@@ -36,14 +49,7 @@ def make_plan_within_limit(
         shape = lengths(replace(config, training=training), mesh, target.chip.platform == "cpu").shape
         return shape.rows * shape.scored // micro_batches // row_multiple(mesh)
 
-    plans = []
-    for choice in candidates(config, scored):
-        plan = make_plan(choice.apply(config), target, decoder=decoder, lengths=lengths)
-        log(f"training.memory_limit: {choice.text}: {plan.memory.total / 2**30:.2f} GiB")
-        if plan.fits:
-            return plan
-        plans.append(plan)
-    return min(plans, key=lambda plan: plan.memory.total)
+    return candidates(config, scored)
 
 
 def search_meshes(

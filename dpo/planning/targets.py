@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from dpo.huggingface.embedded import cache_directory
 from dpo.models.attention import Implementation
 from dpo.outcomes import UserError
-from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology
+from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology, chip_of
 
 
 def install_command() -> str:
@@ -39,15 +39,15 @@ def attention_on(target: Target, setting: Implementation) -> Implementation:
     return setting if target.attention == "auto" else target.attention
 
 
-def open_target(topology: Topology) -> Target:
-    """Devices of a topology to compile for.
+def open_target(topology: Topology, memory: float | None = None) -> Target:
+    """Devices of a topology to compile for, each with `memory` GiB where that is given.
 
     Raises:
       ValueError: when the TPU's compiler is not there, or there are too few CPU devices to stand for others.
     """
     num_devices = topology.num_devices
-    if topology.kind != "cpu" and CHIPS[topology.kind].platform == "tpu":
-        chip = CHIPS[topology.kind]
+    if topology.kind in CHIPS and CHIPS[topology.kind].platform == "tpu":
+        chip = chip_of(topology, memory)
         return Target(topology, chip, _tpu_devices(topology), "auto", f"compiled for {chip.name} by libtpu")
     devices = jax.devices("cpu")[:num_devices]
     if len(devices) < num_devices:
@@ -60,7 +60,7 @@ def open_target(topology: Topology) -> Target:
         return Target(
             topology, chip, devices, "auto", "compiled for this machine's CPU, whose rates were measured"
         )
-    chip = CHIPS[topology.kind]
+    chip = chip_of(topology, memory)
     how = f"no compiler for {chip.name} here: split as for it, compiled for CPU devices in its place"
     if num_devices > GPUS_A_HOST:
         how += f"; all as if in one host: the network between hosts of {GPUS_A_HOST} is not counted"

@@ -24,6 +24,7 @@ from dpo.parallel.sharding import (
     replicated,
     with_sharding,
 )
+from dpo.planning.chips import memory_fraction
 from dpo.planning.plan import Memory
 from dpo.planning.targets import Target, attention_on
 from dpo.planning.workloads import Workload, read_hf_config
@@ -74,7 +75,7 @@ def trace_step(
         temporaries=0.0,
         process=other_bytes(mesh) if here else 0.0,
         checkpoint=saving_bytes(state, "cpu") if here else 0.0,
-        limit=limit_bytes(config.training.memory_limit, target.chip.memory),
+        limit=limit_bytes(config.training.memory_limit, target.chip.memory * memory_fraction(target.chip)),
         saves_between_steps=saves_between_steps(config.training),
     )
     return traced, memory

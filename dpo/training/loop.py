@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from dpo.config import Config
 from dpo.config.home import at_home
 from dpo.data.batch import Batch
+from dpo.losses import with_own_beta
 from dpo.parallel.deadline import Deadline
 from dpo.parallel.distributed import is_main, on_main, on_this_host, shared_vote
 from dpo.parallel.joining import joined
@@ -102,7 +104,13 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
       ValueError: for anything wrong with settings, data, weights or stores, before the first update.
       OSError: when something can't be written; what was written before is whole.
     """
-    config = at_home(config)
+    config = at_home(
+        replace(
+            config,
+            objective=with_own_beta(config.objective),
+            objectives=[with_own_beta(term) for term in config.objectives],
+        )
+    )
     try:
         return _train(config, observe)
     except StopRequested:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from dpo.outcomes import UserError
 
 
-def import_function(name: str, *, setting: str) -> Callable[..., Any]:
+def import_function(
+    name: str, *, setting: str, allowed: str = "(prompt, response) to a number"
+) -> Callable[..., Any]:
     """The function that `module:function` names; its module is looked for here after everywhere else.
 
     What the function itself imports while it runs is no longer looked for in the working directory.
@@ -32,7 +34,7 @@ def import_function(name: str, *, setting: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{setting} {name!r}: {error}; it must be importable from {Path.cwd()}") from error
     if not callable(found):
-        raise UserError(f"{setting} {name!r} is not a function; allowed: (prompt, response) to a number")
+        raise UserError(f"{setting} {name!r} is not a function; allowed: {allowed}")
     return found
 
 
@@ -48,6 +50,19 @@ def require_own_word(name: str, *, setting: str, arguments: Sequence[str]) -> No
             f"{setting} is {name!r} in a settings file; a function's module is code that would run, so it "
             f"has to be said on the command line: {option}={name}"
         )
+
+
+def require_own_word_for_objectives(terms: Sequence[Mapping[str, Any]], *, arguments: Sequence[str]) -> None:
+    """Refuse an objective `module:function` that no option of the command line names, as a judge is refused.
+
+    Raises:
+      ValueError: naming the objective and the option to say it with.
+    """
+    pairs = zip(arguments, [*arguments, ""][1:], strict=True)
+    spoken = [f"{option} {value}" for option, value in pairs if option.startswith("--objective")]
+    for name in (str(term.get("name")) for term in terms):
+        if ":" in name and not any(name in words for words in spoken):
+            require_own_word(name, setting="objective.name", arguments=())
 
 
 @contextmanager

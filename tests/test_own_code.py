@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo.cli import main
-from dpo.judging.functions import import_function
+from dpo.own_code import import_function
 
 HOSTILE = "from pathlib import Path\nPath(__file__).with_name('RAN').write_text(__name__)\n"
 
@@ -90,3 +90,71 @@ def test_a_settings_file_alone_does_not_run_a_module(
     assert main([command, "--config=settings.yaml", f"--{setting}={function}"]) == 2
     assert "has no attribute 'f'" in capsys.readouterr().err
     assert (here / "RAN").exists(), "on the user's word it is imported"
+
+
+OWN_OBJECTIVE = """
+import jax
+from dpo.losses import Objective
+from dpo.losses.pairs import on_pairs
+
+def margin(beta: float = 0.25, gamma: float = 0.5) -> Objective:
+    loss = lambda w, l: jax.nn.softplus(gamma - beta * (w.log_ratio - l.log_ratio))
+    return Objective(on_pairs(loss, "all"))
+
+def needy(beta: float) -> Objective:
+    return Objective(lambda scores: scores.policy.sum(1))
+
+def number() -> int:
+    return 3
+"""
+
+
+def test_an_own_objective_is_made_on_the_users_word_and_its_runs_open_without_its_code(here: Path) -> None:
+    from dpo.config import Config
+    from dpo.losses import make_objective, reward_scale, with_own_beta
+    from dpo.runs import objective_title
+
+    (here / "my_losses_here.py").write_text(OWN_OBJECTIVE)
+    spec = {"name": "my_losses_here:margin", "gamma": 1.0}
+    assert make_objective(spec).name == "my_losses_here:margin"
+    noted = with_own_beta(spec)
+    assert noted == spec | {"beta": 0.25}
+    elsewhere = {"name": "code_that_is_not_here:margin", "beta": 0.25}
+    assert reward_scale(elsewhere) == 0.25
+    assert "code_that_is_not_here:margin (beta 0.25)" in objective_title(Config(objective=elsewhere))
+    assert with_own_beta({"name": "dpo"}) == {"name": "dpo"}
+    with pytest.raises(ValueError, match=r"unknown hyper-parameter 'gama'.*gamma"):
+        make_objective({"name": "my_losses_here:margin", "gama": 1.0})
+    with pytest.raises(ValueError, match="beta has no default value"):
+        make_objective({"name": "my_losses_here:needy"})
+    with pytest.raises(ValueError, match="returns int; allowed"):
+        make_objective({"name": "my_losses_here:number"})
+    with pytest.raises(ValueError, match="import the module that does"):
+        reward_scale({"name": "registered_in_another_program"})
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "plan"])
+def test_a_settings_file_alone_does_not_run_an_objective(
+    here: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"objective_in_a_file_of_{command}"
+    (here / f"{name}.py").write_text(HOSTILE)
+    (here / "run.yaml").write_text(json.dumps({"objective": {"name": f"{name}:f"}}))
+    assert main([command, "--config=run.yaml"]) == 2
+    assert f"--objective.name={name}:f" in capsys.readouterr().err
+    assert not (here / "RAN").exists()
+
+
+def test_the_word_may_be_given_in_any_spelling() -> None:
+    from dpo.own_code import require_own_word_for_objectives
+
+    for arguments in (
+        ["--objective.name=m:f"],
+        ["--objective.name", "m:f"],
+        ["--objective={name: m:f}"],
+        ["--objectives=[{name: m:f}, {name: sft}]"],
+    ):
+        require_own_word_for_objectives([{"name": "m:f"}, {"name": "sft"}], arguments=arguments)
+    for arguments in ([], ["--config=m:f"], ["--run_dir", "m:f"]):
+        with pytest.raises(ValueError, match="has to be said on the command line"):
+            require_own_word_for_objectives([{"name": "m:f"}], arguments=arguments)
