@@ -17,6 +17,7 @@ import platform
 from pathlib import Path
 
 from dpo.outcomes import STOPPED, StopRequested
+from dpo.terminal import Guard
 from dpo.training.interrupt import answer_held_signals, hold_signals, stops_at_once
 
 TUNABLES = "GLIBC_TUNABLES"
@@ -35,6 +36,7 @@ def run() -> int:
     if wants_huge_pages():
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    sys.stdout, sys.stderr = map(Guard, (sys.stdout, sys.stderr))  # to the end: of a traceback, too
     os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
     return answer_signals() if goes_on else command()
 

@@ -28,9 +28,9 @@ from dpo.config import (
     WatchConfig,
     WinrateConfig,
 )
-from dpo.data.control_characters import show_controls
 from dpo.distribution import version
 from dpo.outcomes import BUG, STOPPED, USER, UserError, describe, outcome_of
+from dpo.terminal import guarded_output, shortened
 
 FAILED = 1
 """Exit code of a plan that does not fit; what was given is right."""
@@ -38,7 +38,11 @@ FAILED = 1
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with guarded_output():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -57,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = outcome_of(error)
         if outcome is BUG:
             raise
-        print(show_controls(describe(f"dpo {name}", error)), file=sys.stderr)
+        print(shortened(describe(f"dpo {name}", error)), file=sys.stderr)
         return outcome.code
 
 

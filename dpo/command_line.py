@@ -23,6 +23,7 @@ from dpo.config import Config
 from dpo.config.home import at_home
 from dpo.distribution import find_settings, settings_names
 from dpo.outcomes import USER, UserError
+from dpo.terminal import shortened, show_controls
 
 MAX_YAML_VALUES = 100_000
 """Values of one file with its aliases written out: ten short lines of aliases to aliases make billions."""
@@ -96,7 +97,7 @@ class SettingsParser(ArgumentParser):
             text = f"{' or '.join(self._files)}: not a YAML file of settings: {_FILE_ERROR.sub('', text)}"
         if _NO_FILE.match(text):
             text += f"; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
-        print(f"{self.prog}: error: {text}", file=sys.stderr)
+        print(show_controls(shortened(f"{self.prog}: error: {text}")), file=sys.stderr)
         print(f"(all settings: {self.prog} --help{'-all' if self.is_of_a_run else ''})", file=sys.stderr)
         raise SystemExit(USER.code)
 

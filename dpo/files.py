@@ -10,12 +10,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import safetensors
 
@@ -24,6 +25,9 @@ from dpo.outcomes import EnvironmentFailure
 CHECKSUMS_FILE = "SHA256SUMS"
 UNFINISHED = ".writing"
 """Ending of what is being written; what has it belongs to nobody once its writer is gone."""
+MAX_CHECKSUMS = 1 << 24
+"""Bytes of a list of checksums that is read."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 REPLACED = ".replaced"
 """Ending of a directory that is making room for its successor."""
 
@@ -68,12 +72,19 @@ def new_file(what: str, path: Path) -> Iterator[Path]:
     beside = path.with_name(path.name + UNFINISHED)
     with writing(what, path):
         try:
+            make_anew(beside)
             yield beside
             sync(beside)
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def make_anew(path: Path) -> None:
+    """An empty file of this name: what stands there, be it a link elsewhere, is taken away first."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
 
 
 def replace_text(path: Path, text: str, *, what: str) -> None:
@@ -183,12 +194,11 @@ def damaged_files(directory: Path, *, but_for: tuple[str, ...] = ()) -> list[str
       EnvironmentFailure: when a file is there but can't be read (a permission, a broken disk or connection).
     """
     try:
-        lines = (directory / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
-        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        expected = _read_checksums(directory / CHECKSUMS_FILE)
     except FileNotFoundError:
         return [f"{CHECKSUMS_FILE}: is not there"]
-    except ValueError:
-        return [f"{CHECKSUMS_FILE}: is not a list of checksums"]
+    except ValueError as error:
+        return [f"{CHECKSUMS_FILE}: is not a list of checksums{f': {error}' if str(error) else ''}"]
     except OSError as error:
         raise _unreadable(directory / CHECKSUMS_FILE, error) from error
     if not expected:
@@ -198,7 +208,9 @@ def damaged_files(directory: Path, *, but_for: tuple[str, ...] = ()) -> list[str
         if name.endswith(but_for):
             continue
         try:
-            if _sha256(directory / name) != digest:
+            if (directory / name).exists() and not (directory / name).is_file():
+                problems.append(f"{name}: is no regular file")
+            elif _sha256(directory / name) != digest:
                 problems.append(f"{name}: its checksum does not match")
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             problems.append(f"{name}: {error.strerror}")
@@ -207,6 +219,39 @@ def damaged_files(directory: Path, *, but_for: tuple[str, ...] = ()) -> list[str
         except OSError as error:
             raise _unreadable(directory / name, error) from error
     return problems
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    """Names of files below the directory, with their checksums.
+
+    Raises:
+      ValueError: for anything else in it, such as a name that leads out.
+    """
+    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_CHECKSUMS):
+        raise _NoChecksumsError(f"it is no regular file of at most {MAX_CHECKSUMS} bytes")
+    expected: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        digest, _, name = line.partition("  ")
+        if not _DIGEST.fullmatch(digest):
+            raise _NoChecksumsError(f"line {number} does not begin with a SHA-256")
+        if name in expected or not is_inside(name):
+            raise _NoChecksumsError(
+                f"line {number} names {name[:200]!r}; allowed is each file of the directory once, "
+                "relative to it"
+            )
+        expected[name] = digest
+    return expected
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that came with a directory can only mean something below it, links left aside."""
+    pure = PurePosixPath(name)
+    readable = name.isprintable() and "\\" not in name and 0 < len(name.encode("utf-8", "replace")) < 1000
+    return readable and not pure.is_absolute() and ".." not in pure.parts and pure.parts != ()
+
+
+class _NoChecksumsError(ValueError):
+    """A file that should list checksums does not; says why."""
 
 
 def _unreadable(path: Path, error: OSError) -> EnvironmentFailure:

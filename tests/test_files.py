@@ -97,7 +97,8 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "thing" / "SHA256SUMS").write_text("")
     assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: is empty"]
     (tmp_path / "thing" / "SHA256SUMS").write_text("nonsense\n")
-    assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: is not a list of checksums"]
+    (problem,) = damaged_files(tmp_path / "thing")
+    assert problem.startswith("SHA256SUMS: is not a list of checksums")
     (tmp_path / "thing" / "SHA256SUMS").unlink()
     assert damaged_files(tmp_path / "thing") == ["SHA256SUMS: is not there"]
 
@@ -171,3 +172,32 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
     with pytest.raises(EnvironmentFailure, match="has no locks"):
         Journal(tmp_path / "journal.jsonl")
+
+
+SUM = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "/dev/zero", "a/../../outside", "a\\b", "a\x1b[2J", "", "."]
+)
+def test_checksums_name_only_what_is_inside(tmp_path, name):
+    (tmp_path / "SHA256SUMS").write_text(f"{SUM}  {name}\n")
+    (problem,) = damaged_files(tmp_path)
+    assert problem.startswith("SHA256SUMS: is not a list of checksums: line 1 ")
+    assert "\x1b" not in problem
+
+
+def test_checksums_are_of_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "SHA256SUMS").write_text(f"{SUM}  pipe\n{SUM}  zero\n")
+    assert damaged_files(tmp_path) == ["pipe: is no regular file", "zero: is no regular file"]
+
+
+def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "new.writing").symlink_to(tmp_path / "mine")
+    replace_text(tmp_path / "new", "text", what="a text")
+    assert (tmp_path / "mine").read_text() == "kept"
+    assert not (tmp_path / "new").is_symlink()
+    assert (tmp_path / "new").read_text() == "text"

@@ -14,12 +14,13 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "dpo").rglob("*.py"))
 }
-ANYWHERE = {"distribution"}
-"""Imports nothing itself; whoever opens a file that comes with the package, or says its version, asks it."""
+ANYWHERE = {"distribution", "terminal"}
+"""They import nothing of the package: the files that come with it, and what a terminal is shown."""
 # What each layer may import besides itself.
 BELOW = {
     "": {"python", "losses", "config"},
     "outcomes": set(),
+    "terminal": set(),
     "intervals": {"outcomes"},
     "files": {"outcomes"},
     "distribution": {"outcomes"},

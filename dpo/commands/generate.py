@@ -6,8 +6,8 @@ import sys
 from dataclasses import fields
 
 from dpo.config import GenerateConfig
-from dpo.data.control_characters import show_controls
 from dpo.runs import model_of
+from dpo.terminal import unguarded
 
 
 def answer(given: GenerateConfig, prompt: str | None) -> None:
@@ -43,4 +43,6 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
 
 
 def _write(piece: str) -> None:
-    print(show_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+    """A terminal shows what would act on it; a file or a pipe gets the text as it is."""
+    stream = sys.stdout if sys.stdout.isatty() else unguarded(sys.stdout)
+    print(piece, end="", file=stream, flush=True)

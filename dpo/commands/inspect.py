@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from dpo.commands.checks import check_settings
 from dpo.commands.output import write_json
 from dpo.config import Config, DataConfig, InspectConfig
 from dpo.outcomes import UserError
+from dpo.terminal import console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,12 +28,12 @@ def inspect_data(config: Config, given: InspectConfig, arguments: Sequence[str])
 
     tokenizer = load_tokenizer(config.model.source)
     report, dataset = report_data(config, tokenizer, heldout=given.heldout)
-    console = Console()
-    console.print(render_report(report))
+    out = console()
+    out.print(render_report(report))
     if given.example is not None:
         if given.example >= len(dataset.tokens):
             raise UserError(f"example is {given.example}; allowed is 0 to {len(dataset.tokens) - 1}")
-        console.print(render_example(dataset.tokens, given.example, tokenizer))
+        out.print(render_example(dataset.tokens, given.example, tokenizer))
     if given.output is not None:
         write_json(given.output, report)
 

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from dpo.data.control_characters import show_controls
 from dpo.files import replace_text
+from dpo.terminal import console
 
 
 def print_plain(text: str) -> None:
@@ -20,7 +18,7 @@ def print_plain(text: str) -> None:
     """
     from dpo.training.tracking import printed
 
-    printed(lambda: Console().print(show_controls(text), markup=False, highlight=False, soft_wrap=True))
+    printed(lambda: console().print(text, markup=False, highlight=False, soft_wrap=True))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

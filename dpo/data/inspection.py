@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.control_characters import show_controls
 from dpo.data.preferences import Preference, ReadPreferences, ReadSummary
 from dpo.data.remaining import warnings
 from dpo.data.text_counts import TextCounts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.intervals import wilson
+from dpo.terminal import show_controls
 
 Report = dict[str, Any]
 """Numbers, strings, lists and dicts with string keys only, so that `json.dumps` takes it."""

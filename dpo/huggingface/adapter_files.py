@@ -9,8 +9,9 @@ s stays.
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,12 +23,27 @@ import safetensors.numpy
 from dpo.files import CHECKSUMS_FILE, damaged_files, new_directory
 from dpo.huggingface.adapters import Adapter, linear_bindings, module_names
 from dpo.huggingface.binding import Binding
-from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
+from dpo.huggingface.foreign_json import (
+    check_fields,
+    either,
+    flag,
+    list_of,
+    mapping_of,
+    optional,
+    read_small_json,
+    real,
+    show,
+    text,
+    whole,
+)
+from dpo.huggingface.weights import SafetensorsDirectory, Tensors
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PATTERN_SECONDS = 10.0
+"""Time for all matches of an adapter's patterns."""
 
 
 class AdapterWeights(NamedTuple):
@@ -50,7 +66,7 @@ class AdapterDirectory:
         self.directory = Path(directory).expanduser()
         if not (self.directory / CONFIG_FILE).is_file():
             raise UserError(f"{directory} is no adapter: it has no {CONFIG_FILE}")
-        if (self.directory / CHECKSUMS_FILE).is_file() and (problems := damaged_files(self.directory)):
+        if os.path.lexists(self.directory / CHECKSUMS_FILE) and (problems := damaged_files(self.directory)):
             raise UserError(
                 f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was "
                 "meant, or export it again"
@@ -58,6 +74,7 @@ class AdapterDirectory:
         self._config = _read_config(self.directory / CONFIG_FILE)
         self._tensors = SafetensorsDirectory(self.directory)
         self.method = Method(bool(self._config.get("use_rslora")), bool(self._config.get("use_dora")))
+        self._patience = time.monotonic() + PATTERN_SECONDS
         self.modules = self._find_modules()
         """Names of the adapted linears, such as model.layers.0.self_attn.q_proj."""
 
@@ -79,16 +96,32 @@ class AdapterDirectory:
         """The adapter of one module in float32."""
         a, b = (self._read(f"{module}.lora_{letter}.weight") for letter in "AB")
         magnitude = self._read(self._magnitude_name(module)) if self.method.use_dora else None
-        pattern = self._config.get("alpha_pattern") or {}
-        key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
-        alpha = float(self._config["lora_alpha"] if key is None else pattern[key])
+        alpha = self._find_alpha(module)
         sizes = [list(array.shape) for array in (a, b, magnitude) if array is not None]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or sizes[2:] not in ([], [[len(b)]]):
+        if (
+            a.ndim != 2
+            or b.ndim != 2
+            or not 0 < a.shape[0] == b.shape[1]
+            or sizes[2:] not in ([], [[len(b)]])
+        ):
             raise UserError(
                 f"{self.directory}: the tensors of {module} are {sizes}; allowed are A [r, in], B [out, r] "
-                "and with use_dora a magnitude [out]"
+                "with r above 0, and with use_dora a magnitude [out]"
             )
         return AdapterWeights(a, b, magnitude, alpha)
+
+    def _find_alpha(self, module: str) -> float:
+        """The module's own alpha, by the first pattern that is its name or an end of it."""
+        pattern = self._config.get("alpha_pattern") or {}
+        for key, alpha in pattern.items():
+            if time.monotonic() > self._patience:
+                raise UserError(
+                    f"{self.directory / CONFIG_FILE}: the patterns of alpha_pattern take more than "
+                    f"{PATTERN_SECONDS} s; allowed are names of modules"
+                )
+            if re.match(rf"(.*\.)?({key})$", module):
+                return float(alpha)
+        return float(self._config["lora_alpha"])
 
     def merge(self, module: str, weight: np.ndarray) -> np.ndarray:
         """One linear's weight as Hugging Face stores it, with its adapter merged, in float32."""
@@ -174,7 +207,12 @@ def _base_of(config: dict[str, Any], directory: Path) -> str:
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise UserError(f"{directory / CONFIG_FILE} has no base_model_name_or_path")
-    is_here = Path(base).expanduser().exists()
+    if base.startswith("~") or not base.isprintable():
+        raise UserError(
+            f"{directory / CONFIG_FILE}: base_model_name_or_path is {show(base)}; allowed is a path or a hub "
+            "id, and no home directory"
+        )
+    is_here = Path(base).exists()
     return f"{base}@{revision}" if revision and not is_here and "@" not in base else base
 
 
@@ -238,38 +276,40 @@ def save_adapters(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json_object(path, path.read_bytes())
+    config = read_small_json(path)
+    check_fields(path, config, _RULES)
     problems = [
-        f"{name} is {config.get(name)!r}; supported: {', '.join(map(repr, allowed))}"
+        f"{name} is {show(config.get(name))}; supported: {', '.join(map(repr, allowed))}"
         for name, allowed in _SUPPORTED.items()
         if config.get(name, allowed[0]) not in allowed
     ]
     problems += [
-        f"{name} is {value!r}; supported: not set" + (f" ({_REMEDY})" if name in _WHOLE_WEIGHTS else "")
+        f"{show(name)[1:-1]} is {show(value)}; supported: not set"
+        + (f" ({_REMEDY})" if name in _WHOLE_WEIGHTS else "")
         for name, value in config.items()
         if value and name not in _SUPPORTED and name not in _READ
     ]
-    problems += _number_problems(config)
+    if "lora_alpha" not in config:
+        problems.append("lora_alpha is not there; supported: a number above 0")
+    problems += [problem for key in config.get("alpha_pattern") or {} if (problem := _pattern_problem(key))]
     if problems:
         raise UserError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
     return config
 
 
-def _number_problems(config: dict[str, Any]) -> list[str]:
-    """What is wrong with the adapter's alphas, and with the patterns that say whose they are."""
-    pattern = config.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        return [f"alpha_pattern is {pattern!r}; supported: a mapping of patterns to numbers"]
-    problems = []
-    for name, value in {"lora_alpha": config.get("lora_alpha"), **pattern}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            problems.append(f"{name} is {value!r}; supported: a number above 0")
-    for key in pattern:
-        try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            problems.append(f"alpha_pattern has {key!r}, which is no regular expression: {error}")
-    return problems
+def _pattern_problem(key: str) -> str | None:
+    """Why a pattern of modules is none that is matched: it could be matched without end."""
+    quantifiers = len(re.findall(r"(?<!\\)(?<!\()[*+?{]", key))
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"alpha_pattern has {show(key)}, which is no regular expression: {error}"
+    if len(key) > 300 or quantifiers > 2 or re.search(r"\)[*+?{]|\\[1-9]|\(\?P?[=!<(]", key):
+        return (
+            f"alpha_pattern has {show(key)}; supported: at most 300 characters with two repetitions, none of "
+            "them of a group"
+        )
+    return None
 
 
 def _ends(names: Iterable[str]) -> str:
@@ -369,6 +409,20 @@ _READ = (
     *("loftq_config", "eva_config", "runtime_config", "qalora_group_size", "megatron_core"),
 )
 """Fields that are understood, or that do not matter."""
+_ALPHA = real(0, 1e6, above=True)
+_RANK = whole(1, 1 << 16)
+_MODULES = optional(either(text, list_of(text, 10_000)))
+_RULES = {
+    "lora_alpha": _ALPHA,
+    "alpha_pattern": optional(mapping_of(_ALPHA, 10_000)),
+    "r": _RANK,
+    "rank_pattern": optional(mapping_of(_RANK, 10_000)),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(text)),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"), optional(flag)),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _MODULES),
+    "lora_dropout": real(0, 1),
+}
+"""What each field may be that is read or handed on."""
 _WHOLE_WEIGHTS = ("modules_to_save", "trainable_token_indices")
 """Fields by which an adapter brings weights of the base along, changed."""
 _REMEDY = "merge it with peft, `model.merge_and_unload().save_pretrained(DIR)`, and give DIR as model.source"

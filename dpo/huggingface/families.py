@@ -6,6 +6,7 @@ A family is one row of `FAMILIES`: which values of its configuration are support
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ from dpo.huggingface.weight_names import (
 )
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.layers import XIELU_BETA, XIELU_EPS
+from dpo.models.rotary import Rope
 from dpo.outcomes import UserError
 
 
@@ -98,16 +100,52 @@ def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
     ]
     if not problems:
         try:
-            return DecoderConfig(**family.configure(hf))
-        except ValueError as error:
-            problems = [str(error)]
+            config = DecoderConfig(**family.configure(hf))
+            problems = _contradictions(config)
+        except (ValueError, ArithmeticError, LookupError, TypeError) as error:  # of values that do not fit
+            problems = [str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"]
+        if not problems:
+            return config
     raise UserError(f"unsupported {hf.model_type} configuration:\n  " + "\n  ".join(problems))
+
+
+def _contradictions(config: DecoderConfig) -> list[str]:
+    """What a decoder cannot have, in the configuration's names."""
+    found = []
+    if config.num_heads % config.num_kv_heads:
+        found.append(
+            f"num_attention_heads is {config.num_heads}; supported: a multiple of num_key_value_heads, "
+            f"{config.num_kv_heads}"
+        )
+    for name, values in (("layer_types", config.windows), ("no_rope_layers", config.layer_rope)):
+        if len(values) != config.num_layers:
+            found.append(
+                f"{name} is for {len(values)} layers; supported: num_hidden_layers, {config.num_layers}"
+            )
+    if not all(isinstance(window, int) and window >= 1 for window in config.windows):
+        found.append("sliding_window is not set, and layer_types has layers that need it")
+    for rope in config.ropes:
+        if not 1 <= len(rope.inv_freq) <= config.head_dim // 2 or not _is_finite(rope):
+            found.append(
+                f"rope_parameters make {len(rope.inv_freq)} frequencies for a head of {config.head_dim} "
+                "channels; supported: finite ones, one for each two channels at most"
+            )
+    factors = (config.attention_scale, config.embedding_scale, config.residual_scale, config.logit_scale)
+    if not all(math.isfinite(factor) for factor in factors):
+        found.append(f"its factors are {', '.join(map(str, factors))}; supported: finite numbers")
+    return found
+
+
+def _is_finite(rope: Rope) -> bool:
+    long = rope.long_inv_freq or rope.inv_freq
+    numbers = (*rope.inv_freq, *long, rope.attention_factor)
+    return len(long) == len(rope.inv_freq) and all(math.isfinite(number) for number in numbers)
 
 
 def find_family(model_type: str) -> Family:
     """The family of a configuration's `model_type`; `ValueError` lists those there are."""
     if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {model_type[:80]!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 

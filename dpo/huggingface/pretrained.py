@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +10,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
 from dpo.huggingface.binding import bind, canonical_names, check_tensors, constants, find_ends
+from dpo.huggingface.config_rules import check_config, check_generation_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
 from dpo.huggingface.families import (
     FAMILIES,
@@ -23,18 +24,21 @@ from dpo.huggingface.families import (
     decoder_config,
     find_family,
 )
+from dpo.huggingface.foreign_json import read_small_json, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
 from dpo.huggingface.loading import Placement, load_parameters
 from dpo.huggingface.saving import flatten, save_pretrained
 from dpo.huggingface.tokenizer_files import (
     TOKENIZER_FILES,
+    expand_home,
     fetch_files,
+    find_base,
     find_hub_id,
     load_tokenizer,
     open_tokenizer,
 )
-from dpo.huggingface.weights import SafetensorsDirectory, Tensors, read_json_object
+from dpo.huggingface.weights import SafetensorsDirectory, Tensors
 from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder, Remat
@@ -52,9 +56,14 @@ __all__ = [
     "load_tokenizer",
     "open_checkpoint",
     "read_config",
+    "read_model_config",
     "save_pretrained",
     "stop_tokens",
 ]
+
+
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+"""Patterns of all files of a model."""
 
 
 class Pretrained(NamedTuple):
@@ -112,7 +121,7 @@ def _as_pretrained(model: Decoder, checkpoint: Checkpoint) -> Pretrained:
 def open_shapes(source: str | Path, *, compute_dtype: Any = jnp.float32) -> Pretrained:
     """A model of which nothing but the shapes is made: its parameters are `jax.ShapeDtypeStruct`s."""
     checkpoint = open_checkpoint(source)
-    _, config = read_config(checkpoint.config)
+    _, config = _read_config_of(checkpoint)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype))
     return _as_pretrained(model, checkpoint)
 
@@ -131,7 +140,7 @@ def load_decoder(
 
     Raises `ValueError` for an unsupported configuration and for tensors that do not fit it, listing all.
     """
-    family, config = read_config(checkpoint.config)
+    family, config = _read_config_of(checkpoint)
     if _is_classifier(checkpoint.config):
         raise UserError(
             f"{checkpoint.source} is a {checkpoint.config['architectures'][0]}; allowed here are causal "
@@ -164,7 +173,7 @@ def load_classifier(
 
     Raises `ValueError` for another architecture, and as `load_decoder` does.
     """
-    family, config = read_config(checkpoint.config)
+    family, config = _read_config_of(checkpoint)
     labels = count_labels(checkpoint)
 
     def make() -> SequenceClassifier:
@@ -186,10 +195,18 @@ def read_config(config: dict[str, Any]) -> tuple[Family, DecoderConfig]:
     family = find_family(str(config.get("model_type", "(none)")))
     if config.get("quantization_config"):
         raise UserError(
-            f"quantization_config is {config['quantization_config']!r}; supported are weights in float32, "
-            "bfloat16 and float16, and GGUF files"
+            f"quantization_config is {show(config['quantization_config'])}; supported are weights in "
+            "float32, bfloat16 and float16, and GGUF files"
         )
     return family, decoder_config(_parse_config(config))
+
+
+def _read_config_of(checkpoint: Checkpoint) -> tuple[Family, DecoderConfig]:
+    """The same of an opened source, which its errors name."""
+    try:
+        return read_config(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.source}: {error}") from error
 
 
 def count_labels(checkpoint: Checkpoint) -> int:
@@ -206,8 +223,9 @@ def count_labels(checkpoint: Checkpoint) -> int:
 def _parse_config(config: dict[str, Any]) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"the configuration of a {config['model_type']} is not valid: {error}") from error
+    except Exception as error:  # transformers makes it, and raises whatever its values lead to
+        what = f"the configuration of a {show(config.get('model_type'))} is not valid"
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 class Checkpoint(NamedTuple):
@@ -228,7 +246,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if text.startswith(EMBEDDED_PREFIX):
         model = find_embedded(text)
         return _open_gguf(fetch_embedded(text), text)._replace(licence=model.licence, hub_id=model.hub_id)
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.is_dir():
         return _open_adapter(path) if is_adapter(path) else _open_directory(path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
@@ -250,19 +268,19 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise UserError(f"{directory} has no config.json")
-    if (directory / CHECKSUMS_FILE).is_file() and (problems := damaged_files(directory)):
+    if os.path.lexists(directory / CHECKSUMS_FILE) and (problems := damaged_files(directory)):
         raise UserError(
             f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was meant, "
             "or export it again"
         )
-    generation_file = directory / "generation_config.json"
+    config = read_model_config(config_file)
 
     def tensors(family: Family, names: Iterable[str]) -> Tensors:
         return _Renamed(family, SafetensorsDirectory(directory))
 
     return Checkpoint(
-        config=_untied_where_different(_read_json(config_file), directory),
-        generation_config=_read_json(generation_file) if generation_file.is_file() else {},
+        config=_untied_where_different(config, config_file),
+        generation_config=_read_generation_config(directory / "generation_config.json"),
         tensors=tensors,
         tokenizer=lambda: open_tokenizer(directory),
         source=source,
@@ -271,15 +289,20 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
     )
 
 
-def _untied_where_different(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _untied_where_different(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The configuration, with `tie_word_embeddings` false where the file has another output head.
 
     So transformers 5 reads it: a head that is stored and differs from the embedding is the model's.
     """
     if config.get("model_type") not in FAMILIES or _is_classifier(config):
         return config
-    if not getattr(_parse_config(config), "tie_word_embeddings", False):
+    try:
+        parsed = _parse_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not getattr(parsed, "tie_word_embeddings", False):
         return config
+    directory = path.parent
     family = find_family(config["model_type"])
     embedding, head = find_ends(family)
     if not any(directory.glob("*.safetensors")):
@@ -302,13 +325,13 @@ def _are_equal(tensors: Tensors, first: str, second: str) -> bool:
 _COMPARED_ROWS = 4096
 
 
-def _open_adapter(directory: Path) -> Checkpoint:
+def _open_adapter(directory: Path, *, offline: bool = True) -> Checkpoint:
     """The model that an adapter was trained on, with the adapter merged as weights are read."""
     adapter = AdapterDirectory(directory)
     try:
-        base = open_checkpoint(adapter.base)
+        base = _open_base(directory, adapter.base, offline=offline)
     except ValueError as error:
-        raise UserError(f"{directory} is an adapter of {adapter.base!r}: {error}") from error
+        raise UserError(f"{directory} is an adapter of {show(adapter.base)}: {error}") from error
     own_tokenizer = (directory / "tokenizer_config.json").is_file()
     return base._replace(
         tensors=lambda family, names: MergedTensors(base.tensors(family, names), adapter),
@@ -317,14 +340,39 @@ def _open_adapter(directory: Path) -> Checkpoint:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path, path.read_bytes())
+def _open_base(directory: Path, base: str, *, offline: bool) -> Checkpoint:
+    """The model that an adapter names (`find_base`)."""
+    found = find_base(directory, base, MODEL_FILES, offline=offline)
+    if found is None:
+        return open_checkpoint(base)
+    if Path(base).is_dir():
+        return _open_directory(found, str(found.resolve()))
+    hub_id = base.partition("@")[0]
+    return _open_directory(found, f"{hub_id}@{found.name}")._replace(hub_id=hub_id)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """A checked `config.json`."""
+    config = read_small_json(path)
+    check_config(path, config)
+    return config
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    if not path.exists():
+        return {}
+    config = read_small_json(path)
+    check_generation_config(path, config)
+    return config
 
 
 def _open_gguf(path: Path, source: str) -> Checkpoint:
     file = GgufFile(path)
+    config = file.config()
+    check_config(path, config)
     return Checkpoint(
-        config=file.config(),
+        config=config,
         generation_config=file.generation_config(),
         tensors=lambda family, names: file.tensors(names),
         tokenizer=file.tokenizer,
@@ -336,9 +384,9 @@ def _open_gguf(path: Path, source: str) -> Checkpoint:
 
 def _open_hub(hub_id: str, revision: str | None) -> Checkpoint:
     """A model of the hub, at the newest commit or at a branch, tag or commit that is named."""
-    path = fetch_files(hub_id, revision, [*TOKENIZER_FILES, "*.safetensors"])
+    path = fetch_files(hub_id, revision, MODEL_FILES)
     if is_adapter(path):
-        return _open_adapter(path)
+        return _open_adapter(path, offline=False)
     return _open_directory(path, f"{hub_id}@{path.name}")._replace(hub_id=hub_id)
 
 

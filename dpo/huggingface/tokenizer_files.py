@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
-from dpo.huggingface.adapter_files import is_adapter, read_base
+from dpo.huggingface.adapter_files import CONFIG_FILE, is_adapter, read_base
+from dpo.huggingface.config_rules import check_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded
+from dpo.huggingface.foreign_json import find_problem, read_small_json, require_file, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.outcomes import UserError
 
@@ -22,24 +28,27 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of any source that `load_pretrained` takes."""
     if str(source).startswith(EMBEDDED_PREFIX):
         return GgufFile(fetch_embedded(str(source))).tokenizer()
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.is_dir():
         return _tokenizer_of_directory(path)
     if path.suffix == ".gguf" and path.is_file():
         return GgufFile(path).tokenizer()
-    return _tokenizer_of_directory(fetch_files(*find_hub_id(source), TOKENIZER_FILES))
+    return _tokenizer_of_directory(fetch_files(*find_hub_id(source), TOKENIZER_FILES), offline=False)
 
 
-def _tokenizer_of_directory(directory: Path) -> PreTrainedTokenizerBase:
+def _tokenizer_of_directory(directory: Path, *, offline: bool = True) -> PreTrainedTokenizerBase:
     if is_adapter(directory) and not (directory / "tokenizer_config.json").is_file():
         base = read_base(directory)
         try:
-            return load_tokenizer(base)
+            found = find_base(directory, base, TOKENIZER_FILES, offline=offline)
+            return load_tokenizer(base) if found is None else _tokenizer_of_directory(found)
         except ValueError as error:
-            raise UserError(f"{directory} is an adapter of {base!r}: {error}") from error
+            raise UserError(f"{directory} is an adapter of {show(base)}: {error}") from error
     if not is_adapter(directory) and not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json")
-    problems = damaged_files(directory, but_for=_WEIGHTS) if (directory / CHECKSUMS_FILE).is_file() else []
+    problems = (
+        damaged_files(directory, but_for=_WEIGHTS) if os.path.lexists(directory / CHECKSUMS_FILE) else []
+    )
     if problems:
         raise UserError(
             f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was meant, "
@@ -54,12 +63,77 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
       ValueError: when there is none, or it is damaged.
     """
+    _check_files(directory)
+    with raising_user_errors(f"{directory}: its tokenizer cannot be opened"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    _check_templates(directory, tokenizer.chat_template)
+    return tokenizer
+
+
+@contextmanager
+def raising_user_errors(what: str) -> Iterator[None]:
+    """Whatever transformers and tokenizers raise on the way, a panic of Rust (no `Exception`) among it."""
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
-        raise UserError(
-            f"{directory}: its tokenizer cannot be opened: {type(error).__name__}: {error}"
-        ) from error
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_files(directory: Path) -> None:
+    """What transformers reads is regular, of a size that it can have, and JSON that can be written again."""
+    for name in _OBJECTS:
+        if os.path.lexists(directory / name):
+            values = read_small_json(directory / name)
+            if name == "config.json":
+                check_config(directory / name, values)
+    for name, most in _LARGEST.items():
+        if os.path.lexists(directory / name):
+            require_file(directory / name, most)
+
+
+def _check_templates(directory: Path, templates: Any) -> None:
+    """They are files of their names where the tokenizer is written again."""
+    if templates is None:
+        return
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    for name, text in named.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+            raise UserError(
+                f"{directory}: a chat template is named {show(name)}; allowed are letters, digits, _, - and ."
+            )
+        if not isinstance(text, str) or find_problem(text):
+            raise UserError(f"{directory}: its chat template {name} is {show(text)}; allowed is a text")
+
+
+_OBJECTS = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_LARGEST = {
+    "tokenizer.json": 1 << 28,
+    "vocab.json": 1 << 26,
+    "merges.txt": 1 << 26,
+    "vocab.txt": 1 << 26,
+    "tokenizer.model": 1 << 26,
+    "chat_template.jinja": 1 << 22,
+    "chat_template.json": 1 << 24,
+}
+"""Bytes of each file."""
+
+
+def expand_home(source: str | Path) -> Path:
+    """A source as a path, `~` as the home directory.
+
+    Raises:
+      UserError: for what no path can be: a home of nobody, a zero in it, too many characters.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.is_dir()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{show(str(source))} is no place that can be: {error}") from error
+    return path
 
 
 def find_hub_id(source: str | Path) -> tuple[str, str | None]:
@@ -68,33 +142,57 @@ def find_hub_id(source: str | Path) -> tuple[str, str | None]:
     Raises:
       ValueError: when it cannot be a hub id, with what is allowed.
     """
-    text, path = str(source), Path(source).expanduser()
+    text, path = str(source), expand_home(source)
     if path.is_file():
         raise UserError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
     hub_id, _, revision = text.partition("@")
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) and path.suffix != ".gguf":
         return hub_id, revision or None
     raise UserError(
-        f"no model at {text!r}; allowed: a directory, a .gguf file, a hub id (owner/name or "
+        f"no model at {show(text)}; allowed: a directory, a .gguf file, a hub id (owner/name or "
         "owner/name@revision), embedded:<name>"
     )
 
 
-def fetch_files(hub_id: str, revision: str | None, patterns: tuple[str, ...] | list[str]) -> Path:
-    """Files of a hub repository, at the newest commit or at a branch, tag or commit that is named.
+def find_base(directory: Path, base: str, patterns: Sequence[str], *, offline: bool) -> Path | None:
+    """The directory of the model that an adapter names; None where it names something else than one.
+
+    An adapter on this machine may be anybody's. So for it nothing is fetched (`offline`), and its base is a
+    model: an adapter of an adapter may be one of itself.
 
     Raises:
-      ValueError: when they could not be fetched.
+      UserError: for an adapter, and for a model of the hub that is not in its cache, with what helps.
+    """
+    found = Path(base)
+    if not found.is_dir():
+        if base.startswith(EMBEDDED_PREFIX) or found.suffix == ".gguf":
+            return None
+        found = fetch_files(*find_hub_id(base), patterns, offline=offline)
+    if is_adapter(found):
+        raise UserError(f"{directory / CONFIG_FILE}: base_model_name_or_path names an adapter")
+    return found
+
+
+def fetch_files(hub_id: str, revision: str | None, patterns: Sequence[str], *, offline: bool = False) -> Path:
+    """Files of a hub repository, at the newest commit or at a branch, tag or commit that is named.
+
+    `offline` takes them from the hub's cache on this machine.
+
+    Raises:
+      ValueError: when they are not there, or could not be fetched.
     """
     from huggingface_hub import snapshot_download
 
+    only: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     try:
-        return Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-            )
-        )
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=offline, **only))
     except (OSError, ValueError) as error:
+        if offline:
+            at = f" --revision {revision}" if revision else ""
+            raise UserError(
+                f"{hub_id!r} is not in the hub's cache here, and for an adapter on this machine nothing is "
+                f"fetched; allowed: fetch it first, `hf download {hub_id}{at}`, if you trust it"
+            ) from error
         raise UserError(
             f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
         ) from error

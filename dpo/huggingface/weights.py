@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
+from dpo.huggingface.foreign_json import parse_object
 from dpo.outcomes import UserError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -100,31 +99,12 @@ def read_safetensors_header(path: Path) -> dict[str, _Entry]:
                 f"{path}: header of {length} bytes in a file of {size}; allowed is up to "
                 f"{min(MAX_HEADER_BYTES, max(size - 8, 0))}"
             )
-        header = read_json_object(path, file.read(length))
+        header = parse_object(path, file.read(length))
     _check_metadata(path, header.pop("__metadata__", {}))
     start = 8 + length
     entries = {name: _check_entry(path, name, value, start, size) for name, value in header.items()}
     _check_cover(path, entries, start, size)
     return entries
-
-
-def read_json_object(path: Path, content: bytes) -> dict[str, Any]:
-    """A JSON object; `ValueError` for anything else, and for a name that is there twice."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = sorted(name for name, count in Counter(names).items() if count > 1)
-            raise UserError(f"duplicate names {twice}")
-        return dict(pairs)
-
-    try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must be a JSON object, not {type(found).__name__}")
-    return found
 
 
 def _read_directory(directory: Path) -> dict[str, _Entry]:
@@ -155,7 +135,7 @@ def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
     """All tensors named by an index, each from the file that the index says."""
     if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
         raise UserError(f"{index} must be a file of at most {MAX_HEADER_BYTES} bytes")
-    weight_map = read_json_object(index, index.read_bytes()).get("weight_map")
+    weight_map = parse_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     entries: dict[str, _Entry] = {}

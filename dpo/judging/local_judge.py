@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ import numpy as np
 from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
+from dpo.huggingface.pretrained import read_model_config
 from dpo.judging.judges import LETTERS, Log, Question, Template, Verdict, default_template
 from dpo.judging.samples import model_identity
 from dpo.models.vocabulary import require_known
@@ -121,9 +123,9 @@ def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
       ValueError: for a directory that is not a causal language model.
     """
     del log
-    config = Path(source).expanduser() / "config.json"
+    config = Path(os.path.expanduser(source)) / "config.json"
     if config.is_file():
-        architectures = json.loads(config.read_text()).get("architectures") or []
+        architectures = read_model_config(config).get("architectures") or []
         if any(name.endswith("ForSequenceClassification") for name in architectures):
             raise UserError(
                 f"judge {given.judge!r}: {architectures[0]} is a reward model; allowed here are causal "

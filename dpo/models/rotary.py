@@ -54,7 +54,16 @@ def make_rope(parameters: dict, head_dim: int, max_positions: int) -> Rope:
     if rope_type not in ROPE_TYPES:
         raise UserError(f"rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
     dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    return ROPE_TYPES[rope_type](parameters, dim, max_positions)
+    try:
+        return ROPE_TYPES[rope_type](parameters, dim, max_positions)
+    except KeyError as error:
+        raise UserError(
+            f"rope_parameters of rope_type {rope_type} have no {error}, which it needs"
+        ) from error
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(
+            f"rope_parameters of rope_type {rope_type} have values without sense: {error}"
+        ) from error
 
 
 def no_rope(rope: Rope) -> Rope:

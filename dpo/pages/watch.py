@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dpo import terminal
 from dpo.config import Config
 from dpo.losses import reward_scale
 from dpo.pages import terminal_plots
@@ -51,7 +52,7 @@ def watch(
 
     Where there is no terminal only the last picture is printed.
     """
-    console = console or Console()
+    console = console or terminal.console()
     follow = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
     if follow is not None and not once:
         with follow:

@@ -30,6 +30,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from dpo import terminal
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
@@ -125,7 +126,7 @@ def open_trackers(
     if run_dir is None:
         yield Tracker([], Silence())
         return
-    console = console or Console()
+    console = console or terminal.console()
     bar = Terminal if console.is_terminal else PlainLines
     with contextlib.ExitStack() as stack:
         writers: list[Writer] = [JsonLines(Path(run_dir) / METRICS_FILE, resume_step=resume_step)]
@@ -142,7 +143,7 @@ def open_trackers(
 def say(text: str) -> None:
     """Print a line before there is anything to track; of several processes the main one speaks."""
     if is_main():
-        printed(lambda: Console().print(text, markup=False, highlight=False, soft_wrap=True))
+        printed(lambda: terminal.console().print(text, markup=False, highlight=False, soft_wrap=True))
 
 
 def require_trackers(names: Sequence[str]) -> None:

@@ -187,8 +187,8 @@ def change(adapter, *, config=None, tensors=None):
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]; .*merge it with peft"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"something_new": 3}, "something_new is 3; supported: not set"),
-        ({"lora_alpha": "8"}, "lora_alpha is '8'; supported: a number above 0"),
-        ({"alpha_pattern": [8]}, "alpha_pattern is .8.; supported: a mapping"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; allowed is a number above 0"),
+        ({"alpha_pattern": [8]}, "alpha_pattern is .8.; allowed is an object"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern has '.', which is no regular expression"),
     ],
 )

@@ -1,0 +1,122 @@
+"""Everything that a command prints passes here: texts of data, models and servers show, and none acts.
+
+`guarded_output` puts a guard before standard output and standard error for the time of a command. What other
+libraries print, log or warn passes it too, and so does a traceback. Rich, which writes the terminal's own
+commands (colours, the progress bar), goes around it through `console`, which shows the text of every piece
+in the same way. A last resort it is not: code of C libraries that writes to the descriptor is not seen.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+LONGEST_LINE = 2000
+MOST_LINES = 60
+"""What an error may take of a terminal: names come from files, and a file can be full of them."""
+_OF_A_BAR = re.compile(r"(?:\x1b\[A)+")
+"""What tqdm writes to draw in a line above."""
+
+
+def show_controls(text: str) -> str:
+    """The text with control characters as symbols (␛ for escape), line ends and tabs as they are.
+
+    What turns the direction of a line, ends one or hides shows by its number, ⟨U+202E⟩; so does half of a
+    surrogate pair, which cannot be written at all.
+    """
+    return _ACTS.sub(_show, text)
+
+
+def _show(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code < 32 or code == 0x7F:
+        return chr(0x2421 if code == 0x7F else 0x2400 + code)
+    return "\ufffd" if code < 0xA0 else f"⟨U+{code:04X}⟩"
+
+
+_ACTS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""C0 and C1; marks, embeddings, overrides and isolates of direction; separators of lines and paragraphs; what
+has no width and no use in a line; halves of pairs; tags. Joiners stay: scripts and emoji need them."""
+
+
+class Guard:
+    """A text stream whose control characters show. What a progress bar begins its line with stays."""
+
+    def __init__(self, stream: Any) -> None:
+        self.rich_proxied_file = stream
+        """By this name Rich finds the stream itself; `console` guards what it prints."""
+
+    def write(self, text: str) -> int:
+        stream = self.rich_proxied_file
+        if _OF_A_BAR.fullmatch(text):
+            return stream.write(text)
+        start = "\r" if text.startswith("\r") else ""
+        shown = start + show_controls(text[len(start) :])
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+class _ShownConsole(Console):
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Rich would leave some control characters of a plain text out without a word."""
+        super().print(*(show_controls(one) if isinstance(one, str) else one for one in objects), **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text == "\n":
+                yield segment
+            else:
+                yield Segment(show_controls(segment.text), segment.style)
+
+
+def console(**settings: Any) -> Console:
+    """Rich's console, which shows the control characters of whatever it prints."""
+    return _ShownConsole(**settings)
+
+
+@contextmanager
+def guarded_output() -> Iterator[None]:
+    """Standard output and standard error behind a guard; as they were afterwards."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (one if isinstance(one, Guard) or one is None else Guard(one) for one in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def unguarded(stream: Any) -> Any:
+    """The stream behind the guard: for what is no terminal and wants the text as it is."""
+    return stream.rich_proxied_file if isinstance(stream, Guard) else stream
+
+
+def shortened(text: str) -> str:
+    """An error's text in what a terminal holds: long lines lose their middle, many lines those after."""
+    lines = text.split("\n")
+    more = [f"  and {len(lines) - MOST_LINES} lines more"] if len(lines) > MOST_LINES else []
+    return "\n".join([*map(_shorten_line, lines[:MOST_LINES]), *more])
+
+
+def _shorten_line(line: str) -> str:
+    if len(line) <= LONGEST_LINE:
+        return line
+    half = LONGEST_LINE // 2
+    return f"{line[:half]} … ({len(line) - 2 * half} characters) … {line[-half:]}"

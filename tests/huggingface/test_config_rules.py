@@ -1,0 +1,235 @@
+"""What a stranger's model says of itself is checked before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dpo.huggingface.config_rules import MAX_LAYERS
+from dpo.huggingface.pretrained import load_decoder, load_tokenizer, open_checkpoint
+from dpo.outcomes import UserError
+
+
+def nested(depth: int) -> list:
+    return json.loads("[" * depth + "]" * depth)
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A copy of a model whose files may be changed."""
+    directory = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (directory / "SHA256SUMS").unlink(missing_ok=True)
+    return directory
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+ROPE = {"rope_theta": 1e4}
+WRONG_CONFIGS = [
+    {"num_hidden_layers": 10**6},
+    {"num_hidden_layers": -1},
+    {"num_hidden_layers": MAX_LAYERS},
+    {"num_attention_heads": 0},
+    {"num_key_value_heads": 3},
+    {"head_dim": 4 * 10**9},
+    {"head_dim": 2**14},
+    {"hidden_size": True},
+    {"vocab_size": 2**24},
+    {"max_position_embeddings": 0},
+    {"rms_norm_eps": "1e-5"},
+    {"rms_norm_eps": float("nan")},
+    {"hidden_act": ["silu"]},
+    {"hidden_act": None},
+    {"hidden_act": "\ud800"},
+    {"model_type": ["llama"]},
+    {"architectures": 5},
+    {"architectures": [1]},
+    {"torch_dtype": [1]},
+    {"tie_word_embeddings": "yes"},
+    {"unknown": nested(900)},
+    {"eos_token_id": 2**70},
+    {"to_dict": 1},
+    {"__class__": "x"},
+    {"id2label": [1]},
+    {"rope_parameters": [1]},
+    {"rope_parameters": {"rope_type": ["yarn"], **ROPE}},
+    {"rope_parameters": {"rope_type": "linear", **ROPE}},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+    {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 1, **ROPE}},
+    {"model_type": "smollm3", "no_rope_layer_interval": 0},
+    {"model_type": "gemma2", "query_pre_attn_scalar": 0},
+    {"model_type": "granite", "logits_scaling": 0},
+    {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
+    {"model_type": "gpt_neo", "attention_types": "x"},
+    {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2},
+    {"model_type": "qwen3", "layer_types": ["full_attention"]},
+    {"model_type": "mpt", "attn_config": [1]},
+    {"quantization_config": "x"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_CONFIGS, ids=lambda wrong: str(wrong)[:60])
+def test_a_configuration_is_refused_by_file_and_field(model, wrong):
+    change(model / "config.json", **wrong)
+    with pytest.raises(UserError) as refused:
+        load_decoder(open_checkpoint(model))
+    assert str(model) in str(refused.value)
+    if len(wrong) == 1 and next(iter(wrong)) not in ("head_dim", "vocab_size", "num_hidden_layers"):
+        assert next(iter(wrong)).strip("_") in str(refused.value)
+
+
+def test_a_large_or_endless_file_is_not_read(model):
+    path = model / "config.json"
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(10 << 30)
+    with pytest.raises(UserError, match=r"config\.json: is 10737418240 bytes long"):
+        open_checkpoint(model)
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"eos_token_id": 2**70},
+        {"eos_token_id": {"a": 1}},
+        {"eos_token_id": [[1]]},
+        {"bos_token_id": -5},
+        {"pad_token_id": True},
+        {"temperature": "hot"},
+        {"x": nested(900)},
+        {"x": "\udc00"},
+    ],
+    ids=lambda wrong: str(wrong)[:40],
+)
+def test_a_generation_configuration_is_refused_by_file_and_field(model, wrong):
+    change(model / "generation_config.json", **wrong)
+    with pytest.raises(UserError, match=rf"generation_config\.json: {next(iter(wrong))}"):
+        open_checkpoint(model)
+
+
+def adapter(directory: Path, *, rank: int = 2, **config: object) -> Path:
+    directory.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    a, b = np.ones((rank, 32), np.float32), np.zeros((32, rank), np.float32)
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "?", "r": 2, "lora_alpha": 4, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings | config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"alpha_pattern": {"((a|.)*)*x": 8}},
+        {"alpha_pattern": {"(?:(?:a+)+)+$": 8}},
+        {"alpha_pattern": {".*.*.*.*.*x": 8}},
+        {"alpha_pattern": {"a{99999999999}": 8}},
+        {"alpha_pattern": {"(" * 500 + ")" * 500: 8}},
+        {"alpha_pattern": "x"},
+        {"alpha_pattern": {"q_proj": 10**400}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"base_model_name_or_path": {"a": 1}},
+        {"base_model_name_or_path": 5},
+        {"base_model_name_or_path": "~nobody/x"},
+        {"base_model_name_or_path": "a\x1b[2J"},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": 1e308},
+        {"lora_alpha": 0},
+        {"r": 0},
+        {"use_dora": "yes"},
+        {"target_modules": {"a": {"b": 1}}},
+        {"loftq_config": nested(500)},
+    ],
+    ids=lambda wrong: str(wrong)[:50],
+)
+def test_an_adapter_is_refused_by_file_and_field(tmp_path, wrong):
+    directory = adapter(tmp_path / "adapter", **wrong)
+    with pytest.raises(UserError, match=rf"adapter_config\.json[^|]*{next(iter(wrong))}"):
+        open_checkpoint(directory)
+
+
+def test_an_adapter_of_itself_and_one_of_no_rank_are_refused(tmp_path, tiny_model_dir):
+    itself = adapter(tmp_path / "itself", base_model_name_or_path=str(tmp_path / "itself"))
+    with pytest.raises(UserError, match="base_model_name_or_path names an adapter"):
+        open_checkpoint(itself)
+    with pytest.raises(UserError, match="base_model_name_or_path names an adapter"):
+        load_tokenizer(itself)
+    empty = adapter(tmp_path / "empty", rank=0, base_model_name_or_path=str(tiny_model_dir))
+    with pytest.raises(UserError, match="with r above 0"):
+        load_decoder(open_checkpoint(empty))
+
+
+@pytest.mark.parametrize("opens", [open_checkpoint, load_tokenizer])
+def test_an_adapter_here_fetches_nothing(tmp_path, monkeypatch, opens):
+    """It may be anybody's; the hub would learn of it, and of the token."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(hub_id: str, *, local_files_only: bool, **rest: object) -> str:
+        asked.append((hub_id, local_files_only))
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    directory = adapter(tmp_path / "adapter", base_model_name_or_path="owner/name", revision="v2")
+    with pytest.raises(UserError, match="hf download owner/name --revision v2"):
+        opens(directory)
+    assert asked == [("owner/name", True)]
+
+
+# ---- found at the beginning what would fail at the end ----
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".hidden", "a\x1b[2J"])
+def test_a_chat_template_has_a_name_that_a_file_can_have(model, name):
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    change(model / "tokenizer_config.json", chat_template=[{"name": name, "template": "x"}])
+    with pytest.raises(UserError, match="a chat template is named"):
+        load_tokenizer(model)
+
+
+def test_half_of_a_pair_in_a_tokenizer_is_refused(model):
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "\ud800"}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: bos_token is a text with half"):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    "matter",
+    [
+        'license: "\\ud800"',
+        "license: [mit]",
+        'license: "mit\\n# Owned"',
+        "a: " + "[" * 900 + "]" * 900,
+        "date: 2001-13-45",
+        "number: " + "9" * 5000,
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\nlicense: {}",
+    ],
+    ids=lambda matter: matter[:20],
+)
+def test_a_front_matter_is_refused_by_file(model, matter):
+    (model / "README.md").write_text(f"---\n{matter}\n---\n")
+    with pytest.raises(UserError, match=r"README\.md: "):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("source", ["~nobody-here/x", "a\0b", "a" * 5000, os.sep + "a" * 5000])
+def test_what_no_path_can_be_is_refused(source):
+    with pytest.raises(UserError):
+        open_checkpoint(source)
+    with pytest.raises(UserError):
+        load_tokenizer(source)

@@ -1,0 +1,148 @@
+"""Nothing that comes from outside acts on a terminal, whoever prints it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from dpo import cli, terminal
+from dpo.commands.output import print_plain
+from dpo.outcomes import UserError
+from dpo.terminal import Guard, console, guarded_output, shortened, show_controls
+from dpo.training.tracking import PlainLines, Terminal, Tracker, say
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\r\x7f\x9b31m\u202e\u2066\u2028\u200f\ufeff\ud800\U000e0041z"
+SHOWN = "a␛]0;owned␇␛[2Jb␍␡\ufffd31m⟨U+202E⟩⟨U+2066⟩⟨U+2028⟩⟨U+200F⟩⟨U+FEFF⟩⟨U+D800⟩⟨U+E0041⟩z"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def acts(text: str) -> bool:
+    return show_controls(text) != text
+
+
+def test_control_characters_of_data_do_not_act_on_a_terminal():
+    assert show_controls(HOSTILE) == SHOWN
+    assert not acts("é\t👩\u200d👩\u200c\n")
+
+
+def print_error(text: str) -> None:
+    """As the command line says what is wrong, whatever the cause."""
+    sys.stderr.write(f"dpo train: error: {shortened(str(UserError(text)))}\n")
+
+
+def log(text: str) -> None:
+    """As transformers and datasets do: with a handler that took the stream when they were imported."""
+    logger = logging.Logger("library")
+    logger.addHandler(logging.StreamHandler())
+    logger.warning("unrecognized key %s", text)
+
+
+def warn(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        sys.stderr.write(warnings.formatwarning(UserWarning(text), UserWarning, "x.py", 1))
+
+
+def show_progress(bar: type) -> object:
+    def show(text: str) -> None:
+        out = console(force_terminal=bar is Terminal, color_system=None, width=400)
+        tracker = Tracker([], bar(out, total_steps=2, first_step=0, clock=lambda: 0.0))
+        tracker.message(text)
+        tracker.close()
+
+    return show
+
+
+def show_table(text: str) -> None:
+    table = Table(title=text, title_style="none")
+    table.add_column(Text(text))
+    table.add_row(Text(text))
+    console(width=400).print(table)
+
+
+SINKS = {
+    "print": lambda text: print(text),
+    "lines of text": lambda text: sys.stdout.writelines([text]),
+    "an error": print_error,
+    "a library's logger": log,
+    "a warning": warn,
+    "a line of a command": print_plain,
+    "a line of the run": say,
+    "lines of progress": show_progress(PlainLines),
+    "a bar": show_progress(Terminal),
+    "a table": show_table,
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_one_hostile_text_through_every_sink(name, monkeypatch):
+    """What is left of the terminal's own commands are those that Rich and tqdm write, none of them ours."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", out)
+    with guarded_output():
+        SINKS[name](HOSTILE)
+    out.flush()
+    written = out.buffer.getvalue().decode("utf-8")
+    if name == "a bar":
+        assert "\x1b]0" not in written
+        assert "\x1b[2J" not in written
+        assert not any(mark in written for mark in "\x07\x9b\u202e\u2066\u2028\ufeff")
+    else:
+        assert not acts(written)
+    assert ("␛]0;owned␛[2Jb␡" if name == "a table" else "␛]0;owned␇␛[2Jb␍␡") in written
+    assert "⟨U+202E⟩" in written
+
+
+def test_settings_that_are_wrong_are_shown_too(capsys):
+    with contextlib.suppress(SystemExit):
+        cli.main(["inspect", "--data.train=x", "--run_dir=x", "--data.max_length=\x1b[2J\u202e"])
+    said = capsys.readouterr().err
+    assert not acts(said)
+    assert "␛[2J⟨U+202E⟩" in said
+
+
+def test_a_progress_bar_still_draws_over_its_line():
+    out = io.StringIO()
+    guard = Guard(out)
+    guard.write("\r10%")
+    guard.write("\x1b[A\x1b[A")
+    guard.write("\x1b[Ax\r")
+    assert out.getvalue() == "\r10%\x1b[A\x1b[A␛[Ax␍"
+
+
+def test_a_stream_that_cannot_write_a_character_writes_its_number():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Guard(out).write("é")
+    out.flush()
+    assert out.buffer.getvalue() == b"\\xe9"
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end():
+    said = shortened("model/x.safetensors: tensor " + "n" * 3_000_000 + " is wrong")
+    assert len(said) < 2100
+    assert said.startswith("model/x.safetensors: tensor n")
+    assert said.endswith(" is wrong")
+    assert shortened("\n".join("x" * 5000)).count("\n") == terminal.MOST_LINES
+    assert shortened("short\nlines") == "short\nlines"
+
+
+def test_only_here_is_a_console_made_and_a_stream_written():
+    """Others print through these; what they print themselves passes the guard."""
+    for path in sorted((ROOT / "dpo").rglob("*.py")):
+        if path.name in ("terminal.py", "template_worker.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("Console", "rich.print", "rich.get_console"), f"{path}:{node.lineno}"
+                assert not called.startswith(("sys.__stdout__", "sys.__stderr__")), f"{path}:{node.lineno}"
