@@ -48,6 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `ci` is slow too: it is left out of the quick suite, and .ci/run runs it after that."""
+    for item in items:
+        if item.get_closest_marker("ci") is not None:
+            item.add_marker("slow")
+
+
 SHARED = Path(os.environ.get("DPO_SHARED_DIR") or Path(__file__).parents[2] / "shared")
 """Preference data and oracle values that are not in the repository; tests that need them skip without."""
 

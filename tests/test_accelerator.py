@@ -55,7 +55,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("name", "cell"),
     [
-        ("ours", "ours smollm2 135m hh"),
+        pytest.param("ours", "ours smollm2 135m hh", marks=pytest.mark.ci),
         pytest.param("LoRA", "ours llama 1b fixed1024 LoRA", marks=pytest.mark.slow),
         pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
         pytest.param("K", "K=4", marks=pytest.mark.slow),
@@ -79,9 +79,11 @@ def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs
     options = parse(inputs, tmp_path)
     broken = accelerator.Cell("broken", ("-c", "raise SystemExit('no such card')"), 60)
     endless = accelerator.Cell("endless", ("-c", "import time; time.sleep(60)"), 0.2)
-    for cell in (broken, endless):
+    sound = accelerator.Cell("sound", ("-c", """print('said before\\n{"found": 1}')"""), 60)
+    for cell in (broken, endless, sound):
         accelerator.record(tmp_path, accelerator.run(cell, options, cell.seconds))
-    failed, cut = lines(tmp_path)
+    failed, cut, measured = lines(tmp_path)
+    assert measured["all"] == {"found": 1}
     assert failed["failed"] == 1
     assert failed["last"][-1].endswith("no such card")
     assert cut["failed"] == "time"

@@ -248,7 +248,11 @@ def settings(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
         yaml.safe_dump(
             {
                 "run_dir": str(tmp_path / "run"),
-                "model": {"source": str(tiny_model_dir), "reference_store": str(tmp_path / "reference")},
+                "model": {
+                    "source": str(tiny_model_dir),
+                    "reference_store": str(tmp_path / "reference"),
+                    "attention": "plain",  # the quickest to trace
+                },
                 "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")},
                 "objective": {"name": "plackett_luce", "beta": 0.5},
                 "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0.0},
@@ -331,7 +335,7 @@ def test_inspect_shows_the_report_and_an_example(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_win_rate_can_follow_training(settings: Path, tmp_path: Path) -> None:
     command = ["train", "--config", str(settings), "--training.steps=1", "--winrate=longer"]
     assert main(command) == 0
@@ -351,6 +355,7 @@ def test_a_run_is_repeated_from_its_saved_settings(settings: Path, tmp_path: Pat
             "--config",
             str(settings),
             "--training.steps=2",
+            "--data.eval=null",
             "--objective.name=dpo",
             "--objective.beta=0.2",
         ]

@@ -145,7 +145,7 @@ def test_what_is_beyond_a_limit_says_which(bomb):
         make(BOMBS[bomb], limits=TIGHT).render({})
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_an_operation_that_nothing_can_interrupt_is_ended_by_the_kernel():
     """To compare two lists of lists is one call into C: no signal handler runs before it returns."""
     deep = "{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}"

@@ -73,6 +73,7 @@ def test_a_cluster_in_two_groups_is_drawn_for_both() -> None:
     assert found == pytest.approx((0.5, 0.5, 0.5))
 
 
+@pytest.mark.ci
 def test_the_interval_of_the_mean_of_groups_covers_19_of_20() -> None:
     """Three groups of unlike size and chance; their mean chance is 0.6."""
     rng = np.random.default_rng(1)

@@ -117,7 +117,7 @@ def test_damage_to_an_export_is_refused_by_name(run_dir, capsys):
         print(f"\n{cases} damages to an export: {cases} refused by name")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     server, make_config, expected, tmp_path, how
@@ -134,7 +134,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     assert "going on from step 4, the newest checkpoint that is whole" in server.printed(config)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_cut_line_of_metrics_is_written_again_and_a_damaged_one_is_named(
     server, make_config, expected, tmp_path
 ):

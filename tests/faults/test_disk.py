@@ -43,7 +43,7 @@ def whole_checkpoints(run_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in there)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     server, make_config, unbroken, expected, disk
 ):
@@ -64,7 +64,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     assert outcome(config) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_full_disk_at_the_export_leaves_none_in_part(server, make_config, expected, disk):
     path, remount = disk
     config = make_config(path / "run", keep_checkpoints=1)
@@ -93,7 +93,7 @@ def test_a_read_only_directory_is_named_before_anything_is_loaded(server, make_c
     assert "policy:" not in server.printed(config)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_permission_that_is_lost_is_named_and_the_last_checkpoint_stays(
     server, make_config, expected, tmp_path
 ):

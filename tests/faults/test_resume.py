@@ -29,7 +29,7 @@ QUICK = ("in the middle of epoch 1",)
 @pytest.mark.parametrize(
     "stops",
     [
-        pytest.param(stops, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(stops, id=name, marks=() if name in QUICK else pytest.mark.ci)
         for name, stops in STOPS.items()
     ],
 )
@@ -47,8 +47,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(server, make_config, expected, t
     ("where", "count"),
     [
         ("save", 4),
-        pytest.param("evaluation", 1, marks=pytest.mark.slow),
-        pytest.param("evaluation", 3, marks=pytest.mark.slow),
+        pytest.param("evaluation", 1, marks=pytest.mark.ci),
+        pytest.param("evaluation", 3, marks=pytest.mark.ci),
     ],
 )
 def test_a_stop_during_a_save_or_an_evaluation(server, make_config, expected, tmp_path, where, count):
@@ -65,7 +65,7 @@ def test_a_stop_during_the_export_lets_it_finish(server, make_config, expected, 
     assert outcome(config) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_second_signal_ends_the_process_at_once(server, make_config, expected, tmp_path):
     config = make_config(tmp_path / "run")
     pid = server.start(config, hooks=[{"where": "evaluation", "count": 2, "do": "hang"}])
@@ -79,7 +79,7 @@ def test_a_second_signal_ends_the_process_at_once(server, make_config, expected,
     assert outcome(config) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_command_as_process_1_is_stopped_and_goes_on(server, make_config, expected, tmp_path):
     """`dpo train` itself, without a shell, as the first process of a container under a grace period."""
     if subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True).returncode:
@@ -109,14 +109,14 @@ def test_the_command_as_process_1_is_stopped_and_goes_on(server, make_config, ex
     assert "is finished: nothing to do" in again.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_wall_clock_may_jump(server, make_config, expected, tmp_path):
     config = replace(make_config(tmp_path / "run"), training={"save_minutes": 60.0})
     assert server.run(config, clock="jumps") == 0, server.printed(config)
     assert outcome(config) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_best_checkpoint_stays_and_does_not_depend_on_stops(server, make_config, tmp_path):
     """A high learning rate makes the margins fall at the end, so that the newest is not the best."""
     settings = {"save_every": None, "keep_checkpoints": 1, "keep_best": "rewards/margins", "eval_every": 1}

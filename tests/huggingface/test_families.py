@@ -71,7 +71,7 @@ def test_cached_decoding_is_the_whole_forward_pass(case, tmp_path):
     assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_decoding_is_transformers(case, tmp_path, oracles):
     model = load_case(tmp_path, case)

@@ -47,7 +47,7 @@ def test_every_architecture_has_a_case():
     assert {find_architecture(case.split("-")[0])[0] for case in ALL} == set(ARCHITECTURES)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("case", CASES)
 def test_torch_reads_the_same_from_a_quantised_file(case, tmp_path):
     torch = pytest.importorskip("torch")

@@ -133,7 +133,7 @@ def test_it_agrees_with_alpaca_evals_pipeline(kind: str) -> None:
     assert ours.win_rate.estimate == pytest.approx(alpaca_eval(values, gap), abs=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_interval_covers_19_of_20() -> None:
     """150 prompts with 2 samples each that share a random effect; the truth is the marginal win-rate at 0."""
     rng = np.random.default_rng(5)

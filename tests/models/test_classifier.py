@@ -36,7 +36,7 @@ def test_scores_are_transformers(case, tmp_path):
     assert_allclose(scores(model, SEQUENCES), expected, atol=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("case", CLASSIFIERS)
 def test_three_labels_are_those_of_torch(case, tmp_path):
     pytest.importorskip("torch")

@@ -194,7 +194,7 @@ def test_several_processes_train_as_one(count, make_config, tmp_path):
     assert "step" not in processes.text(1), "only the main process speaks"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_processes_with_other_settings_stop_at_the_start_and_say_which(make_config, tmp_path):
     config = make_config("run")
     processes = Processes(2, 1, config, tmp_path, extra=lambda i: [f"--objective.beta=0.{1 + i}"])
@@ -203,7 +203,7 @@ def test_processes_with_other_settings_stop_at_the_start_and_say_which(make_conf
         assert "do not agree: settings of process 1" in processes.text(i)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_bad_line_that_one_process_reads_ends_all_with_its_place(make_config, tmp_path):
     config = make_config("run")
     with (tmp_path / "train.jsonl").open("a") as file:

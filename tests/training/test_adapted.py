@@ -64,7 +64,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_model_dir):
-    """Six steps of four pairs."""
+    """Six steps of four pairs; plain attention is the quickest to trace."""
     directory = tmp_path_factory.mktemp("adapted")
     train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     for path, num_rows in ((train_file, 12), (eval_file, 5)):
@@ -75,7 +75,9 @@ def config(tmp_path_factory, tiny_model_dir):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Config(
         run_dir=str(directory / "run"),
-        model=ModelConfig(source=str(tiny_model_dir), reference_store=str(directory / "reference")),
+        model=ModelConfig(
+            source=str(tiny_model_dir), reference_store=str(directory / "reference"), attention="plain"
+        ),
         lora=LoraConfig(rank=4),
         data=DataConfig(train=str(train_file), eval=str(eval_file), max_length=128),
         objective={"name": "dpo", "beta": 0.5},
@@ -164,6 +166,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeyp
         assert_array_equal(adapters(config)[name], array, err_msg=name)
 
 
+@pytest.mark.ci
 def test_micro_batches_train_alike(finished, tmp_path):
     """Four prompts a step against two parts of two."""
     other = replace(finished, run_dir=str(tmp_path), training={"micro_batches": 2})
@@ -177,7 +180,7 @@ def test_micro_batches_train_alike(finished, tmp_path):
 @pytest.mark.parametrize("lora", KINDS)
 def test_meshes_train_alike(config, lora, tmp_path, monkeypatch):
     """data, fsdp and tensor of two each against one device."""
-    config = replace(config, run_dir=str(tmp_path / "one"), lora=lora)
+    config = replace(config, run_dir=str(tmp_path / "one"), lora=lora, model={"attention": "auto"})
     train(config)
     monkeypatch.setattr(preparation, "make_mesh", make_mesh)
     other = replace(config, run_dir=str(tmp_path / "eight"), mesh={"data": 2, "fsdp": 2, "tensor": 2})
@@ -189,7 +192,7 @@ def test_meshes_train_alike(config, lora, tmp_path, monkeypatch):
 
 def test_a_run_may_start_from_an_adapter_and_be_measured_against_it(finished, tmp_path):
     start = f"{finished.run_dir}/adapter"
-    one_step = replace(finished, lora=LoraConfig(init=start), training={"steps": 1})
+    one_step = replace(finished, lora=LoraConfig(init=start), training={"steps": 1}, data={"eval": None})
     against_itself = replace(one_step, run_dir=str(tmp_path / "itself"))
     train(against_itself)
     assert_allclose(lines(against_itself)[0]["loss"], np.log(2), rtol=1e-5)
@@ -249,7 +252,7 @@ def test_samples_of_adapters_are_measured_against_the_model_under_them(finished,
 def test_a_reference_may_move_to_the_adapters(config, tmp_path):
     """TR-DPO with α = 1 and period 1: the policy is its own reference whenever a step begins."""
     training = {"reference_every": 1, "reference_alpha": 1.0, "steps": 3}
-    config = replace(config, run_dir=str(tmp_path), training=training)
+    config = replace(config, run_dir=str(tmp_path), training=training, data={"eval": None})
     train(config)
     losses = [row["loss"] for row in lines(config) if "loss" in row]
     assert_allclose(losses, np.log(2), rtol=1e-4)

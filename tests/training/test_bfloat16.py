@@ -52,7 +52,7 @@ def test_every_row_is_scored_in_the_batch_that_trains_it_first(num_steps):
     assert others.identity != scoring.identity
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
 def test_the_reference_and_the_step_have_the_same_bits(remat, micro_batches):

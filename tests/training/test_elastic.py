@@ -67,7 +67,7 @@ def train_in_two_parts(config, first, second, monkeypatch):
     return results(on(config, second, "parts"))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("first", "second"), [(ONE, (1, 8, 1)), ((1, 4, 2), (8, 1, 1)), ((2, 2, 2), ONE)], ids=str
 )
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(first, second, config, monk
         assert_allclose(weights[name], array, atol=1e-5 * np.abs(array).max(), err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_on_the_same_mesh_the_bits_are_the_same(config, monkeypatch):
     whole = on(config, (1, 4, 2), "whole")
     train(whole)

@@ -63,7 +63,7 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_an_export_takes_at_most_1_3_times_the_model(tmp_path: Path) -> None:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

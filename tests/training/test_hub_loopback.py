@@ -164,7 +164,7 @@ print(json.dumps([str(row.responses[0]) for row in found]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_data_set_with_subsets_is_read_and_kept(tmp_path: Path) -> None:
     """In a process of its own: the client reads where the hub is when it is imported."""
 

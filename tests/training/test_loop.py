@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -25,16 +26,17 @@ from dpo.training.validation import DATA_KEY
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
     """Runs use one device, although tests see eight."""
-    monkeypatch.setattr(preparation, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
 
 
-@pytest.fixture
-def config(tmp_path, tiny_model_dir):
-    """Six steps on made-up rankings of two and three responses."""
-    train_file, eval_file = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+def six_steps(directory, model):
+    """On made-up rankings of two and three responses; plain attention is the quickest to trace."""
+    train_file, eval_file = directory / "train.jsonl", directory / "eval.jsonl"
     for path, num_rows in ((train_file, 12), (eval_file, 5)):
         rows = [
             {
@@ -46,13 +48,52 @@ def config(tmp_path, tiny_model_dir):
         ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Config(
-        run_dir=str(tmp_path / "run"),
-        model=ModelConfig(source=str(tiny_model_dir), reference_store=str(tmp_path / "reference")),
+        run_dir=str(directory / "run"),
+        model=ModelConfig(source=str(model), reference_store=str(directory / "reference"), attention="plain"),
         data=DataConfig(train=str(train_file), eval=str(eval_file), max_length=128),
         objective={"name": "plackett_luce", "beta": 0.5},
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, schedule="constant"),
         training=TrainingConfig(batch_size=4, steps=6, eval_every=3),
     )
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir):
+    """A run of this test's own, with the same rows and weights as those that tests share."""
+    return six_steps(tmp_path, tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_dir):
+    """The configuration of a run that is finished. Tests read its directory, or go on in a copy."""
+    config = six_steps(tmp_path_factory.mktemp("finished"), tiny_model_dir)
+    assert train(config).status == "finished"
+    return config
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, tiny_model_dir):
+    """The same run, stopped after two steps."""
+    config = six_steps(tmp_path_factory.mktemp("interrupted"), tiny_model_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(2, patch)
+        assert train(config).status == "interrupted"
+    return config
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, tiny_model_dir):
+    """A run that is finished after two steps."""
+    config = six_steps(tmp_path_factory.mktemp("two_steps"), tiny_model_dir)
+    config = replace(config, training={"steps": 2})
+    assert train(config).status == "finished"
+    return config
+
+
+def go_on_in_a_copy(config, shared):
+    """What a shared run has left becomes what this test's run finds."""
+    shutil.copytree(shared.run_dir, config.run_dir)
+    shutil.copytree(shared.model.reference_store, config.model.reference_store)
 
 
 def replace(config, **sections):
@@ -79,6 +120,7 @@ def weights(config):
 
 
 def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
+    config = replace(config, model={"attention": "auto"})
     result = train(config)
     assert result.status == "finished"
     steps = [row for row in lines(config) if "loss" in row]
@@ -98,13 +140,13 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
 
 
 EVALUATED = [
-    [{"name": "dpo"}],
-    [{"name": "dpo", "wpo": True}],
-    [{"name": "dpo", "ld_alpha": 0.5}, {"name": "sft", "weight": 0.1}],
+    pytest.param([{"name": "dpo"}], id="dpo", marks=pytest.mark.ci),
+    pytest.param([{"name": "dpo", "wpo": True}], id="wpo", marks=pytest.mark.ci),
+    pytest.param([{"name": "dpo", "ld_alpha": 0.5}, {"name": "sft", "weight": 0.1}], id="ld_alpha and sft"),
 ]
 
 
-@pytest.mark.parametrize("specs", EVALUATED, ids=str)
+@pytest.mark.parametrize("specs", EVALUATED)
 def test_the_held_out_loss_of_the_training_rows_is_the_next_steps_loss(config, specs):
     """Each step takes all 12 rows, so that the next one's loss is of the rows and weights just evaluated."""
     config = replace(config, data={"eval": config.data.train, "layout": "padded"})
@@ -130,17 +172,17 @@ def test_evaluations_sample_the_policy_where_asked_for(config):
 
 
 def test_the_first_loss_is_the_log_of_the_number_of_orders(config):
-    config = replace(config, data={"max_train": 1}, training={"batch_size": 1, "steps": 1})
+    training = {"batch_size": 1, "steps": 1, "eval_every": None}
+    config = replace(config, data={"max_train": 1, "eval": None}, training=training)
     train(config)
     assert_allclose(lines(config)[0]["loss"], np.log(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_layouts_train_alike(config, layout, tmp_path):
-    train(config)
-    other = replace(config, run_dir=str(tmp_path / "other"), data={"layout": layout})
+@pytest.mark.parametrize("layout", [pytest.param("padded", marks=pytest.mark.ci), "packed"])
+def test_layouts_train_alike(config, finished, layout):
+    other = replace(config, data={"layout": layout})
     train(other)
-    for ours, theirs in zip(lines(config), lines(other), strict=True):
+    for ours, theirs in zip(lines(finished), lines(other), strict=True):
         for name in ours.keys() - {"fill", "rewards/accuracies"}:  # the first δ are 0 up to rounding
             assert_allclose(theirs[name], ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
@@ -149,6 +191,7 @@ def test_layouts_train_alike(config, layout, tmp_path):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_meshes_train_alike(config, sizes, tmp_path, monkeypatch):
     """data, fsdp, tensor: eight virtual devices against one."""
+    config = replace(config, model={"attention": "auto"})
     train(config)
     monkeypatch.setattr(preparation, "make_mesh", make_mesh)
     other = replace(
@@ -162,27 +205,23 @@ def test_meshes_train_alike(config, sizes, tmp_path, monkeypatch):
             assert_allclose(theirs[name], ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
-def test_micro_batches_train_alike(config, tmp_path):
-    train(config)
-    other = replace(config, run_dir=str(tmp_path / "other"), training={"micro_batches": 2})
+def test_micro_batches_train_alike(config, finished):
+    other = replace(config, training={"micro_batches": 2})
     train(other)
-    for name, ours in weights(config).items():
+    for name, ours in weights(finished).items():
         assert_allclose(weights(other)[name], ours, atol=2e-3, err_msg=name)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(config, tmp_path, monkeypatch):
-    whole = replace(config, run_dir=str(tmp_path / "whole"))
-    train(whole)
-    stop_after(2, monkeypatch)
-    assert train(config).status == "interrupted"
+def test_an_interrupted_run_goes_on_to_the_same_bits(config, finished, interrupted):
+    go_on_in_a_copy(config, interrupted)
     assert train(config).status == "finished"
-    assert lines(config) == lines(whole)
-    for name, array in weights(whole).items():
+    assert lines(config) == lines(finished)
+    for name, array in weights(finished).items():
         assert_array_equal(weights(config)[name], array, err_msg=name)
 
 
-def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config):
-    train(replace(config, training={"steps": 2}))
+def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config, two_steps):
+    go_on_in_a_copy(config, two_steps)
     files = [Path(config.run_dir) / name for name in ("config.yaml", "summary.json", "metrics.jsonl")]
     before = [file.read_text() for file in files]
     refusal = (
@@ -196,12 +235,12 @@ def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config
     assert [row["step"] for row in lines(config) if "loss" in row] == list(range(6))
 
 
-def test_a_refusal_over_the_reference_changes_nothing(config, tmp_path):
+def test_a_refusal_over_the_reference_changes_nothing(config, two_steps, tmp_path):
     """What the reference scores is known late; the directory stays as it was until then."""
     from tiny_model import write_tiny_model
 
-    config = replace(config, training={"steps": 1, "eval_every": None})
-    train(config)
+    go_on_in_a_copy(config, two_steps)
+    config = replace(config, training={"steps": 2})
     files = [Path(config.run_dir) / name for name in ("config.yaml", "summary.json", "metrics.jsonl")]
     before = [file.read_bytes() for file in files]
     other = write_tiny_model(tmp_path / "reference_model", seed=1)
@@ -212,7 +251,7 @@ def test_a_refusal_over_the_reference_changes_nothing(config, tmp_path):
 
 def test_a_finished_run_is_not_finished_for_other_data(config):
     """Labels that were flipped in the same file leave the settings as they were."""
-    config = replace(config, training={"steps": 1, "eval_every": None})
+    config = replace(config, data={"eval": None}, training={"steps": 1, "eval_every": None})
     train(config)
     assert train(config).status == "already finished"
     path = Path(config.data.train)
@@ -228,7 +267,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(config, m
 
     monkeypatch.setattr(checkpoint, "write_checksums", full)
     with pytest.raises(OSError, match=r"checkpoint of step 1 could not be written .*No space left"):
-        train(replace(config, training={"steps": 1, "eval_every": None}))
+        train(replace(config, data={"eval": None}, training={"steps": 1, "eval_every": None}))
     assert not (Path(config.run_dir) / "summary.json").exists()
 
 
@@ -242,7 +281,7 @@ def test_a_resumed_run_holds_no_second_state(config, monkeypatch):
 
     monkeypatch.setattr(Checkpoints, "restore", measure)
     stop_after(1, monkeypatch)
-    config = replace(config, training={"steps": 2, "eval_every": None})
+    config = replace(config, data={"eval": None}, training={"steps": 2, "eval_every": None})
     assert train(config).status == "interrupted"
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
@@ -251,8 +290,8 @@ def test_a_resumed_run_holds_no_second_state(config, monkeypatch):
     assert held[0] - before < params / 4
 
 
-def test_a_run_that_goes_on_is_not_finished_any_more(config, monkeypatch):
-    train(replace(config, training={"steps": 2}))
+def test_a_run_that_goes_on_is_not_finished_any_more(config, two_steps, monkeypatch):
+    go_on_in_a_copy(config, two_steps)
     stop_after(1, monkeypatch)
     assert train(replace(config, training={"allow_changed": ["settings"]})).status == "interrupted"
     assert not (Path(config.run_dir) / "summary.json").exists()
@@ -267,15 +306,14 @@ def test_rows_too_short_for_held_out_data_are_found_before_anything_is_scored(co
     assert not (tmp_path / "reference").exists()
 
 
-def test_fewer_steps_than_were_done_are_refused(config):
-    train(replace(config, training={"steps": 4}))
-    with pytest.raises(ValueError, match=r"step 4 in .* is beyond the 2 steps of this run"):
-        train(replace(config, training={"steps": 2, "allow_changed": ["settings"]}))
+def test_fewer_steps_than_were_done_are_refused(config, two_steps):
+    go_on_in_a_copy(config, two_steps)
+    with pytest.raises(ValueError, match=r"step 2 in .* is beyond the 1 steps of this run"):
+        train(replace(config, training={"steps": 1, "allow_changed": ["settings"]}))
 
 
-def test_data_may_move_but_not_change(config, tmp_path, monkeypatch):
-    stop_after(1, monkeypatch)
-    train(config)
+def test_data_may_move_but_not_change(config, interrupted, tmp_path):
+    go_on_in_a_copy(config, interrupted)
     moved = (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
     whole = moved.read_text()
     moved.write_text(whole.replace("perhaps", "rather"))
@@ -287,30 +325,28 @@ def test_data_may_move_but_not_change(config, tmp_path, monkeypatch):
     assert train(config).status == "finished"
 
 
-def test_another_version_of_a_package_is_refused_unless_allowed(config, monkeypatch):
+def test_another_version_of_a_package_is_refused_unless_allowed(config, interrupted, monkeypatch):
     from dpo.training import identity
 
-    stop_after(1, monkeypatch)
-    train(config)
+    go_on_in_a_copy(config, interrupted)
     monkeypatch.setattr(identity, "package_versions", lambda: {"jax": "9"})
     with pytest.raises(ValueError, match=r'(?s)versions: jax: ".*" → "9".*--allow-changed versions$'):
         train(config)
     assert train(replace(config, training={"allow_changed": ["versions"]})).status == "finished"
 
 
-def test_a_restored_policy_that_scores_differently_is_refused(config, monkeypatch):
-    stop_after(1, monkeypatch)
-    train(config)
-    path = Path(config.run_dir) / "checkpoints" / "1"
+def test_a_restored_policy_that_scores_differently_is_refused(config, interrupted):
+    go_on_in_a_copy(config, interrupted)
+    path = Path(config.run_dir) / "checkpoints" / "2"
     identity = json.loads((path / "identity.json").read_text())
     identity["probe"]["logps"][3][1] -= 1.0
     (path / "identity.json").write_text(json.dumps(identity))
     write_checksums(path)
-    with pytest.raises(ValueError, match=r"step 1 does not give the log-probs .* row 3, response 1 had"):
+    with pytest.raises(ValueError, match=r"step 2 does not give the log-probs .* row 3, response 1 had"):
         train(config)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_goes_on_elsewhere_without_the_stores_it_began_with(config, tmp_path, monkeypatch):
     whole = replace(config, run_dir=str(tmp_path / "whole"))
     train(whole)
@@ -323,8 +359,8 @@ def test_a_run_goes_on_elsewhere_without_the_stores_it_began_with(config, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_resume_never_refuses_a_used_directory(config):
-    train(replace(config, training={"steps": 2}))
+def test_resume_never_refuses_a_used_directory(config, two_steps):
+    go_on_in_a_copy(config, two_steps)
     with pytest.raises(ValueError, match="resume is 'never'"):
         train(replace(config, training={"resume": "never"}))
 
@@ -333,19 +369,21 @@ def test_a_foreign_reference_starts_off_the_initial_loss(config, tmp_path):
     from tiny_model import write_tiny_model
 
     other = write_tiny_model(tmp_path / "reference_model", seed=1)
-    train(replace(config, model={"reference": str(other)}, training={"steps": 1}))
+    config = replace(config, data={"eval": None}, training={"steps": 1, "eval_every": None})
+    train(replace(config, model={"reference": str(other)}))
     assert lines(config)[0]["rewards/chosen"] != 0
 
 
 def test_a_reference_that_is_replaced_each_step_keeps_the_loss_at_its_start(config):
     """TR-DPO with α = 1 and period 1: the policy is its own reference whenever a step begins."""
-    train(replace(config, training={"reference_every": 1, "reference_alpha": 1.0, "batch_size": 12}))
+    training = {"reference_every": 1, "reference_alpha": 1.0, "batch_size": 12, "eval_every": None}
+    train(replace(config, data={"eval": None}, training=training))
     losses = [row["loss"] for row in lines(config) if "loss" in row]
     assert_allclose(losses, losses[0], rtol=1e-5)
 
 
 def test_a_moving_reference_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
-    config = replace(config, training={"reference_every": 2, "eval_every": None})
+    config = replace(config, data={"eval": None}, training={"reference_every": 2, "eval_every": None})
     whole = replace(config, run_dir=str(tmp_path / "whole"))
     train(whole)
     stop_after(3, monkeypatch)
@@ -356,9 +394,8 @@ def test_a_moving_reference_resumes_to_the_same_bits(config, tmp_path, monkeypat
 
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(config, monkeypatch):
     """An absurd learning rate breaks the second step's log-probs; the third would be the third in a row."""
-    config = replace(
-        config, optimizer={"learning_rate": 1e30}, training={"max_skipped": 2, "eval_every": None}
-    )
+    training = {"max_skipped": 2, "eval_every": None}
+    config = replace(config, data={"eval": None}, optimizer={"learning_rate": 1e30}, training=training)
     refusal = r"2 steps in a row were not finite \(the last: 2, rows .*jsonl:\d+.*checkpoint: none was saved"
     with pytest.raises(ValueError, match=refusal):
         train(config)
@@ -367,7 +404,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(config
 
 def test_skipped_steps_are_counted_over_interruptions_and_the_checkpoint_is_named(config, monkeypatch):
     training = {"max_skipped": 3, "eval_every": None}
-    config = replace(config, optimizer={"learning_rate": 1e30}, training=training)
+    config = replace(config, data={"eval": None}, optimizer={"learning_rate": 1e30}, training=training)
     stop_after(2, monkeypatch)
     assert train(config).status == "interrupted"
     with pytest.raises(ValueError, match=r"3 steps in a row .*good checkpoint: .*checkpoints/2\. Lower"):
@@ -375,11 +412,20 @@ def test_skipped_steps_are_counted_over_interruptions_and_the_checkpoint_is_name
     assert [row["skipped"] for row in lines(config)] == [0, 1, 1, 1]
 
 
-UNPAIRED_SPECS = [{"name": "kto"}, {"name": "bco"}]
-MODIFIED_SPECS = [{"name": "dpo", "ld_alpha": 0.5}, {"name": "dpo", "wpo": True}]
+UNPAIRED_SPECS = [
+    pytest.param({"name": "kto"}, id="kto"),
+    pytest.param({"name": "bco"}, id="bco", marks=pytest.mark.ci),
+]
+MODIFIED = [
+    pytest.param({"name": "dpo", "ld_alpha": 0.5}, 1, id="ld_alpha, 1", marks=pytest.mark.ci),
+    pytest.param({"name": "dpo", "ld_alpha": 0.5}, 2, id="ld_alpha, 2", marks=pytest.mark.ci),
+    pytest.param({"name": "dpo", "wpo": True}, 1, id="wpo, 1", marks=pytest.mark.ci),
+    pytest.param({"name": "dpo", "wpo": True}, 2, id="wpo, 2"),
+]
+"""The held-out loss of ld_alpha is held against training above."""
 
 
-@pytest.mark.parametrize("spec", UNPAIRED_SPECS, ids=str)
+@pytest.mark.parametrize("spec", UNPAIRED_SPECS)
 def test_single_labelled_responses_are_learnt_from(config, tmp_path, spec):
     path = tmp_path / "labels.jsonl"
     rows = [
@@ -396,8 +442,7 @@ def test_single_labelled_responses_are_learnt_from(config, tmp_path, spec):
         train(replace(config, training={"keep_best": "rewards/margins", "seed": 1}))
 
 
-@pytest.mark.parametrize("spec", MODIFIED_SPECS, ids=str)
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("spec", "micro_batches"), MODIFIED)
 def test_modifiers_get_what_they_need(config, spec, micro_batches):
     train(replace(config, objective=spec, training={"micro_batches": micro_batches}))
     first, last = [row for row in lines(config) if "loss" in row][::5]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ LIMITLESS = 1e6
 @pytest.fixture(autouse=True)
 def one_device_that_holds_nothing_else(monkeypatch):
     """The programs alone decide, and the step's is the largest of them."""
+    nothing_else_is_held(monkeypatch)
+
+
+def nothing_else_is_held(monkeypatch):
+    """One device, with no bytes beside the step's program."""
     monkeypatch.setattr(preparation, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.setattr(memory, "other_bytes", lambda mesh: 0.0)
     monkeypatch.setattr(memory, "scoring_bytes", lambda *_: 0.0)
@@ -43,14 +49,22 @@ def one_device_that_holds_nothing_else(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, tiny_model_dir):
-    """Four steps of four pairs whose activations outweigh the state."""
-    path = tmp_path / "train.jsonl"
+    """A run of one test's own, with the same rows in every test."""
+    return four_steps(tmp_path, tiny_model_dir)
+
+
+def four_steps(directory, model):
+    """Four steps of four pairs whose activations outweigh the state; plain attention is quick to trace."""
+    path = directory / "train.jsonl"
     rows = [{"prompt": f"number {i}", "chosen": "yes " * 60, "rejected": "no " * 80} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Config(
-        run_dir=str(tmp_path / "run"),
+        run_dir=str(directory / "run"),
         model=ModelConfig(
-            source=str(tiny_model_dir), reference_store=str(tmp_path / "reference"), remat="none"
+            source=str(model),
+            reference_store=str(directory / "reference"),
+            remat="none",
+            attention="plain",
         ),
         data=DataConfig(train=str(path), eval=None, max_length=512),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.0, schedule="constant"),
@@ -170,6 +184,7 @@ def own_compilation_cache(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("own_compilation_cache")
 def test_a_run_under_a_limit_trains_alike(config, tmp_path):
     """The largest program is refused for one byte; what is chosen compiles once and learns the same."""
@@ -195,19 +210,34 @@ def test_a_run_under_a_limit_trains_alike(config, tmp_path):
     assert np.ptp(losses(config)) > 0.05
 
 
-def test_a_run_that_goes_on_keeps_its_choice(config, monkeypatch):
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, tiny_model_dir):
+    """The configuration of a run without any pressure that was stopped after two of its four steps."""
+    config = with_training(
+        four_steps(tmp_path_factory.mktemp("limited"), tiny_model_dir), memory_limit=LIMITLESS
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        nothing_else_is_held(patch)
+        stop_after(2, patch)
+        assert train(config).status == "interrupted"
+    return config
+
+
+def go_on_in_a_copy(config, interrupted):
+    """This test's run finds what the interrupted one left."""
+    shutil.copytree(interrupted.run_dir, config.run_dir)
+    return with_training(config, memory_limit=LIMITLESS)
+
+
+def test_a_run_that_goes_on_keeps_its_choice(config, interrupted, monkeypatch):
     """Also where the process has grown in the meantime."""
-    config = with_training(config, memory_limit=LIMITLESS)
-    stop_after(2, monkeypatch)
-    assert train(config).status == "interrupted"
+    config = go_on_in_a_copy(config, interrupted)
     monkeypatch.setattr(memory, "other_bytes", lambda mesh: 2 * LIMITLESS * GIB)
     assert train(config).summary["memory"]["remat"] == "none"
 
 
-def test_another_limit_is_another_choice_which_a_checkpoint_refuses(config, monkeypatch):
-    config = with_training(config, memory_limit=LIMITLESS)
-    stop_after(2, monkeypatch)
-    train(config)
+def test_another_limit_is_another_choice_which_a_checkpoint_refuses(config, interrupted):
+    config = go_on_in_a_copy(config, interrupted)
     kept = Path(config.run_dir, memory.MEMORY_FILE).read_text()
     peak = json.loads(kept)["chosen"]["peak_gib"]
     smaller = with_training(config, memory_limit=peak * (1 - 1e-6))
