@@ -223,28 +223,27 @@ def interrupted(tmp_path_factory, tiny_model_dir):
     return config
 
 
-def go_on_in_a_copy(config, interrupted):
-    """This test's run finds what the interrupted one left."""
-    shutil.copytree(interrupted.run_dir, config.run_dir)
-    return with_training(config, memory_limit=LIMITLESS)
+@pytest.fixture
+def copied(interrupted, tmp_path):
+    """The same settings, data included, in a directory of one test's own."""
+    copy = shutil.copytree(interrupted.run_dir, tmp_path / "copied")
+    return dataclasses.replace(interrupted, run_dir=str(copy))
 
 
-def test_a_run_that_goes_on_keeps_its_choice(config, interrupted, monkeypatch):
+def test_a_run_that_goes_on_keeps_its_choice(copied, monkeypatch):
     """Also where the process has grown in the meantime."""
-    config = go_on_in_a_copy(config, interrupted)
     monkeypatch.setattr(memory, "other_bytes", lambda mesh: 2 * LIMITLESS * GIB)
-    assert train(config).summary["memory"]["remat"] == "none"
+    assert train(copied).summary["memory"]["remat"] == "none"
 
 
-def test_another_limit_is_another_choice_which_a_checkpoint_refuses(config, interrupted):
-    config = go_on_in_a_copy(config, interrupted)
-    kept = Path(config.run_dir, memory.MEMORY_FILE).read_text()
+def test_another_limit_is_another_choice_which_a_checkpoint_refuses(copied):
+    kept = Path(copied.run_dir, memory.MEMORY_FILE).read_text()
     peak = json.loads(kept)["chosen"]["peak_gib"]
-    smaller = with_training(config, memory_limit=peak * (1 - 1e-6))
+    smaller = with_training(copied, memory_limit=peak * (1 - 1e-6))
     with pytest.raises(ValueError, match=r'model\.remat: "none" → "(dots|full)"'):
         train(smaller)
-    assert Path(config.run_dir, memory.MEMORY_FILE).read_text() == kept
-    assert train(with_training(config, memory_limit=2 * LIMITLESS)).status == "finished"
+    assert Path(copied.run_dir, memory.MEMORY_FILE).read_text() == kept
+    assert train(with_training(copied, memory_limit=2 * LIMITLESS)).status == "finished"
 
 
 def test_a_limit_below_the_state_is_refused_before_anything_is_compiled(config, monkeypatch):
