@@ -136,7 +136,8 @@ def test_errors_are_as_shown(command: str, error: str, capsys: pytest.CaptureFix
 def test_options_exist(page: Path) -> None:
     known = {name for kind in SETTINGS for name in cli.command_parser("train", kind).setting_names()}
     known |= OTHER_OPTIONS
-    for program in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py"), MUTANTS):
+    programs = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "fuzz").glob("*.py")]
+    for program in (*programs, MUTANTS, ROOT / "tests" / "conftest.py"):
         known |= {name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', program.read_text())}
     unknown = []
     for code in re.findall(r"`([^`\n]*)`", visible(page.read_text(encoding="utf-8"))):

@@ -38,7 +38,11 @@ def make_config(tmp_path_factory, tiny_model_dir):
         settings = {"batch_size": 4, "micro_batches": 2, "epochs": 3.0, "eval_every": 3, "save_every": 1}
         return Config(
             run_dir=str(run_dir),
-            model=ModelConfig(source=str(tiny_model_dir), reference_store=str(run_dir.parent / "reference")),
+            model=ModelConfig(
+                source=str(tiny_model_dir),
+                reference_store=str(run_dir.parent / "reference"),
+                attention="plain",  # the quickest to trace
+            ),
             data=DataConfig(train=str(data / "train.jsonl"), eval=str(data / "eval.jsonl"), max_length=128),
             objective={"name": "dpo", "beta": 0.5},
             optimizer=OptimizerConfig(learning_rate=1e-2, warmup_fraction=0.1),
