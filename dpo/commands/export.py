@@ -1,4 +1,4 @@
-"""`dpo export`: a checkpoint for `transformers` or `peft`, and for the hub where asked."""
+"""`dpo export`: a checkpoint for `transformers`, `peft` or llama.cpp, and for the hub where asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpo.config import ExportConfig
 
 
 def export_run(given: ExportConfig) -> None:
-    """Write the directory, say where it is, and push it to the hub if it has an id there."""
+    """Write the directory or file, say where it is, and push it to the hub if it has an id there."""
     config = load_run(given.run)
     from dpo.training.export import export_checkpoint
     from dpo.training.hub import check_hub_id, push_to_hub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dpo.config.addresses import check_address
 from dpo.config.ranges import check_range
@@ -109,28 +109,48 @@ class EvaluateConfig:
         check_range("seed", self.seed, low=0)
 
 
+WeightDtype = Literal["float32", "bfloat16", "float16", "base"]
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+ExportDtype = Literal[WeightDtype, GgufDtype]
+"""Of the weights of a directory; of the matrices of a GGUF file, where a directory's names serve as well."""
+
+
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a checkpoint of a run, finished or not, as a Hugging Face directory."""
+    """Write a checkpoint of a run, finished or not, as a Hugging Face directory or a GGUF file."""
 
     run: str
     """Run directory that holds the checkpoint."""
     output: str | None = None
-    """Directory to write, which must be new, empty or of the same kind. When not given, RUN/export (or
-    RUN/adapter), and RUN/export-STEP-DTYPE where a step or a dtype other than float32 is given."""
+    """Directory to write, which must be new, empty or of the same kind, or the .gguf file to write. When not
+    given, RUN/export (or RUN/adapter, or RUN/export.gguf), and RUN/export-STEP-DTYPE where a step or a dtype
+    other than float32 is given."""
     step: int | None = None
     """The checkpoint to write, by its number of updates; the newest when not given."""
-    format: Literal["merged", "adapter"] = "merged"
+    format: Literal["merged", "adapter", "gguf"] = "merged"
     """merged writes a model that transformers opens; adapter writes the adapters of a LoRA run as peft
-    stores them."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    stores them; gguf writes one file that llama.cpp opens, adapters merged."""
+    dtype: ExportDtype = "float32"
     """Dtype of a merged model's weights. float32 keeps every bit; base is the dtype in which the base
-    model is stored."""
+    model is stored. f32, f16, bf16 and the quantised q8_0 to q4_0 are how a GGUF file stores matrices."""
     hub_id: str | None = None
     """Repository on the Hugging Face hub, OWNER/NAME, to upload the directory to; nothing is uploaded when
     not given."""
     hub_private: bool = True
     """Make the hub repository private, where it has to be made."""
+
+    def __post_init__(self) -> None:
+        if self.format != "gguf" and self.dtype in get_args(GgufDtype):
+            raise UserError(
+                f"dtype is {self.dtype}, in which a GGUF file stores matrices, and format is {self.format}; "
+                f"allowed: {', '.join(get_args(WeightDtype))}, or --format gguf"
+            )
+        if self.format == "gguf" and self.output is not None and not self.output.endswith(".gguf"):
+            raise UserError(f"output is {self.output}, and format is gguf; allowed: a file named *.gguf")
+        if self.format == "gguf" and self.hub_id is not None:
+            raise UserError(
+                "hub_id uploads a directory, and format gguf writes a file; allowed: merged, adapter"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a checkpoint of a run to a Hugging Face directory, or to its adapters alone."""
+"""From a checkpoint of a run to a Hugging Face directory, to its adapters alone, or to a GGUF file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
+from dpo.huggingface.gguf_writing import find_architecture, save_gguf
 from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
@@ -21,6 +22,7 @@ from dpo.training.step import Params
 from dpo.training.talk import as_trained
 
 DTYPES = ("float32", "bfloat16", "float16")
+_GGUF_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
@@ -38,6 +40,9 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not there: {given.run} has no checkpoint")
     dtype = choose_dtype(given.dtype, config.model.source)
+    if given.format == "gguf":
+        dtype = _GGUF_NAMES.get(dtype, dtype)
+        find_architecture(open_checkpoint(config.model.source).config["model_type"])  # before any work
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
@@ -51,6 +56,8 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     output = Path(given.output or default_output(given, dtype))
     if given.format == "adapter":
         return export_adapters(policy, params, output, source=config.model.source), step
+    if given.format == "gguf":
+        return _export_gguf(policy, params, output, dtype=dtype, name=Path(given.run).resolve().name), step
     metrics = heldout_metrics(given.run, step)
     return export_model(config, policy, params, output, dtype=dtype, num_steps=step, metrics=metrics), step
 
@@ -92,12 +99,27 @@ def export_model(
     )
 
 
+def _export_gguf(policy: Policy, params: Params, path: Path, *, dtype: str, name: str) -> Path:
+    """Write the policy with these parameters, adapters merged, as a GGUF file."""
+    pretrained = policy.pretrained
+    return save_gguf(
+        plain_model(policy, params),
+        path,
+        hf_config=pretrained.config,
+        tokenizer=pretrained.tokenizer,
+        generation_config=pretrained.generation_config,
+        dtype=dtype,
+        name=name,
+        licence=pretrained.licence,
+    )
+
+
 def default_output(given: ExportConfig, dtype: str) -> Path:
     """Where a run leaves its own export; another step or dtype goes beside it and replaces nothing else."""
-    merged = given.format == "merged"
-    name = EXPORT_DIRECTORY if merged else ADAPTER_DIRECTORY
     step = "" if given.step is None else f"-{given.step}"
-    return Path(given.run) / (name + step + (f"-{dtype}" if merged and dtype != "float32" else ""))
+    kind = "" if given.format == "adapter" or dtype in ("float32", "f32") else f"-{dtype}"
+    name = ADAPTER_DIRECTORY if given.format == "adapter" else EXPORT_DIRECTORY
+    return Path(given.run) / (name + step + kind + (".gguf" if given.format == "gguf" else ""))
 
 
 def choose_dtype(dtype: str, source: str) -> str:
@@ -106,7 +128,7 @@ def choose_dtype(dtype: str, source: str) -> str:
     Raises:
       ValueError: when it says nothing, or nothing that is supported.
     """
-    if dtype != "base":
+    if dtype != "base":  # also those of a GGUF file
         return dtype
     base = open_checkpoint(source)
     found = base.config.get("dtype") or base.config.get("torch_dtype")

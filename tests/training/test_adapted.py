@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +13,9 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 from stopping import stop_after
+from tiny_model import byte_tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from dpo.config import (
     Config,
@@ -26,6 +30,7 @@ from dpo.config import (
 )
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
+from dpo.huggingface.pretrained import load_decoder, open_checkpoint
 from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
 from dpo.training import export, preparation
@@ -218,6 +223,28 @@ def test_an_export_of_the_last_checkpoint_is_the_runs_own(finished, tmp_path):
     path, _ = export_checkpoint(ExportConfig(run=finished.run_dir, output=str(tmp_path / "again")), finished)
     own = Path(finished.run_dir) / "export"
     assert (path / "model.safetensors").read_bytes() == (own / "model.safetensors").read_bytes()
+
+
+def test_a_gguf_file_is_the_merged_policy(finished, tmp_path, monkeypatch):
+    """With a tokenizer that merges, and no token more: a file takes no other."""
+    tokenizer = byte_tokenizer()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    rare = next(token for token, number in spec["model"]["vocab"].items() if number == len(tokenizer) - 1)
+    spec["model"]["vocab"]["th"] = spec["model"]["vocab"].pop(rare)
+    spec["model"]["merges"] = [["t", "h"]]
+    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>")
+    monkeypatch.setattr(export, "as_trained", lambda pretrained, _: pretrained._replace(tokenizer=merging))
+    given = ExportConfig(run=finished.run_dir, output=str(tmp_path / "x.gguf"), format="gguf")
+    path, _ = export_checkpoint(given, finished)
+    models = [load_decoder(open_checkpoint(source)) for source in (path, Path(finished.run_dir) / "export")]
+    file, directory = (nnx.to_flat_state(nnx.state(model, nnx.Param)) for model in models)
+    for (place, ours), (_, expected) in zip(file, directory, strict=True):
+        assert_array_equal(ours[...], expected[...], err_msg=str(place))
+
+    monkeypatch.setattr(export, "open_policy", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(export, "open_checkpoint", lambda _: SimpleNamespace(config={"model_type": "mpt"}))
+    with pytest.raises(ValueError, match="model_type mpt is not written as a GGUF file"):
+        export_checkpoint(given, finished)
 
 
 def test_a_run_without_adapters_has_none_to_export(config):

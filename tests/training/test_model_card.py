@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, DistributedConfig, ExportConfig, ModelConfig
+from dpo.config.commands import GgufDtype
+from dpo.huggingface.gguf_writing import GGUF_DTYPES
 from dpo.huggingface.licences import read_front_matter, read_licence
 from dpo.huggingface.pretrained import Pretrained
 from dpo.training import export
@@ -136,6 +139,36 @@ def test_another_dtype_is_exported_beside_the_runs_own_policy() -> None:
     assert default_output(ExportConfig(run="run"), "bfloat16") == Path("run/export-bfloat16")
     assert default_output(ExportConfig(run="run", step=3), "float16") == Path("run/export-3-float16")
     assert default_output(ExportConfig(run="run", format="adapter"), "bfloat16") == Path("run/adapter")
+
+
+def test_a_gguf_file_stands_beside_the_runs_own_policy() -> None:
+    assert default_output(ExportConfig(run="run", format="gguf"), "f32") == Path("run/export.gguf")
+    assert default_output(ExportConfig(run="run", format="gguf", step=3), "q8_0") == Path(
+        "run/export-3-q8_0.gguf"
+    )
+
+
+def test_how_a_gguf_file_stores_matrices_is_named_alike_everywhere() -> None:
+    assert get_args(GgufDtype) == tuple(GGUF_DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"dtype": "q8_0"},
+            r"q8_0, in which a GGUF file stores matrices, and format is merged; allowed: float32",
+        ),
+        (
+            {"format": "gguf", "output": "x"},
+            r"output is x, and format is gguf; allowed: a file named \*\.gguf",
+        ),
+        ({"format": "gguf", "hub_id": "me/x"}, "hub_id uploads a directory, and format gguf writes a file"),
+    ],
+)
+def test_settings_of_an_export_that_do_not_fit_each_other_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig(run="run", **given)
 
 
 def test_heldout_metrics_are_those_of_the_step(tmp_path: Path) -> None:
