@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, EvaluateConfig, heldout_settings
+from dpo.config.sources import spellings
 from dpo.distribution import find_data
 from dpo.outcomes import UserError
 from dpo.own_code import require_own_word_for_objectives
+
+if TYPE_CHECKING:
+    from dpo.training.places import Place
 
 FIRST_ROWS = 8
 """Rows of a file of preferences that are parsed before anything is loaded."""
@@ -37,6 +42,7 @@ def check_settings(config: Config, arguments: Sequence[str]) -> None:
     """
     from dpo.losses import make_objective
     from dpo.runs import objective_terms, specification
+    from dpo.training.places import places
     from dpo.training.tracking import require_trackers
 
     require_own_word_for_objectives(objective_terms(config), arguments=arguments)
@@ -50,8 +56,10 @@ def check_settings(config: Config, arguments: Sequence[str]) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir is {config.run_dir!r}, a file; allowed: a directory, there or not yet")
     data = config.data
-    _check_source("data.train", data.train, data.train_split, data.max_train, data)
-    _check_source("data.eval", data.eval, data.eval_split, data.max_eval, data)
+    for place in places(data, heldout=False):
+        _check_place(place, data)
+    for place in places(data, heldout=True) if data.eval is not None else ():
+        _check_place(place, data)
 
 
 def check_heldout(given: EvaluateConfig, run: Config | None) -> Config:
@@ -63,7 +71,8 @@ def check_heldout(given: EvaluateConfig, run: Config | None) -> Config:
     config = heldout_settings(given, run)
     if config.data.eval is None:
         raise UserError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
-    require_source("data", config.data.eval)
+    for source in spellings(config.data.eval):
+        require_source("data", source)
     return config
 
 
@@ -81,25 +90,26 @@ def require_file(key: str, path: str) -> None:
         raise UserError(f"{key} is {path!r}: there is no such file (the working directory is {Path.cwd()})")
 
 
-def _check_source(key: str, source: str | None, split: str, limit: int | None, data: DataConfig) -> None:
-    if source is None:
-        return
-    require_source(key, source)
-    path = Path(find_data(source))
+def _check_place(place: Place, data: DataConfig) -> None:
+    require_source(place.setting, place.source)
+    path = Path(find_data(place.source))
     if path.is_file() or (path.is_absolute() and not path.is_dir()):
-        _check_first_rows(source, split, limit, data)
+        _check_first_rows(place, data)
 
 
-def _check_first_rows(source: str, split: str, limit: int | None, data: DataConfig) -> None:
+def _check_first_rows(place: Place, data: DataConfig) -> None:
     """Where one of them is malformed and must not be, all rows are read, and the error is about all."""
     from dpo.data.preferences import read_part, read_preferences
-    from dpo.data.rows import row_reading
     from dpo.data.sources import Part
 
-    reading = row_reading(data.row_layout, data.columns, data.ignore_columns)
-    first = Part(rows=min(limit or FIRST_ROWS, FIRST_ROWS))
-    read = read_part(source, split, first, data.expand, reading)
+    first = Part(rows=min(place.limit or FIRST_ROWS, FIRST_ROWS))
+    read = read_part(place.source, place.split, first, data.expand, place.reading)
     if not read.num_rows or (read.problems and data.on_error == "stop"):
         read_preferences(
-            source, split=split, on_error=data.on_error, limit=limit, expand=data.expand, reading=reading
+            place.source,
+            split=place.split,
+            on_error=data.on_error,
+            limit=place.limit,
+            expand=data.expand,
+            reading=place.reading,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dpo.commands.checks import check_heldout, load_run
 from dpo.commands.output import print_plain, write_json
 from dpo.config import Config, EvaluateConfig
+from dpo.config.sources import show_source
 
 if TYPE_CHECKING:
     from dpo.evaluation.heldout import Heldout
@@ -27,7 +28,7 @@ def evaluate_heldout(given: EvaluateConfig) -> None:
     enable_compilation_cache()
     heldout = score_heldout(config, log=print_plain)
     figures = describe_heldout(heldout, beta=given.beta or beta_of(config), seed=given.seed)
-    print_plain(f"{config.model.source} against {config.model.reference} on {config.data.eval}")
+    print_plain(f"{config.model.source} against {config.model.reference} on {show_source(config.data.eval)}")
     print_plain(figures_as_text(figures))
     output = _output_of(given)
     if output is not None:

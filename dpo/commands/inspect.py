@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,23 @@ def inspect_data(config: Config, given: InspectConfig, arguments: Sequence[str])
 
 
 def with_rows(data: DataConfig, rows: int) -> DataConfig:
-    """The settings with at most so many rows of training and held-out data."""
+    """The settings with at most so many rows of training and held-out data: the first of each source.
+
+    Of these as many as a source's `rows` are not to be had, so that none are drawn by number.
+    """
     return replace(
-        data, max_train=min(rows, data.max_train or rows), max_eval=min(rows, data.max_eval or rows)
+        data,
+        train=_without_rows(data.train),
+        eval=data.eval and _without_rows(data.eval),
+        max_train=min(rows, data.max_train or rows),
+        max_eval=min(rows, data.max_eval or rows),
     )
+
+
+def _without_rows(sources: str | list[Any]) -> str | list[Any]:
+    if isinstance(sources, str):
+        return sources
+    return [{**one, "rows": None} if isinstance(one, Mapping) else one for one in sources]
 
 
 def report_data(
@@ -57,4 +70,7 @@ def report_data(
     if data.eval is not None and not heldout:
         others = read_texts(replace(data, expand="ranking"), heldout=True).preferences
     texts = each_text(data, heldout=heldout)
-    return inspect_rows(dataset.read, texts, dataset.tokens, heldout=others), dataset
+    report = inspect_rows(dataset.read, texts, dataset.tokens, heldout=others)
+    if dataset.mixture:
+        report["mixture"] = {one.name: {"drawn": one.drawn, "kept": one.kept} for one in dataset.mixture}
+    return report, dataset

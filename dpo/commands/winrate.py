@@ -8,6 +8,7 @@ from pathlib import Path
 from dpo.commands.checks import check_heldout, load_run
 from dpo.commands.output import print_plain
 from dpo.config import Config, EvaluateConfig, WinrateConfig
+from dpo.config.sources import show_source
 from dpo.outcomes import UserError
 
 
@@ -46,7 +47,7 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     output = Path(given.output or Path(given.run or ".") / "winrate")
     result = play(given, config, output=output, log=print_plain)
     print_plain(
-        f"{result['policy']} against {result['opponent']} on {result['data']}, "
+        f"{result['policy']} against {result['opponent']} on {show_source(result['data'])}, "
         f"judge {result['settings']['judge']}"
     )
     for temperature, figures in result["temperatures"].items():

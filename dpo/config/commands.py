@@ -68,8 +68,9 @@ class EvaluateConfig:
     """The model to judge: directory, GGUF file or hub id; RUN/export when not given."""
     reference: str | None = None
     """The model it is compared with, named like the policy; the run's reference when not given."""
-    data: str | None = None
-    """The preferences: file, directory or hub id; the run's held-out data when not given."""
+    data: list[Any] | str | None = None
+    """The preferences: file, directory or hub id, or a list of them, named like data.eval; the run's
+    held-out data when not given."""
     split: str | None = None
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
@@ -231,9 +232,9 @@ class WinrateConfig:
     opponent: str | None = None
     """The model it plays against, or data:best or data:worst for the data's own responses; the run's
     reference when not given."""
-    data: str | None = None
-    """The preferences whose prompts are answered: file, directory or hub id; the run's held-out data when
-    not given."""
+    data: list[Any] | str | None = None
+    """The preferences whose prompts are answered: file, directory or hub id, or a list of them, named like
+    data.eval; the run's held-out data when not given."""
     split: str | None = None
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None

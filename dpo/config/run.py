@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dpo.config.marks import BESIDE, OFF_THE_CARD, OWN, PLACE, marks
 from dpo.config.ranges import check_range
+from dpo.config.sources import parse_sources, spellings
 from dpo.outcomes import UserError
 
 IdentityKind = Literal[
@@ -136,10 +137,11 @@ def check_template_arguments(name: str, arguments: dict[str, Any]) -> None:
 class DataConfig:
     """Where preferences come from and how they become token ids and rows."""
 
-    train: str = field(default="shipped:sentiment_train.jsonl", metadata=marks(PLACE))
+    train: list[Any] | str = field(default="shipped:sentiment_train.jsonl", metadata=marks(PLACE))
     """The training preferences: a file (JSONL, Parquet, CSV and others), a directory, a hub id, or
-    shipped:NAME for data that come with the package."""
-    eval: str | None = field(default=None, metadata=marks(PLACE))
+    shipped:NAME for data that come with the package; or a list of such sources that are mixed, each with
+    settings of its own, such as [{source: FILE, weight: 3}, {source: OTHER, weight: 1}] (docs/data.md)."""
+    eval: list[Any] | str | None = field(default=None, metadata=marks(PLACE))
     """The held-out preferences, named like data.train; nothing is held out when not given."""
     train_split: str = "train"
     """Split of a hub data set that is read for training."""
@@ -190,6 +192,9 @@ class DataConfig:
     """Gigabytes that the token store may hold; above it, what was not used for the longest time goes."""
 
     def __post_init__(self) -> None:
+        for name in ("train", "eval"):
+            if isinstance(given := getattr(self, name), list):
+                parse_sources(f"data.{name}", given)
         check_range("data.token_store_limit", self.token_store_limit, above=0.0)
         check_range("data.max_length", self.max_length, low=2)
         check_range("data.max_train", self.max_train, low=1)
@@ -413,8 +418,12 @@ class Config:
                 )
 
     def _data_name(self) -> str:
-        """What data.train is called, with its folder where the file's name could be anybody's."""
-        path = PurePath(re.sub(r"^\w+:", "", self.data.train))
+        """What data.train is called; of several sources the first three."""
+        return "-".join(map(self._source_name, spellings(self.data.train)[:3]))
+
+    def _source_name(self, source: str) -> str:
+        """What a source is called, with its folder where the file's name could be anybody's."""
+        path = PurePath(re.sub(r"^\w+:", "", source))
         stem = path.name.partition(".")[0] or path.name
         named = f"{path.parent.name}-{stem}" if stem in _ANYBODYS and path.parent.name else stem
         return re.sub(r"[^\w-]+", "_", named) or "data"

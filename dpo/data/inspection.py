@@ -177,6 +177,10 @@ def _render_counts(report: Report) -> Table:
     table.add_row("responses a prompt", ", ".join(sizes))
     table.add_row("with scores", str(report["with_scores"]))
     table.add_row("sources", Text(show_controls(_join_counts(report["sources"]))))
+    for name, counts in report.get("mixture", {}).items():
+        table.add_row(
+            "in the mixture", Text(show_controls(f"{counts['drawn']} of {counts['kept']} of {name}"))
+        )
     for title, key in _TEXT_COUNTS:
         table.add_row(title, str(report[key]), style="yellow" if report[key] else "")
     if "labels" in report:

@@ -46,7 +46,7 @@ class Locations(Sequence[str]):
     """Where preferences stand: names of sources, each with the lines or rows that its own stand in."""
 
     def __init__(self, pieces: Sequence[tuple[str, np.ndarray]]) -> None:
-        self._pieces = [(name, numbers) for name, numbers in pieces]
+        self.pieces = [(name, numbers) for name, numbers in pieces]
         self._ends = np.cumsum([len(numbers) for _, numbers in pieces])
 
     def __len__(self) -> int:
@@ -59,11 +59,15 @@ class Locations(Sequence[str]):
         if not 0 <= place < len(self):
             raise IndexError(f"preference {index} of {len(self)}")
         piece = int(np.searchsorted(self._ends, place, side="right"))
-        name, numbers = self._pieces[piece]
+        name, numbers = self.pieces[piece]
         return f"{name}:{numbers[place - int(self._ends[piece])]}"
 
-    def __add__(self, other: Locations) -> Locations:
-        return Locations([*self._pieces, *other._pieces])
+
+def join_locations(given: Sequence[Sequence[str]]) -> Sequence[str]:
+    """The locations of several sources, end to end."""
+    if all(isinstance(one, Locations) for one in given):
+        return Locations([piece for one in given if isinstance(one, Locations) for piece in one.pieces])
+    return [location for one in given for location in one]
 
 
 class Prepared(NamedTuple):

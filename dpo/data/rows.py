@@ -217,15 +217,18 @@ def check_arguments(given: Mapping[str, Any], field: str) -> None:
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
-def row_reading(layout: str | None, columns: Mapping[str, str], ignored: Iterable[str]) -> RowReading:
-    """How settings want rows to be read.
+def row_reading(
+    layout: str | None, columns: Mapping[str, str], ignored: Iterable[str], *, name: str = "data"
+) -> RowReading:
+    """How settings want rows to be read; `name` is where they stand.
 
     Raises:
       ValueError: when there is no such layout, or two names stand for one column.
     """
     if layout is not None and layout not in LAYOUTS:
-        raise UserError(f"data.row_layout is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+        setting = "row_layout" if name == "data" else "layout"
+        raise UserError(f"{name}.{setting} is {layout!r}; allowed are {', '.join(LAYOUTS)}")
     twice = [name for name, count in Counter(columns.values()).items() if count > 1]
     if twice:
-        raise UserError(f"data.columns names {twice[0]!r} twice; allowed is one name for a column")
+        raise UserError(f"{name}.columns names {twice[0]!r} twice; allowed is one name for a column")
     return RowReading(layout, tuple(columns.items()), frozenset(ignored))

@@ -370,12 +370,12 @@ def _open_data_set(source: str, split: str, *, data_files: str | None = None, na
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _has_subset(repository: str, name: str) -> bool:
+def _has_subset(repository: str, name: str, where: dict[str, Any]) -> bool:
     """Whether a subset of this name is there, or in the cache when offline; else it is a folder's."""
     import datasets
 
     try:
-        datasets.load_dataset_builder(repository, name=name)
+        datasets.load_dataset_builder(repository, name=name, **where)
     except ValueError:
         return False
     return True
@@ -393,10 +393,11 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
         return saved[split]
     if data_files is not None:
         return datasets.load_dataset(source, split=split, data_files=data_files)
-    repository, _, subset = source.partition(":")
-    where: dict[str, Any] = {}
+    named, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+    repository, _, subset = named.partition(":")
+    where: dict[str, Any] = {"revision": revision} if revision else {}
     if subset:
-        where = {"name": subset} if _has_subset(repository, subset) else {"data_dir": subset}
+        where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
     found = datasets.load_dataset(repository, split=split, **where)
     if found.info.builder_name != "csv":
         return found

@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 
-from dpo.data.tokenized import TokenizedDataset
+from dpo.data.tokenized import RowsOf, TokenizedDataset
 
 
 def has_order(dataset: TokenizedDataset) -> Bool[np.ndarray, " n"]:
@@ -22,23 +22,10 @@ def without_ties(dataset: TokenizedDataset) -> TokenizedDataset:
     kept = has_order(dataset)
     if kept.all():
         return dataset
-    responses = np.repeat(kept, dataset.num_responses)
-    lengths = np.diff(dataset.response_offsets)
     return dataclasses.replace(
         dataset,
-        prompt_tokens=dataset.prompt_tokens[np.repeat(kept, dataset.prompt_lengths)],
-        prompt_offsets=_offsets(dataset.prompt_lengths[kept]),
-        response_tokens=dataset.response_tokens[np.repeat(responses, lengths)],
-        response_offsets=_offsets(lengths[responses]),
-        row_offsets=_offsets(dataset.num_responses[kept]),
-        ranks=dataset.ranks[responses],
-        scores=dataset.scores[responses],
-        scored=None if dataset.scored is None else dataset.scored[np.repeat(responses, lengths)],
+        **RowsOf(dataset, kept),
         origin=dataset.origin[kept],
         fingerprint=hashlib.sha256(f"without ties {dataset.fingerprint}".encode()).hexdigest(),
         dropped=dataset.dropped | {"no_pair": int((~kept).sum())},
     )
-
-
-def _offsets(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
-    return np.cumsum([0, *lengths.tolist()], dtype=np.int64)

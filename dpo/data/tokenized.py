@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -101,6 +101,41 @@ class TokenizedDataset:
         if self.scored is None:
             return [np.ones(b - a, dtype=bool) for a, b in pairwise(offsets)]
         return [self.scored[a:b] for a, b in pairwise(offsets)]
+
+
+class RowsOf(Mapping[str, Any]):
+    """The arrays of some rows of a data set but for origin, each made when it is asked for."""
+
+    def __init__(self, dataset: TokenizedDataset, kept: Bool[np.ndarray, " n"]) -> None:
+        self._responses = np.repeat(kept, dataset.num_responses)
+        self._lengths = np.diff(dataset.response_offsets)
+        self._arrays: dict[str, Callable[[], np.ndarray]] = {
+            "prompt_tokens": lambda: dataset.prompt_tokens[np.repeat(kept, dataset.prompt_lengths)],
+            "prompt_offsets": lambda: _offsets(dataset.prompt_lengths[kept]),
+            "response_tokens": lambda: dataset.response_tokens[self._tokens()],
+            "response_offsets": lambda: _offsets(self._lengths[self._responses]),
+            "row_offsets": lambda: _offsets(dataset.num_responses[kept]),
+            "ranks": lambda: dataset.ranks[self._responses],
+            "scores": lambda: dataset.scores[self._responses],
+        }
+        if (scored := dataset.scored) is not None:
+            self._arrays["scored"] = lambda: scored[self._tokens()]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def _tokens(self) -> Bool[np.ndarray, " B"]:
+        return np.repeat(self._responses, self._lengths)
+
+
+def _offsets(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def make_dataset(

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import Config
-from dpo.data.preferences import Preference, digest, fingerprint
+from dpo.config.sources import show_source
+from dpo.data.preferences import Preference
 from dpo.evaluation.accuracy import Rows, check_finite
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
@@ -91,14 +92,15 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     numbers = load_file(path)
     with safe_open(path, framework="np") as file:
         then = (file.metadata() or {}).get(DATA_KEY)  # None: a run of an earlier version
-    changed = then is not None and then != fingerprint(map(digest, read.preferences))
+    changed = then is not None and then != read.content
     if changed or numbers["origin"].max() >= len(read.preferences):
         raise UserError(
-            f"{config.data.eval} does not hold the preferences that {path} was made from; restore it, or see "
-            "what dpo evaluate says of the present ones"
+            f"{show_source(config.data.eval)} does not hold the preferences that {path} was made from; "
+            "restore it, or see what dpo evaluate says of the present ones"
         )
     dropped = len(read.preferences) - len(numbers["origin"])
-    at_tokenization = {"dropped at tokenisation (dpo inspect --heldout says why)": dropped} if dropped else {}
+    reason = "dropped at tokenisation" if isinstance(config.data.eval, str) else "not drawn or not tokenised"
+    at_tokenization = {f"{reason} (dpo inspect --heldout says why)": dropped} if dropped else {}
     return _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
 
 

@@ -90,7 +90,7 @@ class MatchResult(TypedDict):
 
     policy: str
     opponent: str
-    data: str | None
+    data: list[Any] | str | None
     judge: dict[str, Any]
     settings: dict[str, Any]
     temperatures: dict[str, WinrateFigures]

@@ -6,15 +6,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo.config import Config, WinrateConfig
+from dpo.config import Config, DataConfig, WinrateConfig
+from dpo.config.sources import show_source, spellings
 from dpo.data.columns import RowReading
 from dpo.data.messages import response_text
+from dpo.data.mixing import take
 from dpo.data.preferences import Preference, read_preferences
-from dpo.data.rows import read_prompt_row, row_reading
+from dpo.data.rows import read_prompt_row
 from dpo.data.sources import MalformedRowError, Part, read_rows
 from dpo.distribution import is_shipped
 from dpo.huggingface.pretrained import load_tokenizer
@@ -22,6 +24,7 @@ from dpo.judging.judges import Log
 from dpo.judging.kinds import JUDGES, spell
 from dpo.judging.samples import Request
 from dpo.outcomes import UserError
+from dpo.training.places import Place, places
 
 SHIPPED_JUDGE = "vader"
 """The reward of the data that come with the package."""
@@ -34,25 +37,44 @@ WITHOUT_RESPONSES = 256
 
 
 def read_prompts(config: Config, log: Log) -> list[Preference]:
-    """The first row of every prompt of the held-out data, whose rows may be prompts alone."""
-    data = config.data
-    assert data.eval is not None
-    reading = row_reading(data.row_layout, data.columns, data.ignore_columns)
-    if holds_prompts_alone(data.eval, split=data.eval_split, reading=reading):
-        preferences, num_rows, malformed = _read_prompts_alone(config, reading)
-    else:
-        read = read_preferences(
-            data.eval, split=data.eval_split, on_error=data.on_error, limit=data.max_eval, reading=reading
-        )
-        preferences, num_rows, malformed = read.preferences, read.num_rows, sum(read.skipped.values())
+    """The first row of every prompt of the held-out data, whose rows may be prompts alone.
+
+    Of several sources the rows that are drawn of each.
+    """
+    read_at = places(config.data, heldout=True)
+    found = [_read_place(place, config.data) for place in read_at]
+    read = [one.preferences for one in found]
+    shares = [place.share for place in read_at if place.share is not None]
+    labelled = zip(read_at, take(shares, read) if shares else read, strict=True)
+    preferences = [place.label(preference) for place, mine in labelled for preference in mine]
     first: dict[str, Preference] = {}
     for preference in preferences:
         first.setdefault(prompt_key(preference), preference)
+    num_rows, malformed = sum(one.num_rows for one in found), sum(one.num_malformed for one in found)
     log(
-        f"{len(first)} prompts of {data.eval} ({num_rows} rows; {malformed} malformed, "
+        f"{len(first)} prompts of {show_source(config.data.eval)} ({num_rows} rows; {malformed} malformed, "
         f"{len(preferences) - len(first)} with a prompt that was there)"
     )
     return list(first.values())
+
+
+class _Prompts(NamedTuple):
+    preferences: list[Preference]
+    num_rows: int
+    num_malformed: int
+
+
+def _read_place(place: Place, data: DataConfig) -> _Prompts:
+    if holds_prompts_alone(place.source, split=place.split, reading=place.reading):
+        return _read_prompts_alone(place, data)
+    read = read_preferences(
+        place.source,
+        split=place.split,
+        on_error=data.on_error,
+        limit=place.limit,
+        reading=place.reading,
+    )
+    return _Prompts(read.preferences, read.num_rows, sum(read.skipped.values()))
 
 
 def prompt_key(asked: Preference | Request) -> str:
@@ -73,19 +95,17 @@ def holds_prompts_alone(source: str, *, split: str, reading: RowReading) -> bool
     return False
 
 
-def _read_prompts_alone(config: Config, reading: RowReading) -> tuple[list[Preference], int, int]:
-    data = config.data
-    assert data.eval is not None
+def _read_prompts_alone(place: Place, data: DataConfig) -> _Prompts:
     found: list[Preference] = []
     num_rows = 0
-    for location, row in read_rows(data.eval, data.eval_split, Part(rows=data.max_eval)):
+    for location, row in read_rows(place.source, place.split, Part(rows=place.limit)):
         num_rows += 1
         try:
-            found.append(read_prompt_row(row, location=location, source=data.eval, reading=reading))
+            found.append(read_prompt_row(row, location=location, source=place.source, reading=place.reading))
         except MalformedRowError as error:
             if data.on_error == "stop":
                 raise UserError(f"{location}: {error}") from error
-    return found, num_rows, num_rows - len(found)
+    return _Prompts(found, num_rows, num_rows - len(found))
 
 
 def with_length(
@@ -96,7 +116,7 @@ def with_length(
     Raises:
       UserError: for an opponent that is the data's responses where the data have none.
     """
-    opponent, data = config.model.reference, config.data.eval
+    opponent, data = config.model.reference, show_source(config.data.eval)
     if opponent is not None and opponent.startswith("data:") and not all(p.responses for p in preferences):
         raise UserError(f"opponent is {opponent}, and {data} holds prompts alone; allowed: a model")
     length = given.max_new_tokens
@@ -108,7 +128,7 @@ def with_length(
     return replace(given, max_new_tokens=length)
 
 
-def choose_judge(judge: str | None, data: str | None) -> str:
+def choose_judge(judge: str | None, data: str | list[Any] | None) -> str:
     """The judge that is named; without one, for the data that come with the package, their reward.
 
     Raises:
@@ -116,10 +136,17 @@ def choose_judge(judge: str | None, data: str | None) -> str:
     """
     if judge is not None:
         return judge
-    if data is not None and is_shipped(data):
+    if all_shipped(data):
         return SHIPPED_JUDGE
     allowed = "; ".join(f"{spell(name)}: {kind.decides_by}" for name, kind in JUDGES.items())
-    raise UserError(f"judge is not given, and {data} is none of the shipped data; allowed: {allowed}")
+    raise UserError(
+        f"judge is not given, and {show_source(data)} is none of the shipped data; allowed: {allowed}"
+    )
+
+
+def all_shipped(data: str | list[Any] | None) -> bool:
+    """Whether all that data.eval names comes with the package."""
+    return data is not None and all(map(is_shipped, spellings(data)))
 
 
 def _length_of(preferences: Sequence[Preference], source: str) -> int:

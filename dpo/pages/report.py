@@ -15,9 +15,11 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.distribution import find_data, is_shipped
+from dpo.config.sources import spellings
+from dpo.distribution import find_data
 from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
 from dpo.evaluation.heldout import Heldout, load_heldout
+from dpo.judging.prompts import all_shipped
 from dpo.losses import reward_scale
 from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
@@ -80,7 +82,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     again += [f"--objective.name={name}" for name in names if ":" in name]  # code: on the user's word
     commands = [shlex.join(["dpo", "train", *again])]
     content: dict[str, Any] = {
-        "title": f"{objective_title(config)} on {Path(find_data(config.data.train)).name}",
+        "title": f"{objective_title(config)} on {_names(config.data.train)}",
         "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
         "finished": summary is not None,
         "figures": None,
@@ -115,7 +117,12 @@ def _describe_kept(run_dir: Path, config: Config, *, beta: float) -> dict[str, A
 
 def _judge_to_name(config: Config) -> list[str]:
     """What has to be said of the judge where the data are not those that come with one."""
-    return [] if config.data.eval is not None and is_shipped(config.data.eval) else ["--judge", "JUDGE"]
+    return [] if all_shipped(config.data.eval) else ["--judge", "JUDGE"]
+
+
+def _names(sources: str | list[Any]) -> str:
+    """Of data, without folders."""
+    return ", ".join(Path(find_data(source)).name for source in spellings(sources))
 
 
 def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:

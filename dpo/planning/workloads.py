@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo.config import Config
+from dpo.config.sources import show_source
 from dpo.data.packing import Shape
 from dpo.data.shapes import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
@@ -95,7 +96,7 @@ def data_lengths(tokens: TokenizedDataset) -> Lengths:
             visible=P * _visible(tokens.prompt_lengths, responses, config.data.layout),
             scored=P * float(tokens.scored_lengths.sum(1).mean()),
         )
-        source = f"{config.data.train}, the largest of {len(loader.shapes)} shapes"
+        source = f"{show_source(config.data.train)}, the largest of {len(loader.shapes)} shapes"
         return Workload(P, tokens.max_responses, loader.shapes[-1], work, source)
 
     return lengths

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from dpo.config import Config, OptimizerConfig
+from dpo.config.sources import show_source
 from dpo.data.remaining import left_out, remarks, warnings
 from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.training.preparation import Run
@@ -22,9 +23,13 @@ def introduction(run: Run) -> list[str]:
     shapes = ", ".join(f"{shape.rows}x{shape.row_length}" for shape in run.loader.shapes)
     return [
         f"policy: {policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters{on_frozen}",
-        f"data: {_counts(run.dataset)} from {config.data.train}",
+        f"data: {_counts(run.dataset)} from {show_source(config.data.train)}",
         *_remarks("data", run.dataset),
-        *([] if run.heldout is None else [f"held out: {_counts(run.heldout)} from {config.data.eval}"]),
+        *(
+            []
+            if run.heldout is None
+            else [f"held out: {_counts(run.heldout)} from {show_source(config.data.eval)}"]
+        ),
         *([] if run.heldout is None else _remarks("held out", run.heldout)),
         f"layout {report['layout']}: rows x tokens {shapes}; {report['fill']:.0%} filled; "
         f"{report['saving_versus_padded']:.1f}x fewer positions than padded; "
@@ -74,7 +79,8 @@ def _count(params: Params) -> int:
 
 def _remarks(name: str, dataset: Dataset) -> list[str]:
     """What the data need to be told of, warnings last."""
-    said = [f"{name}: {remark}" for remark in remarks(dataset.read, dataset.tokens)]
+    mixture = [f"{name}: {one.drawn} of {one.kept} prompts drawn from {one.name}" for one in dataset.mixture]
+    said = mixture + [f"{name}: {remark}" for remark in remarks(dataset.read, dataset.tokens)]
     return said + [f"WARNING: {name}: {warning}" for warning in warnings(dataset.read, dataset.tokens)]
 
 

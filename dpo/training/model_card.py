@@ -13,6 +13,7 @@ from flax import nnx
 
 from dpo.config import Config
 from dpo.config.marks import OFF_THE_CARD, PLACE, marked
+from dpo.config.sources import spellings
 from dpo.huggingface.pretrained import Pretrained
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
@@ -117,8 +118,8 @@ def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int
         "trained": _trained(config),
         "objective": "; ".join(map(term_title, objective_terms(config))),
         "beta": f"{reward_scale(specification(config)):g}",
-        "training data": _data(data.train),
-        "held-out data": "none" if data.eval is None else _data(data.eval),
+        "training data": _sources(data.train),
+        "held-out data": "none" if data.eval is None else _sources(data.eval),
         "steps": f"{num_steps} of {training.batch_size} prompts",
         "optimiser": f"AdamW, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}",
         "longest prompt plus response": f"{data.max_length} tokens ({data.truncation})",
@@ -155,6 +156,20 @@ def _data(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
+def _sources(given: str | list[Any]) -> str:
+    """One source, or several that were mixed."""
+    return ", ".join(map(_data, spellings(given)))
+
+
+def _without_folder(given: str | list[Any]) -> str | list[Any]:
+    """What a setting that is a place names, without this machine's folders."""
+    if isinstance(given, str):
+        return _data(given)
+    return [
+        {**one, "source": _data(one["source"])} if isinstance(one, Mapping) else _data(one) for one in given
+    ]
+
+
 def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:
     if not metrics:
         return ["## Held-out metrics", "", "Not evaluated at this step.", ""]
@@ -163,7 +178,8 @@ def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:
     return [
         "## Held-out metrics",
         "",
-        f"On {_data(config.data.eval)}, against the reference. Rewards are β (log policy − log reference).",
+        f"On {_sources(config.data.eval)}, against the reference. "
+        "Rewards are β (log policy − log reference).",
         "",
         "| metric | value |",
         "|---|---|",
@@ -180,7 +196,7 @@ def _settings(config: Config) -> list[str]:
     for name in marked(Config, PLACE):
         section, _, last = name.partition(".")
         if settings[section][last] is not None:
-            settings[section][last] = _data(settings[section][last])
+            settings[section][last] = _without_folder(settings[section][last])
     for name in marked(Config, OFF_THE_CARD):
         section, _, last = name.partition(".")
         if last:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from dpo.config import Config
+from dpo.config.sources import show_source
 from dpo.data.loader import Loader
 from dpo.losses import Objective, make_objective, reward_scale
 from dpo.outcomes import UserError
@@ -78,11 +79,12 @@ def prepare(config: Config) -> Run:
     require_embeddings(dataset, policy.pretrained.model.config, name="data.train")
     if heldout is not None:
         require_embeddings(heldout, policy.pretrained.model.config, name="data.eval")
-        require_preferences(heldout.tokens, name=str(config.data.eval))
+        require_preferences(heldout.tokens, name=show_source(config.data.eval))
     if config.training.keep_best is not None and heldout is not None and heldout.tokens.max_responses < 2:
         raise UserError(
             f"training.keep_best is {config.training.keep_best}, but every prompt of data.eval "
-            f"({config.data.eval}) has one response, and there is no pair; allowed there: no keep_best"
+            f"({show_source(config.data.eval)}) has one response, and there is no pair; "
+            "allowed there: no keep_best"
         )
     num_steps = count_steps(config.training, len(dataset.tokens))
     memory = None

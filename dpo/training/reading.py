@@ -5,6 +5,8 @@ Training, evaluation, planning and inspection read the same here, so that all se
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,19 +17,18 @@ import numpy as np
 
 from dpo.config import DataConfig
 from dpo.data.chunks import TokenJob
-from dpo.data.columns import RowReading
+from dpo.data.mixing import Drawn, Share, Source, mix
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import (
     Preference,
-    ReadPreferences,
     ReadSummary,
     digest,
     each_preference,
     fingerprint,
+    join_summaries,
     read_preferences,
 )
-from dpo.data.prepared import Prepared, Store, prepare
-from dpo.data.rows import row_reading
+from dpo.data.prepared import Prepared, Store, join_locations, prepare
 from dpo.data.sources import Part
 from dpo.data.templates import read_template
 from dpo.data.tokenization import tokenize, tokenize_part
@@ -35,6 +36,7 @@ from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.embedded import cache_directory
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_all, on_main
+from dpo.training.places import Place, places
 
 
 class Dataset(NamedTuple):
@@ -46,6 +48,8 @@ class Dataset(NamedTuple):
     """Where every preference stands that was read; `tokens.origin` counts in these."""
     content: str
     """SHA-256 of what the preferences say, wherever they stand and whoever read them."""
+    mixture: Sequence[Drawn] = ()
+    """What was drawn of each source, where there are several."""
 
     def location(self, row: int | np.integer) -> str:
         """Where a tokenised row stands in the data."""
@@ -84,7 +88,15 @@ def read_dataset(
     Raises:
       ValueError: naming file, line, field and reason of malformed rows, or a chat template that is not there.
     """
-    place = _place(config, heldout=heldout)
+    mixed = places(config, heldout=heldout)
+    found = [_read_one(config, place, tokenizer, peers, log) for place in mixed]
+    shares = [place.share for place in mixed if place.share is not None]
+    return _mix(shares, found) if shares else found[0]
+
+
+def _read_one(
+    config: DataConfig, place: Place, tokenizer: Any, peers: Peers, log: Callable[[str], None]
+) -> Dataset:
     policies = _token_policies(config)
     store = token_store(config)
     if peers.count > 1 and store is None:
@@ -113,53 +125,78 @@ def read_dataset(
     return Dataset(*own[0])
 
 
-def read_texts(config: DataConfig, *, heldout: bool = False) -> ReadPreferences:
-    """What the preferences say of which `read_dataset` has the tokens, in the same order.
+def _mix(shares: Sequence[Share], found: Sequence[Dataset]) -> Dataset:
+    """What is drawn of several sources, as one data set."""
+    tokens, drawn = mix(
+        [
+            Source(share, dataset.tokens, len(dataset.locations), dataset.content)
+            for share, dataset in zip(shares, found, strict=True)
+        ]
+    )
+    return Dataset(
+        join_summaries(dataset.read for dataset in found),
+        tokens,
+        join_locations([dataset.locations for dataset in found]),
+        _content_of([dataset.content for dataset in found], shares),
+        drawn,
+    )
+
+
+def _content_of(contents: Sequence[str], shares: Sequence[Share]) -> str:
+    """Of what all sources say, and of what is drawn of each."""
+    facts = [
+        [content, share.rows, share.weight, share.seed]
+        for content, share in zip(contents, shares, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class Texts(NamedTuple):
+    """What preferences say of which `read_dataset` has the tokens, in the order that its origin counts in."""
+
+    preferences: list[Preference]
+    skipped: dict[str, int]
+    content: str
+
+
+def read_texts(config: DataConfig, *, heldout: bool = False) -> Texts:
+    """The preferences of all sources, one source after the other, also those that are not drawn.
 
     Raises:
       ValueError: naming file, line, field and reason of malformed rows.
     """
-    place = _place(config, heldout=heldout)
-    return read_preferences(
-        place.source,
-        split=place.split,
-        on_error=config.on_error,
-        limit=place.limit,
-        expand=config.expand,
-        reading=place.reading,
+    read_at = places(config, heldout=heldout)
+    found = [
+        read_preferences(
+            place.source,
+            split=place.split,
+            on_error=config.on_error,
+            limit=place.limit,
+            expand=config.expand,
+            reading=place.reading,
+        )
+        for place in read_at
+    ]
+    contents = [fingerprint(map(digest, read.preferences)) for read in found]
+    shares = [place.share for place in read_at if place.share is not None]
+    return Texts(
+        [place.label(one) for place, read in zip(read_at, found, strict=True) for one in read.preferences],
+        join_summaries(read.summary for read in found).skipped,
+        _content_of(contents, shares) if shares else contents[0],
     )
 
 
 def each_text(config: DataConfig, *, heldout: bool = False) -> Iterator[Preference]:
     """What the same preferences say, one after the other; what `read_texts` refuses is left out."""
-    place = _place(config, heldout=heldout)
-    rows = Part(rows=place.limit)
-    return each_preference(place.source, place.split, rows, config.expand, place.reading)
-
-
-class _Place(NamedTuple):
-    """Where preferences are read, and how."""
-
-    source: str
-    split: str
-    limit: int | None
-    reading: RowReading
-
-
-def _place(config: DataConfig, *, heldout: bool) -> _Place:
-    source, split, limit = (
-        (config.eval, config.eval_split, config.max_eval)
-        if heldout
-        else (config.train, config.train_split, config.max_train)
-    )
-    if source is None:
-        raise UserError("data.eval is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
-    reading = row_reading(config.row_layout, config.columns, config.ignore_columns)
-    return _Place(source, split, limit, reading)
+    for place in places(config, heldout=heldout):
+        rows = Part(rows=place.limit)
+        yield from map(
+            place.label, each_preference(place.source, place.split, rows, config.expand, place.reading)
+        )
 
 
 def _read_in_parts(
-    config: DataConfig, place: _Place, tokenizer: Any, policies: dict[str, Any], peers: Peers
+    config: DataConfig, place: Place, tokenizer: Any, policies: dict[str, Any], peers: Peers
 ) -> Dataset:
     read, locations = read_together(
         place.source,

@@ -1,0 +1,243 @@
+"""Several sources in data.train and data.eval: as settings, as rows, and as the data set that they make."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_model import byte_tokenizer
+
+from dpo.config import Config, DataConfig
+from dpo.data.parts import Peers
+from dpo.data.sources import Part
+from dpo.judging.prompts import read_prompts
+from dpo.training.places import places
+from dpo.training.reading import each_text, read_dataset, read_texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three files in three layouts, of 30, 20 and 10 rows."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return [
+        write("pairs.jsonl", [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(30)]),
+        write(
+            "orca.jsonl",
+            [{"system": "s", "question": f"o{i}", "chosen": "aye", "rejected": "nay"} for i in range(20)],
+        ),
+        write(
+            "ranked.jsonl",
+            [{"query": f"r{i}", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]} for i in range(10)],
+        ),
+    ]
+
+
+def mixture(files, **others):
+    pairs, orca, ranked = files
+    return DataConfig(
+        train=[
+            {"source": pairs, "weight": 3},
+            {"source": orca, "weight": 1, "seed": 5},
+            {"source": ranked, "rows": 4, "columns": {"prompt": "query"}},
+        ],
+        **others,
+    )
+
+
+def quiet(_):
+    pass
+
+
+def prompts_of(dataset, tokenizer):
+    return [tokenizer.decode(dataset.tokens.prompt(row)) for row in range(len(dataset.tokens))]
+
+
+def test_layouts_are_mixed_in_their_proportions_and_counted(files, tokenizer):
+    dataset = read_dataset(mixture(files), tokenizer, log=quiet)
+    assert [tuple(one) for one in dataset.mixture] == [
+        ("pairs.jsonl", 30, 30),
+        ("orca.jsonl", 20, 10),
+        ("ranked.jsonl", 10, 4),
+    ]
+    assert dataset.read.layouts == {"pair": 30, "orca": 20, "ranking": 10}
+    assert dataset.tokens.max_responses == 3
+    texts = list(each_text(mixture(files)))
+    for row in range(len(dataset.tokens)):
+        text = texts[dataset.tokens.origin[row]]
+        assert dataset.location(row) == text.location
+        said = text.prompt if isinstance(text.prompt, str) else text.prompt[-1]["content"]
+        assert said in prompts_of(dataset, tokenizer)[row]
+    assert {text.source for text in texts} == {"pairs.jsonl", "orca.jsonl", "ranked.jsonl"}
+
+
+def test_a_second_reading_and_one_from_another_folder_are_the_same_to_the_bit(files, tokenizer, tmp_path):
+    config = mixture(files)
+    first = read_dataset(config, tokenizer, log=quiet)
+    again = read_dataset(replace(config, token_store="off"), tokenizer, log=quiet)
+    moved = []
+    for one in config.train:
+        target = tmp_path / "moved" / one["source"].rpartition("/")[2]
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(one["source"], target)
+        moved.append({**one, "source": str(target)})
+    elsewhere = read_dataset(replace(config, train=moved), tokenizer, log=quiet)
+    for other in (again, elsewhere):
+        assert other.tokens.fingerprint == first.tokens.fingerprint
+        assert other.content == first.content
+        assert (other.tokens.origin == first.tokens.origin).all()
+        assert (other.tokens.prompt_tokens == first.tokens.prompt_tokens).all()
+
+
+@pytest.mark.parametrize("store", ["off", None])
+def test_two_processes_draw_what_one_does(files, tokenizer, store, tmp_path):
+    config = mixture(files, token_store=store or str(tmp_path / "store"))
+    alone = read_dataset(config, tokenizer, log=quiet)
+    barrier, said = threading.Barrier(2), {}
+
+    def exchange(index, value):
+        said[index] = value
+        barrier.wait(30)
+        both = [said[0], said[1]]
+        barrier.wait(30)
+        return both
+
+    found = {}
+
+    def run(index):
+        peers = Peers(
+            index,
+            2,
+            lambda function: exchange(index, function() if index == 0 else None)[0],
+            lambda function: exchange(index, function()),
+        )
+        found[index] = read_dataset(config, tokenizer, peers=peers, log=quiet)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for dataset in (found[0], found[1]):
+        assert dataset.tokens.fingerprint == alone.tokens.fingerprint
+        assert dataset.content == alone.content
+        assert dataset.mixture == alone.mixture
+        assert np.array_equal(dataset.tokens.origin, alone.tokens.origin)
+
+
+def test_what_is_drawn_is_part_of_what_a_checkpoint_belongs_to(files, tokenizer):
+    config = mixture(files)
+    contents = {read_dataset(config, tokenizer, log=quiet).content}
+    for change in ({"weight": 2}, {"seed": 1}):
+        train = [{**config.train[0], **change}, *config.train[1:]]
+        contents.add(read_dataset(replace(config, train=train), tokenizer, log=quiet).content)
+    assert len(contents) == 3
+    assert read_texts(config).content in contents
+
+
+def test_a_malformed_row_is_placed_in_its_file(files, tokenizer):
+    with open(files[1], "a", encoding="utf-8") as file:
+        file.write('{"system": "s", "question": "q", "chosen": "", "rejected": "no"}\n')
+    with pytest.raises(ValueError, match=r"orca\.jsonl:21: field 'chosen'"):
+        read_dataset(mixture(files), tokenizer, log=quiet)
+
+
+def test_a_limit_is_of_each_source(files):
+    read = places(mixture(files, max_train=5), heldout=False)
+    assert [place.limit for place in read] == [5, 5, 5]
+    assert len(list(each_text(mixture(files, max_train=5)))) == 15
+    assert Part(rows=5).rows == 5
+
+
+def test_sources_of_one_name_keep_their_folders(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").touch()
+    names = [str(tmp_path / folder / "train.jsonl") for folder in ("a", "b")]
+    config = DataConfig(train=[*names, {"source": "owner/name", "split": "x"}])
+    assert [place.share and place.share.name for place in places(config, heldout=False)] == [
+        *names,
+        "owner/name (x)",
+    ]
+    twice = DataConfig(train=["owner/name", {"source": "owner/name", "seed": 1}])
+    assert [place.share and place.share.name for place in places(twice, heldout=False)] == [
+        "owner/name [0]",
+        "owner/name [1]",
+    ]
+
+
+def test_a_subset_and_a_revision_are_where_hub_data_are_opened():
+    config = DataConfig(
+        train=[{"source": "owner/name", "subset": "s", "revision": "v2", "split": "train_prefs"}],
+        columns={"prompt": "question"},
+    )
+    (place,) = places(config, heldout=False)
+    assert (place.source, place.split) == ("owner/name:s@v2", "train_prefs")
+    assert place.reading.columns == (("prompt", "question"),)
+    own = DataConfig(train=[{"source": "owner/name", "columns": {}}], columns={"prompt": "question"})
+    assert places(own, heldout=False)[0].reading.columns == ()
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([], r"data\.train is \[\]; allowed is one source or more"),
+        ([3], r"data\.train\[0\] is 3; allowed is a source, or a mapping of source, subset"),
+        ([{"weight": 1}], r"data\.train\[0\] is \{'weight': 1\}; allowed is a source"),
+        (["a", {"source": "b", "wieght": 1}], r"data\.train\[1\]\.wieght is not a setting; allowed: source"),
+        ([{"source": "a", "weight": 0}], r"data\.train\[0\]\.weight is 0"),
+        ([{"source": "a", "weight": float("nan")}], r"data\.train\[0\]\.weight is nan"),
+        ([{"source": "a", "rows": 0}], r"data\.train\[0\]\.rows is 0"),
+        ([{"source": "a", "rows": 1.5}], r"data\.train\[0\]\.rows is 1\.5; allowed is an integer"),
+        ([{"source": "a", "rows": True}], r"data\.train\[0\]\.rows is True; allowed is an integer"),
+        ([{"source": "a", "seed": -1}], r"data\.train\[0\]\.seed is -1"),
+        ([{"source": "a", "rows": 1, "weight": 1}], r"data\.train\[0\] has rows 1 and weight 1"),
+        ([{"source": "a", "columns": {"prompt": 3}}], r"data\.train\[0\]\.columns is .* of names"),
+    ],
+)
+def test_a_wrong_list_is_refused_with_the_place_in_it(train, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(train=train)
+
+
+def test_an_unknown_layout_is_refused_with_the_place_in_the_list(files):
+    config = DataConfig(train=[files[0], {"source": files[1], "layout": "orka"}])
+    with pytest.raises(ValueError, match=r"data\.train\[1\]\.layout is 'orka'; allowed are pair"):
+        places(config, heldout=False)
+
+
+def test_a_run_directory_is_named_after_its_sources(files):
+    config = DataConfig(train=[{"source": "owner/one:subset@v2", "weight": 1}, *files[1:]])
+    assert Config(data=config).run_dir == "runs/one_subset_v2-orca-ranked-dpo"
+
+
+def test_the_home_directory_may_be_written_short_in_a_list(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = DataConfig(train=["~/a.jsonl", {"source": "~/b.jsonl"}])
+    assert [place.source for place in places(config, heldout=False)] == [
+        f"{tmp_path}/a.jsonl",
+        f"{tmp_path}/b.jsonl",
+    ]
+
+
+def test_a_win_rate_asks_what_is_drawn_for_the_other_figures(files, tokenizer):
+    config = replace(mixture(files), train="unused", eval=mixture(files).train)
+    prompts = read_prompts(Config(data=config), quiet)
+    dataset = read_dataset(config, tokenizer, heldout=True, log=quiet)
+    assert [prompt.location for prompt in prompts] == [
+        dataset.location(row) for row in range(len(dataset.tokens))
+    ]
+    assert [prompt.source for prompt in prompts].count("ranked.jsonl") == 4
