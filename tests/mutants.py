@@ -50,7 +50,7 @@ TESTS = {
     "data/encoding.py": "tokenization turns templates",
     "data/mismatched.py": "mismatched",
     "data/packing.py": "packing shapes",
-    "data/preferences.py": "preferences ties parts",
+    "data/preferences.py": "preferences ties parts row_layouts",
     "data/sources.py": "preferences parts row_layouts",
     "data/tokenization.py": "tokenization templates",
     "intervals.py": "intervals",

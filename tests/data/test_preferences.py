@@ -7,15 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo.data.columns import BY_COLUMNS
 from dpo.data.preferences import (
     MAX_PROBLEMS,
     DataError,
     Preference,
+    each_preference,
     expand_ranking,
+    has_groups,
     parse_row,
+    read_part,
     read_preferences,
 )
-from dpo.data.sources import MalformedRowError
+from dpo.data.sources import MalformedRowError, Part
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -186,7 +190,24 @@ def test_the_list_of_problems_is_capped_and_counted(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", *[{**PAIR, "chosen": ""}] * (MAX_PROBLEMS + 7))
     with pytest.raises(DataError, match="and 7 more") as caught:
         read_preferences(path)
-    assert len(caught.value.problems) == MAX_PROBLEMS
+    assert len(caught.value.problems) == MAX_PROBLEMS == 20
+
+
+def test_a_list_of_all_problems_says_nothing_of_more(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", *[{**PAIR, "chosen": ""}] * MAX_PROBLEMS)
+    with pytest.raises(DataError) as caught:
+        read_preferences(path)
+    assert "more" not in str(caught.value)
+
+
+def test_tied_pairs_are_left_out_and_not_malformed(tmp_path):
+    tied = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 1]}
+    path = write_lines(tmp_path / "rows.jsonl", tied, PAIR)
+    read = read_preferences(path, expand="all_pairs")
+    assert (read.skipped, read.num_rows) == ({"tied_pair": 1}, 2)
+    assert [p.responses for p in read.preferences] == [("Hello!", "No.")]
+    with pytest.raises(DataError, match="1 of 3 rows are malformed"):
+        read_preferences(write_lines(path, tied, PAIR, []), expand="all_pairs")
 
 
 def test_skipped_rows_are_counted_by_reason(tmp_path):
@@ -271,6 +292,7 @@ def test_a_ranking_expands_to_pairs_without_ties(expand, pairs, num_tied):
     ranking = Preference("p", ("a", "b", "c", "d"), (0, 1, 1, 2), (4, 3, 3, 1), "s", "f:1")
     expanded, tied = expand_ranking(ranking, expand)
     assert [preference.responses for preference in expanded] == pairs
+    assert expand == "ranking" or {preference.ranks for preference in expanded} == {(0, 1)}
     assert tied == num_tied
 
 
@@ -313,3 +335,49 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monk
         file.write(lines)
     with pytest.raises(ValueError, match=f"{name}:2: a line of more than 1000 bytes"):
         read_preferences(tmp_path / name)
+
+
+def rated(prompt, response, score):
+    """A row of HelpSteer2: neighbours with one prompt belong together."""
+    return {"prompt": prompt, "response": response, "helpfulness": score, "verbosity": 1}
+
+
+def test_a_group_ends_at_another_prompt_and_at_a_row_of_another_layout(tmp_path):
+    pair = {**PAIR, "prompt": "a"}
+    rows = [rated("a", "x", 1), rated("a", "y", 4), pair, pair, rated("a", "v", 3), rated("a", "w", 2)]
+    rows += [rated("b", "s", 1), rated("b", "t", 2), rated("b", "u", 3)]
+    read = read_preferences(write_lines(tmp_path / "rows.jsonl", *rows))
+    best = [preference.responses for preference in read.preferences]
+    assert best == [("y", "x"), ("Hello!", "No."), ("Hello!", "No."), ("v", "w"), ("u", "t", "s")]
+    assert read.layouts == {"helpsteer2": 7, "pair": 2}
+
+
+def test_preferences_one_by_one_are_those_of_the_whole(tmp_path):
+    ranking = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2]}
+    rows = [PAIR, [], ranking, rated("a", "x", 1), rated("a", "y", 4)]
+    path = str(write_lines(tmp_path / "rows.jsonl", *rows))
+    for expand in ("ranking", "adjacent"):
+        whole = read_part(path, "train", Part(), expand).preferences
+        assert list(each_preference(path, "train", Part(), expand)) == whole
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "grouped"),
+    [
+        ([rated("a", "x", 1), PAIR], None, True),
+        ([rated("a", "x", 1), PAIR], 5, True),
+        ([PAIR, rated("a", "x", 1)], None, False),
+        ([PAIR, rated("a", "x", 1)], 2, False),
+        ([rated("a", "x", 1)], 0, False),
+        ([], None, False),
+    ],
+)
+def test_the_first_row_says_whether_rows_are_parts_of_groups(tmp_path, rows, limit, grouped):
+    path = str(write_lines(tmp_path / "rows.jsonl", *rows))
+    assert has_groups(path, "train", limit, BY_COLUMNS) is grouped
+
+
+@pytest.mark.parametrize("expand", ["ranking", "best_worst", "adjacent", "all_pairs"])
+def test_a_single_response_stays_as_it_is(expand):
+    alone = Preference("p", ("a",), (1,), None, "s", "f:1")
+    assert expand_ranking(alone, expand) == ([alone], 0)
