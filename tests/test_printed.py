@@ -1,0 +1,61 @@
+"""What the pages show of the default run is what a run left in `pages/sentiment_pairs_evaluation.json`.
+
+Its figures (in six digits, without calibration curves) are printed by the code that prints them at the end of
+a run, and the numbers that README, results and the settings' comment say are taken from them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo.pages.accuracy_text import figures_as_text
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = json.loads((ROOT / "tests" / "pages" / "sentiment_pairs_evaluation.json").read_text())
+
+
+def words(path: str) -> str:
+    """A page with single spaces, comment signs of YAML left out."""
+    return re.sub(r"\s+(# )?", " ", (ROOT / path).read_text(encoding="utf-8"))
+
+
+def shown(interval: list[float], digits: int = 3) -> str:
+    estimate, low, high = (f"{number:.{digits}f}" for number in interval)
+    return f"{estimate} ({low} to {high})"
+
+
+def test_what_a_run_prints_is_shown_as_it_is_printed() -> None:
+    section = (ROOT / "docs" / "using.md").read_text(encoding="utf-8").split("## What a run prints")[1]
+    assert section.split("```")[1].strip("\n") == figures_as_text(FIGURES)
+
+
+def test_the_results_have_its_figures() -> None:
+    page = words("docs/results.md").split("## The default: sentiment pairs")[1].split("### ")[0]
+    assert f"| policy, implicit reward | {shown(FIGURES['accuracy'])} |" in page
+    for name, row in {
+        "longer": "longer is better",
+        "reference_logp": "the reference's log-prob",
+        "reference_logp_per_token": "the same per token",
+    }.items():
+        assert f"| {row} | {shown(FIGURES['baselines'][name])} |" in page
+        assert shown(FIGURES["over_baselines"][name]) in page
+    parts = FIGURES["by_length"]
+    for name in ("better_is_shorter", "better_is_longer"):
+        assert f"({parts[name]['pairs']} " in page or f"({parts[name]['pairs']})" in page
+        assert f"{parts[name]['accuracy'][0]:.3f}" in page
+    falls = (-FIGURES["log_ratio"][side][0] for side in ("chosen", "rejected"))
+    assert "falls by {:.1f} nats, of rejected ones by {:.1f}".format(*falls) in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "configs/sentiment_pairs.yaml"])
+def test_the_front_door_says_the_same(page: str) -> None:
+    text, (rate, low, high) = words(page), FIGURES["accuracy"]
+    right = round(rate * FIGURES["pairs"])
+    assert re.search(rf"\b{right}\b", text)
+    assert f"95% {low:.2f} to {high:.2f}" in text
+    assert f"{rate:.2f}" in text
+    assert f"{FIGURES['baselines']['longer'][0]:.2f}" in text
