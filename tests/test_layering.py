@@ -21,6 +21,7 @@ BELOW = {
     "": {"python", "losses", "config"},
     "outcomes": set(),
     "terminal": set(),
+    "limited": set(),
     "intervals": {"outcomes"},
     "files": {"outcomes"},
     "distribution": {"outcomes"},
@@ -32,7 +33,7 @@ BELOW = {
     "losses": {"outcomes", "own_code"},
     "diffusion": {"outcomes", "losses"},
     "parallel": {"outcomes"},
-    "data": {"outcomes", "parallel", "losses", "intervals", "files"},
+    "data": {"outcomes", "parallel", "losses", "intervals", "files", "limited"},
     "models": {"outcomes", "parallel"},
     "huggingface": {"outcomes", "models", "parallel", "files"},
     "training": {

@@ -19,11 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dpo.data.table_checks import check_arrow, check_card, check_groups, check_saved, prepare_folder
+from dpo.data.table_worker import ROWS
 from dpo.distribution import find_data
 from dpo.outcomes import UserError
 
 MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""
+MAX_PART_BYTES = 1 << 28
+"""Of JSON lines in one part but for its last line: a small compressed file has many long ones."""
+MAX_BLANK_LINES = 1 << 20
+"""Blank lines behind each other; a small compressed file could have them without end."""
 
 
 class MalformedRowError(UserError):
@@ -74,9 +80,16 @@ def cut(source: str, split: str, *, count: int, limit: int | None = None) -> lis
 
 
 def cut_every(source: str, split: str, *, rows: int, limit: int | None = None) -> list[Part]:
-    """The first `limit` rows of a source as parts of so many rows, of which the last has what is left."""
+    """The first `limit` rows of a source as parts of so many rows, of which the last has what is left.
+
+    Parts of long rows, where these are known beforehand, have fewer (`MAX_PART_BYTES`).
+    """
     starts, size = _find_starts(source, split, limit)
-    return _parts(starts, [*range(0, len(starts), rows), len(starts)], size)
+    borders = [0]
+    while borders[-1] < len(starts):
+        most = np.searchsorted(starts[:, 0], starts[borders[-1], 0] + MAX_PART_BYTES, side="right")
+        borders.append(min(borders[-1] + rows, max(int(most), borders[-1] + 1), len(starts)))
+    return _parts(starts, borders, size)
 
 
 def _find_starts(source: str, split: str, limit: int | None) -> tuple[Int[np.ndarray, "n 2"], int]:
@@ -201,11 +214,15 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
         with open_file(path, "rb") as file:
             offset = file.seek(part.offset)
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            last = part.number
             for number, line in enumerate(lines, start=part.number):
                 if len(line) > MAX_ROW_BYTES:
                     raise UserError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} bytes")
                 if line.strip():
+                    last = number
                     yield offset, number, line
+                elif number - last > MAX_BLANK_LINES:
+                    raise UserError(f"{path}:{number}: more than {MAX_BLANK_LINES} blank lines")
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
@@ -245,7 +262,11 @@ def _each_row(count: int) -> Iterator[tuple[int, int]]:
 
 def _decode_json(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except _TwiceError as error:
+        return MalformedRowError(
+            "(row)", "duplicate_key", f"has {str(error)[:120]!r} twice in one object; allowed is once"
+        )
     except UnicodeDecodeError as error:
         return MalformedRowError(
             "(row)", "invalid_unicode", f"byte {error.start} is not UTF-8; allowed is UTF-8"
@@ -256,14 +277,33 @@ def _decode_json(line: bytes) -> Any:
         )
 
 
+class _TwiceError(ValueError):
+    """A name that an object has twice; without it the last value would count in silence."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _read_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     with _parquet(path) as file:
         ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
         group = int(np.searchsorted(ends, part.offset, side="right"))
         skip = part.offset - int(ends[group - 1] if group else 0)
-        batches = file.iter_batches(1024, row_groups=list(range(group, file.num_row_groups)))
+        batches = _each_batch(path, file, group)
         for number, row in enumerate(_after(skip, batches), start=part.number):
             yield f"{path}:{number}", row
+
+
+def _each_batch(path: Path, file: Any, first: int) -> Iterator[Any]:
+    """Batches from a row group on, each group looked at before this process decodes it."""
+    for group in range(first, file.num_row_groups):
+        check_groups(path, group, rows=1)
+        yield from file.iter_batches(ROWS, row_groups=[group])
 
 
 def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
@@ -283,6 +323,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
+    check_groups(path, 0, rows=1)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
@@ -361,11 +402,11 @@ def _without_nulls(value: Any) -> Any:
 
 def _open_data_set(source: str, split: str, *, data_files: str | None = None, name: str | None = None) -> Any:
     """Anything `datasets.load_dataset` opens, and what `save_to_disk` wrote."""
-    from datasets.exceptions import DatasetsError
-
     try:
         return _find_data_set(source, split, data_files)
-    except (ValueError, OSError, DatasetsError) as error:
+    except Exception as error:  # of a library, about what a stranger wrote
+        if isinstance(error, UserError):
+            raise
         what = f"{name or source} could not be opened as a data set (split {split!r})"
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
@@ -385,6 +426,7 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     import datasets
 
     if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "state.json").is_file():
+        check_saved(Path(source))
         saved = datasets.load_from_disk(source)
         if not isinstance(saved, datasets.DatasetDict):
             return saved
@@ -392,12 +434,18 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
             raise UserError(f"no split {split!r}; allowed are {', '.join(map(str, saved))}")
         return saved[split]
     if data_files is not None:
+        check_arrow([Path(data_files)])
         return datasets.load_dataset(source, split=split, data_files=data_files)
     named, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     repository, _, subset = named.partition(":")
     where: dict[str, Any] = {"revision": revision} if revision else {}
+    is_folder = Path(repository).is_dir()
+    if is_folder:
+        check_card(Path(repository))
     if subset:
         where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
+    if is_folder:
+        prepare_folder(Path(repository), where)
     found = datasets.load_dataset(repository, split=split, **where)
     if found.info.builder_name != "csv":
         return found

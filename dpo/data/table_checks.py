@@ -1,0 +1,219 @@
+"""Tables of strangers are looked at by a limited process before a library opens them in this one.
+
+Parquet and Arrow files are decoded and validated there (`table_worker`), and what `datasets` makes of a
+folder is made there. Nothing is looked at twice by one process, and of a large Parquet file as much
+as is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from dpo.data.table_worker import BASE, FACTOR
+from dpo.files import is_inside
+from dpo.limited import look
+from dpo.outcomes import UserError
+
+WORKER = Path(__file__).with_name("table_worker.py")
+MAX_CARD = 1 << 20
+"""Bytes of a folder's README, and of the files that say what is in it."""
+TABLES = ("csv", "json", "parquet", "arrow")
+"""Readers of `datasets` by which a folder on this machine is read."""
+_SEEN: dict[tuple[Any, ...], int] = {}
+"""Of each file as it was, the row groups that were looked at; 1 for all of an Arrow file."""
+
+
+def check_groups(path: Path, group: int, *, rows: int) -> None:
+    """Look at a row group of a Parquet file, and at those behind it which hold so many rows.
+
+    Raises:
+      UserError: for what is no Parquet file, or takes more than it may.
+    """
+    key = _identify(path)
+    seen = _SEEN.get(key, 0)
+    if group < seen or (key in _SEEN and group == seen == 0):
+        return
+    request = {"kind": "parquet", "path": str(path.resolve()), "first": seen, "rows": rows}
+    said = look(WORKER, request, size=path.stat().st_size)
+    if "error" in said:
+        raise UserError(f"{path}: not a readable Parquet file: {said['error']}")
+    _SEEN[key] = int(said["seen"])
+
+
+def check_arrow(paths: Sequence[Path]) -> None:
+    """Look at all of some Arrow files: one wrong offset ends a process that has the file in its memory.
+
+    Raises:
+      UserError: for a file that is not valid.
+    """
+    new = [path for path in paths if _identify(path) not in _SEEN]
+    for path in new:
+        request = {"kind": "arrow", "paths": [str(path.resolve())]}
+        said = look(WORKER, request, size=path.stat().st_size)
+        if "error" in said:
+            raise UserError(f"{path}: not a readable Arrow file: {said['error']}")
+        _SEEN[_identify(path)] = 1
+
+
+def _identify(path: Path) -> tuple[Any, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# ---- what `save_to_disk` wrote ----
+
+
+def check_saved(directory: Path) -> None:
+    """A directory that `save_to_disk` wrote: it names files of its own, which are valid.
+
+    Raises:
+      UserError: otherwise.
+    """
+    splits = directory / "dataset_dict.json"
+    if splits.is_file():
+        names = _read_json(splits).get("splits")
+        if not isinstance(names, list) or not all(map(_is_name, names)):
+            raise UserError(f"{splits}: splits is {names!r:.200}; allowed is a list of folders in it")
+        for name in names:
+            check_saved(directory / name)
+        return
+    state = directory / "state.json"
+    files = _read_json(state).get("_data_files")
+    listed = files if isinstance(files, list) else [None]
+    names = [one.get("filename") if isinstance(one, dict) else None for one in listed]
+    if not all(map(_is_name, names)):
+        raise UserError(f"{state}: _data_files is {files!r:.200}; allowed is a list of files beside it")
+    _read_json(directory / "dataset_info.json")
+    check_arrow([_regular(directory / str(name)) for name in names])
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and is_inside(name) and len(PurePosixPath(name).parts) == 1
+
+
+def _regular(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: must be a regular file")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read_small(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must be a JSON object, not {type(found).__name__}")
+    return found
+
+
+def _read_small(path: Path) -> str:
+    if _regular(path).stat().st_size > 16 * MAX_CARD:
+        raise UserError(f"{path}: is longer than {16 * MAX_CARD} bytes")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+# ---- folders that `datasets` reads ----
+
+
+def check_card(folder: Path) -> None:
+    """What a folder's README and .huggingface.yaml say of its data names files in it, and no place elsewhere.
+
+    `datasets` would fetch what they name from the hub or a server, with the user's token.
+
+    Raises:
+      UserError: naming the pattern that leads out.
+    """
+    for name in ("README.md", ".huggingface.yaml"):
+        path = folder / name
+        if path.is_file():
+            for pattern in _patterns(_front_matter(path).get("configs")):
+                if not is_inside(pattern) or "://" in pattern or "::" in pattern:
+                    raise UserError(
+                        f"{path}: its data_files or data_dir name {pattern[:200]!r}; allowed are files of "
+                        "this folder (a data set of the hub is named by its id, in data.train or data.eval)"
+                    )
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    text = _read_small(path)
+    if path.suffix == ".md":
+        text = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise UserError(f"{path}: what it says of the data is no YAML: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _patterns(value: Any, *, depth: int = 0) -> Iterable[str]:
+    """All texts under `data_files`, `data_dir` or `path` of the configurations, in whatever they lie."""
+    if depth > 20:
+        raise UserError("configs of a data folder lie more than 20 lists and objects deep")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in ("data_files", "data_dir", "path"):
+                yield from _texts(inner, depth + 1)
+            else:
+                yield from _patterns(inner, depth=depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _patterns(inner, depth=depth + 1)
+
+
+def _texts(value: Any, depth: int) -> Iterable[str]:
+    if depth > 20:
+        raise UserError("configs of a data folder lie more than 20 lists and objects deep")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name != "split":
+                yield from _texts(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, depth + 1)
+
+
+def prepare_folder(folder: Path, where: Mapping[str, Any]) -> None:
+    """Have a limited process make what `datasets` keeps of a folder, unless it is kept already.
+
+    `where` are further arguments of `load_dataset`, as JSON has them.
+
+    Raises:
+      UserError: for other files than tables, files outside of the folder, and what the process ends at.
+    """
+    import datasets
+    from datasets import config
+
+    builder = datasets.load_dataset_builder(str(folder), **where)
+    files = [Path(str(name)) for names in (builder.config.data_files or {}).values() for name in names]
+    if builder.name not in TABLES:
+        raise UserError(f"{folder}: would be read as {builder.name}; allowed are {', '.join(TABLES)}")
+    for path in files:
+        _require_own(path, folder)
+    check_arrow([path for path in files if path.suffix == ".arrow"])
+    if os.path.isdir(builder.cache_dir):
+        return
+    size = sum(path.stat().st_size for path in files)
+    load = {"path": str(folder.resolve()), "cache_dir": str(config.HF_DATASETS_CACHE), **where}
+    said = look(WORKER, {"kind": "folder", "load": load}, size=size, writes=BASE + FACTOR * size)
+    if "error" in said:
+        raise UserError(f"{folder}: could not be read: {said['error']}")
+
+
+def _require_own(path: Path, folder: Path) -> None:
+    name = os.path.relpath(path, folder.resolve())
+    if not path.is_file() or not is_inside(name):
+        raise UserError(f"{folder}: {str(path)[:200]!r} is to be read; allowed are files in this folder")
+    if path.suffix in (".zip", ".tar", ".7z", ".rar", ".xz", ".zst", ".bz2", ".lz4"):
+        raise UserError(f"{path}: allowed in a folder are files that are no archives; unpack it")

@@ -1,0 +1,208 @@
+"""Looks at data files in a process of its own (`dpo.limited`): are they what they say?
+
+    {"kind": "parquet", "path", "first": row group, "rows": how many are needed}
+        gives {"seen": row groups that were looked at}
+    {"kind": "arrow", "paths": [...]} gives {"rows": of each file}
+    {"kind": "folder", "load": arguments of load_dataset} gives {"made": true}
+    anything that is wrong gives {"error": what}
+
+Of tables every value is decoded and validated, and what the rows will take as Python's values is counted. A
+folder is made into what `datasets` keeps of it. It runs without the rest of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+POINTER = 8
+"""Bytes that a value in a Python list takes at least."""
+ROWS = 1024
+"""Of a batch."""
+WINDOW = 1 << 28
+"""Bytes of a Parquet file that are looked at in one go at least, where it has as many."""
+BASE, FACTOR = 1 << 28, 1000
+"""What a file may take when it is decoded: so many bytes, and so many times its own, as with gzip."""
+BATCH = 1 << 29
+"""Bytes that a batch may take when it is decoded."""
+
+
+class _WrongError(Exception):
+    """What a file is refused for."""
+
+
+def main(request: dict[str, Any]) -> None:
+    """Answer one request."""
+    memory = request["memory"]
+    for what, limit in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, request["seconds"]),
+        (resource.RLIMIT_FSIZE, request["writes"]),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(what, (limit, limit))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        said = _KINDS[request["kind"]](request)
+    except MemoryError:
+        said = {"error": f"it takes more than {memory >> 20} MiB of memory to read"}
+    except BaseException as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        text = str(error) if isinstance(error, _WrongError) else f"{type(error).__name__}: {error}"
+        if "malloc of size" in text or "realloc of size" in text:
+            text = f"it takes more than {memory >> 20} MiB of memory to read"
+        said = {"error": text[:500]}
+    print(json.dumps(said), flush=True)
+
+
+# ---- Parquet ----
+
+
+def _look_at_parquet(request: dict[str, Any]) -> dict[str, Any]:
+    """So many row groups from `first` as hold the rows that are needed, and a window's bytes at least."""
+    import pyarrow.parquet
+
+    path, first = request["path"], request["first"]
+    allowed = _Allowed(os.path.getsize(path))
+    with pyarrow.parquet.ParquetFile(path) as file:
+        about = file.metadata
+        allowed.take(about.num_rows * POINTER)
+        allowed.taken = rows = size = 0
+        group = first
+        while group < about.num_row_groups and (size < WINDOW or rows < request["rows"]):
+            rows += _count(file, group, allowed)
+            size += max(0, about.row_group(group).total_byte_size)
+            group += 1
+    return {"seen": group}
+
+
+def _count(file: Any, group: int, allowed: _Allowed) -> int:
+    """The rows of a group, which are as many as it says."""
+    found, said = 0, file.metadata.row_group(group).num_rows
+    for batch in file.iter_batches(ROWS, row_groups=[group], use_threads=False):
+        batch.validate(full=True)
+        found += len(batch)
+        allowed.take(measure(batch))
+    if found != said:
+        raise _WrongError(f"group {group} of its rows has {found}, and says {said}")
+    return found
+
+
+class _Allowed:
+    """What the rows of a file may take."""
+
+    def __init__(self, size: int) -> None:
+        self.most = BASE + FACTOR * size
+        self.taken = 0
+
+    def take(self, size: int) -> None:
+        self.taken += size
+        if self.taken > self.most:
+            raise _WrongError(
+                f"its rows take more than {self.most} bytes, which is {BASE} and {FACTOR} times its size; "
+                "allowed is a file that is not blown up so"
+            )
+        if size > BATCH:
+            raise _WrongError(f"{ROWS} of its rows take {size} bytes; allowed are {BATCH}")
+
+
+# ---- Arrow ----
+
+
+def _look_at_arrow(request: dict[str, Any]) -> dict[str, Any]:
+    return {"rows": [_count_arrow(path) for path in request["paths"]]}
+
+
+def _count_arrow(path: str) -> int:
+    rows, allowed = 0, _Allowed(os.path.getsize(path))
+    for batch in _arrow_batches(path):
+        rows += len(batch)
+        allowed.take(len(batch) * POINTER)
+        allowed.taken -= len(batch) * POINTER
+        for start in range(0, len(batch), ROWS):
+            allowed.take(measure(batch.slice(start, ROWS)))
+    return rows
+
+
+def _arrow_batches(path: str) -> Iterator[Any]:
+    """Batches of Arrow's stream, which `datasets` writes, or of its file format, each of them valid."""
+    import pyarrow
+
+    with pyarrow.OSFile(path) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            batch.validate(full=True)
+            yield batch
+
+
+# ---- what rows take ----
+
+
+def measure(batch: Any) -> int:
+    """About the bytes that the rows of a batch take as Python's values."""
+    return sum(_measure(column, name) for name, column in zip(batch.schema.names, batch.columns, strict=True))
+
+
+def _measure(array: Any, name: str) -> int:
+    from pyarrow import types
+
+    kind, pointers = array.type, POINTER * len(array)
+    if types.is_struct(kind):
+        return pointers + sum(_measure(field, name) for field in array.flatten())
+    if types.is_map(kind):
+        return pointers + _measure(array.keys, name) + _measure(array.items, name)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return pointers + _measure(array.flatten(), name)
+    if types.is_dictionary(kind) and _is_text(kind.value_type):
+        return pointers + _take_dictionary(array)
+    if types.is_dictionary(kind) and types.is_primitive(kind.value_type):
+        return pointers
+    if types.is_null(kind) or types.is_primitive(kind) or types.is_decimal(kind) or _is_text(kind):
+        return pointers + array.nbytes
+    raise _WrongError(f"its column {name[:100]!r} has the type {str(kind)[:100]}, which is not read")
+
+
+def _take_dictionary(array: Any) -> int:
+    """Bytes of texts that are each written as the number of one."""
+    from pyarrow.compute import call_function
+
+    lengths = call_function("binary_length", [array.dictionary]).take(array.indices)
+    return call_function("sum", [lengths]).as_py() or 0
+
+
+def _is_text(kind: Any) -> bool:
+    """Text or bytes, each value of its own bytes: what is a view may show the same ones many times."""
+    from pyarrow import types
+
+    texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(is_it(kind) for is_it in texts) or types.is_fixed_size_binary(kind)
+
+
+# ---- folders ----
+
+
+def _make_folder(request: dict[str, Any]) -> dict[str, Any]:
+    """What `datasets` keeps of a folder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.load_dataset(**request["load"])
+    return {"made": True}
+
+
+_KINDS = {"parquet": _look_at_parquet, "arrow": _look_at_arrow, "folder": _make_folder}
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

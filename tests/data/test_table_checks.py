@@ -1,0 +1,212 @@
+"""Tables of strangers: what is blown up, broken or elsewhere is refused by name before it is opened here."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dpo import limited
+from dpo.data import sources, table_checks
+from dpo.data.preferences import read_preferences
+
+PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ValueError, match=path.name) as refused:
+        read_preferences(path)
+    return str(refused.value)
+
+
+def write_parquet(path: Path, columns: dict, **how) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd", **how)
+    return path
+
+
+def test_a_small_parquet_file_that_is_gigabytes_of_rows_is_refused_unread(tmp_path):
+    """One text of 4 MB, named by each of 1,024 rows."""
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1024, pyarrow.int32()), ["x" * (1 << 22)])
+    path = write_parquet(tmp_path / "rows.parquet", {"prompt": texts, "chosen": texts, "rejected": texts})
+    assert path.stat().st_size < 10_000
+    assert "allowed is a file that is not blown up so" in refusal(path)
+
+
+def test_rows_without_end_are_refused_before_they_are_counted(tmp_path):
+    path = write_parquet(tmp_path / "rows.parquet", {"prompt": pyarrow.nulls(100_000_000, pyarrow.int8())})
+    assert path.stat().st_size < 1_000_000
+    assert "its rows take more than" in refusal(path)
+
+
+def test_texts_that_are_the_same_in_all_rows_are_read(tmp_path):
+    """Many times smaller than its rows, as a file of one long system prompt is."""
+    rows = [PAIR | {"prompt": "Be brief. " * 200, "chosen": str(number)} for number in range(3000)]
+    columns = {name: [row[name] for row in rows] for name in PAIR}
+    path = write_parquet(tmp_path / "rows.parquet", columns, row_group_size=700)
+    found = read_preferences(path).preferences
+    assert [row.responses[0] for row in found] == columns["chosen"]
+
+
+def test_a_large_file_is_looked_at_as_far_as_it_is_read(tmp_path, monkeypatch):
+    asked = []
+
+    def look(script, request, **sizes):
+        asked.append(request["first"])
+        return limited.look(script, request | {"rows": 1}, **sizes)
+
+    monkeypatch.setattr(table_checks, "look", look)
+    monkeypatch.setattr(table_checks, "_SEEN", {})
+    source = tmp_path / "rows.parquet"
+    write_parquet(source, {name: [text] * 40 for name, text in PAIR.items()}, row_group_size=10)
+    assert len(read_preferences(source).preferences) == 40
+    assert len(read_preferences(source).preferences) == 40
+    assert asked == [0]
+
+
+def save(tmp_path: Path) -> Path:
+    datasets.Dataset.from_list([PAIR] * 50).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_wrong_offset_in_a_saved_data_set_is_refused_by_file(tmp_path):
+    """In the process itself it is SIGBUS: the file is mapped into memory."""
+    path = save(tmp_path)
+    (file,) = path.glob("*.arrow")
+    offsets = b"".join((len(PAIR["chosen"]) * n).to_bytes(4, "little") for n in range(1, 6))
+    content = file.read_bytes()
+    assert offsets in content
+    file.write_bytes(content.replace(offsets, offsets[:-4] + b"\xff\xff\xff\x7f"))
+    assert "not a readable Arrow file" in refusal(path)
+    table = tmp_path / "rows.arrow"
+    shutil.copy(file, table)
+    assert "not a readable Arrow file" in refusal(table)
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "", 7, None, "a/b.arrow"])
+def test_a_saved_data_set_names_files_beside_it(tmp_path, name):
+    path = save(tmp_path)
+    (file,) = path.glob("*.arrow")
+    shutil.copy(file, tmp_path / "outside.arrow")
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": name}]}))
+    assert "allowed is a list of files beside it" in refusal(path)
+
+
+def test_splits_of_a_saved_data_set_are_folders_in_it(tmp_path):
+    save(tmp_path)
+    path = tmp_path / "splits"
+    path.mkdir()
+    (path / "dataset_dict.json").write_text(json.dumps({"splits": ["../saved"]}))
+    assert "allowed is a list of folders in it" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"_data_files": 7}', "[" * 100_000, "{}"], ids=lambda text: text[:20]
+)
+def test_a_damaged_state_is_refused_by_name(tmp_path, content):
+    path = save(tmp_path)
+    (path / "state.json").write_text(content)
+    assert "state.json" in refusal(path)
+
+
+def make_folder(tmp_path: Path, card: str = "") -> Path:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(json.dumps(PAIR) + "\n")
+    (tmp_path / "outside.jsonl").write_text(json.dumps(PAIR) + "\n")
+    if card:
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {card}\n---\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "hf://datasets/someone/theirs/train.jsonl",
+        "http://127.0.0.1:9/train.jsonl",
+        "zip://train.jsonl::http://127.0.0.1:9/a.zip",
+        "../outside.jsonl",
+        "/etc/passwd",
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "[{}]", "[{{split: train, path: {}}}]", "{{train: [{}]}}"])
+def test_a_folder_reads_no_place_but_itself(tmp_path, monkeypatch, pattern, form):
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("was opened"))
+    quoted = json.dumps(pattern)
+    folder = make_folder(tmp_path, f"data_files: {form.format(quoted)}")
+    assert "allowed are files of this folder" in refusal(folder)
+    (folder / "README.md").rename(folder / "other")
+    (folder / ".huggingface.yaml").write_text(f"configs:\n- data_dir: {quoted}\n")
+    assert "allowed are files of this folder" in refusal(folder)
+
+
+def test_a_folder_whose_card_names_its_own_files_is_read(tmp_path):
+    folder = make_folder(tmp_path, "data_files: [{split: train, path: 'tr*.jsonl'}]")
+    assert len(read_preferences(folder).preferences) == 1
+
+
+def test_a_link_out_of_a_folder_is_the_users_own(tmp_path):
+    """As of a model: the cache of the hub is made of links."""
+    folder = make_folder(tmp_path)
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    assert len(read_preferences(folder).preferences) == 1
+
+
+def test_a_folder_that_is_no_tables_is_refused(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.xml").write_text("<a/>")
+    assert "would be read as xml; allowed are csv, json, parquet, arrow" in refusal(folder)
+
+
+def test_a_folder_with_a_small_file_of_gigabytes_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1024, pyarrow.int32()), ["x" * (1 << 22)])
+    write_parquet(folder / "train.parquet", {"prompt": texts, "chosen": texts, "rejected": texts})
+    assert "could not be read" in refusal(folder)
+
+
+def test_a_row_that_has_a_name_twice_is_no_row(tmp_path):
+    """JSON's readers differ in which of the two they take."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n' + json.dumps(PAIR))
+    found = read_preferences(path, on_error="skip")
+    assert found.skipped == {"duplicate_key": 1}
+    assert "'chosen' twice" in str(found.problems[0])
+
+
+def test_blank_lines_without_end_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(json.dumps(PAIR).encode() + b"\n" + b"\n" * (sources.MAX_BLANK_LINES + 5))
+    assert path.stat().st_size < 10_000
+    assert "blank lines" in refusal(path)
+
+
+def test_parts_of_long_rows_have_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_PART_BYTES", 1000)
+    path = tmp_path / "rows.jsonl"
+    rows = [PAIR | {"prompt": "x" * length} for length in (10, 10, 3000, 10, 900, 900, 10, 10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = sources.cut_every(str(path), "train", rows=3)
+    assert [part.rows for part in parts] == [3, 2, 2, 1]
+    read = [row for part in parts for _, row in sources.read_rows(str(path), "train", part)]
+    assert read == rows
+
+
+def test_lists_in_each_other_in_a_folder_end_no_process(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    assert "could not be" in refusal(folder)
