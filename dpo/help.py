@@ -45,7 +45,8 @@ def short_help(prog: str, description: str, actions: Iterable[Action], groups: M
 
 
 def _entry(action: Action, width: int) -> list[str]:
-    option = action.option_strings[-1] if action.option_strings else action.dest
+    spelled = [option for option in action.option_strings if not option.endswith("+")]  # which appends
+    option = spelled[-1] if spelled else action.dest
     default = (
         "" if action.default in (None, "", []) or action.dest == "config" else f" (default: {action.default})"
     )
@@ -68,4 +69,4 @@ def _value(action: Action) -> str:
     if get_origin(kinds[0]) is dict:
         return "MAPPING"
     names = {str: "TEXT", int: "N", float: "NUMBER", bool: "{true,false}"}
-    return "FILE" if action.dest == "config" else names.get(kinds[0], "VALUE")
+    return "FILE" if action.dest == "config" else next((names[kind] for kind in kinds if kind in names), "VALUE")
