@@ -69,4 +69,6 @@ def _value(action: Action) -> str:
     if get_origin(kinds[0]) is dict:
         return "MAPPING"
     names = {str: "TEXT", int: "N", float: "NUMBER", bool: "{true,false}"}
-    return "FILE" if action.dest == "config" else next((names[kind] for kind in kinds if kind in names), "VALUE")
+    return (
+        "FILE" if action.dest == "config" else next((names[kind] for kind in kinds if kind in names), "VALUE")
+    )

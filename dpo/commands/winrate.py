@@ -38,7 +38,7 @@ def match_after_training(config: Config, judge: str, arguments: Sequence[str]) -
 
 def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     """Sample, judge, print the figures, and add them to the run's report."""
-    config = check_heldout(_comparison(given), run)
+    config = check_heldout(comparison(given), run)
     from dpo.judging.match import RESULT_FILE, play
     from dpo.judging.winrate import figures_as_text, usage_as_text
     from dpo.training.program import enable_compilation_cache
@@ -62,7 +62,7 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
         print_plain(f"report: {write_report(given.run, run)}")
 
 
-def _comparison(given: WinrateConfig) -> EvaluateConfig:
+def comparison(given: WinrateConfig) -> EvaluateConfig:
     """The part of a win-rate's settings that says what is compared on which data."""
     return EvaluateConfig(
         run=given.run,
@@ -71,4 +71,9 @@ def _comparison(given: WinrateConfig) -> EvaluateConfig:
         data=given.data,
         split=given.split,
         limit=given.limit,
+        row_layout=given.row_layout,
+        columns=given.columns,
+        ignore_columns=given.ignore_columns,
+        chat_template=given.chat_template,
+        template_kwargs=given.template_kwargs,
     )

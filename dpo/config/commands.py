@@ -75,6 +75,20 @@ class EvaluateConfig:
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
     """Use the first so many rows only; all when not given."""
+    row_layout: str | None = None
+    """Layout of the rows, as data.row_layout names it; the run's, or else recognised by the columns, when
+    not given."""
+    columns: dict[str, str] | None = None
+    """Other names of the layout's columns, as data.columns has them; the run's, or else none, when not
+    given."""
+    ignore_columns: list[str] | None = None
+    """Columns not to read, as data.ignore_columns has them; the run's, or else none, when not given."""
+    chat_template: str | None = None
+    """File with the chat template (jinja2) of both models; the run's, or else each model's own, when not
+    given."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
+    given."""
     beta: float | None = None
     """Factor from log-ratios to rewards; the run's, or else 0.1, when not given."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] | None = None
@@ -108,6 +122,7 @@ class EvaluateConfig:
         check_range("beta", self.beta, above=0.0)
         check_range("max_length", self.max_length, low=2)
         check_range("seed", self.seed, low=0)
+        check_template_arguments("template_kwargs", self.template_kwargs or {})
 
 
 WeightDtype = Literal["float32", "bfloat16", "float16", "base"]
@@ -239,6 +254,20 @@ class WinrateConfig:
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
     """Use the first so many rows only; all when not given."""
+    row_layout: str | None = None
+    """Layout of the rows, as data.row_layout names it; the run's, or else recognised by the columns, when
+    not given."""
+    columns: dict[str, str] | None = None
+    """Other names of the layout's columns, as data.columns has them; the run's, or else none, when not
+    given."""
+    ignore_columns: list[str] | None = None
+    """Columns not to read, as data.ignore_columns has them; the run's, or else none, when not given."""
+    chat_template: str | None = None
+    """File with the chat template (jinja2) of both models; the run's, or else each model's own, when not
+    given."""
+    template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
+    given."""
     judge: str | None = None
     """Who decides: endpoint, local:MODEL, reward_model:DIR, module:function, vader, or a control (first,
     longer). For the shipped data it is vader when not given; for other data it has to be given."""
@@ -284,6 +313,7 @@ class WinrateConfig:
                     raise UserError(f"{name} is not given; allowed: --{name} VALUE, or --run DIR of a run")
         if not self.temperatures:
             raise UserError("temperatures is []; allowed is one or more")
+        check_template_arguments("template_kwargs", self.template_kwargs or {})
         check_template_arguments("judge_template_kwargs", self.judge_template_kwargs)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.0)
@@ -349,6 +379,11 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
         "max_length": given.max_length,
         "truncation": given.truncation,
         "on_error": given.on_error,
+        "row_layout": given.row_layout,
+        "columns": given.columns,
+        "ignore_columns": given.ignore_columns,
+        "chat_template": given.chat_template,
+        "template_kwargs": given.template_kwargs,
     }
     model = {
         "source": given.policy or (None if given.run is None else str(Path(given.run) / "export")),

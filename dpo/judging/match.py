@@ -49,6 +49,7 @@ DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
 ORDERS = ("policy_first", "opponent_first")
 RESULT_SETTINGS = ("judge", "template", "samples", "max_new_tokens", "top_k", "top_p", "min_p")
 RESULT_SETTINGS += ("leave_out_cut", "compute_dtype", "limit", "seed")
+RESULT_SETTINGS += ("row_layout", "columns", "ignore_columns", "chat_template", "template_kwargs")
 """What of its settings a result names, besides what is compared, on which data, at which temperatures."""
 _LOG_EVERY = 50
 

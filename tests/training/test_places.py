@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny_model import byte_tokenizer
 
-from dpo.config import Config, DataConfig
+from dpo.commands.winrate import comparison
+from dpo.config import Config, DataConfig, EvaluateConfig, WinrateConfig, heldout_settings
 from dpo.data.parts import Peers
 from dpo.data.sources import Part
 from dpo.judging.prompts import read_prompts
@@ -241,3 +242,48 @@ def test_a_win_rate_asks_what_is_drawn_for_the_other_figures(files, tokenizer):
         dataset.location(row) for row in range(len(dataset.tokens))
     ]
     assert [prompt.source for prompt in prompts].count("ranked.jsonl") == 4
+
+
+SIDES = {
+    "row_layout": "pair",
+    "columns": {"chosen": "good", "rejected": "bad"},
+    "ignore_columns": ["context"],
+}
+
+
+@pytest.mark.parametrize("run", [None, Config(data=DataConfig(eval="other.jsonl", columns={"prompt": "q"}))])
+def test_evaluation_reads_rows_of_any_columns_with_or_without_a_run(tmp_path, tokenizer, run):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "good": "yes", "bad": "no", "context": "c"}) + "\n")
+    given = EvaluateConfig(policy="one", reference="other", data=str(path), **SIDES)
+    dataset = read_dataset(heldout_settings(given, run).data, tokenizer, heldout=True, log=quiet)
+    assert tokenizer.decode(dataset.tokens.responses(0)[0]).startswith("yes")
+
+
+def test_a_win_rate_takes_the_same_settings():
+    given = WinrateConfig(
+        policy="one",
+        opponent="other",
+        data="own.jsonl",
+        output="there",
+        chat_template="own.jinja",
+        template_kwargs={"enable_thinking": False},
+        **SIDES,
+    )
+    data = heldout_settings(comparison(given), None).data
+    assert (data.row_layout, data.columns, data.ignore_columns) == tuple(SIDES.values())
+    assert (data.chat_template, data.template_kwargs) == ("own.jinja", {"enable_thinking": False})
+
+
+def test_what_is_not_given_is_the_runs():
+    run = Config(data=DataConfig(eval="e.jsonl", template_kwargs={"a": 1}, **SIDES))
+    data = heldout_settings(EvaluateConfig(run="run"), run).data
+    assert data == run.data
+    reset = heldout_settings(EvaluateConfig(run="run", columns={}, template_kwargs={}), run).data
+    assert (reset.columns, reset.template_kwargs) == ({}, {})
+
+
+@pytest.mark.parametrize("kind", [EvaluateConfig, WinrateConfig])
+def test_arguments_that_the_data_give_are_refused(kind):
+    with pytest.raises(ValueError, match=r"^template_kwargs has 'messages'; allowed"):
+        kind(run="run", template_kwargs={"messages": []})
