@@ -18,7 +18,8 @@ from dpo import cli, terminal
 from dpo.commands.output import print_plain
 from dpo.outcomes import UserError
 from dpo.terminal import Guard, console, guarded_output, shortened, show_controls
-from dpo.training.tracking import PlainLines, Terminal, Tracker, say
+from dpo.training.progress import PlainLines, Terminal, say
+from dpo.training.tracking import Tracker
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\r\x7f\x9b31m\u202e\u2066\u2028\u200f\ufeff\ud800\U000e0041z"
 SHOWN = "a␛]0;owned␇␛[2Jb␍␡\ufffd31m⟨U+202E⟩⟨U+2066⟩⟨U+2028⟩⟨U+200F⟩⟨U+FEFF⟩⟨U+D800⟩⟨U+E0041⟩z"

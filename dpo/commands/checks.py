@@ -43,7 +43,7 @@ def check_settings(config: Config, arguments: Sequence[str]) -> None:
     from dpo.losses import make_objective
     from dpo.runs import objective_terms, specification
     from dpo.training.places import places
-    from dpo.training.tracking import require_trackers
+    from dpo.training.trackers import require_trackers
 
     require_own_word_for_objectives(objective_terms(config), arguments=arguments)
     make_objective(specification(config))

@@ -16,7 +16,7 @@ def print_plain(text: str) -> None:
 
     A reader that has gone (`dpo report RUN | head`) is no error.
     """
-    from dpo.training.tracking import printed
+    from dpo.training.progress import printed
 
     printed(lambda: console().print(text, markup=False, highlight=False, soft_wrap=True))
 

@@ -1,6 +1,7 @@
 """What a trained policy is worth: held-out figures, their intervals, and a page that shows them."""
 
-from dpo.evaluation.accuracy import Rows, describe
+from dpo.evaluation.accuracy import describe
+from dpo.evaluation.rows import Rows
 from dpo.evaluation.statistics import cluster_bootstrap, num_needed, sign_test
 from dpo.intervals import Interval, wilson
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import Config
 from dpo.config.sources import show_source
 from dpo.data.preferences import Preference
-from dpo.evaluation.accuracy import Rows, check_finite
+from dpo.evaluation.rows import Rows, check_finite
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from dpo.config import Config, DataConfig
 from dpo.data.preferences import Preference
 from dpo.data.tokenized import TokenizedDataset
-from dpo.evaluation.accuracy import Rows, make_pairs
 from dpo.evaluation.heldout import Heldout
+from dpo.evaluation.rows import Rows, make_pairs
 from dpo.files import replace_text
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import MADE_FROM

@@ -28,6 +28,7 @@ from dpo.diffusion.samplers import ddim
 from dpo.diffusion.schedule import SCHEDULES, Schedule
 from dpo.diffusion.shared_noise import recovered_share, summed_share
 from dpo.experiments import diffusion_figures as figures
+from dpo.experiments.diffusion_text import processes_as_text, samples_as_text, sharing_as_text
 from dpo.losses import make_objective, reward_scale
 from dpo.outcomes import UserError
 from dpo.runs import CONFIG_FILE
@@ -84,9 +85,6 @@ def mixture_of(config: DiffusionConfig) -> Mixture:
     """ρ: components of equal weight."""
     means = np.array(config.means, float)
     return Mixture(np.full(len(means), 1.0 / len(means)), means, config.variance)
-
-
-# ---- preferences, reference, policy, samples ----
 
 
 def draw_preferences(
@@ -214,9 +212,6 @@ def shift_share(
     return float((after.mean(axis=0) - before.mean(axis=0)) @ way / (way @ way))
 
 
-# ---- the two processes on a Gaussian, where the answer is known ----
-
-
 def compare_processes(config: DiffusionConfig, key: Array, run_dir: Path) -> dict[str, Any]:
     """Variances along the reverse path for the three samplers, exact and by a trained network; DDPM's and
     DDIM's output variance by T."""
@@ -303,65 +298,6 @@ def measure_sharing(
     results = {"S": list(TIME_COUNTS), "summed": whole, "shares": shares}
     figures.draw_sharing(run_dir / "shared_noise.svg", results)
     return results
-
-
-# ---- what is printed ----
-
-
-def processes_as_text(results: dict[str, Any]) -> str:
-    """Output variances in a few lines."""
-    lines = [
-        f"variance exploding, X_0 ~ N(0, {results['variance']:g}), {results['steps']} steps, from N(0, 1): "
-        "output variance"
-    ]
-    for name, path in results["paths"].items():
-        lines.append(
-            f"  {name:<14}exact {path['exact'][-1]:.4f}  limit {path['limit']:.4f}  "
-            f"network {path['network'][-1]:.4f}"
-        )
-    by = results["by_steps"]
-    lines.append("DDPM process, exact denoiser: output variance")
-    for name in ("ddim", "ddpm"):
-        pairs = zip(by["T"], by[name], strict=True)
-        lines.append(f"  {name:<6}" + "  ".join(f"T={T}: {value:.3f}" for T, value in pairs))
-    return "\n".join(lines)
-
-
-def sharing_as_text(results: dict[str, Any]) -> str:
-    """Shares in a few lines."""
-    lines = [
-        f"one-parameter toy: part of the exact shift recovered (ELBO summed inside: {results['summed']:.3f})"
-    ]
-    for name, shares in results["shares"].items():
-        pairs = zip(results["S"], shares, strict=True)
-        lines.append(
-            f"  sharing {name:<15}"
-            + "  ".join(f"S={S}: {value:.3f}±{1.96 * e:.3f}" for S, (value, e) in pairs)
-        )
-    return "\n".join(lines)
-
-
-def samples_as_text(results: dict[str, Any]) -> str:
-    """Samples before and after, beside ρ and π*."""
-    lines = []
-    for name, target in (("before", "rho"), ("after", "pi*")):
-        part = results[name]
-        lines.append(
-            f"{name:<7} mean {_numbers(part['mean'])} ({target} {_numbers(part['exact_mean'])})  variance "
-            f"{_numbers(np.diag(part['covariance']))} ({_numbers(np.diag(part['exact_covariance']))})  "
-            f"reward {part['reward']:.3f}±{part['reward_half_width']:.3f} ({part['exact_reward']:.3f})"
-        )
-        if len(part["component_weights"]) > 1:
-            lines.append(
-                f"        component weights {_numbers(part['component_weights'])} "
-                f"({_numbers(part['exact_component_weights'])})"
-            )
-    lines.append(f"share of the exact shift: {results['share_of_shift']:.3f}; {results['seconds']:.0f} s")
-    return "\n".join(lines)
-
-
-def _numbers(values: Any) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
 
 
 def _keys(seed: int, num: int) -> list[Array]:

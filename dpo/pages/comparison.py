@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.evaluation.accuracy import as_pairs, describe, make_pairs, outcomes
+from dpo.evaluation.accuracy import describe, outcomes
 from dpo.evaluation.heldout import Heldout, load_heldout
+from dpo.evaluation.rows import as_pairs, make_pairs
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.intervals import Interval
 from dpo.losses import reward_scale

@@ -17,8 +17,9 @@ from markupsafe import Markup
 from dpo.config import Config
 from dpo.config.sources import spellings
 from dpo.distribution import find_data
-from dpo.evaluation.accuracy import BASELINES, as_pairs, cautions, describe, make_pairs, part_interval
+from dpo.evaluation.accuracy import BASELINES, cautions, describe, part_interval
 from dpo.evaluation.heldout import Heldout, load_heldout
+from dpo.evaluation.rows import as_pairs, make_pairs
 from dpo.judging.prompts import all_shipped
 from dpo.losses import reward_scale
 from dpo.outcomes import EnvironmentFailure, UserError

@@ -20,7 +20,7 @@ from dpo.pages.curves import PANELS, Metrics, Panel, add_log_ratios, points
 from dpo.pages.terminal_plots import Series
 from dpo.runs import METRICS_FILE, SUMMARY_FILE, objective_title, read_metrics, specification
 from dpo.training.lock import is_held
-from dpo.training.tracking import SHOWN, time_left
+from dpo.training.progress import SHOWN, time_left
 
 PANEL_WIDTH, PANEL_HEIGHT = 38, 9
 """Characters and lines of a plot, at least."""

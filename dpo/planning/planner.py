@@ -31,9 +31,7 @@ from dpo.planning.tracing import trace_step
 from dpo.planning.travel import read_travel, split_parameters
 from dpo.planning.workloads import Lengths
 from dpo.runs import specification
-from dpo.training.memory import (
-    temporary_bytes,
-)
+from dpo.training.device_memory import temporary_bytes
 
 
 def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths: Lengths) -> Plan:

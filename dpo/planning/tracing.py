@@ -29,7 +29,7 @@ from dpo.planning.plan import Memory
 from dpo.planning.targets import Target, attention_on
 from dpo.planning.workloads import Workload, read_hf_config
 from dpo.training.adapted import starting_adapters
-from dpo.training.memory import (
+from dpo.training.device_memory import (
     device_bytes,
     limit_bytes,
     other_bytes,

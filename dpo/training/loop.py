@@ -64,6 +64,7 @@ from dpo.training.placement import place_batch
 from dpo.training.preflight import check_first_loss, expected_first_loss
 from dpo.training.preparation import Run, prepare
 from dpo.training.program import Program
+from dpo.training.progress import say
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import choose_reference, make_scoring
@@ -71,7 +72,6 @@ from dpo.training.requirements import require_shared, require_what_comes_later
 from dpo.training.saving import Probe, Resume
 from dpo.training.starts import counted_start, hung_before
 from dpo.training.step import Params, Sums, TrainState, move_reference
-from dpo.training.tracking import say
 from dpo.training.validation import Evaluate
 
 ReferenceSums = Callable[[TrainState, Batch], Sums]

@@ -21,20 +21,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpo.config import Config, TrainingConfig
+from dpo.config import Config
 from dpo.data.loader import Loader
 from dpo.data.tokenized import TokenizedDataset
 from dpo.files import replace_text
@@ -44,6 +40,19 @@ from dpo.parallel.distributed import from_main, on_main
 from dpo.parallel.sharding import row_multiple
 from dpo.runs import MEMORY_FILE
 from dpo.training.datasets import make_loader, scoring_loader
+from dpo.training.device_memory import (
+    GIB,
+    Limit,
+    compiled_bytes,
+    device_bytes,
+    device_memory,
+    gib,
+    limit_bytes,
+    other_bytes,
+    saves_between_steps,
+    saving_bytes,
+    temporary_bytes,
+)
 from dpo.training.identity import settings_fingerprint
 from dpo.training.on_policy import lower_programs
 from dpo.training.placement import place_batch
@@ -52,13 +61,10 @@ from dpo.training.program import Program, make_program
 from dpo.training.reference_model import reference_kind
 from dpo.training.step import make_eval_step
 
-GIB = 2.0**30
 LEAST_CHUNK = 32
 """Least value of `model.log_prob_chunk` that is tried: smaller chunks of scored tokens save nothing."""
 
 Remat = Literal["none", "dots", "full"]
-Limit = float | Literal["device"] | None
-"""A limit of memory: so many GiB, all that the device has, or none."""
 _REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 """Values of `model.remat`, the quickest first."""
 
@@ -101,9 +107,9 @@ class Fit(NamedTuple):
     @property
     def text(self) -> str:
         """The choice and its memory, as a line of the log."""
-        before = "; ".join(f"{name}: {_gib(peak)}" for name, peak in self.tried)
+        before = "; ".join(f"{name}: {gib(peak)}" for name, peak in self.tried)
         return (
-            f"memory: {self.choice.text}: {self.peak / GIB:.2f} of {_gib(self.limit)} a device"
+            f"memory: {self.choice.text}: {self.peak / GIB:.2f} of {gib(self.limit)} a device"
             + (f" (too much: {before})" if before else "")
             + (", as chosen when the run began" if self.kept else "")
         )
@@ -165,10 +171,10 @@ def find_fit(config: Config, parts: Parts) -> Fit:
     state = device_bytes((trained, parts.policy.frozen))
     saved = saving_bytes(trained, mesh.devices.flat[0].platform)
     if other + state + saved > limit:
-        copy = f", a copy for checkpoints {_gib(saved)}" if saved else ""
+        copy = f", a copy for checkpoints {gib(saved)}" if saved else ""
         raise UserError(
-            f"training.memory_limit is {_gib(limit)} a device; parameters and the optimiser's state take "
-            f"{_gib(state)}{copy}, the process itself {_gib(other)}, before anything is computed. {_ADVICE}"
+            f"training.memory_limit is {gib(limit)} a device; parameters and the optimiser's state take "
+            f"{gib(state)}{copy}, the process itself {gib(other)}, before anything is computed. {_ADVICE}"
         )
     programs: dict[Any, float] = {}
 
@@ -219,8 +225,8 @@ def first_that_fits(choices: Iterable[Choice], peak: Callable[[Choice], float], 
         tried.append((choice.text, needed))
     name, least = min(tried, key=lambda one: one[1])
     raise UserError(
-        f"training.memory_limit is {_gib(limit)} a device, and the least of {len(tried)} programs takes "
-        f"{_gib(least)} ({name}). {_ADVICE}"
+        f"training.memory_limit is {gib(limit)} a device, and the least of {len(tried)} programs takes "
+        f"{gib(least)} ({name}). {_ADVICE}"
     )
 
 
@@ -237,9 +243,6 @@ def with_remat(policy: Policy, remat: Remat) -> Policy:
     return policy._replace(graphdef=nnx.graphdef(model))
 
 
-# ---- compiled programs ----
-
-
 def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
     """Bytes on a device while the step of the run's largest shape runs, its arguments included."""
     config = choice.apply(config)
@@ -248,7 +251,7 @@ def step_bytes(config: Config, parts: Parts, choice: Choice) -> float:
     batch = place_batch(parts.mesh, _largest(loader))
     zeros = np.zeros(batch.present.shape, np.float32)
     sums = dict.fromkeys(sorted({"logps", *parts.objective.reference_sums}), zeros)
-    return _compiled_bytes(
+    return compiled_bytes(
         lambda: program.step.lower(program.state, parts.policy.frozen, batch, sums),  # type: ignore[attr-defined]
         lambda compiled: compiled.memory_analysis().argument_size_in_bytes + temporary_bytes(compiled),
     )
@@ -265,7 +268,7 @@ def scoring_bytes(config: Config, parts: Parts, chunk: int) -> float:
     ]
     batch = max((_largest(loader) for loader in loaders), key=lambda batch: batch.tokens.size)
     placed = place_batch(parts.mesh, batch)
-    return _compiled_bytes(
+    return compiled_bytes(
         lambda: score.lower(policy.params, policy.frozen, placed),  # type: ignore[attr-defined]
         temporary_bytes,
     )
@@ -278,44 +281,7 @@ def sampling_bytes(config: Config, parts: Parts, chunk: int) -> float:
     assert parts.heldout is not None, "the settings allow eval_samples with data.eval only"
     config = replace(config, model=replace(config.model, log_prob_chunk=chunk))
     programs = lower_programs(config, parts.policy, parts.heldout, parts.mesh)
-    return max(_compiled_bytes(lambda lowered=lowered: lowered, temporary_bytes) for lowered in programs)
-
-
-def temporary_bytes(compiled: Any) -> float:
-    """Bytes besides the arguments: temporaries, results that do not replace an argument, code."""
-    stats = compiled.memory_analysis()
-    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return float(stats.temp_size_in_bytes + max(0, results) + stats.generated_code_size_in_bytes)
-
-
-def device_bytes(tree: Any) -> float:
-    """Bytes on one device of arrays, or of shapes with shardings."""
-    return float(
-        sum(
-            int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-    )
-
-
-def saving_bytes(state: Any, platform: str) -> float:
-    """Bytes on a device of the copy of a state that is written as a checkpoint: on a CPU it is one place."""
-    return device_bytes(state) if platform == "cpu" else 0.0
-
-
-def saves_between_steps(training: TrainingConfig) -> bool:
-    """Whether checkpoints are written while steps go on."""
-    return (training.save_every, training.save_minutes, training.keep_best) != (None, None, None)
-
-
-def _compiled_bytes(lower: Callable[[], Any], read: Callable[[Any], float]) -> float:
-    """What `read` finds in the compiled program; infinite where the compiler says that it is too large."""
-    try:
-        return read(lower().compile())
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return math.inf
+    return max(compiled_bytes(lambda lowered=lowered: lowered, temporary_bytes) for lowered in programs)
 
 
 def _program(config: Config, parts: Parts) -> Program:
@@ -368,54 +334,6 @@ def _step_key(config: Config, parts: Parts, choice: Choice) -> tuple:
     return choice.remat, choice.micro_batches, min(choice.log_prob_chunk, scored)
 
 
-# ---- devices ----
-
-
-def limit_bytes(limit: Limit, memory: float) -> float:
-    """`training.memory_limit` in bytes; the device's own memory for "device" and without one."""
-    return memory if limit is None or limit == "device" else limit * GIB
-
-
-def device_memory(mesh: Mesh) -> float:
-    """Bytes that an accelerator says it gives out; of a CPU device its share of the machine's."""
-    devices = mesh.local_devices
-    stats = devices[0].memory_stats()
-    if stats is not None:
-        return float(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-
-
-def other_bytes(mesh: Mesh) -> float:
-    """Bytes in use on a device now that are no arrays: of a CPU device its share of the process."""
-    devices = mesh.local_devices
-    stats = devices[0].memory_stats()
-    if stats is not None:
-        return max(0.0, float(stats["bytes_in_use"]) - _array_bytes(devices[:1]))
-    return max(0.0, resident_bytes() - _array_bytes(jax.local_devices())) / len(devices)
-
-
-def resident_bytes() -> float:
-    """Memory of this process; where the system does not say (macOS), the most that it was."""
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            return float(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def _array_bytes(devices: Iterable[Any]) -> float:
-    """Of all arrays on these devices, buffers that several share counted once."""
-    on = set(devices)
-    shards = [
-        shard for array in jax.live_arrays() for shard in array.addressable_shards if shard.device in on
-    ]
-    return float(sum({shard.data.unsafe_buffer_pointer(): shard.data.nbytes for shard in shards}.values()))
-
-
-# ---- small things ----
-
-
 def _asked(limit: Limit, settings: str) -> dict[str, Any]:
     return {"settings": settings, "memory_limit": limit}
 
@@ -429,7 +347,3 @@ def _memoised(found: dict[Any, float], key: Any, compute: Callable[[], float]) -
 def _smaller_power_of_two(value: int) -> int:
     """The largest one below `value`."""
     return 2 ** ((value - 1).bit_length() - 1) if value > 1 else 0
-
-
-def _gib(size: float) -> str:
-    return "more than the device has" if math.isinf(size) else f"{size / GIB:.2f} GiB"

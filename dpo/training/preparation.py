@@ -29,9 +29,10 @@ from dpo.training.identity import Identity, run_identity, shared_settings
 from dpo.training.memory import Fit, Parts, choose_memory, with_remat
 from dpo.training.policy import Policy
 from dpo.training.program import count_steps, enable_compilation_cache
+from dpo.training.progress import say
 from dpo.training.reading import Dataset, all_processes, read_dataset
 from dpo.training.talk import as_trained
-from dpo.training.tracking import require_trackers, say
+from dpo.training.trackers import require_trackers
 
 
 class Run(NamedTuple):

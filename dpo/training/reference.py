@@ -27,7 +27,7 @@ from dpo.files import alone, damaged_files, new_directory, require_writable, unl
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import fetch, from_main, on_main
 from dpo.training.pieces import PIECES, Pieces, Score, read_pieces
-from dpo.training.tracking import time_left
+from dpo.training.progress import time_left
 
 FORMAT = 2
 RELATIVE_TOLERANCE = 1e-3

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from dpo.evaluation import accuracy as acc
-from dpo.evaluation.accuracy import Rows, describe, make_pairs
+from dpo.evaluation.accuracy import describe
+from dpo.evaluation.rows import Rows, make_pairs
 from dpo.pages.accuracy_text import figures_as_text
 
 

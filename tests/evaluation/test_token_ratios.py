@@ -10,8 +10,8 @@ import pytest
 from tiny_model import byte_tokenizer, write_tiny_model
 
 from dpo.config import Config, DataConfig, ModelConfig
-from dpo.evaluation.accuracy import Rows
 from dpo.evaluation.heldout import score_heldout
+from dpo.evaluation.rows import Rows
 from dpo.evaluation.token_ratios import extreme_pairs, score_extremes, token_texts
 
 

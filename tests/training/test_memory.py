@@ -18,17 +18,9 @@ from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective
 from dpo.parallel.sharding import make_mesh
 from dpo.training import memory, preparation
+from dpo.training.device_memory import GIB, limit_bytes, other_bytes
 from dpo.training.loop import train
-from dpo.training.memory import (
-    GIB,
-    Choice,
-    Parts,
-    candidates,
-    first_that_fits,
-    limit_bytes,
-    other_bytes,
-    sampling_bytes,
-)
+from dpo.training.memory import Choice, Parts, candidates, first_that_fits, sampling_bytes
 from dpo.training.policy import load_policy
 
 LIMITLESS = 1e6

@@ -21,7 +21,9 @@ import pytest
 from rich.console import Console
 
 from dpo.runs import read_metrics
-from dpo.training.tracking import TimeLeft, open_trackers, require_trackers
+from dpo.training.progress import TimeLeft
+from dpo.training.trackers import require_trackers
+from dpo.training.tracking import open_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 

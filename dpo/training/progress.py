@@ -1,0 +1,159 @@
+"""What is shown of a run while it goes on: a live bar, plain lines, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from dpo import terminal
+from dpo.parallel.distributed import is_main
+
+SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "tokens/s": "tokens/s",
+}
+"""Metrics in the live progress, with the words they go by there."""
+PLAIN_INTERVAL = 10.0
+"""Seconds between plain progress lines, where there is no terminal."""
+
+
+def printed(show: Callable[[], None]) -> bool:
+    """Whether what `show` prints was taken; where it was not, standard output leads nowhere from then on."""
+    try:
+        show()
+    except (OSError, SystemExit):  # rich ends the program where a pipe is closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def say(text: str) -> None:
+    """Print a line before there is anything to track; of several processes the main one speaks."""
+    if is_main():
+        printed(lambda: terminal.console().print(text, markup=False, highlight=False, soft_wrap=True))
+
+
+class TimeLeft:
+    """Time left, from the median of the last steps, which the first one's compilation does not disturb."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self._total = total_steps
+        self._clock = clock
+        self._last: tuple[int, float] | None = None
+        self._durations: deque[float] = deque(maxlen=20)
+
+    def after(self, step: int) -> str:
+        """Call once a training step; h:mm:ss, or nothing before two steps were seen."""
+        now = self._clock()
+        if self._last is not None and step > self._last[0]:
+            self._durations.append((now - self._last[1]) / (step - self._last[0]))
+        self._last = (step, now)
+        if not self._durations:
+            return ""
+        return time_left(statistics.median(self._durations) * max(self._total - step - 1, 0))
+
+
+def time_left(seconds: float) -> str:
+    """As h:mm:ss left."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02} left"
+
+
+class Terminal:
+    """A live bar with time left, loss, accuracy, margin and tokens/s."""
+
+    def __init__(
+        self, console: Console, *, total_steps: int, first_step: int, clock: Callable[[], float]
+    ) -> None:
+        self._time_left = TimeLeft(total_steps, clock)
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[shown]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, shown="", left="")
+        self._bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not _is_training(metrics):
+            return self.message(_heldout_line(step, metrics))
+        left = self._time_left.after(step)
+        self._bar.update(self._task, completed=step + 1, shown=_shown(metrics), left=left)
+
+    def message(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class PlainLines:
+    """For logs and pipes: the first step, the last, and one line every few seconds between."""
+
+    def __init__(
+        self, console: Console, *, total_steps: int, first_step: int, clock: Callable[[], float]
+    ) -> None:
+        self._console = console
+        self._total = total_steps
+        self._time_left = TimeLeft(total_steps, clock)
+        self._clock = clock
+        self._printed = -math.inf
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not _is_training(metrics):
+            return self.message(_heldout_line(step, metrics))
+        left = self._time_left.after(step)
+        if step + 1 < self._total and self._clock() - self._printed < PLAIN_INTERVAL:
+            return None
+        self._printed = self._clock()
+        self.message(f"step {step + 1}/{self._total}  {_shown(metrics)}  {left}".rstrip())
+
+    def message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Silence:
+    """For processes whose main process speaks."""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _is_training(metrics: Mapping[str, int | float]) -> bool:
+    return "loss" in metrics
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{word} {metrics[name]:.4g}" for name, word in SHOWN.items() if name in metrics)
+
+
+def _heldout_line(step: int, metrics: Mapping[str, float]) -> str:
+    """Held-out figures in the words of the training lines; others by their own names."""
+    named = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    shown = SHOWN if "rewards/accuracies" in named else named
+    figures = "  ".join(f"{SHOWN.get(name, name)} {named[name]:.4g}" for name in named if name in shown)
+    return f"held out after {step} steps: {figures}"

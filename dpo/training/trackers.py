@@ -1,0 +1,122 @@
+"""The trackers that settings may name, each a writer: TensorBoard, W&B, trackio."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from dpo.files import replace_text
+from dpo.outcomes import UserError
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """One place that metrics are written to."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Stop before anything is loaded when a tracker is unknown or its package is missing."""
+    for name in names:
+        if name not in PACKAGES:
+            raise UserError(f"training.trackers names {name!r}; allowed are {', '.join(sorted(PACKAGES))}")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise UserError(
+                f"training.trackers names {name!r}, whose package {PACKAGES[name]} is not installed; "
+                f"install it with: pip install {PACKAGES[name]} (or this project with its extra: '.[{name}]')"
+            )
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"),
+            purge_step=resume_step or None,
+            filename_suffix=f".{resume_step}",  # names go by the second: a quick resume is another file
+        )
+        self._writer.add_text("config", "```\n" + json.dumps(config, indent=2) + "\n```", resume_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `dpo`; its environment variables (WANDB_MODE=offline …) apply.
+
+    W&B takes no step twice: of a resumed run the lines since its checkpoint stay as they were written first.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        name = _tracked_as(run_dir, "wandb", resume_step)
+        ours = {"project": "dpo", "id": name, "name": name, "dir": str(run_dir)}
+        said = {key for key, variable in _WANDB.items() if os.environ.get(variable)}
+        chosen = {key: value for key, value in ours.items() if key not in said}
+        self._run = wandb.init(**chosen, config=dict(config), resume="allow")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_WANDB = {"project": "WANDB_PROJECT", "id": "WANDB_RUN_ID", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
+"""What the environment says goes before what is ours: an argument would override it."""
+
+
+class Trackio:
+    """A run of the local trackio project `dpo` (or TRACKIO_PROJECT); `trackio show` displays it."""
+
+    def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
+        trackio = importlib.import_module("trackio")
+        name = _tracked_as(run_dir, "trackio", resume_step)
+        project = os.environ.get("TRACKIO_PROJECT") or "dpo"
+        self._run = trackio.init(project=project, name=name, config=dict(config), resume="allow", embed=False)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _tracked_as(run_dir: Path, tracker: str, resume_step: int) -> str:
+    """What a tracker outside RUN calls the run: the end of its path and some letters, kept in RUN/NAME.run.
+
+    A run that starts afresh gets new letters, so that it never goes on with the curves of an older one that
+    had the same directory.
+    """
+    path = run_dir / f"{tracker}.run"
+    if resume_step == 0 or not path.is_file():
+        place = re.sub(r"[^\w.-]", "_", "-".join(run_dir.resolve().parts[-2:]))
+        replace_text(
+            path, f"{place[-80:]}-{secrets.token_hex(3)}\n", what=f"the name of the run in {tracker}"
+        )
+    return path.read_text(encoding="utf-8").strip()
+
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+WRITERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
