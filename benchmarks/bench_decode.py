@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bench import ROOT, _cell, _cpu_name, _spread
-from dpo.huggingface.pretrained import Pretrained, load_pretrained, save_pretrained
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.huggingface.pretrained import Pretrained, load_pretrained
+from dpo.huggingface.saving import save_pretrained
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 
 Decode = Callable[[list[list[int]], int], list[list[int]]]
 """Prompts and the number of new tokens → the new tokens."""

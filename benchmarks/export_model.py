@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dpo.huggingface.pretrained import load_pretrained, save_pretrained
+from dpo.huggingface.pretrained import load_pretrained
+from dpo.huggingface.saving import save_pretrained
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.judging.rewards import vader
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 
 HERE = Path(__file__).parent
 SOURCE = "embedded:smollm2-135m-instruct"

@@ -30,7 +30,8 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.evaluation.token_ratios import score_tokens
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 from dpo.models.vocabulary import require_known
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh

@@ -12,10 +12,11 @@ import numpy as np
 from tiny_models import batch_arrays, load_case, tokens_of
 from torch_models import torch_greedy, torch_log_probs, torch_logits, torch_model
 
-from dpo.huggingface.pretrained import save_pretrained
+from dpo.huggingface.saving import save_pretrained
 from dpo.models.decoder import Decoder
+from dpo.models.drawing import SamplingConfig
 from dpo.models.log_probs import token_log_probs
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.sampling import generate
 
 NEW_TOKENS = 32
 PROMPT = 9

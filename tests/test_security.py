@@ -14,7 +14,7 @@ import pytest
 
 from dpo.huggingface import embedded
 from dpo.huggingface.embedded import EmbeddedModel, fetch_embedded
-from dpo.huggingface.pretrained import load_tokenizer
+from dpo.huggingface.tokenizer_files import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {path.relative_to(ROOT): path.read_text("utf-8") for path in sorted((ROOT / "dpo").rglob("*.py"))}
@@ -149,7 +149,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(
 
 
 def test_only_files_without_code_are_fetched_from_the_hub():
-    from dpo.huggingface.pretrained import MODEL_FILES
+    from dpo.huggingface.opening import MODEL_FILES
 
     fetched = {
         ast.unparse(call.args[-1])

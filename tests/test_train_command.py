@@ -44,7 +44,7 @@ def test_the_data_report_is_known_by_what_it_was_made_from(
         return {"rows": len(made)}, None
 
     monkeypatch.setattr(train, "report_data", report_data)
-    monkeypatch.setattr("dpo.huggingface.pretrained.load_tokenizer", lambda _: None)
+    monkeypatch.setattr("dpo.huggingface.tokenizer_files.load_tokenizer", lambda _: None)
     train._describe_data(run_dir, config)
     for path in (run_dir / DATA_FILE, run_dir / "config.yaml"):
         os.utime(path, (0, 0) if path.name == DATA_FILE else None)

@@ -11,7 +11,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo.huggingface.pretrained import read_config, save_pretrained
+from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.saving import save_pretrained
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
 

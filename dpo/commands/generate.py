@@ -15,7 +15,7 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
     import jax.numpy as jnp
 
     from dpo.huggingface.pretrained import load_pretrained
-    from dpo.models.sampling import SamplingConfig
+    from dpo.models.drawing import SamplingConfig
     from dpo.pages.chat import converse, respond
     from dpo.training.program import enable_compilation_cache
 

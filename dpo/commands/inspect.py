@@ -24,7 +24,7 @@ def inspect_data(config: Config, given: InspectConfig, arguments: Sequence[str])
     if given.rows is not None:
         config = replace(config, data=with_rows(config.data, given.rows))
     from dpo.data.inspection import render_example, render_report
-    from dpo.huggingface.pretrained import load_tokenizer
+    from dpo.huggingface.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.source)
     report, dataset = report_data(config, tokenizer, heldout=given.heldout)

@@ -97,7 +97,7 @@ def _said(what: str, stale: Path) -> Iterator[None]:
 
 def _describe_data(run_dir: Path, config: Config) -> None:
     """What the training data hold, unless it is there of these settings and this end of the run."""
-    from dpo.huggingface.pretrained import load_tokenizer
+    from dpo.huggingface.tokenizer_files import load_tokenizer
 
     made_from = _digest(run_dir / CONFIG_FILE, run_dir / SUMMARY_FILE)
     if _was_made_from(run_dir / DATA_FILE) != made_from:

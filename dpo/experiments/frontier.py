@@ -49,7 +49,7 @@ from dpo.judging.prompts import read_prompts
 from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective
-from dpo.models.sampling import SamplingConfig
+from dpo.models.drawing import SamplingConfig
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import make_mesh
 from dpo.runs import CHECKPOINTS_DIRECTORY, CONFIG_FILE, EXPORT_DIRECTORY, flat_settings, read_summary

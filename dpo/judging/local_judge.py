@@ -14,7 +14,7 @@ import numpy as np
 from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
-from dpo.huggingface.pretrained import read_model_config
+from dpo.huggingface.opening import read_model_config
 from dpo.judging.judges import LETTERS, Log, Question, Template, Verdict, default_template
 from dpo.judging.samples import model_identity
 from dpo.models.vocabulary import require_known

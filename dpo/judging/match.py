@@ -38,7 +38,7 @@ from dpo.judging.local_judge import sequence_log_probs
 from dpo.judging.prompts import choose_judge, prompt_key, read_prompts, with_length
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.judging.winrate import Judged, describe_pairs
-from dpo.models.sampling import SamplingConfig
+from dpo.models.drawing import SamplingConfig
 from dpo.outcomes import UserError
 from dpo.training.reading import given_chat_template
 from dpo.training.talk import as_trained

@@ -19,7 +19,7 @@ from dpo.data.preferences import Preference, read_preferences
 from dpo.data.rows import read_prompt_row
 from dpo.data.sources import MalformedRowError, Part, read_rows
 from dpo.distribution import is_shipped
-from dpo.huggingface.pretrained import load_tokenizer
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.judges import Log
 from dpo.judging.kinds import JUDGES, spell
 from dpo.judging.samples import Request

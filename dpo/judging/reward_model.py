@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from dpo.config import WinrateConfig
 from dpo.data.tokenization import tokenize_answers
-from dpo.huggingface.pretrained import count_labels, load_classifier, open_checkpoint
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import count_labels, load_classifier
 from dpo.judging.judges import Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify

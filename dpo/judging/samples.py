@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 from dpo.data.templates import TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
 from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
-from dpo.huggingface.pretrained import Pretrained, open_checkpoint, stop_tokens
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.rewards import Prompt
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 from dpo.models.vocabulary import require_known
 
 

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from dpo.models.attention_tiles import Layout, Place, Tiles, each_tile, holding, make_schedule
 from dpo.models.precision import precision_of
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
@@ -39,11 +39,6 @@ BLOCK = 64
 SAVED_NAMES = ("attention_output", "attention_normaliser")
 """What a rematerialisation policy may save so that the forward pass is not run again."""
 
-TILES = 6
-"""Tiles a step of the loop, computed side by side (docs/performance.md)."""
-
-_ZERO = np.uint32(0)
-"""Unsigned, so that no code is made for negative places."""
 
 _HIDDEN = -1e30
 _LEAST = -1e29
@@ -72,21 +67,12 @@ def attend_blocked(
     block = min(block, length)
     slots = ((0, 0), (0, -length % block))
     q, k, v = (jnp.pad(x, (*slots, (0, 0), (0, 0))) for x in (q, k, v))
-    layout = _Layout(
+    layout = Layout(
         *(jnp.pad(x, slots).astype(jnp.int32) for x in (positions, group, branch)),
         window=None if window is None else jnp.asarray(window, jnp.int32),
     )
     out: Array = _attend(scale, softcap, block, partition, q, k, v, layout)
     return out[:, :length]
-
-
-class _Layout(NamedTuple):
-    """Who sees whom."""
-
-    positions: Int[Array, "R T"]
-    group: Int[Array, "R T"]
-    branch: Int[Array, "R T"]
-    window: Int[Array, ""] | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -102,11 +88,11 @@ def _forward(scale, softcap, block, partition, q, k, v, layout):
 
 
 def _forward_local(scale, softcap, block, q, k, v, layout):
-    tiles = _Tiles(layout, q.shape[2] // k.shape[2], block)
+    tiles = Tiles(layout, q.shape[2] // k.shape[2], block)
     keys, values = _heads_first(k), _heads_first(v)
-    schedule = _schedule(layout, block, k.shape[2])
+    schedule = make_schedule(layout, block, k.shape[2])
 
-    def tile(at: _Place):
+    def tile(at: Place):
         """A softmax over these keys alone: its maximum, total and weighted sum of values."""
         operands = tiles.queries(q, at), tiles.keys(keys, at), tiles.keys(values, at)
         product = _product(operands[0], operands[1], 1, 1)
@@ -116,7 +102,7 @@ def _forward_local(scale, softcap, block, q, k, v, layout):
         added = _product(weights.astype(v.dtype), operands[2], 1, 0)
         return (maximum, weights.sum(axis=1), added), (*operands, product, weights)
 
-    def merge(state, at: _Place, found):
+    def merge(state, at: Place, found):
         before = [tiles.query_slice(x, at) for x in state]
         found = [x.reshape(y.shape) for x, y in zip(found, before, strict=True)]
         maximum = jnp.maximum(before[0], found[0])
@@ -129,8 +115,8 @@ def _forward_local(scale, softcap, block, q, k, v, layout):
 
     shape = q.shape[:3]
     empty = (jnp.full(shape, _LEAST), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32))
-    (maximum, total, out), spare = _each_tile(schedule, tile, merge, empty)
-    out = _holding(out, spare).astype(q.dtype)
+    (maximum, total, out), spare = each_tile(schedule, tile, merge, empty)
+    out = holding(out, spare).astype(q.dtype)
     return out, maximum + jnp.log(jnp.where(total == 0, 1.0, total))
 
 
@@ -141,12 +127,12 @@ def _backward(scale, softcap, block, partition, saved, cotangent):
 
 def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cotangent):
     """With P the probabilities and dP = dO Vᵀ: dV = Pᵀ dO, dS = P (dP − Σ dO O), dQ = dS K, dK = dSᵀ Q."""
-    tiles = _Tiles(layout, q.shape[2] // k.shape[2], block)
+    tiles = Tiles(layout, q.shape[2] // k.shape[2], block)
     keys, values = _heads_first(k), _heads_first(v)
     offset = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    schedule = _schedule(layout, block, k.shape[2])
+    schedule = make_schedule(layout, block, k.shape[2])
 
-    def tile(at: _Place):
+    def tile(at: Place):
         our_queries, our_slopes = tiles.queries(q, at), tiles.queries(cotangent, at)
         our_keys, our_values = tiles.keys(keys, at), tiles.keys(values, at)
         product, by_weights = _product(our_queries, our_keys, 1, 1), _product(our_slopes, our_values, 1, 1)
@@ -163,7 +149,7 @@ def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cot
         operands = our_queries, our_slopes, our_keys, our_values
         return found, (*operands, product, by_weights, weights, by_scores)
 
-    def merge(state, at: _Place, found):
+    def merge(state, at: Place, found):
         by_q, by_keys, by_values = state
         before = tiles.query_slice(by_q, at)
         return (
@@ -173,8 +159,8 @@ def _backward_local(scale, softcap, block, q, k, v, layout, out, normaliser, cot
         )
 
     empty = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, keys, values))
-    (by_q, by_keys, by_values), spare = _each_tile(schedule, tile, merge, empty)
-    by_q = _holding(by_q, spare).astype(q.dtype)
+    (by_q, by_keys, by_values), spare = each_tile(schedule, tile, merge, empty)
+    by_q = holding(by_q, spare).astype(q.dtype)
     return by_q, _heads_first(by_keys).astype(k.dtype), _heads_first(by_values).astype(v.dtype)
 
 
@@ -201,116 +187,6 @@ def on_own_rows_and_heads(partition: Partition, function: Callable, q: Array, k:
     )(*leaves)
 
 
-class _Place(NamedTuple):
-    """Which block of queries meets which block of keys: numbers, and slots where blocks start."""
-
-    row: Array
-    head: Array
-    q_slot: Array
-    k_slot: Array
-    real: Array
-    """0 where the schedule is over."""
-
-
-class _Schedule(NamedTuple):
-    """The tiles to visit: the first `count` of `places`."""
-
-    places: Int[Array, "n 5"]
-    count: Int[Array, ""]
-
-
-def _each_tile(schedule: _Schedule, tile: Callable, merge: Callable, state: Any) -> tuple[Any, Any]:
-    """`merge` what `tile` finds at every place into the state; and what to hold on to (`_holding`).
-
-    A step computes up to `TILES` that do not depend on each other, then merges them one after the other.
-    XLA's CPU runtime runs independent operations side by side if enough of them are ready and no two use
-    the same memory. Temporaries of a loop's body share memory; what a loop carries does not. So it carries
-    every product and every operand of one, though nobody reads them.
-    """
-    width = min(TILES, len(schedule.places))
-    places = [_place(schedule, jnp.int32(i)) for i in range(width)]
-    spare = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: [tile(p) for p in places])
-    )
-
-    def step(n, carry):
-        state, _ = carry
-        places = [_place(schedule, n * width + i) for i in range(width)]
-        found = [tile(place) for place in places]
-        for place, (result, _) in zip(places, found, strict=True):
-            state = merge(state, place, result)
-        return state, found
-
-    return jax.lax.fori_loop(0, -(-schedule.count // width), step, (state, spare))
-
-
-def _holding(result: Array, spare: Any) -> Array:
-    """`result`, of which the compiler takes one entry to depend on the spare arrays, so that it keeps them.
-
-    The entry changes only if one of theirs is infinite.
-    """
-    entries = [x.reshape(-1)[0].astype(jnp.float32) for x in jax.tree.leaves(spare)]
-    first = result[(slice(1),) * result.ndim]
-    first = jnp.where(jnp.stack(entries).max() == jnp.inf, jnp.inf, first).astype(result.dtype)
-    return jax.lax.dynamic_update_slice(result, first, (_ZERO,) * result.ndim)
-
-
-def _place(schedule: _Schedule, n: Array) -> _Place:
-    place = jax.lax.dynamic_slice(schedule.places, (n.astype(jnp.uint32), _ZERO), (1, 5))[0]
-    return _Place(*(place[i] for i in range(5)))
-
-
-class _Tiles:
-    """Reads and writes blocks: [M, C] of queries with M = B F, F = H / G; [B, C] of keys and values."""
-
-    def __init__(self, layout: _Layout, folded: int, block: int):
-        self._layout, self._folded, self._block = layout, folded, block
-        self._query_slots = [jnp.repeat(x, folded, axis=1) for x in layout[:3]]
-
-    def queries(self, array: Float[Array, "R T H ..."], at: _Place) -> Float[Array, "M ..."]:
-        tile = self.query_slice(array, at)
-        return tile.reshape(-1, *tile.shape[3:])
-
-    def keys(self, array: Float[Array, "R G T C"], at: _Place) -> Float[Array, "B C"]:
-        return self.key_slice(array, at)[0, 0]
-
-    def query_slice(self, array: Float[Array, "R T H ..."], at: _Place) -> Float[Array, "1 B F ..."]:
-        sizes = (1, self._block, self._folded, *array.shape[3:])
-        return jax.lax.dynamic_slice(array, self._queries_at(at, array.ndim), sizes)
-
-    def key_slice(self, array: Float[Array, "R G T C"], at: _Place) -> Float[Array, "1 1 B C"]:
-        sizes = (1, 1, self._block, array.shape[3])
-        return jax.lax.dynamic_slice(array, (at.row, at.head, at.k_slot, _ZERO), sizes)
-
-    def write(
-        self, array: Float[Array, "R T H ..."], tile: Float[Array, "1 B F ..."], at: _Place
-    ) -> Float[Array, "R T H ..."]:
-        return jax.lax.dynamic_update_slice(array, tile, self._queries_at(at, array.ndim))
-
-    def write_keys(
-        self, array: Float[Array, "R G T C"], tile: Float[Array, "1 1 B C"], at: _Place
-    ) -> Float[Array, "R G T C"]:
-        return jax.lax.dynamic_update_slice(array, tile, (at.row, at.head, at.k_slot, _ZERO))
-
-    def visible(self, at: _Place) -> Bool[Array, "M B"]:
-        """`attention.visible` of one block of queries and one of keys."""
-        rows = self._block * self._folded
-        query = [self._slots(x, at.row, at.q_slot * self._folded, rows)[:, None] for x in self._query_slots]
-        key = [self._slots(x, at.row, at.k_slot, self._block)[None, :] for x in self._layout[:3]]
-        q_slot = at.q_slot + np.repeat(np.arange(self._block, dtype=np.uint32), self._folded)
-        mask = q_slot[:, None] >= at.k_slot + jnp.arange(self._block, dtype=jnp.uint32)[None, :]
-        mask = mask & (query[1] == key[1]) & (key[1] != 0) & ((key[2] == 0) | (key[2] == query[2]))
-        if self._layout.window is not None:
-            mask = mask & (query[0] - key[0] < self._layout.window)
-        return mask & (at.real != 0)
-
-    def _slots(self, array: Int[Array, "R n"], row: Array, start: Array, size: int) -> Int[Array, " m"]:
-        return jax.lax.dynamic_slice(array, (row, start.astype(jnp.uint32)), (1, size))[0]
-
-    def _queries_at(self, at: _Place, ndim: int) -> tuple:
-        return at.row, at.q_slot, at.head * np.uint32(self._folded), *(_ZERO,) * (ndim - 3)
-
-
 def _scores(product: Array, mask: Array, scale: float, softcap: float | None):
     """Float32 scores where visible, and the slope of the soft-cap."""
     scores, slope = product * scale, None
@@ -318,43 +194,6 @@ def _scores(product: Array, mask: Array, scale: float, softcap: float | None):
         squashed = jnp.tanh(scores / softcap)
         scores, slope = softcap * squashed, 1 - squashed * squashed
     return jnp.where(mask, scores, _HIDDEN), slope
-
-
-def _schedule(layout: _Layout, block: int, num_kv_heads: int) -> _Schedule:
-    """The blocks of keys that each block of queries has to see, one tile for each key/value head.
-
-    Ranges of group and branch numbers decide, so that a tile too many may be visited (its mask is empty),
-    but never one too few.
-    """
-    R, T = layout.group.shape
-    positions, group, branch = (x.reshape(R, T // block, block) for x in layout[:3])
-    code = group * (1 + branch.max()) + branch
-    real = group != 0
-    queries = _range(group, real), _range(code, real)
-    prompts, keys = _range(group, real & (branch == 0)), _range(code, real)
-    needed = _overlap(queries[0], prompts) | _overlap(queries[1], keys)
-    needed = needed & jnp.tri(T // block, dtype=bool)[None]
-    if layout.window is not None:
-        nearest = positions.min(axis=-1)[:, :, None] - positions.max(axis=-1)[:, None, :]
-        needed = needed & (nearest < layout.window)
-    chosen = jnp.stack(jnp.nonzero(needed, size=needed.size, fill_value=0), axis=1)
-    tiles = jnp.repeat(chosen, num_kv_heads, axis=0)
-    n = jnp.arange(len(tiles) + -len(tiles) % min(TILES, len(tiles)))
-    count = needed.sum() * num_kv_heads
-    tiles = jnp.pad(tiles, ((0, len(n) - len(tiles)), (0, 0)))
-    columns = tiles[:, 0], n % num_kv_heads, tiles[:, 1] * block, tiles[:, 2] * block, n < count
-    return _Schedule(jnp.stack(columns, axis=1).astype(jnp.uint32), count)
-
-
-def _range(numbers: Int[Array, "R n B"], where: Bool[Array, "R n B"]) -> tuple[Array, Array]:
-    """Least and greatest number of each block; an empty range where there is none."""
-    least = jnp.where(where, numbers, jnp.iinfo(jnp.int32).max).min(axis=-1)
-    return least, jnp.where(where, numbers, -1).max(axis=-1)
-
-
-def _overlap(queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Bool[Array, "R n n"]:
-    least, greatest = (x[:, :, None] for x in queries)
-    return (least <= keys[1][:, None, :]) & (keys[0][:, None, :] <= greatest)
 
 
 def _heads_first(x: Array) -> Array:

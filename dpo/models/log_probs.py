@@ -5,7 +5,7 @@ and dropped. The derivative is written by hand so that the backward pass does th
 log-normaliser: with p = softmax(logits), ∂ log p[target] / ∂ logits = onehot(target) − p. A gradient that
 nobody asks for (the embedding's, under adapters) is not computed.
 
-Chunks run along N. On a mesh the vocabulary is split and hidden states travel, which are small: `_Shard` says
+Chunks run along N. On a mesh the vocabulary is split and hidden states travel, which are small: `Shard` says
 how. A flat list of tokens is the same thing without the row axis. Logits, normalisers and results are float32
 whatever the inputs are.
 """
@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import custom_vjp_primal_tree_values
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from dpo.models.precision import precision_of
 from dpo.models.products import rounded_sum
+from dpo.models.vocabulary_split import Arrays, Shard
 from dpo.outcomes import UserError
-from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, VOCABULARY, Partition
+from dpo.parallel.partition import DATA, ONE_DEVICE, ROWS, VOCABULARY, Partition
 
 
 def token_log_probs(
@@ -108,10 +108,6 @@ class _Settings(NamedTuple):
     rounds_backward: bool
 
 
-_Arrays = dict[str, Array]
-"""Inputs or results by name; "bias" and "logits" only where there are any."""
-
-
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("names",))
 @dataclass(frozen=True)
 class _Wanted:
@@ -121,7 +117,7 @@ class _Wanted:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_log_probs(settings: _Settings, partition: Partition, arrays: _Arrays) -> Array:
+def _token_log_probs(settings: _Settings, partition: Partition, arrays: Arrays) -> Array:
     return _compute(settings._replace(keep_logits=False), partition, arrays)[0]
 
 
@@ -132,14 +128,14 @@ def _forward(settings: _Settings, partition: Partition, arrays: dict[str, Any]) 
     return log_probs, (wanted, *saved)
 
 
-def _compute(settings: _Settings, partition: Partition, arrays: _Arrays) -> tuple[Array, tuple]:
-    shard = _Shard(partition, arrays)
+def _compute(settings: _Settings, partition: Partition, arrays: Arrays) -> tuple[Array, tuple]:
+    shard = Shard(partition, arrays)
     names = ("log_probs", "normaliser", *(("logits",) if settings.keep_logits else ()))
     results = shard.map(partial(_forward_local, settings, shard), arrays, names)
     return results["log_probs"], (arrays, {name: results[name] for name in names[1:]})
 
 
-def _forward_local(settings: _Settings, shard: _Shard, arrays: _Arrays) -> _Arrays:
+def _forward_local(settings: _Settings, shard: Shard, arrays: Arrays) -> Arrays:
     """Log-probs and normalisers of a device's own positions; the logits, if they are to be kept."""
     embedding, bias = arrays["embedding"], arrays.get("bias")
     chunks = _Chunks(arrays["target"].shape, settings.chunk)
@@ -165,14 +161,14 @@ def _forward_local(settings: _Settings, shard: _Shard, arrays: _Arrays) -> _Arra
 
 def _backward(settings: _Settings, partition: Partition, saved: tuple, cotangent: Array) -> tuple:
     wanted, arrays, kept = saved
-    shard = _Shard(partition, arrays)
+    shard = Shard(partition, arrays)
     local = partial(_backward_local, settings, shard, wanted.names)
     gradients = shard.map(local, arrays | kept | {"cotangent": cotangent}, wanted.names)
     known = {name: gradients[name].astype(arrays[name].dtype) for name in wanted.names}
     return ({name: known.get(name) for name in arrays},)
 
 
-def _backward_local(settings: _Settings, shard: _Shard, names: Sequence[str], arrays: _Arrays) -> _Arrays:
+def _backward_local(settings: _Settings, shard: Shard, names: Sequence[str], arrays: Arrays) -> Arrays:
     """Gradients of a device's own hidden states and of its part of the vocabulary, as far as asked for."""
     embedding, bias = arrays["embedding"], arrays.get("bias")
     chunks = _Chunks(arrays["target"].shape, settings.chunk)
@@ -212,114 +208,6 @@ def _backward_local(settings: _Settings, shard: _Shard, names: Sequence[str], ar
 
 
 _token_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-class _Shard:
-    """How positions and vocabulary lie on a mesh, and what a device must ask of the others.
-
-    The rows of positions are split over data and fsdp, the vocabulary over tensor and fsdp. The devices of an
-    fsdp group share their positions with one another, and each makes the logits of all of them in its part
-    of the vocabulary: neither the matrix nor logits ever travel whole. The matrix is kept with its columns
-    split over fsdp; one exchange makes rows of them. On one device, and for positions without rows, nothing
-    is shared.
-    """
-
-    def __init__(self, partition: Partition, arrays: _Arrays):
-        hidden, (vocab_size, dim) = arrays["hidden"], arrays["embedding"].shape
-        rows = hidden.ndim == 3 and partition.divides(ROWS, len(hidden)) is not None
-        self._is_split = partition.is_split and rows and partition.divides(FSDP, dim) is not None
-        self._mesh = partition.mesh
-        self._group = partition.size(FSDP)
-        self._tensor = TENSOR if partition.divides(TENSOR, vocab_size) else None
-        self._rows = vocab_size // partition.size(self._tensor)
-        """Of the matrix, on the devices of one fsdp group."""
-
-    def map(self, function: Callable[[_Arrays], _Arrays], arrays: _Arrays, names: Sequence[str]) -> _Arrays:
-        """The results `names` of `function`, called by every device with its part of the arrays."""
-        if not self._is_split:
-            return function(arrays)
-
-        def on_a_device(arrays: _Arrays) -> _Arrays:
-            results = function({name: self._to_rows(name, array) for name, array in arrays.items()})
-            return {name: self._from_rows(name, results[name]) for name in names}
-
-        return jax.shard_map(
-            on_a_device,
-            mesh=self._mesh,
-            in_specs=({name: self._spec(name) for name in arrays},),
-            out_specs={name: self._spec(name) for name in names},
-            check_vma=False,
-        )(arrays)
-
-    def gather(self, x: Array) -> Array:
-        """The positions of all devices of the fsdp group."""
-        return jax.lax.all_gather(x, FSDP, tiled=True) if self._is_split else x
-
-    def own(self, x: Array) -> Array:
-        """A device's own among the group's positions."""
-        if not self._is_split:
-            return x
-        size = len(x) // self._group
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(FSDP) * size, size)
-
-    def own_sum(self, x: Array) -> Array:
-        """The sum over all parts of the vocabulary, of a device's own positions."""
-        if not self._is_split:
-            return x
-        x = x if self._tensor is None else jax.lax.psum(x, self._tensor)
-        return jax.lax.psum_scatter(x, FSDP, tiled=True)
-
-    def max_over_vocabulary(self, x: Array) -> Array:
-        """The largest of all parts of the vocabulary, of the group's positions."""
-        axes = (FSDP,) if self._tensor is None else (self._tensor, FSDP)
-        return jax.lax.pmax(x, axes) if self._is_split else x
-
-    def sum_over_data(self, x: Array) -> Array:
-        """The sum over positions that other groups have."""
-        return jax.lax.psum(x, DATA) if self._is_split else x
-
-    def first_column(self, size: int) -> Array | int:
-        """Number of the first token of a device's part of the vocabulary, which has `size`."""
-        if not self._is_split:
-            return 0
-        of_group = 0 if self._tensor is None else jax.lax.axis_index(self._tensor) * self._rows
-        return of_group + jax.lax.axis_index(FSDP) * size
-
-    def num_columns(self, size: int) -> Array | int:
-        """How many of these are tokens; the others only make the parts equal."""
-        return jnp.minimum(size, self._rows - jax.lax.axis_index(FSDP) * size) if self._is_split else size
-
-    def hide_padding(self, x: Float[Array, "M v"], value: float = -1e30) -> Float[Array, "M v"]:
-        """`value` in the columns that are no tokens."""
-        if not self._is_split or self._rows % self._group == 0:
-            return x
-        return jnp.where((jnp.arange(x.shape[1]) < self.num_columns(x.shape[1]))[None, :], x, value)
-
-    def _to_rows(self, name: str, array: Array) -> Array:
-        """A device's rows of the matrix and entries of the bias, from its columns and all entries."""
-        if name not in ("embedding", "bias"):
-            return array
-        padding = -self._rows % self._group
-        array = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
-        return self.own(array) if name == "bias" else jax.lax.all_to_all(array, FSDP, 0, 1, tiled=True)
-
-    def _from_rows(self, name: str, array: Array) -> Array:
-        """The way back."""
-        if name == "bias":
-            return self.gather(array)[: self._rows]
-        return (
-            jax.lax.all_to_all(array, FSDP, 1, 0, tiled=True)[: self._rows] if name == "embedding" else array
-        )
-
-    def _spec(self, name: str) -> PartitionSpec:
-        """Where an array lies on the mesh."""
-        known = {
-            "embedding": PartitionSpec(self._tensor, FSDP),
-            "bias": PartitionSpec(self._tensor),
-            "normaliser": PartitionSpec(None, ROWS),
-            "logits": PartitionSpec(None, DATA, (FSDP,) if self._tensor is None else VOCABULARY),
-        }
-        return known.get(name, PartitionSpec(ROWS))
 
 
 class _Chunks:

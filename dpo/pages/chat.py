@@ -8,7 +8,8 @@ from typing import Any
 from dpo.data.messages import Message
 from dpo.data.tokenization import tokenize_prompts
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
-from dpo.models.sampling import SamplingConfig, stream
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import stream
 from dpo.models.vocabulary import require_known
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"

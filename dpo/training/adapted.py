@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dpo.config import Config, LoraConfig
-from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters, save_adapters
+from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters
+from dpo.huggingface.adapter_writing import save_adapters
 from dpo.huggingface.adapters import (
     Adapter,
     add_adapters,
@@ -27,7 +28,8 @@ from dpo.huggingface.adapters import (
     new_adapters,
 )
 from dpo.huggingface.binding import Binding
-from dpo.huggingface.pretrained import open_checkpoint, open_shapes, read_config
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import open_shapes, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError

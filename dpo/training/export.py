@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
-from dpo.huggingface.pretrained import open_checkpoint, save_pretrained
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.saving import save_pretrained
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics

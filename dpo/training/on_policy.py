@@ -23,7 +23,8 @@ from dpo.data.packing import Shape, pack
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset, make_dataset
 from dpo.huggingface.pretrained import stop_tokens
-from dpo.models.sampling import SamplingConfig, generate, lower_generation
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate, lower_generation
 from dpo.parallel.sharding import row_multiple
 from dpo.training.placement import place_batch
 from dpo.training.policy import Policy, make_score

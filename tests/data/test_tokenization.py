@@ -202,7 +202,7 @@ def test_token_ids_are_those_of_trl_on_real_pairs():
     golden = SHARED / "golden" / "trl_trajectory.json"
     if not golden.is_file():
         pytest.skip(f"{golden} is not there (DPO_SHARED_DIR names its folder)")
-    from dpo.huggingface.pretrained import load_tokenizer
+    from dpo.huggingface.tokenizer_files import load_tokenizer
 
     rows = read_preferences(SHARED / "data" / "hh_pairs_512.jsonl", limit=40).preferences
     dataset = tokenize(rows, load_tokenizer("embedded:smollm2-135m-instruct"))

@@ -10,7 +10,7 @@ import pytest
 from dpo.data.preferences import read_preferences
 from dpo.data.tokenization import tokenize
 from dpo.huggingface.embedded import cached_embedded
-from dpo.huggingface.pretrained import load_tokenizer
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.local_judge import sequence_log_probs
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"

@@ -12,8 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, case_config, load_case, write_checkpoint
 
 from dpo.files import CHECKSUMS_FILE
-from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters, save_adapters
-from dpo.huggingface.pretrained import load_decoder, open_checkpoint
+from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters
+from dpo.huggingface.adapter_writing import save_adapters
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder
 from dpo.models.lora import Method
 
 

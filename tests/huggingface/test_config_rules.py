@@ -12,7 +12,9 @@ import pytest
 import safetensors.numpy
 
 from dpo.huggingface.config_rules import MAX_LAYERS
-from dpo.huggingface.pretrained import load_decoder, load_tokenizer, open_checkpoint
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.outcomes import UserError
 
 

@@ -19,7 +19,8 @@ from dpo.huggingface.gguf_architectures import ARCHITECTURES
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.gguf_reader import GgufContainer
 from dpo.huggingface.gguf_writing import find_architecture
-from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder, read_config
 
 KINDS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 

@@ -15,7 +15,8 @@ from tokenizer_corpus import TEXTS
 from dpo.huggingface.embedded import cached_embedded
 from dpo.huggingface.gguf_writing import save_gguf
 from dpo.huggingface.pretrained import Pretrained, load_pretrained, stop_tokens
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 
 pytestmark = pytest.mark.slow
 

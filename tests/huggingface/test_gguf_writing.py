@@ -20,9 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.gguf_vocabulary import PROBES, find_cut
 from dpo.huggingface.gguf_writing import GGUF_DTYPES, save_gguf
+from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS, make_pre_tokenizer
-from dpo.huggingface.pretrained import load_decoder, open_checkpoint
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.huggingface.pretrained import load_decoder
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 
 VOCABULARY = 288
 _LLAMA = CASES["llama"]

@@ -16,7 +16,8 @@ from numpy.testing import assert_array_equal
 from tiny_models import CASES, write_checkpoint
 
 from dpo.huggingface import loading
-from dpo.huggingface.pretrained import load_decoder, open_checkpoint
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder
 from dpo.huggingface.weights import SafetensorsDirectory
 
 BASES = [case for case in CASES if "-" not in case]
@@ -107,7 +108,8 @@ import re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from dpo.huggingface.pretrained import load_decoder, open_checkpoint, read_config
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder, read_config
 
 def memory(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

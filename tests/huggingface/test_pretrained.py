@@ -11,8 +11,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import ORACLES, batch_arrays, case_config, load_case, write_checkpoint
 
 from dpo.huggingface.embedded import EMBEDDED, cached_embedded, fetch_embedded
-from dpo.huggingface.pretrained import load_decoder, load_pretrained, open_checkpoint, save_pretrained
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder, load_pretrained
+from dpo.huggingface.saving import save_pretrained
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 

@@ -16,7 +16,8 @@ from tiny_model import byte_tokenizer, write_tiny_model
 from tiny_models import CASES, case_config, write_checkpoint
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
-from dpo.huggingface.pretrained import load_decoder, load_pretrained, open_checkpoint, read_config
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder, load_pretrained, read_config
 from dpo.huggingface.saving import save_pretrained, write_safetensors
 from dpo.huggingface.spellings import spelled_for_all
 

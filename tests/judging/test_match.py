@@ -13,7 +13,8 @@ import pytest
 from dpo.cli import main
 from dpo.config import Config, WinrateConfig
 from dpo.data.preferences import Preference
-from dpo.huggingface.pretrained import load_pretrained, load_tokenizer
+from dpo.huggingface.pretrained import load_pretrained
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging import match, samples
 from dpo.judging.judges import Template
 from dpo.judging.kinds import JUDGES, find_kind, open_judge

@@ -1,7 +1,7 @@
 from dpo.data.preferences import Preference
 from dpo.judging.prompts import prompt_key
 from dpo.judging.samples import Request
-from dpo.models.sampling import SamplingConfig
+from dpo.models.drawing import SamplingConfig
 
 
 def test_a_prompt_with_tools_is_another_than_without():

@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose
 from tiny_model import write_tiny_model, write_tiny_reward_model
 
 from dpo.cli import main
-from dpo.huggingface.pretrained import load_classifier, open_checkpoint
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_classifier
 from dpo.judging import reward_model
 from dpo.judging.judges import Question
 from dpo.judging.reward_model import RewardModelJudge

@@ -7,7 +7,10 @@ import pytest
 from attention_rows import make_layout, make_qkv
 
 from dpo.models.attention import NO_WINDOW, attend_plain, visible
-from dpo.models.attention_blocked import TILES, _Layout, _schedule, attend_blocked
+from dpo.models.attention_blocked import attend_blocked
+from dpo.models.attention_tiles import TILES
+from dpo.models.attention_tiles import Layout as _Layout
+from dpo.models.attention_tiles import make_schedule as _schedule
 
 T, C = 48, 8
 
@@ -141,7 +144,7 @@ def test_only_blocks_that_someone_sees_are_visited():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_tiles_of_a_step_have_memory_of_their_own(backward):
-    """The compiled loop carries every product of queries and keys: see `_each_tile`."""
+    """The compiled loop carries every product of queries and keys: see `attention_tiles.each_tile`."""
     layout, (q, k, v, _) = _layout(), _qkv(len(ROWS), T, 4, 2)
 
     def total(q, k, v):

@@ -10,7 +10,9 @@ from attention_rows import make_layout, make_qkv
 from numpy.testing import assert_allclose, assert_array_equal
 
 from dpo.models.attention import attend_plain, visible
-from dpo.models.attention_ranges import _bounds, attend_ranges, block_size, find_ranges
+from dpo.models.attention_ranges import attend_ranges, block_size
+from dpo.models.key_ranges import find_bounds as _bounds
+from dpo.models.key_ranges import find_ranges
 
 C = 8
 LENGTH = 150  # padded to three blocks

@@ -8,13 +8,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import CLASSIFIERS, ORACLES, SEQUENCES, write_checkpoint, write_classifier
 
 from dpo.huggingface.families import classifier_architecture
-from dpo.huggingface.pretrained import (
-    count_labels,
-    load_classifier,
-    load_decoder,
-    open_checkpoint,
-    save_pretrained,
-)
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import count_labels, load_classifier, load_decoder
+from dpo.huggingface.saving import save_pretrained
 from dpo.models.classifier import classify, pooled_position
 
 QUICK = ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "falcon"]

@@ -7,7 +7,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import load_case
 
-from dpo.models.sampling import SamplingConfig, filter_logits, generate, sample, stream
+from dpo.models.drawing import SamplingConfig, filter_logits, sample
+from dpo.models.sampling import generate, stream
 
 PROMPTS = [[5, 7, 11], [3, 1, 4, 1, 5, 9, 2, 6], [8], [2, 7, 1, 8, 2]]
 RULES = SamplingConfig(

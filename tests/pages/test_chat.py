@@ -10,7 +10,8 @@ from dpo.cli import main
 from dpo.data.tokenization import tokenize_prompts
 from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.judging.samples import stop_tokens
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.drawing import SamplingConfig
+from dpo.models.sampling import generate
 from dpo.pages.chat import converse, respond
 
 RULES = SamplingConfig(max_new_tokens=24, temperature=1.0)

@@ -30,7 +30,8 @@ from dpo.config import (
 )
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
-from dpo.huggingface.pretrained import load_decoder, open_checkpoint
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.pretrained import load_decoder
 from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
 from dpo.training import export, preparation

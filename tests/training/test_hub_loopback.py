@@ -14,7 +14,8 @@ from hub_server import TOKEN, Hub, running_hub
 from huggingface_hub import constants
 from tiny_model import write_tiny_model
 
-from dpo.huggingface.pretrained import load_tokenizer, open_checkpoint
+from dpo.huggingface.opening import open_checkpoint
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.training.hub import push_to_hub
 
 NAME = "someone/tiny"

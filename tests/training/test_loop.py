@@ -538,7 +538,8 @@ def test_ten_steps_follow_trls_trajectory(shared_dir, tmp_path):
 
 def _check_movement(result, golden):
     """Norms of (trained − initial), tensor by tensor, within 1%."""
-    from dpo.huggingface.pretrained import load_pretrained, save_pretrained
+    from dpo.huggingface.pretrained import load_pretrained
+    from dpo.huggingface.saving import save_pretrained
 
     start = load_pretrained("embedded:smollm2-135m-instruct")
     before = save_pretrained(start.model, result.run_dir / "start", hf_config=start.config, tokenizer=None)

