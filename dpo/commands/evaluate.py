@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo.commands.checks import check_heldout, load_run
 from dpo.commands.output import print_plain, write_json
@@ -12,6 +12,7 @@ from dpo.config import Config, EvaluateConfig
 from dpo.config.sources import show_source
 
 if TYPE_CHECKING:
+    from dpo.evaluation.figures import HeldoutFigures
     from dpo.evaluation.heldout import Heldout
 
 
@@ -51,11 +52,11 @@ def beta_of(config: Config) -> float:
     return reward_scale(specification(config))
 
 
-def describe_heldout(heldout: Heldout, *, beta: float, seed: int) -> dict[str, Any]:
+def describe_heldout(heldout: Heldout, *, beta: float, seed: int) -> HeldoutFigures:
     """All figures, and what was left out of them."""
     from dpo.evaluation.accuracy import describe
 
-    return describe(heldout.rows, beta=beta, seed=seed) | {"left_out": heldout.left_out}
+    return {**describe(heldout.rows, beta=beta, seed=seed), "left_out": heldout.left_out}
 
 
 def _output_of(given: EvaluateConfig) -> str | None:

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from dpo.evaluation.figures import (
+    Baseline,
+    CalibrationFigures,
+    Estimate,
+    HeldoutFigures,
+    PartFigures,
+    SourceFigures,
+)
 from dpo.evaluation.ranking import rankings
 from dpo.evaluation.rows import Pairs, Rows, as_pairs, check_finite, make_pairs
 from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, mean_of_groups, without_spread
@@ -22,7 +29,7 @@ from dpo.intervals import Interval, wilson
 from dpo.outcomes import UserError
 
 NUM_BINS = 10
-BASELINES = {
+BASELINES: dict[Baseline, str] = {
     "longer": "longer is better",
     "reference_logp": "reference's log-prob",
     "reference_logp_per_token": "the same per token",
@@ -30,7 +37,7 @@ BASELINES = {
 """Scores that took no training, in words."""
 
 
-def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
+def describe(rows: Rows, *, beta: float, seed: int = 0) -> HeldoutFigures:
     """Everything below, as plain numbers for a JSON file; the interval of a figure is [estimate, low, high].
 
     `unpaired` is true where the rows are single labelled responses, which are compared as `as_pairs` says.
@@ -44,7 +51,7 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
     if len(pairs.row) == 0:
         raise UserError("no row has two responses of different rank: there is nothing to be right about")
     delta = beta * pairs.gap(rows.log_ratio)
-    result: dict[str, Any] = {
+    result: HeldoutFigures = {
         "prompts": len(np.unique(rows.prompts[pairs.row])),
         "rows": len(np.unique(pairs.row)),
         "pairs": len(pairs.row),
@@ -73,7 +80,7 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def cautions(figures: dict[str, Any]) -> list[str]:
+def cautions(figures: HeldoutFigures) -> list[str]:
     """What a reader of the figures has to know of their intervals."""
     found = few_clusters(figures["prompts"])
     found += without_spread("accuracy", figures["accuracy"], figures["prompts"])
@@ -85,7 +92,7 @@ def cautions(figures: dict[str, Any]) -> list[str]:
     return found
 
 
-def part_interval(part: dict[str, Any]) -> tuple[Sequence[float] | None, str]:
+def part_interval(part: PartFigures) -> tuple[Sequence[float] | None, str]:
     """What to show beside the accuracy of a part of the pairs, and a remark on it.
 
     The bootstrap's interval; of fewer than FEW prompts none; where all of them came out alike, Wilson's.
@@ -109,7 +116,7 @@ def accuracy(rows: Rows, pairs: Pairs, values: Shaped[np.ndarray, "n K"], *, see
     return cluster_bootstrap(right, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
 
 
-def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
+def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
     """What the same pairs give to scores that took no training: length, and the reference's own log-probs."""
     return {
         name: list(accuracy(rows, pairs, values, seed=seed))
@@ -117,7 +124,7 @@ def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[floa
     }
 
 
-def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
+def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
     """Accuracy minus that of each baseline, paired: on the same pairs, so that what they share cancels."""
     right = outcomes(pairs.gap(rows.log_ratio))
     mean = partial(cluster_bootstrap, clusters=rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
@@ -127,12 +134,12 @@ def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list
     }
 
 
-def log_ratios(rows: Rows, *, seed: int = 0) -> dict[str, list[float]]:
+def log_ratios(rows: Rows, *, seed: int = 0) -> dict[str, Estimate]:
     """Mean log π/ρ of the best responses and of the others: whether both fall, and how far.
 
     What there is none of (of labelled responses all may be desirable) is left out.
     """
-    result: dict[str, list[float]] = {}
+    result: dict[str, Estimate] = {}
     for name, kept in (("chosen", rows.ranks == 0), ("rejected", rows.ranks > 0)):
         row, place = np.nonzero(rows.present & kept)
         if len(row):
@@ -143,7 +150,7 @@ def log_ratios(rows: Rows, *, seed: int = 0) -> dict[str, list[float]]:
     return result
 
 
-def by_length(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, dict[str, Any]]:
+def by_length(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, PartFigures]:
     """The pairs whose better response is the longer, the shorter, or as long, apart."""
     longer = np.sign(pairs.gap(rows.lengths))
     parts = {
@@ -158,20 +165,24 @@ def by_length(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[s
     }
 
 
-def by_source(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, dict[str, Any]]:
+def by_source(rows: Rows, pairs: Pairs, *, beta: float, seed: int = 0) -> dict[str, SourceFigures]:
     """The pairs of every subset apart, with its baselines."""
-    found = {}
+    found: dict[str, SourceFigures] = {}
     for name in np.unique(rows.sources[pairs.row]):
         part = rows.take(rows.sources == name)
-        found[str(name)] = describe_part(
-            rows, pairs, rows.sources[pairs.row] == name, beta=beta, seed=seed
-        ) | baselines(part, make_pairs(part), seed=seed)
+        untrained = baselines(part, make_pairs(part), seed=seed)
+        found[str(name)] = {
+            **describe_part(rows, pairs, rows.sources[pairs.row] == name, beta=beta, seed=seed),
+            "longer": untrained["longer"],
+            "reference_logp": untrained["reference_logp"],
+            "reference_logp_per_token": untrained["reference_logp_per_token"],
+        }
     return found
 
 
 def describe_part(
     rows: Rows, pairs: Pairs, kept: Bool[np.ndarray, " m"], *, beta: float, seed: int = 0
-) -> dict[str, Any]:
+) -> PartFigures:
     """Some of the pairs: accuracy with ties apart, margin, log-ratios of both sides, calibration."""
     part = Pairs(*(array[kept] for array in pairs))
     clusters = rows.prompts[part.row]
@@ -191,7 +202,7 @@ def describe_part(
     }
 
 
-def calibration(delta: Float[np.ndarray, " m"], weight: Float[np.ndarray, " m"]) -> dict[str, Any]:
+def calibration(delta: Float[np.ndarray, " m"], weight: Float[np.ndarray, " m"]) -> CalibrationFigures:
     """Reliability of σ(|δ|), the confidence in the order that the policy gives, in bins from ½ to 1.
 
     ECE = Σ_bin (share of the bin) |part right − mean confidence| (Guo et al. 2017, Eq. 3).
@@ -213,7 +224,7 @@ def calibration(delta: Float[np.ndarray, " m"], weight: Float[np.ndarray, " m"])
     }
 
 
-def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, list[float]]:
+def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, Estimate]:
     """Accuracy, and that of each baseline, every subset counting the same (as in RewardBench)."""
     clusters, sources = rows.prompts[pairs.row], rows.sources[pairs.row]
     mean = partial(mean_of_groups, clusters=clusters, groups=sources, weights=pairs.weight, seed=seed)
@@ -223,7 +234,7 @@ def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, lis
     }
 
 
-def _untrained_scores(rows: Rows) -> dict[str, Shaped[np.ndarray, "n K"]]:
+def _untrained_scores(rows: Rows) -> dict[Baseline, Shaped[np.ndarray, "n K"]]:
     """By baseline, what it orders responses by."""
     reference = np.where(rows.present, rows.reference, 0.0)
     return {

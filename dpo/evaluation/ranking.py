@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from dpo.evaluation.figures import Estimate, RankingFigures
 from dpo.evaluation.rows import Rows, make_pairs
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.losses import Scores, make_objective
@@ -16,25 +15,25 @@ from dpo.losses import Scores, make_objective
 _plackett_luce = jax.jit(make_objective({"name": "plackett_luce", "beta": 1.0}).loss)
 
 
-def rankings(rows: Rows, *, beta: float, seed: int = 0) -> dict[str, Any]:
+def rankings(rows: Rows, *, beta: float, seed: int = 0) -> RankingFigures:
     """How whole rankings are reproduced: Kendall's τ-b, the best found, NDCG, Plackett-Luce likelihood."""
     kept = has_preference(rows)
     usable = rows.take(kept)
-    values = {
-        "kendall_tau": kendall_tau(usable),
-        "top_1": top_1(usable),
-        "ndcg": ndcg(usable),
-        "log_likelihood": plackett_luce_log_likelihood(rows, beta=beta)[kept],
-    }
-    result: dict[str, Any] = {
-        name: list(cluster_bootstrap(value, usable.prompts, seed=seed)) for name, value in values.items()
-    }
+
+    def estimate(values: Float[np.ndarray, " n"]) -> Estimate:
+        return list(cluster_bootstrap(values, usable.prompts, seed=seed))
+
     counts = usable.present.sum(1)
-    result["chance"] = {
-        "top_1": float(((usable.present & (usable.ranks == 0)).sum(1) / counts).mean()),
-        "log_likelihood": float(plackett_luce_log_likelihood(rows, beta=0.0)[kept].mean()),
+    return {
+        "kendall_tau": estimate(kendall_tau(usable)),
+        "top_1": estimate(top_1(usable)),
+        "ndcg": estimate(ndcg(usable)),
+        "log_likelihood": estimate(plackett_luce_log_likelihood(rows, beta=beta)[kept]),
+        "chance": {
+            "top_1": float(((usable.present & (usable.ranks == 0)).sum(1) / counts).mean()),
+            "log_likelihood": float(plackett_luce_log_likelihood(rows, beta=0.0)[kept].mean()),
+        },
     }
-    return result
 
 
 def has_preference(rows: Rows) -> Bool[np.ndarray, " n"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
@@ -65,20 +65,56 @@ def extreme_pairs(rows: Rows, *, beta: float, count: int = NUM_PAIRS) -> Extreme
     return Extremes(worst, _one_a_row(found[::-1], {pair.row for pair in worst})[:count])
 
 
-def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str, Any]:
-    """Per-token log-probs of the extreme pairs under policy (`model.source`) and reference, as plain data.
+class ScoredSide(TypedDict):
+    """A response, token by token."""
 
-    One model is in memory at a time. {"policy", "reference": sources, "pairs": [{"location": where the row
-    stands in the data, "row", "better", "worse": places, "delta", "sides": {"better": {"tokens": the text
-    that each token adds, "policy": log-probs, "reference": log-probs}, "worse": …}}]}
-    A token of a response that is read and not scored has None for its log-probs.
+    tokens: list[str]
+    """The text that each adds."""
+    policy: list[float | None]
+    reference: list[float | None]
+    """Log-probs; None of a token that is read and not scored."""
+
+
+class ScoredSides(TypedDict):
+    """Both responses of a pair."""
+
+    better: ScoredSide
+    worse: ScoredSide
+
+
+class ScoredPair(TypedDict):
+    """An `OrderedPair` with its log-probs."""
+
+    location: str
+    """Where the row stands in the data."""
+    row: int
+    better: int
+    worse: int
+    """Places of the responses in their row."""
+    delta: float
+    sides: ScoredSides
+
+
+class TokenRatios(TypedDict):
+    """What evaluation.tokens.json holds."""
+
+    policy: str
+    reference: str
+    """Sources of the models."""
+    pairs: list[ScoredPair]
+
+
+def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> TokenRatios:
+    """Per-token log-probs of the extreme pairs under policy (`model.source`) and reference.
+
+    One model is in memory at a time.
     """
     assert config.model.reference is not None
     extremes = extreme_pairs(heldout.rows, beta=beta)
     wanted = [*extremes.worst, *extremes.best]
-    sources = {"policy": config.model.source, "reference": config.model.reference}
+    result: TokenRatios = {"policy": config.model.source, "reference": config.model.reference, "pairs": []}
     if not wanted:  # labelled responses are no pairs
-        return {**sources, "pairs": []}
+        return result
     rows = list(dict.fromkeys(pair.row for pair in wanted))
     preferences = [heldout.preferences[row] for row in rows]
     mesh = own_mesh(config.mesh)
@@ -86,7 +122,7 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
     other = load_policy(config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype)
     reference, _, _ = _score(config, other, preferences, mesh)
 
-    def side(row: int, place: int) -> dict[str, Any]:
+    def side(row: int, place: int) -> ScoredSide:
         flags = tokens.scored_of(row)[place].tolist()
         return {
             "tokens": token_texts(tokenizer, tokens.responses(row)[place].tolist()),
@@ -94,20 +130,19 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> dict[str
             "reference": _beside(flags, reference[row][place]),
         }
 
-    return {
-        **sources,
-        "pairs": [
+    for pair in wanted:
+        place = rows.index(pair.row)
+        result["pairs"].append(
             {
                 "location": heldout.preferences[pair.row].location,
-                **pair._asdict(),
-                "sides": {
-                    "better": side(rows.index(pair.row), pair.better),
-                    "worse": side(rows.index(pair.row), pair.worse),
-                },
+                "row": pair.row,
+                "better": pair.better,
+                "worse": pair.worse,
+                "delta": pair.delta,
+                "sides": {"better": side(place, pair.better), "worse": side(place, pair.worse)},
             }
-            for pair in wanted
-        ],
-    }
+        )
+    return result
 
 
 def _beside(flags: Sequence[bool], values: Sequence[float]) -> list[float | None]:
@@ -120,7 +155,7 @@ def write_token_ratios(
     path: str | Path, config: Config, heldout: Heldout, *, beta: float, made_from: str | None = None
 ) -> None:
     """`score_extremes` as a file, which may say what it was made from."""
-    content = score_extremes(config, heldout, beta=beta) | {MADE_FROM: made_from}
+    content = {**score_extremes(config, heldout, beta=beta), MADE_FROM: made_from}
     text = json.dumps(content, ensure_ascii=False)
     replace_text(Path(path), text + "\n", what="log-probs of tokens")
 

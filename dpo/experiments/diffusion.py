@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,13 @@ from dpo.diffusion.samplers import ddim
 from dpo.diffusion.schedule import SCHEDULES, Schedule
 from dpo.diffusion.shared_noise import recovered_share, summed_share
 from dpo.experiments import diffusion_figures as figures
+from dpo.experiments.diffusion_results import (
+    DiffusionResults,
+    PathFigures,
+    ProcessFigures,
+    SampleFigures,
+    SharingFigures,
+)
 from dpo.experiments.diffusion_text import processes_as_text, samples_as_text, sharing_as_text
 from dpo.losses import make_objective, reward_scale
 from dpo.outcomes import UserError
@@ -39,7 +46,14 @@ TIME_COUNTS = (1, 2, 4, 8, 16)
 SHARINGS: tuple[Sharing, ...] = ("time_and_noise", "time", "nothing")
 
 
-def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> dict[str, Any]:
+class _OneDimension(TypedDict, total=False):
+    """What there is of one Gaussian in one dimension only."""
+
+    processes: ProcessFigures
+    shared_noise: SharingFigures
+
+
+def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> DiffusionResults:
     """The whole example; returns what results.json holds. Everything is a function of the settings.
 
     Raises:
@@ -54,13 +68,13 @@ def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> dict[str, Any
     optimum = mixture.tilted(slope, beta)
     schedule = SCHEDULES[config.schedule](config.num_steps)
     keys = dict(zip(("reference", "data", "policy", "sample", "process"), _keys(config.seed, 5), strict=True))
-    results: dict[str, Any] = {}
+    exact: _OneDimension = {}
 
     if mixture.means.shape == (1, 1):
-        results["processes"] = compare_processes(config, keys["process"], run_dir)
-        log(processes_as_text(results["processes"]))
-        results["shared_noise"] = measure_sharing(config, schedule, beta, run_dir)
-        log(sharing_as_text(results["shared_noise"]))
+        exact["processes"] = compare_processes(config, keys["process"], run_dir)
+        log(processes_as_text(exact["processes"]))
+        exact["shared_noise"] = measure_sharing(config, schedule, beta, run_dir)
+        log(sharing_as_text(exact["shared_noise"]))
 
     network, losses = train_reference(config, mixture, schedule, keys["reference"])
     log(f"reference: {config.reference_updates} updates, denoising loss {losses[-50:].mean():.4f}")
@@ -71,11 +85,14 @@ def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> dict[str, Any
         name: np.asarray(draw_samples(config, model, schedule, keys["sample"]))
         for name, model in (("before", network), ("after", policy))
     }
-    results["before"] = describe(drawn["before"], mixture, slope)
-    results["after"] = describe(drawn["after"], optimum, slope)
-    results["share_of_shift"] = shift_share(drawn["before"], drawn["after"], mixture, optimum)
     figures.draw_samples(run_dir / "samples.svg", drawn, mixture, optimum)
-    results["seconds"] = time.perf_counter() - started
+    results: DiffusionResults = {
+        **exact,
+        "before": describe(drawn["before"], mixture, slope),
+        "after": describe(drawn["after"], optimum, slope),
+        "share_of_shift": shift_share(drawn["before"], drawn["after"], mixture, optimum),
+        "seconds": time.perf_counter() - started,
+    }
     (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     log(samples_as_text(results))
     return results
@@ -185,7 +202,7 @@ def draw_samples(
 
 def describe(
     samples: Float[np.ndarray, "N D"], target: Mixture, slope: Float[np.ndarray, " D"]
-) -> dict[str, Any]:
+) -> SampleFigures:
     """Figures of samples, each beside what the target has; intervals are 95%, of the sampling alone."""
     rewards = samples @ slope
     half = 1.96 / np.sqrt(len(samples))
@@ -212,7 +229,7 @@ def shift_share(
     return float((after.mean(axis=0) - before.mean(axis=0)) @ way / (way @ way))
 
 
-def compare_processes(config: DiffusionConfig, key: Array, run_dir: Path) -> dict[str, Any]:
+def compare_processes(config: DiffusionConfig, key: Array, run_dir: Path) -> ProcessFigures:
     """Variances along the reverse path for the three samplers, exact and by a trained network; DDPM's and
     DDIM's output variance by T."""
     variance = config.variance
@@ -221,7 +238,7 @@ def compare_processes(config: DiffusionConfig, key: Array, run_dir: Path) -> dic
     shape = (config.num_drawn, 1)
     first, rest = jax.random.split(jax.random.fold_in(key, 1))
     start, noise = jax.random.normal(first, shape), jax.random.normal(rest, (config.process_steps, *shape))
-    paths = {}
+    paths: dict[str, PathFigures] = {}
     for sampler in PATH_SAMPLERS:
         coefficients = variance_exploding.SAMPLERS[sampler](variance, config.process_steps)
         path = jax.jit(partial(variance_exploding.sample, mean, coefficients=coefficients))(start, noise)
@@ -230,18 +247,16 @@ def compare_processes(config: DiffusionConfig, key: Array, run_dir: Path) -> dic
             "network": np.asarray(path).var(axis=1)[:, 0].tolist(),
             "limit": variance_exploding.limit_variance(sampler, variance),
         }
-    by_steps = {
-        name: [
-            float(ddim_moments(SCHEDULES["linear"](T), variance=variance, eta=eta).variance[-1])
-            for T in STEP_COUNTS
-        ]
-        for name, eta in (("ddim", 0.0), ("ddpm", 1.0))
-    }
-    results = {
+
+    def by_steps(eta: float) -> list[float]:
+        schedules = [SCHEDULES["linear"](T) for T in STEP_COUNTS]
+        return [float(ddim_moments(s, variance=variance, eta=eta).variance[-1]) for s in schedules]
+
+    results: ProcessFigures = {
         "variance": variance,
         "steps": config.process_steps,
         "paths": paths,
-        "by_steps": {"T": list(STEP_COUNTS), **by_steps},
+        "by_steps": {"T": list(STEP_COUNTS), "ddim": by_steps(0.0), "ddpm": by_steps(1.0)},
     }
     figures.draw_processes(run_dir / "variances.svg", results)
     return results
@@ -275,11 +290,11 @@ def train_mean_network(config: DiffusionConfig, key: Array) -> Network:
 
 def measure_sharing(
     config: DiffusionConfig, schedule: Schedule, beta: float, run_dir: Path
-) -> dict[str, Any]:
+) -> SharingFigures:
     """The one-parameter toy: part of the exact shift that is recovered, by what is shared and by S."""
     weights = score_weights(schedule, config.weighting, variance=config.reverse_variance)
     whole = summed_share(schedule, config.variance, weights)
-    shares: dict[str, list[list[float]]] = {}
+    shares: dict[Sharing, list[list[float]]] = {}
     for sharing in SHARINGS:
         found = [
             recovered_share(
@@ -295,7 +310,7 @@ def measure_sharing(
             for num in TIME_COUNTS
         ]
         shares[sharing] = [[value, error] for value, error in found]
-    results = {"S": list(TIME_COUNTS), "summed": whole, "shares": shares}
+    results: SharingFigures = {"S": list(TIME_COUNTS), "summed": whole, "shares": shares}
     figures.draw_sharing(run_dir / "shared_noise.svg", results)
     return results
 

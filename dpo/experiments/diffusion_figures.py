@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpo.diffusion.mixture import Mixture
+from dpo.experiments.diffusion_results import ProcessFigures, SharingFigures
 
 COLOURS = {
     "mean_only": "#d62728",
@@ -33,7 +34,7 @@ _STYLE: Any = {
 }
 
 
-def draw_processes(path: Path, results: dict[str, Any]) -> None:
+def draw_processes(path: Path, results: ProcessFigures) -> None:
     """Left: variance along the reverse path. Right: distance of the output variance from the data's, by T."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -52,7 +53,7 @@ def draw_processes(path: Path, results: dict[str, Any]) -> None:
         _save(figure, path)
 
 
-def _draw_paths(axes: Axes, results: dict[str, Any]) -> None:
+def _draw_paths(axes: Axes, results: ProcessFigures) -> None:
     num_steps, variance = results["steps"], results["variance"]
     t = np.linspace(1.0, 0.0, num_steps + 1)
     axes.plot(t, variance + t, "--", color="grey", linewidth=1, label="marginal σ² + t")
@@ -70,7 +71,7 @@ def _draw_paths(axes: Axes, results: dict[str, Any]) -> None:
     axes.legend()
 
 
-def draw_sharing(path: Path, results: dict[str, Any]) -> None:
+def draw_sharing(path: Path, results: SharingFigures) -> None:
     """Part of the exact shift that is recovered, by the number of noised copies and by what they share."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5, 3.2), layout="constrained")

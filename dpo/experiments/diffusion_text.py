@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from dpo.experiments.diffusion_results import DiffusionResults, ProcessFigures, SharingFigures
 
-def processes_as_text(results: dict[str, Any]) -> str:
+
+def processes_as_text(results: ProcessFigures) -> str:
     """Output variances in a few lines."""
     lines = [
         f"variance exploding, X_0 ~ N(0, {results['variance']:g}), {results['steps']} steps, from N(0, 1): "
@@ -26,7 +28,7 @@ def processes_as_text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def sharing_as_text(results: dict[str, Any]) -> str:
+def sharing_as_text(results: SharingFigures) -> str:
     """Shares in a few lines."""
     lines = [
         f"one-parameter toy: part of the exact shift recovered (ELBO summed inside: {results['summed']:.3f})"
@@ -40,7 +42,7 @@ def sharing_as_text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def samples_as_text(results: dict[str, Any]) -> str:
+def samples_as_text(results: DiffusionResults) -> str:
     """Samples before and after, beside ρ and π*."""
     lines = []
     for name, target in (("before", "rho"), ("after", "pi*")):

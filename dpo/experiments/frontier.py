@@ -40,6 +40,7 @@ from dpo.config import (
 )
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
+from dpo.experiments.frontier_results import BestOf, Drawn, FrontierResult, Point, TemperatureLine
 from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained, stop_tokens
 from dpo.judging.journal import Journal
@@ -65,7 +66,7 @@ SAMPLED_TOGETHER = 96
 Log = Callable[[str], None]
 
 
-def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
+def run(given: FrontierConfig, *, log: Log) -> FrontierResult | None:
     """Train, sample and judge all that is missing; write figures, tables and frontier.json.
 
     None where a signal asked to stop: everything is saved, and the same settings go on from there.
@@ -86,7 +87,7 @@ def run(given: FrontierConfig, *, log: Log) -> dict[str, Any] | None:
             jax.clear_caches()
         lines = {key: observers.line(*key, config) for key, config in configs.items()}
     del observers
-    result = {
+    result: FrontierResult = {
         "settings": asdict(given),
         "reward": reward.identity,
         "prompts": len(prompts),
@@ -167,7 +168,7 @@ class _Observers:
             key = self._key(name, beta, config, step)
             if key not in self._points.lines:
                 self._points.append(
-                    {"key": key, "objective": name, "beta": beta, "step": step} | self._draw(params)
+                    {"key": key, "objective": name, "beta": beta, "step": step, **self._draw(params)}
                 )
             line = self._points.lines[key]
             return {
@@ -178,7 +179,7 @@ class _Observers:
 
         return observe
 
-    def line(self, name: str, beta: float, config: Config) -> list[dict[str, Any]]:
+    def line(self, name: str, beta: float, config: Config) -> list[Point]:
         """The points of a finished run: reward and KL with their intervals.
 
         Raises:
@@ -211,10 +212,10 @@ class _Observers:
         digest = hashlib.sha256(repr((settings_fingerprint(config), sampling)).encode()).hexdigest()
         return f"{name} {beta:g} {step} {digest[:16]}"
 
-    def _rewards(self, line: dict[str, Any]) -> Float[np.ndarray, " n"]:
+    def _rewards(self, line: Mapping[str, Any]) -> Float[np.ndarray, " n"]:
         return finite_rewards(self._reward, zip(self._prompts, line["texts"], strict=True))
 
-    def _draw(self, params: Params) -> dict[str, Any]:
+    def _draw(self, params: Params) -> Drawn:
         policy, on_policy = self._open()
         drawn = on_policy.draw(params)
         decode = policy.pretrained.tokenizer.decode
@@ -246,7 +247,7 @@ class _Observers:
 
 def best_of_n(
     given: FrontierConfig, prompts: Sequence[Prompt], reward: RewardJudge, output: Path, log: Log
-) -> list[dict[str, Any]]:
+) -> list[BestOf]:
     """Mean reward of the best of n of the reference's samples, n = 1, 2, 4, … up to `best_of`, and its KL."""
     sampling = SamplingConfig(max_new_tokens=given.max_new_tokens)
     requests = [Request(prompt, number, sampling) for prompt in prompts for number in range(given.best_of)]
@@ -315,14 +316,14 @@ def temperatures(
     num_prompts: int,
     output: Path,
     log: Log,
-) -> list[dict[str, Any]]:
+) -> list[TemperatureLine]:
     """Win-rates over the opponent by sampling temperature: the reference, and each objective at one β."""
     players = {"reference": given.model} | {
         name: str(Path(config.run_dir) / EXPORT_DIRECTORY)
         for (name, beta), config in configs.items()
         if beta == given.temperature_beta
     }
-    found = []
+    found: list[TemperatureLine] = []
     for name, source in players.items():
         log(f"win-rate over {given.opponent} by temperature: {name}")
         directory = output / "temperatures" / name
@@ -344,6 +345,6 @@ def temperatures(
         )
         result = play(settings, heldout_settings(compared, None), output=directory, log=log)
         win_rates = {t: figures["win_rate"] for t, figures in result["temperatures"].items()}
-        found.append({"policy": name, "beta": None if name == "reference" else given.temperature_beta})
-        found[-1]["win_rates"] = win_rates
+        beta = None if name == "reference" else given.temperature_beta
+        found.append({"policy": name, "beta": beta, "win_rates": win_rates})
     return found

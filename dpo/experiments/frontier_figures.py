@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dpo.experiments.frontier_results import FrontierResult, Line
 from dpo.files import new_file
 
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7b4fb5", "#a6761d", "#c2185b")
@@ -33,7 +34,7 @@ _STYLE: Any = {
 }
 
 
-def draw_frontier(path: Path, result: dict[str, Any]) -> None:
+def draw_frontier(path: Path, result: FrontierResult) -> None:
     """Reward against the root of KL: a line for each objective and β through its training, and best-of-n."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
@@ -66,7 +67,7 @@ def draw_frontier(path: Path, result: dict[str, Any]) -> None:
         _save(figure, path)
 
 
-def draw_temperatures(path: Path, result: dict[str, Any]) -> None:
+def draw_temperatures(path: Path, result: FrontierResult) -> None:
     """Win-rate against sampling temperature."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7, 3.8), layout="constrained")
@@ -100,7 +101,7 @@ def draw_temperatures(path: Path, result: dict[str, Any]) -> None:
         _save(figure, path)
 
 
-def frontier_as_markdown(result: dict[str, Any]) -> str:
+def frontier_as_markdown(result: FrontierResult) -> str:
     """The numbers behind both figures, and the settings."""
     lines = ["| objective | β | step | true reward | KL, nats | tokens |", "|---|---|---|---|---|---|"]
     for line in result["lines"]:
@@ -124,7 +125,7 @@ def frontier_as_markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Settings: {settings}; {result['prompts']} held-out prompts.", ""])
 
 
-def _draw_line(axes: Axes, start: float, line: dict[str, Any], colour: str, marker: str) -> None:
+def _draw_line(axes: Axes, start: float, line: Line, colour: str, marker: str) -> None:
     """From the reference, at KL 0, through the points of training."""
     points = line["points"]
     kl, reward = [point["kl"] for point in points], [point["reward"] for point in points]
@@ -144,7 +145,7 @@ def _draw_line(axes: Axes, start: float, line: dict[str, Any], colour: str, mark
     )
 
 
-def _add_legend(axes: Axes, result: dict[str, Any]) -> None:
+def _add_legend(axes: Axes, result: FrontierResult) -> None:
     """Colours stand for objectives, markers for β; only what is drawn."""
     drawn = {line["objective"] for line in result["lines"]} | {line["beta"] for line in result["lines"]}
     for index, name in enumerate(result["settings"]["objectives"]):

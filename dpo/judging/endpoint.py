@@ -23,7 +23,16 @@ from dpo.config import EndpointConfig, WinrateConfig
 from dpo.files import WriteError, writing
 from dpo.huggingface.embedded import cache_directory
 from dpo.judging.background import in_background
-from dpo.judging.judges import Log, Question, Template, Verdict, default_template, read_answer
+from dpo.judging.judges import (
+    Counted,
+    JudgeIdentity,
+    Log,
+    Question,
+    Template,
+    Verdict,
+    default_template,
+    read_answer,
+)
 from dpo.judging.keys import read_key
 from dpo.judging.replies import Completion, read_kept
 from dpo.judging.server import Server
@@ -51,9 +60,9 @@ class EndpointJudge:
             log(warning)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JudgeIdentity:
         """Address, model, options and template."""
-        identity = {
+        identity: JudgeIdentity = {
             "judge": "endpoint",
             "url": self._url,
             "model": self._settings.model,
@@ -130,8 +139,11 @@ def open_endpoint(given: WinrateConfig, source: str, log: Log) -> EndpointJudge:
     return EndpointJudge(given.endpoint, template, cache=cache, log=log)
 
 
-def command_line_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+def command_line_settings(identity: JudgeIdentity) -> dict[str, object]:
     """What asks the same endpoint again, besides its key."""
+    assert "url" in identity, "it is an endpoint's"
+    assert "model" in identity
+    assert "options" in identity
     return {
         "endpoint.base_url": identity["url"].removesuffix("/chat/completions"),
         "endpoint.model": identity["model"],
@@ -171,7 +183,7 @@ def _keep(path: Path, reply: Completion) -> None:
 
 def _verdict(reply: Completion, *, cached: bool) -> Verdict:
     choice = read_answer(reply.answer)
-    details = {
+    details: Counted = {
         "cached": cached,
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,

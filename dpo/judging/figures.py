@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-from dpo.judging.judges import Choice
+from dpo.judging.judges import Choice, JudgeIdentity, VerdictDetails
 
 Estimate = list[float]
 """[estimate, low, high] of a 95% interval."""
@@ -91,8 +91,9 @@ class MatchResult(TypedDict):
     policy: str
     opponent: str
     data: list[Any] | str | None
-    judge: dict[str, Any]
+    judge: JudgeIdentity
     settings: dict[str, Any]
+    """Of RESULT_SETTINGS, by name."""
     temperatures: dict[str, WinrateFigures]
     usage: NotRequired[Usage]
 
@@ -107,7 +108,7 @@ class AskedLine(TypedDict):
     opponent: str
     temperature: float
     number: int
-    judge: dict[str, Any]
+    judge: JudgeIdentity
 
 
 class VerdictLine(AskedLine):
@@ -118,4 +119,4 @@ class VerdictLine(AskedLine):
     answer: str
     problem: str | None
     was_asked: bool
-    details: dict[str, Any] | None
+    details: VerdictDetails | None

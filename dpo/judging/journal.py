@@ -5,11 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo.files import without_locks, writing
 from dpo.outcomes import UserError
+
+Line = Mapping[str, Any]
+"""What a line holds: the "key", and what its command keeps under it."""
 
 
 class Journal:
@@ -33,7 +37,7 @@ class Journal:
             self._file.close()
             raise
 
-    def append(self, line: dict[str, Any]) -> None:
+    def append(self, line: Line) -> None:
         """Add one line, which must have a "key"; raises `WriteError` where there is no room."""
         with writing("a line", self.path, note="the lines before it are kept"):
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -61,7 +65,7 @@ class Journal:
         self.close()
 
 
-def read_lines(path: Path, *, cut: bool = False) -> dict[str, dict[str, Any]]:
+def read_lines(path: Path, *, cut: bool = False) -> dict[str, Line]:
     """All whole lines of a journal by their key; `cut` removes a last line that is not whole from the file.
 
     Raises:
@@ -71,7 +75,7 @@ def read_lines(path: Path, *, cut: bool = False) -> dict[str, dict[str, Any]]:
     whole = content.rfind(b"\n") + 1
     if cut and whole < len(content):
         os.truncate(path, whole)
-    lines: dict[str, dict[str, Any]] = {}
+    lines: dict[str, Line] = {}
     for number, text in enumerate(content[:whole].splitlines(), start=1):
         try:
             line = json.loads(text)

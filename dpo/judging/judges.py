@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, Required, TypedDict, final, runtime_checkable
 
 from dpo.config import WinrateConfig
 from dpo.data.messages import response_text
@@ -38,6 +38,62 @@ class Question(NamedTuple):
     second: str
 
 
+@final
+class Rewarded(TypedDict):
+    """Behind a reward's answer."""
+
+    rewards: list[float]
+    """Of the first response and of the second."""
+
+
+@final
+class Preferred(TypedDict):
+    """Behind a local judge's answer."""
+
+    log_probs: dict[str, float]
+    """Of the letters that it answers with."""
+
+
+@final
+class Counted(TypedDict):
+    """Behind an endpoint's answer: tokens as it counts them, 0 where it reports none."""
+
+    cached: bool
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@final
+class Identical(TypedDict):
+    """Behind a tie about which nobody was asked, since there was nothing to compare."""
+
+    identical: bool
+
+
+VerdictDetails = Rewarded | Preferred | Counted | Identical
+"""What is behind an answer."""
+
+
+class JudgeIdentity(TypedDict, total=False):
+    """All that a judge's verdicts depend on besides the question: of each kind of judge some of it."""
+
+    judge: Required[str]
+    """The kind."""
+    reward: str
+    version: str
+    """Hash of the file that a reward function stands in."""
+    control: str
+    url: str
+    model: str | None
+    options: dict[str, object]
+    """An endpoint's."""
+    weights: str
+    compute_dtype: str
+    template: str
+    """Hash of the prompt template."""
+    template_kwargs: dict[str, object]
+
+
 class Verdict(NamedTuple):
     """What a judge said."""
 
@@ -48,8 +104,8 @@ class Verdict(NamedTuple):
     problem: str | None = None
     was_asked: bool = True
     """False: no answer could be had, and a later run asks again."""
-    details: dict[str, Any] | None = None
-    """Rewards, log-probs or token counts behind the answer."""
+    details: VerdictDetails | None = None
+    """What is behind the answer."""
 
 
 @runtime_checkable
@@ -60,7 +116,7 @@ class Judge(Protocol):
     """Whether it scores each response by itself: it is asked about identical ones too, for the means."""
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JudgeIdentity:
         """All that its verdicts depend on besides the question."""
         ...
 
@@ -79,7 +135,7 @@ class RewardJudge:
     scores_each: ClassVar[bool] = True
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JudgeIdentity:
         """The function's name, and the hash of the file that it stands in."""
         return {"judge": "reward", "reward": self.name, "version": self.version}
 
@@ -120,7 +176,7 @@ class ControlJudge:
     scores_each: ClassVar[bool] = False
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JudgeIdentity:
         """Its name in CONTROLS."""
         return {"judge": "control", "control": self.name}
 

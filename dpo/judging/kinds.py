@@ -6,18 +6,18 @@ To add a judge, write a file with its class (see `judges.Judge`) and a function 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpo.config import WinrateConfig
 from dpo.judging.endpoint import command_line_settings, open_endpoint
-from dpo.judging.judges import Judge, Log, open_control, open_reward
+from dpo.judging.judges import Judge, JudgeIdentity, Log, open_control, open_reward
 from dpo.judging.local_judge import open_local
 from dpo.judging.reward_model import open_reward_model
 from dpo.outcomes import UserError
 from dpo.own_code import require_own_word
 
 
-def _no_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _no_settings(identity: JudgeIdentity) -> dict[str, object]:
     return {}
 
 
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     """Whether it is asked with a prompt template, which the user can replace."""
     is_paid: bool = False
     """Whether its verdicts come with counts of tokens, which have a price."""
-    settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _no_settings
+    settings: Callable[[JudgeIdentity], Mapping[str, object]] = _no_settings
     """What has to be said of it on the command line besides its name, from its identity."""
 
 

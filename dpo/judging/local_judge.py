@@ -15,7 +15,7 @@ from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.opening import read_model_config
-from dpo.judging.judges import LETTERS, Log, Question, Template, Verdict, default_template
+from dpo.judging.judges import LETTERS, JudgeIdentity, Log, Question, Template, Verdict, default_template
 from dpo.judging.samples import model_identity
 from dpo.models.vocabulary import require_known
 from dpo.outcomes import UserError
@@ -46,15 +46,18 @@ class LocalJudge:
         self._template_kwargs = template_kwargs
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JudgeIdentity:
         """Weights, dtype and template."""
-        return {
+        identity: JudgeIdentity = {
             "judge": "local",
             "model": self._config.source,
             "weights": self._weights,
             "compute_dtype": self._config.compute_dtype,
             "template": self._template.sha256,
-        } | ({"template_kwargs": dict(self._template_kwargs)} if self._template_kwargs else {})
+        }
+        if self._template_kwargs:
+            identity["template_kwargs"] = dict(self._template_kwargs)
+        return identity
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts batch by batch; exactly equal log-probs tie, and one that is not a number is invalid.

@@ -236,10 +236,11 @@ def describe_temperature(
     result = describe_pairs(judged, seed=seed)
     prompts = np.array([pair.prompt for pair in judged])
     result["verdicts"] = [[line["key"] for line in verdicts[i]] for i in mine]
-    rewards = [(verdicts[i][0]["details"] or {}).get("rewards") for i in mine]
-    scored = [k for k, both in enumerate(rewards) if both is not None]
-    if scored:
-        ours, theirs = np.array([rewards[k] for k in scored], np.float64).T
+    details = [verdicts[i][0]["details"] for i in mine]
+    rewards = {k: found["rewards"] for k, found in enumerate(details) if found and "rewards" in found}
+    if rewards:
+        scored = list(rewards)
+        ours, theirs = np.array(list(rewards.values()), np.float64).T
         result["reward"] = {
             "reward, policy": list(cluster_bootstrap(ours, prompts[scored], seed=seed)),
             "reward, opponent": list(cluster_bootstrap(theirs, prompts[scored], seed=seed)),
@@ -278,7 +279,8 @@ def describe_usage(given: WinrateConfig, lines: Sequence[VerdictLine]) -> Usage:
 
     `unreported` answers came without a count of their tokens, which the cost therefore leaves out.
     """
-    details = [line["details"] for line in lines if line["details"] and "prompt_tokens" in line["details"]]
+    found = [line["details"] for line in lines]
+    details = [detail for detail in found if detail and "prompt_tokens" in detail]
     paid = [detail for detail in details if not detail["cached"]]
     tokens = [sum(detail[name] for detail in paid) for name in ("prompt_tokens", "completion_tokens")]
     prices = given.endpoint.price_input, given.endpoint.price_output
@@ -322,12 +324,20 @@ def _unjudged(judge: Judge, pair: Pair, order: str) -> AskedLine:
     return cast("AskedLine", {"key": _digest(line), **line})
 
 
-def _judged(line: AskedLine, verdict: Verdict) -> dict[str, Any]:
+def _judged(line: AskedLine, verdict: Verdict) -> VerdictLine:
     ours = {"first": "policy", "second": "opponent"}
     theirs = {"first": "opponent", "second": "policy"}
     names = ours if line["order"] == "policy_first" else theirs
     winner = None if verdict.choice is None else names.get(verdict.choice, "tie")
-    return {**line, "winner": winner, **verdict._asdict()}
+    return {
+        **line,
+        "winner": winner,
+        "choice": verdict.choice,
+        "answer": verdict.answer,
+        "problem": verdict.problem,
+        "was_asked": verdict.was_asked,
+        "details": verdict.details,
+    }
 
 
 def _question(line: AskedLine) -> Question:

@@ -13,7 +13,7 @@ from dpo.config import WinrateConfig
 from dpo.data.tokenization import tokenize_answers
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import count_labels, load_classifier
-from dpo.judging.judges import Log, Question, Verdict, verdict_of_rewards
+from dpo.judging.judges import JudgeIdentity, Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify
 from dpo.models.vocabulary import require_known
@@ -49,14 +49,17 @@ class RewardModelJudge:
         self._template_kwargs = template_kwargs
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JudgeIdentity:
         """Weights (tokenizer and chat template among them) and dtype."""
-        return {
+        identity: JudgeIdentity = {
             "judge": "reward_model",
             "model": self._source,
             "weights": self._weights,
             "compute_dtype": self._compute_dtype,
-        } | ({"template_kwargs": dict(self._template_kwargs)} if self._template_kwargs else {})
+        }
+        if self._template_kwargs:
+            identity["template_kwargs"] = dict(self._template_kwargs)
+        return identity
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """A verdict as soon as both rewards are there; a text that stands in several questions is read once.

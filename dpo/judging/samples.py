@@ -154,7 +154,7 @@ def _batches(
 
 def _line(
     player: Player, request: Request, seed: int, prompt: list[int], tokens: list[int], stop: list[int]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {
         "player": player.role,
         "model": player.source,
@@ -169,7 +169,7 @@ def _line(
     }
 
 
-def _as_sample(line: dict[str, Any]) -> Sample:
+def _as_sample(line: Mapping[str, Any]) -> Sample:
     return Sample(line["response"], line["prompt_tokens"], line["tokens"], line["ended"])
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from dpo.evaluation.accuracy import BASELINES, cautions, part_interval
+from dpo.evaluation.figures import HeldoutFigures, PartFigures, RankingFigures
 
 
-def figures_as_text(figures: dict[str, Any]) -> str:
+def figures_as_text(figures: HeldoutFigures) -> str:
     """The figures of `accuracy.describe`, and what was left out of them, in a few lines."""
     lines = [
         _counts(figures)
-        + "".join(f"; {count} left out: {reason}" for reason, count in figures["left_out"].items()),
+        + "".join(f"; {count} left out: {reason}" for reason, count in figures.get("left_out", {}).items()),
         _line("accuracy", figures["accuracy"], note=f"{figures['ties']} ties" if figures["ties"] else ""),
         *(
             _line(f"  {words}", figures["baselines"][name], note=_gain(figures["over_baselines"][name]))
@@ -32,7 +32,7 @@ def figures_as_text(figures: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"! {text}" for text in cautions(figures))])
 
 
-def _counts(figures: dict[str, Any]) -> str:
+def _counts(figures: HeldoutFigures) -> str:
     if figures["unpaired"]:
         return (
             f"held out: {figures['rows']} labelled responses, {figures['prompts']} prompts; right is "
@@ -41,7 +41,7 @@ def _counts(figures: dict[str, Any]) -> str:
     return f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
 
 
-def _ranking_lines(rankings: dict[str, Any]) -> list[str]:
+def _ranking_lines(rankings: RankingFigures) -> list[str]:
     chance = rankings["chance"]
     return [
         _line("Kendall's tau", rankings["kendall_tau"]),
@@ -51,7 +51,7 @@ def _ranking_lines(rankings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _part_lines(figures: dict[str, Any]) -> list[str]:
+def _part_lines(figures: HeldoutFigures) -> list[str]:
     """By length, and by source."""
     lines = []
     for name, part in figures["by_length"].items():
@@ -75,7 +75,7 @@ def _gain(interval: Sequence[float]) -> str:
     return f"policy {estimate:+.3f}, 95% {low:+.3f} to {high:+.3f}"
 
 
-def _part_line(name: str, part: dict[str, Any], *, note: str = "") -> str:
+def _part_line(name: str, part: PartFigures, *, note: str = "") -> str:
     interval, remark = part_interval(part)
     counts = f"{part['pairs']} pairs" + (f", {part['ties']} ties" if part["ties"] else "")
     found = f"margin {part['margin'][0]:.3f}, calibration error {part['calibration']['ece']:.3f}"

@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.evaluation.accuracy import describe, outcomes
+from dpo.evaluation.figures import HeldoutFigures
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.rows import as_pairs, make_pairs
 from dpo.evaluation.statistics import cluster_bootstrap
@@ -21,7 +22,7 @@ from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_runs
 from dpo.pages.page import percent, percents, render, with_interval, write_page
 from dpo.pages.report import describe_steps, require_metrics
-from dpo.pages.report_match import read_match
+from dpo.pages.report_match import ShownMatch, read_match
 from dpo.runs import HELDOUT_FILE, METRICS_FILE, flat_settings, objective_title, read_metrics, specification
 
 
@@ -33,8 +34,8 @@ class ComparedRun(NamedTuple):
     config: Config
     metrics: list[dict[str, int | float]]
     heldout: Heldout | None
-    figures: dict[str, Any] | None
-    match: dict[str, Any] | None
+    figures: HeldoutFigures | None
+    match: ShownMatch | None
 
 
 def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str | Path | None = None) -> Path:
@@ -89,7 +90,7 @@ def _common_folder(runs: Sequence[tuple[str | Path, Config]]) -> Path:
     return Path(os.path.commonpath([Path(run).resolve().parent for run, _ in runs]))
 
 
-def _gather(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+def _gather(runs: Sequence[ComparedRun]) -> dict[str, object]:
     rows = _table(runs)
     return {
         "title": f"{len(runs)} runs",

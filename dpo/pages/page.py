@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dpo.data.messages import message_text, response_text
 from dpo.files import replace_text
 
 
-def render(template: str, content: dict[str, Any]) -> str:
+def render(template: str, content: Mapping[str, object]) -> str:
     """A template of this folder with this content; every text is escaped, figures are our own SVG."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

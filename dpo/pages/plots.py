@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dpo.evaluation.figures import CalibrationFigures
+
 INK = "#0a0b01"
 FAINT = "#0a0b02"
 SERIES = ("#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06", "#0a0b07", "#0a0b08")
@@ -115,7 +117,7 @@ def histogram(title: str, values: Float[np.ndarray, " m"], label: str) -> str:
         return _svg(figure, title)
 
 
-def reliability(title: str, bins: dict[str, Any]) -> str:
+def reliability(title: str, bins: CalibrationFigures) -> str:
     """Part right against confidence; points as large as their share, the diagonal is calibrated."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.2, 2.4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dpo.config import Config
 from dpo.config.sources import spellings
 from dpo.distribution import find_data
 from dpo.evaluation.accuracy import BASELINES, cautions, describe, part_interval
+from dpo.evaluation.figures import Baseline, Estimate, HeldoutFigures, PartFigures, SourceFigures
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.evaluation.rows import as_pairs, make_pairs
 from dpo.judging.prompts import all_shipped
@@ -43,7 +44,7 @@ from dpo.runs import (
 )
 from dpo.training.versions import versions
 
-_GAINS = {
+_GAINS: dict[Baseline, str] = {
     "longer": "“longer is better”",
     "reference_logp": "the reference's log-prob",
     "reference_logp_per_token": "its log-prob per token",
@@ -72,7 +73,7 @@ def require_metrics(run_dir: Path) -> None:
         raise UserError(f"{run_dir} has no {METRICS_FILE}: there is nothing to report")
 
 
-def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
+def _gather(run_dir: Path, config: Config) -> dict[str, object]:
     summary = read_summary(run_dir)
     metrics = read_metrics(run_dir / METRICS_FILE)
     beta = reward_scale(specification(config))
@@ -82,7 +83,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     names = [str(term["name"]) for term in objective_terms(config)]
     again += [f"--objective.name={name}" for name in names if ":" in name]  # code: on the user's word
     commands = [shlex.join(["dpo", "train", *again])]
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "title": f"{objective_title(config)} on {_names(config.data.train)}",
         "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
         "finished": summary is not None,
@@ -103,7 +104,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, Any]:
     return content
 
 
-def _describe_kept(run_dir: Path, config: Config, *, beta: float) -> dict[str, Any]:
+def _describe_kept(run_dir: Path, config: Config, *, beta: float) -> dict[str, object]:
     """What is shown of the log-probs that the run left, or why their data no longer tell what they are of."""
     try:
         heldout = load_heldout(run_dir, config)
@@ -133,7 +134,7 @@ def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:
     return f"{len(trained)} steps" + (f" in {seconds / 60:.1f} minutes" if seconds else "")
 
 
-def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
+def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, object]:
     """The verdict with its baselines, plots and tables."""
     figures, rows = describe(heldout.rows, beta=beta), as_pairs(heldout.rows)
     pairs = make_pairs(rows)
@@ -154,7 +155,7 @@ def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, Any]:
     }
 
 
-def _verdict_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+def _verdict_rows(figures: HeldoutFigures) -> list[tuple[str, str]]:
     ratios = figures["log_ratio"]
     rows = [
         *(
@@ -199,36 +200,37 @@ BREAKDOWN = (
 """Columns of the table by length difference and by source."""
 
 
-def breakdown(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def breakdown(figures: HeldoutFigures) -> tuple[list[str], list[list[str]]]:
     """Columns of BREAKDOWN that are not empty, and a row for each part: by length difference, by source."""
-    parts = [(name.replace("_", " "), part) for name, part in figures["by_length"].items()]
-    parts += figures.get("by_source", {}).items()
+    rows = [[name.replace("_", " "), *_part_cells(part)] for name, part in figures["by_length"].items()]
+    rows += [[name, *_part_cells(part)] for name, part in figures.get("by_source", {}).items()]
     if "mean_of_sources" in figures:
-        parts.append(("mean of the sources", figures["mean_of_sources"]))
-    rows = [[name, *_part_cells(part)] for name, part in parts]
+        rows.append(["mean of the sources", *_mean_cells(figures["mean_of_sources"])])
     kept = [place for place in range(len(BREAKDOWN)) if any(row[place] for row in rows)]
     return [BREAKDOWN[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
-def _part_cells(part: dict[str, Any]) -> list[str]:
+def _part_cells(part: PartFigures | SourceFigures) -> list[str]:
     """Of all columns but the first; empty where a part has no such figure."""
     ratios = part.get("log_ratio", {})
-    interval, remark = part_interval(part) if "prompts" in part else (part["accuracy"], "")
+    interval, remark = part_interval(part)
     shown = percents(interval) if interval else ""
     return [
-        str(part.get("pairs", "")),
-        str(part.get("ties", "")),
+        str(part["pairs"]),
+        str(part["ties"]),
         percent(part["accuracy"][0]),
         f"{shown} ({remark})" if shown and remark else shown or remark,
-        ""
-        if "margin" not in part
-        else with_interval(part["margin"])
-        if interval
-        else f"{part['margin'][0]:.3f}",
+        with_interval(part["margin"]) if interval else f"{part['margin'][0]:.3f}",
         *(f"{ratios[name][0]:+.2f}" if name in ratios else "" for name in ("chosen", "rejected")),
-        f"{part['calibration']['ece']:.3f}" if "calibration" in part else "",
-        *(percent(part[name][0]) if name in part else "" for name in BASELINES),
+        f"{part['calibration']['ece']:.3f}",
+        *(percent(rate[0]) if (rate := part.get(name)) else "" for name in BASELINES),
     ]
+
+
+def _mean_cells(mean: Mapping[str, Estimate]) -> list[str]:
+    """The same columns of the mean of the sources, which is of accuracies only."""
+    rates = [percent(mean["accuracy"][0]), percents(mean["accuracy"])]
+    return ["", "", *rates, "", "", "", "", *(percent(mean[name][0]) for name in BASELINES)]
 
 
 def _data_rows(path: Path) -> list[tuple[str, str]]:

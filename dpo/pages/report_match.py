@@ -6,13 +6,14 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, TypedDict, cast
 
 from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.judging.figures import MatchResult, VerdictLine, WinrateFigures
+from dpo.judging.figures import Estimate, MatchResult, VerdictLine, WinrateFigures
 from dpo.judging.journal import read_lines
+from dpo.judging.judges import JudgeIdentity
 from dpo.judging.kinds import find_kind
 from dpo.judging.match import RESULT_FILE
 from dpo.judging.winrate import cut_as_text, warnings_of
@@ -21,7 +22,6 @@ from dpo.pages import plots
 from dpo.pages.page import percent, percents, prompt_text, with_interval
 from dpo.runs import WINRATE_DIRECTORY
 
-"""Of a run: where `dpo winrate --run RUN` writes."""
 NUM_SAMPLES = 6
 """Prompts whose responses are shown, from the start of the data: nobody picked them."""
 NUM_LOST = 3
@@ -31,7 +31,48 @@ Cell = Callable[[WinrateFigures], str]
 _DEFAULTS = {"samples": 1, "compute_dtype": "float32", "seed": 0, "leave_out_cut": False}
 
 
-def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
+class ShownSide(TypedDict):
+    """One of two responses, side by side."""
+
+    name: str
+    text: str
+    score: float | None
+    """Its reward, or how likely a local judge is to choose it; None where the judge gives none."""
+
+
+class ShownPair(TypedDict):
+    """Both responses to a prompt, and what the judge said of them."""
+
+    prompt: str
+    outcome: str
+    difference: float | None
+    """Score of the policy's response minus that of the opponent's."""
+    sides: list[ShownSide]
+
+
+class ShownMatch(TypedDict):
+    """What a page shows of a win-rate."""
+
+    opponent: str
+    judge: str
+    temperature: str
+    """The one whose figures are shown; `rows` has them all."""
+    figures: WinrateFigures
+    cut: str | None
+    controlled: Estimate | None
+    kl: tuple[str, Estimate] | None
+    rewards: list[Estimate] | None
+    warnings: list[str]
+    temperatures: list[str]
+    rows: list[tuple[str, list[str]]]
+    plot: Markup
+    samples: list[ShownPair]
+    lost: list[ShownPair]
+    command: str
+    """What gives these figures again."""
+
+
+def read_match(run_dir: Path, config: Config) -> ShownMatch | None:
     """What a page shows of the run's win-rate; None where there is none."""
     path = run_dir / WINRATE_DIRECTORY / RESULT_FILE
     if not path.is_file():
@@ -45,14 +86,15 @@ def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
     opponent = opponent_name(result["opponent"], config)
     pairs = _pairs(path.with_name("verdicts.jsonl"), figures["verdicts"], opponent)
     shown = pairs[:NUM_SAMPLES]
-    rest = [pair for pair in pairs[NUM_SAMPLES:] if pair["difference"] is not None and pair["difference"] < 0]
+    lost = [pair for pair in pairs[NUM_SAMPLES:] if _lead(pair) < 0]
+    controlled = figures["length_controlled"]
     return {
         "opponent": opponent,
         "judge": judge_name(result["judge"]),
         "temperature": main,
         "figures": figures,
         "cut": cut_as_text(figures["cut"]) if "cut" in figures else None,
-        "controlled": (figures["length_controlled"] or {}).get("win_rate"),
+        "controlled": None if controlled is None else controlled["win_rate"],
         "kl": next(iter(figures.get("log_ratio", {}).items()), None),
         "rewards": list(figures.get("reward", {}).values()) or None,
         "warnings": [
@@ -62,9 +104,14 @@ def read_match(run_dir: Path, config: Config) -> dict[str, Any] | None:
         "rows": _rows(list(by_temperature.values()), opponent),
         "plot": _plot(opponent, main, by_temperature),
         "samples": shown,
-        "lost": sorted(rest, key=lambda pair: pair["difference"])[:NUM_LOST],
+        "lost": sorted(lost, key=_lead)[:NUM_LOST],
         "command": command(run_dir, result, config),
     }
+
+
+def _lead(pair: ShownPair) -> float:
+    """How far the policy is ahead; 0 where nobody says."""
+    return 0.0 if pair["difference"] is None else pair["difference"]
 
 
 def opponent_name(source: str, config: Config) -> str:
@@ -74,9 +121,9 @@ def opponent_name(source: str, config: Config) -> str:
     return {"data:best": "data's best", "data:worst": "data's worst"}.get(source, source)
 
 
-def judge_name(identity: dict[str, Any]) -> str:
+def judge_name(identity: JudgeIdentity) -> str:
     """A judge in a few words."""
-    what = next((identity[name] for name in ("reward", "control", "model") if name in identity), "")
+    what = identity.get("reward") or identity.get("control") or identity.get("model") or ""
     return f"{identity['judge']} {what}".strip()
 
 
@@ -148,7 +195,7 @@ def _rate(interval: Sequence[float]) -> str:
     return f"{percent(interval[0])} ({percents(interval)})"
 
 
-def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dict[str, Any]]:
+def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[ShownPair]:
     """Both responses to every prompt, in the order of the data, with what the judge said of them.
 
     Raises:
@@ -165,7 +212,7 @@ def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[dic
     return [_side_by_side(found[first], found[second], opponent) for first, second in keys]
 
 
-def _side_by_side(policy_first: VerdictLine, opponent_first: VerdictLine, opponent: str) -> dict[str, Any]:
+def _side_by_side(policy_first: VerdictLine, opponent_first: VerdictLine, opponent: str) -> ShownPair:
     scores = _scores(policy_first, opponent_first)
     names = ("policy", opponent)
     texts = (policy_first["policy"], policy_first["opponent"])
@@ -190,10 +237,11 @@ def _outcome(first: str | None, second: str | None, opponent: str) -> str:
 
 def _scores(policy_first: VerdictLine, opponent_first: VerdictLine) -> tuple[float, float] | None:
     """Rewards of policy and opponent, or a local judge's mean log-probs of choosing them; None without."""
-    ours, theirs = policy_first["details"] or {}, opponent_first["details"] or {}
-    if "rewards" in ours:
-        return tuple(ours["rewards"])
-    if "log_probs" in ours and "log_probs" in theirs:
+    ours, theirs = policy_first["details"], opponent_first["details"]
+    if ours and "rewards" in ours:
+        first, second = ours["rewards"]
+        return first, second
+    if ours and theirs and "log_probs" in ours and "log_probs" in theirs:
         one, two = ours["log_probs"], theirs["log_probs"]
         return (one["A"] + two["B"]) / 2, (one["B"] + two["A"]) / 2
     return None

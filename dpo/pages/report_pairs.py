@@ -6,11 +6,11 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from dpo.data.messages import response_text
 from dpo.evaluation.heldout import Heldout
-from dpo.evaluation.token_ratios import OrderedPair, extreme_pairs
+from dpo.evaluation.token_ratios import OrderedPair, ScoredPair, ScoredSide, ScoredSides, extreme_pairs
 from dpo.pages.page import prompt_text
 from dpo.runs import TOKENS_FILE
 
@@ -33,7 +33,38 @@ class Span(NamedTuple):
     title: str
 
 
-def describe_extremes(run_dir: Path, heldout: Heldout, *, beta: float) -> list[dict[str, Any]]:
+class ShownSide(TypedDict):
+    """One response of a pair."""
+
+    name: str
+    text: str
+    ratio: str
+    """Its log-ratio, in nats."""
+    length: int
+    """Tokens."""
+    spans: list[Span] | None
+    """None where the run has not kept the log-probs of tokens."""
+
+
+class ShownPair(TypedDict):
+    """A pair, side by side."""
+
+    delta: str
+    prompt: str
+    prompt_end: str
+    """The end of its last line."""
+    source: str
+    sides: list[ShownSide]
+
+
+class PairList(TypedDict):
+    """Pairs under a heading."""
+
+    heading: str
+    pairs: list[ShownPair]
+
+
+def describe_extremes(run_dir: Path, heldout: Heldout, *, beta: float) -> list[PairList]:
     """Two lists of pairs, worst and best, with the tokens' shades where the run has kept their log-probs."""
     extremes = extreme_pairs(heldout.rows, beta=beta)
     kept = _read_tokens(run_dir / TOKENS_FILE)
@@ -46,12 +77,12 @@ def describe_extremes(run_dir: Path, heldout: Heldout, *, beta: float) -> list[d
     ]
 
 
-def spans(side: dict[str, Any]) -> list[Span]:
+def spans(side: ScoredSide) -> list[Span]:
     """The response piece by piece; tokens that add no text by themselves are joined to the next."""
     found: list[Span] = []
     policy = reference = 0.0
     for text, ours, theirs in zip(side["tokens"], side["policy"], side["reference"], strict=True):
-        if ours is None:  # of another's turn in a response of several
+        if ours is None or theirs is None:  # of another's turn in a response of several
             found.append(
                 Span(text if text.strip("\n") else text.replace("\n", "⏎\n"), "", "read, not scored")
             )
@@ -68,11 +99,11 @@ def spans(side: dict[str, Any]) -> list[Span]:
     return found
 
 
-def _read_tokens(path: Path) -> list[dict[str, Any]]:
+def _read_tokens(path: Path) -> list[ScoredPair]:
     return json.loads(path.read_text(encoding="utf-8"))["pairs"] if path.is_file() else []
 
 
-def _find(kept: Sequence[dict[str, Any]], heldout: Heldout, pair: OrderedPair) -> dict[str, Any] | None:
+def _find(kept: Sequence[ScoredPair], heldout: Heldout, pair: OrderedPair) -> ScoredSides | None:
     """The kept tokens of a pair: the same responses, and put as far apart as the held-out log-probs say.
 
     None where the file is missing, or is of another evaluation.
@@ -85,7 +116,7 @@ def _find(kept: Sequence[dict[str, Any]], heldout: Heldout, pair: OrderedPair) -
     return None
 
 
-def _pair(heldout: Heldout, pair: OrderedPair, tokens: dict[str, Any] | None) -> dict[str, Any]:
+def _pair(heldout: Heldout, pair: OrderedPair, tokens: ScoredSides | None) -> ShownPair:
     preference, rows = heldout.preferences[pair.row], heldout.rows
     prompt = prompt_text(preference.prompt)
     return {

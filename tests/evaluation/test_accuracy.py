@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from dpo.evaluation import accuracy as acc
+from dpo.evaluation import ranking
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.rows import Rows, make_pairs
 from dpo.pages.accuracy_text import figures_as_text
@@ -82,7 +83,7 @@ def test_rows_of_one_prompt_widen_the_interval() -> None:
 
 def test_kendall_is_scipys_tau_b() -> None:
     rows = make_rows(n=40)
-    for row, tau in enumerate(acc.kendall_tau(rows)):
+    for row, tau in enumerate(ranking.kendall_tau(rows)):
         kept = rows.present[row]
         if len(set(rows.ranks[row][kept])) > 1:
             expected = stats.kendalltau(-rows.ranks[row][kept], rows.log_ratio[row][kept])[0]
@@ -92,21 +93,21 @@ def test_kendall_is_scipys_tau_b() -> None:
 def test_ndcg_is_one_for_the_right_order_and_the_formula_elsewhere() -> None:
     rows = make_rows(n=30, ties=False, ragged=False)
     perfect = rows._replace(policy=-rows.ranks.astype(float), reference=np.zeros(rows.ranks.shape))
-    np.testing.assert_allclose(acc.ndcg(perfect), 1.0)
+    np.testing.assert_allclose(ranking.ndcg(perfect), 1.0)
     order = np.argsort(-rows.log_ratio, axis=1)
     gain = 4 - np.take_along_axis(rows.ranks, order, 1)
     discount = 1 / np.log2(np.arange(2, 7))
-    np.testing.assert_allclose(acc.ndcg(rows), gain @ discount / (np.arange(4, -1, -1) @ discount))
+    np.testing.assert_allclose(ranking.ndcg(rows), gain @ discount / (np.arange(4, -1, -1) @ discount))
 
 
 def test_ndcg_of_equal_rewards_is_the_mean_over_all_orders() -> None:
     rows = make_rows(n=1, K=4, ties=False, ragged=False)
     equal = rows._replace(policy=rows.reference)
     means = [
-        acc.ndcg(equal._replace(policy=equal.reference + np.array([order], float)))[0]
+        ranking.ndcg(equal._replace(policy=equal.reference + np.array([order], float)))[0]
         for order in permutations(range(4))
     ]
-    assert acc.ndcg(equal)[0] == pytest.approx(np.mean(means))
+    assert ranking.ndcg(equal)[0] == pytest.approx(np.mean(means))
 
 
 def test_top_1_shares_the_credit_of_a_tie() -> None:
@@ -114,13 +115,13 @@ def test_top_1_shares_the_credit_of_a_tie() -> None:
     log_ratio = np.array([[1.0, 1.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
     rows = rows._replace(policy=rows.reference + log_ratio)
     np.testing.assert_allclose(
-        acc.top_1(rows._replace(policy=log_ratio, reference=0 * log_ratio)), [0.5, 0.0]
+        ranking.top_1(rows._replace(policy=log_ratio, reference=0 * log_ratio)), [0.5, 0.0]
     )
 
 
 def test_the_likelihood_of_a_guess_is_one_over_the_number_of_orders() -> None:
     rows = make_rows(ties=False)
-    guess = acc.plackett_luce_log_likelihood(rows, beta=0.0)
+    guess = ranking.plackett_luce_log_likelihood(rows, beta=0.0)
     expected = [-np.sum(np.log(np.arange(1, count + 1))) for count in rows.present.sum(1)]
     np.testing.assert_allclose(guess, expected, rtol=1e-5)
 
@@ -129,7 +130,7 @@ def test_the_likelihood_is_the_product_of_choices() -> None:
     rows = make_rows(ties=False, ragged=False)
     reward = 0.3 * rows.log_ratio
     expected = sum(reward[:, k] - np.log(np.exp(reward[:, k:]).sum(1)) for k in range(reward.shape[1]))
-    np.testing.assert_allclose(acc.plackett_luce_log_likelihood(rows, beta=0.3), expected, rtol=1e-4)
+    np.testing.assert_allclose(ranking.plackett_luce_log_likelihood(rows, beta=0.3), expected, rtol=1e-4)
 
 
 def test_a_policy_that_prefers_length_is_exposed_by_the_baseline_and_the_split() -> None:
@@ -327,9 +328,9 @@ def test_the_mean_of_sources_counts_every_source_the_same() -> None:
 def test_ndcg_is_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     rows = make_rows(n=30, ragged=False)
-    rows = rows.take(acc.has_preference(rows))
+    rows = rows.take(ranking.has_preference(rows))
     below = (rows.ranks[:, None, :] > rows.ranks[:, :, None]).sum(2)
-    for row, value in enumerate(acc.ndcg(rows)):
+    for row, value in enumerate(ranking.ndcg(rows)):
         # its "ignore_ties=False" averages the discounts of equal scores, as here
         assert value == pytest.approx(metrics.ndcg_score(below[row][None], rows.log_ratio[row][None]))
 
