@@ -16,9 +16,8 @@ import os
 import platform
 from pathlib import Path
 
-from dpo.outcomes import STOPPED, StopRequested
-from dpo.terminal import Guard
-from dpo.training.interrupt import answer_held_signals, hold_signals, stops_at_once
+from dpo.outcomes import STOPPED, StopRequested, describe, outcome_of
+from dpo.training.interrupt import answer_held_signals, ends_at_once, hold_signals, stops_at_once
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -30,15 +29,15 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def run() -> int:
     """The command line in `sys.argv`; returns the exit code."""
-    goes_on = sys.argv[1:2] and sys.argv[1] in LONG
-    if goes_on:
-        hold_signals()
+    hold_signals()
     if wants_huge_pages():
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    from dpo.terminal import Guard
+
     sys.stdout, sys.stderr = map(Guard, (sys.stdout, sys.stderr))  # to the end: of a traceback, too
     os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
-    return answer_signals() if goes_on else command()
+    return answer_signals() if sys.argv[1:2] and sys.argv[1] in LONG else end_at_once()
 
 
 def command() -> int:
@@ -57,6 +56,17 @@ def answer_signals() -> int:
     except StopRequested as error:  # before the command itself answers
         print(f"dpo {sys.argv[1]}: {STOPPED.begins}: {error}", file=sys.stderr)
         return STOPPED.code
+
+
+def end_at_once() -> int:
+    """Run a command that keeps nothing by the way; Ctrl-C at any moment ends it, without a traceback."""
+    try:
+        with ends_at_once():
+            answer_held_signals()
+            return command()
+    except KeyboardInterrupt as error:  # before the command itself answers
+        print(describe(" ".join(["dpo", *sys.argv[1:2]]), error), file=sys.stderr)
+        return outcome_of(error).code
 
 
 def wants_huge_pages(kernel: Path = _KERNEL) -> bool:

@@ -180,6 +180,8 @@ def failure_of(outcome: Outcome, text: str) -> BaseException:
 def text_of(error: BaseException) -> str:
     """What an error says; a bug, and one that says nothing, with the name of its class."""
     text = str(error).strip()
+    if type(error) is KeyboardInterrupt and not text:
+        return "by Ctrl-C"
     if not text or (outcome_of(error) is BUG and not isinstance(error, BugError)):
         return f"{type(error).__name__}: {text}".rstrip(": ")
     return text

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -58,3 +60,52 @@ def test_the_command_does_not_ask_for_torch():
     command = [sys.executable, "-c", hidden, "generate", "/no/such/model", "Hello"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "PyTorch" not in done.stderr + done.stdout
+
+
+HELD = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test's worker may ignore
+from dpo import __main__ as main
+here = main.{place}
+def interrupted(*given):
+    os.kill(os.getpid(), signal.SIGINT)
+    return here(*given)
+main.{place} = interrupted
+sys.argv = ["dpo", "{command}", "--help"]
+raise SystemExit(main.run())
+"""
+
+
+@pytest.mark.parametrize("place", ["wants_huge_pages", "answer_held_signals", "command"])
+@pytest.mark.parametrize(("command", "code"), [("inspect", 130), ("generate", 130), ("winrate", 75)])
+def test_ctrl_c_in_the_first_moments_ends_a_command_without_a_traceback(place, command, code):
+    """Before it starts anew, before it answers signals, and while it is imported."""
+    program = HELD.format(place=place, command=command)
+    environment = os.environ | {TUNABLES: HUGE_PAGES}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    begins = {130: "stopped at once: by Ctrl-C", 75: "stopped as asked: "}[code]
+    assert begins in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", ["inspect --config sentiment_pairs", "report nowhere", "winrate --run nowhere"]
+)
+def test_ctrl_c_at_any_moment_of_the_first_second_ends_a_command_without_a_traceback(command):
+    code = 75 if command.startswith("winrate") else 130
+    for hundredths in range(10, 100, 6):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpo", *command.split()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        time.sleep(hundredths / 100)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        ended = ": error: nowhere" in said  # by its settings; the signal came as the interpreter closed
+        assert process.returncode == code or ended, (hundredths, process.returncode, said)
+        assert "Traceback" not in said

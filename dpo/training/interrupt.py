@@ -57,10 +57,40 @@ def stops_at_once() -> Iterator[None]:
         nonlocal requested
         if not requested:
             requested = True
+            if is_importing(frame):
+                _leave(STOPPED.code, f"{STOPPED.begins}: {NOTHING_LOST}")
             raise StopRequested(NOTHING_LOST)
 
     with _answering(stop, _end_soon):
         yield
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """While inside, Ctrl-C raises `KeyboardInterrupt`; during an import it ends the process."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if is_importing(frame):
+            _leave(STOPPED_AT_ONCE.code, f"{STOPPED_AT_ONCE.begins}: by Ctrl-C")
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where a signal arrived.
+
+    An exception in the middle of a library's C code that sets itself up can end as a segmentation fault.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

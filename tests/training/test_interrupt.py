@@ -12,8 +12,6 @@ import pytest
 from dpo.outcomes import STOPPED, StopRequested, outcome_of
 from dpo.training.interrupt import (
     SAME_REQUEST,
-    answer_held_signals,
-    hold_signals,
     stop_requests,
     stoppable,
     stops_at_once,
@@ -139,13 +137,48 @@ def test_where_no_exception_comes_through_the_process_ends_soon_all_the_same():
     assert "the same command goes on" in said
 
 
-def test_signals_that_come_before_anybody_answers_wait():
-    def ask() -> None:
-        hold_signals()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-        answer_held_signals()
-        time.sleep(10)
+HOLDING = """
+import os, signal, time
+from dpo.training.interrupt import answer_held_signals, hold_signals, stops_at_once
+hold_signals()
+with stops_at_once():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    print("ready", flush=True)
+    answer_held_signals()
+    time.sleep(20)
+"""
 
-    with pytest.raises(StopRequested), stops_at_once():
-        ask()
+
+def test_signals_that_come_before_anybody_answers_wait():
+    """In a process of its own: another thread, which holds none back, would take them."""
+    process = start(program=HOLDING)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    _, said = process.communicate(timeout=30)
+    assert "StopRequested" in said
+
+
+IMPORTING = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from dpo.training import interrupt
+with interrupt.{context}():
+    import interrupted
+"""
+
+
+@pytest.mark.parametrize(
+    ("context", "number", "code"),
+    [("stops_at_once", signal.SIGTERM, STOPPED.code), ("ends_at_once", signal.SIGINT, 130)],
+)
+def test_a_signal_in_the_middle_of_an_import_raises_nothing_there(context, number, code, tmp_path):
+    """An exception in a module's C code may end as a segmentation fault."""
+    (tmp_path / "interrupted.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\n    while True: pass\n"
+        "except BaseException:\n    os._exit(139)\n"
+    )
+    program = [sys.executable, "-c", IMPORTING.format(context=context), str(tmp_path)]
+    done = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr.startswith("stopped ")
