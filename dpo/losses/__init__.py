@@ -1,6 +1,6 @@
 """Objectives: pure functions of `Scores` to one loss a prompt."""
 
-from dpo.losses.objectives import OBJECTIVES, make_objective, reward_scale, with_own_beta
+from dpo.losses.objectives import OBJECTIVES, default_values, make_objective, reward_scale, with_own_beta
 from dpo.losses.scores import MISMATCHED, Objective, RunningMean, Scores
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Objective",
     "RunningMean",
     "Scores",
+    "default_values",
     "make_objective",
     "reward_scale",
     "with_own_beta",

@@ -141,6 +141,14 @@ def with_own_beta(spec: dict[str, Any]) -> dict[str, Any]:
     return spec if beta is None or beta.default is beta.empty else {**spec, "beta": beta.default}
 
 
+def default_values(name: str) -> dict[str, Any]:
+    """What a shipped objective's own settings are where a run does not name them; nothing of other ones."""
+    if name not in _SHIPPED:
+        return {}
+    parameters = inspect.signature(OBJECTIVES[name]).parameters
+    return {key: parameter.default for key, parameter in parameters.items()}
+
+
 def names_that_learn_from_single_responses() -> list[str]:
     """The objectives for data with one response a prompt, sorted."""
     return sorted(name for name, make in OBJECTIVES.items() if make().learns_from_single_responses)

@@ -2,42 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
+from jaxtyping import Int
 
 from dpo.config import Config, OptimizerConfig
 from dpo.config.sources import show_source
+from dpo.data.distinct import prompt_digests
 from dpo.data.remaining import left_out, remarks, warnings
 from dpo.huggingface.adapter_files import AdapterDirectory
+from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
 from dpo.training.reading import Dataset
 from dpo.training.step import Params
 
 
 def introduction(run: Run) -> list[str]:
-    """What is about to happen: the policy, the data, their layout, memory, the number of steps."""
-    config, policy, report = run.config, run.policy, run.loader.report()
-    num_params, num_frozen = _count(policy.params), _count(policy.frozen)
-    on_frozen = f" on {num_frozen / 1e6:.1f} M in {config.lora.base_dtype}" if num_frozen else ""
-    shapes = ", ".join(f"{shape.rows}x{shape.row_length}" for shape in run.loader.shapes)
+    """What is about to happen: model, text, reference, data, batches, memory, the number of steps."""
+    config = run.config
+    trained_on = prompt_digests(run.dataset.tokens)
+    first = (run.loader.indices(step) for step in range(min(run.num_steps, _STEPS_LOOKED_AT)))
+    step = _a_step(config.training.batch_size, first, trained_on)
+    heldout = [] if run.heldout is None else _about_heldout(run.heldout, config, set(trained_on))
     return [
-        f"policy: {policy.pretrained.source}, {num_params / 1e6:.1f} M trained parameters{on_frozen}",
-        f"data: {_counts(run.dataset)} from {show_source(config.data.train)}",
+        f"model      {_model(run)}",
+        f"text       {_text(config.data.chat_template, run.policy.pretrained.tokenizer.chat_template)}",
+        f"reference  {describe_reference(config)}",
+        f"data       {show_source(config.data.train)}: {_counts(run.dataset, trained_on)}",
         *_remarks("data", run.dataset),
-        *(
-            []
-            if run.heldout is None
-            else [f"held out: {_counts(run.heldout)} from {show_source(config.data.eval)}"]
-        ),
-        *([] if run.heldout is None else _remarks("held out", run.heldout)),
-        f"layout {report['layout']}: rows x tokens {shapes}; {report['fill']:.0%} filled; "
-        f"{report['saving_versus_padded']:.1f}x fewer positions than padded; "
-        f"{len(report['shapes'])} programs to compile",
+        *heldout,
+        f"batches    {_batches(run)}",
         *([] if run.memory is None else [run.memory.text]),
         *_advice(config),
-        f"training: {run.num_steps} steps of {config.training.batch_size} prompts into {config.run_dir}",
+        f"training   {run.num_steps} steps of {step} into {config.run_dir}",
     ]
+
+
+def _model(run: Run) -> str:
+    policy = run.policy
+    trained, frozen = _count(policy.params) / 1e6, _count(policy.frozen) / 1e6
+    if not frozen:
+        return f"{policy.pretrained.source}: all {trained:.1f} M parameters are trained"
+    return (
+        f"{policy.pretrained.source}: {trained:.1f} M parameters are trained, "
+        f"{frozen:.1f} M in {run.config.lora.base_dtype} are not"
+    )
+
+
+def _text(given: str | None, own: str | Mapping[str, str] | None) -> str:
+    """How a row becomes the text that is read, by the file of the settings' template and the model's own."""
+    if given is not None:
+        return f"written with the chat template {given} (data.chat_template)"
+    if own is not None:
+        return "written with the model's own chat template"
+    return (
+        "plain, prompt and response one after the other: the model has no chat template "
+        "(a base model; data.chat_template gives it one)"
+    )
+
+
+def _about_heldout(heldout: Dataset, config: Config, trained_on: Collection[bytes]) -> list[str]:
+    prompts = prompt_digests(heldout.tokens)
+    seen = sum(prompt in trained_on for prompt in prompts)
+    known = f"{seen} of them also trained on" if seen else "none of them trained on"
+    warning = (
+        f"WARNING: held out: {seen} of {len(prompts)} prompts are also trained on; figures of them say "
+        "little about new prompts; take them out of data.train or data.eval"
+    )
+    return [
+        f"held out   {show_source(config.data.eval)}: {_counts(heldout, prompts)}, {known}",
+        *_remarks("held out", heldout),
+        *([warning] if seen else []),
+    ]
+
+
+def _batches(run: Run) -> str:
+    report = run.loader.report()
+    shapes = ", ".join(f"{shape.rows} x {shape.row_length}" for shape in run.loader.shapes)
+    return (
+        f"{shapes} tokens (rows x length, layout {report['layout']}): {report['fill']:.0%} filled, "
+        f"{report['saving_versus_padded']:.1f}x fewer positions than padded, "
+        f"{_plural(len(run.loader.shapes), 'program')} to compile"
+    )
+
+
+def _a_step(size: int, first: Iterable[Int[np.ndarray, " P"]], trained_on: Sequence[bytes]) -> str:
+    """What a step of `size` rows learns from, of which `first` are the first steps' rows.
+
+    Pairs that were made of one ranking share their prompts, as copies do.
+    """
+    if len(set(trained_on)) == len(trained_on):
+        return _plural(size, "prompt")
+    distinct = [len({trained_on[row] for row in rows if row >= 0}) for rows in first]
+    return f"{size} preferences (about {sum(distinct) / len(distinct):.0f} different prompts a step)"
+
+
+_STEPS_LOOKED_AT = 16
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _advice(config: Config) -> list[str]:
@@ -84,12 +151,15 @@ def _remarks(name: str, dataset: Dataset) -> list[str]:
     return said + [f"WARNING: {name}: {warning}" for warning in warnings(dataset.read, dataset.tokens)]
 
 
-def _counts(dataset: Dataset) -> str:
+def _counts(dataset: Dataset, prompts: Sequence[bytes]) -> str:
     """How many prompts and responses there are of how many rows, what was left out, and what was cut."""
-    tokens = dataset.tokens
+    tokens, distinct = dataset.tokens, len(set(prompts))
     why = [f"{n} {reason}" for reason, n in left_out(dataset.read, tokens).items()]
+    what = f"{len(tokens)} prompts"
+    if distinct < len(tokens):
+        what = f"{len(tokens)} preferences of {distinct} different prompts"
     return (
-        f"{len(tokens)} prompts, {int(tokens.num_responses.sum())} responses"
-        + (f", of {dataset.read.num_rows} rows (left out: {', '.join(why)})" if why else "")
+        f"{what}, {int(tokens.num_responses.sum())} responses, from {_plural(dataset.read.num_rows, 'row')}"
+        + (f" (left out: {', '.join(why)})" if why else "")
         + (f" ({tokens.num_truncated} truncated)" if tokens.num_truncated else "")
     )

@@ -15,7 +15,6 @@ from dpo.training.identity import Identity, take_probe
 from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
 from dpo.training.policy import Policy
-from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
 from dpo.training.program import Program, make_program
 from dpo.training.reading import all_processes
@@ -77,7 +76,6 @@ def score_datasets(
         named = {"data.train": run.dataset} | ({} if run.heldout is None else {"data.eval": run.heldout})
         policy = run.policy.pretrained.source, run.policy.pretrained.tokenizer
         require_same_tokens(policy, reference.pretrained, run.config.data, named, peers=all_processes())
-    log(f"reference: {describe_reference(run.config)}")
     of_policy = scoring
     if reference is not run.policy:
         scoring = make_scoring(run.config, reference, run.objective, run.mesh)

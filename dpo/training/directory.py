@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dpo.config import Config, save_config
 from dpo.files import replace_text, writing
+from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, RunSummary, read_summary
 from dpo.training.identity import Identity, differences, require_same
@@ -76,12 +77,18 @@ def summary_of(run_dir: Path, settings: str) -> RunSummary | None:
     return summary if summary is not None and summary.get("settings") == settings else None
 
 
-def has_the_same_contents(config: Config, summary: RunSummary, *, log: Callable[[str], None]) -> bool:
-    """Whether data, tokenizer, template and weights are those that a finished run was made from.
+def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]) -> bool:
+    """Whether a finished run was made from the data, tokenizer, template and weights of these settings.
 
     Raises:
-      ValueError: where one is not, and training.allow_changed does not name it.
+      ValueError: where one is another, and training.allow_changed does not name it; where the settings want a
+        run from its first step.
     """
+    if config.training.resume == "never":
+        raise UserError(
+            f"{config.run_dir} is a finished run and training.resume is 'never'; give another run_dir, or "
+            "delete this one"
+        )
     if "contents" not in summary:  # of an earlier version, which did not say
         return True
     now = _contents(prepare(config))

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from dpo.config import Config
 from dpo.config.marks import BESIDE, OWN, PLACE, Mark, marked
 from dpo.data.batch import Batch
+from dpo.losses import default_values
 from dpo.outcomes import UserError
 from dpo.runs import flat_settings
 from dpo.training.policy import Policy
@@ -121,7 +122,7 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
     """Of each kind that is in `now`, what differs, as "name: old → new"."""
     found = {}
     for kind, values in now.items():
-        old = saved.get(kind, {})
+        old, values = _with_defaults(saved.get(kind, {})), _with_defaults(values)
         lines = [
             f"{name}: {_show(old, name)} → {_show(values, name)}"
             for name in dict.fromkeys([*old, *values])
@@ -130,6 +131,12 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
         if lines:
             found[kind] = lines
     return found
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what their objective takes for those of its own that they do not name."""
+    defaults = default_values(str(values.get("objective.name")))
+    return {f"objective.{name}": value for name, value in defaults.items()} | dict(values)
 
 
 def require_same(
@@ -200,7 +207,7 @@ def _fingerprint_rows(rows: Rows) -> str:
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:
-    return json.dumps(values[name]) if name in values else "(not there)"
+    return json.dumps(values[name]) if name in values else "not set"
 
 
 def _sha256(text: str) -> str:

@@ -48,7 +48,7 @@ from dpo.training.assembly import (
     validation_of,
 )
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.directory import begin, finish, has_the_same_contents, summary_of
+from dpo.training.directory import begin, finish, may_stand, summary_of
 from dpo.training.export import export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
 from dpo.training.identity import (
@@ -128,7 +128,7 @@ def _train(given: Config, observe: Observe | None) -> RunResult:
             require_shared(run_dir)
             on_main(lambda: stack.enter_context(counted_start(run_dir)))
             summary = on_main(lambda: summary_of(run_dir, settings))
-            if summary is not None and has_the_same_contents(given, summary, log=say):
+            if summary is not None and may_stand(given, summary, log=say):
                 return RunResult(run_dir, "already finished", summary)
             run = prepare(given)
         stop_requested = shared_vote(stack.enter_context(stop_requests()), run.mesh)

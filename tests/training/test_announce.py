@@ -1,14 +1,20 @@
 """What of the settings is allowed and seldom meant is said at the start."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
-from dpo.config import Config, LoraConfig, ModelConfig, OptimizerConfig
+from dpo.config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig
+from dpo.data.distinct import prompt_digests
+from dpo.data.preferences import ReadSummary
+from dpo.data.tokenized import make_dataset
 from dpo.huggingface.adapter_files import AdapterDirectory
-from dpo.training.announce import _advice
+from dpo.training.announce import _a_step, _about_heldout, _advice, _counts, _text
+from dpo.training.reading import Dataset
 
 
 @pytest.mark.parametrize(
@@ -51,3 +57,52 @@ def test_adapters_of_another_base_are_remarked_on(base, source, said, tmp_path: 
     lines = _advice(config)
     assert len(lines) == (said is not None)
     assert all(said in line for line in lines)
+
+
+def dataset(prompts: Sequence[Sequence[int]], *, rows: int) -> Dataset:
+    """Two responses to each prompt, read from so many rows."""
+    tokens = make_dataset(prompts, [[[1], [2, 3]]] * len(prompts))
+    skipped = {"empty": rows - len(prompts)} if rows > len(prompts) else {}
+    return Dataset(ReadSummary(rows, skipped, [], {}, {}), tokens, [], "")
+
+
+def test_rows_that_are_left_out_are_counted_of_those_that_were_read():
+    data = dataset([[5], [6]], rows=3)
+    assert _counts(data, prompt_digests(data.tokens)) == (
+        "2 prompts, 4 responses, from 3 rows (left out: 1 empty)"
+    )
+
+
+def test_pairs_of_one_ranking_are_told_from_prompts():
+    data = dataset([[5], [5], [6]], rows=2)
+    counted = _counts(data, prompt_digests(data.tokens))
+    assert counted == "3 preferences of 2 different prompts, 6 responses, from 2 rows"
+
+
+def test_a_step_of_preferences_says_how_many_prompts_it_has():
+    first = [np.array([0, 1, 2]), np.array([0, 1, -1])]
+    assert _a_step(3, first, [b"a", b"b", b"c"]) == "3 prompts"
+    shared = _a_step(3, first, [b"a", b"a", b"b"])
+    assert shared == "3 preferences (about 2 different prompts a step)"
+
+
+def test_held_out_prompts_that_are_trained_on_are_warned_of():
+    trained_on, heldout = dataset([[5, 6], [7]], rows=2), dataset([[7], [5], [8]], rows=3)
+    config = Config(data=DataConfig(eval="eval.jsonl"))
+    first, warning = _about_heldout(heldout, config, set(prompt_digests(trained_on.tokens)))
+    assert first.endswith("from 3 rows, 1 of them also trained on")
+    assert warning.startswith("WARNING: held out: 1 of 3 prompts are also trained on")
+    (alone,) = _about_heldout(heldout, config, set())
+    assert alone.endswith("none of them trained on")
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "said"),
+    [
+        ("mine.jinja", "{{ x }}", "the chat template mine.jinja"),
+        (None, "{{ x }}", "model's own chat template"),
+        (None, None, "plain, prompt and response one after the other"),
+    ],
+)
+def test_how_rows_become_text_is_said(given, own, said):
+    assert said in _text(given, own)

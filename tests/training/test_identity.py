@@ -32,14 +32,23 @@ def test_old_and_new_values_are_named():
     assert differences(SAVED, now) == {
         "settings": [
             "training.seed: 0 → 1",
-            "optimizer.beta1: 0.9 → (not there)",
-            "optimizer.beta2: (not there) → null",
+            "optimizer.beta1: 0.9 → not set",
+            "optimizer.beta2: not set → null",
         ]
     }
     with pytest.raises(
         ValueError, match=r"it belongs to a run with other settings:\n  settings: training.seed"
     ):
         allow(now)
+
+
+def test_a_default_of_the_objective_is_named_and_is_no_difference_when_set():
+    saved = {"settings": {"objective.name": "dpo"}}
+    assert differences(saved, {"settings": {"objective.name": "dpo", "objective.beta": 0.1}}) == {}
+    now = {"settings": {"objective.name": "dpo", "objective.beta": 0.2}}
+    assert differences(saved, now) == {"settings": ["objective.beta: 0.1 → 0.2"]}
+    of_own_code = {"settings": {"objective.name": "mine:loss"}}
+    assert 'objective.name: "dpo" → "mine:loss"' in differences(saved, of_own_code)["settings"]
 
 
 def test_a_kind_that_is_allowed_allows_what_follows_from_it():
