@@ -66,6 +66,7 @@ def inspect_rows(
         "lengths": _lengths(dataset),
         "longer_is_better": longer_is_better(dataset),
         **texts.figures(),
+        "first_found": texts.first,
     }
     if max(texts.sizes) == 1:
         report["labels"] = {"desirable": texts.desirable, "undesirable": texts.count - texts.desirable}
@@ -182,16 +183,25 @@ def _render_counts(report: Report) -> Table:
             "in the mixture", Text(show_controls(f"{counts['drawn']} of {counts['kept']} of {name}"))
         )
     for title, key in _TEXT_COUNTS:
-        table.add_row(title, str(report[key]), style="yellow" if report[key] else "")
+        counted = _with_places(str(report[key]), report["first_found"].get(key, ()), report[key])
+        table.add_row(title, counted, style="yellow" if report[key] else "")
     if "labels" in report:
         table.add_row("labels", _join_counts(report["labels"]))
     table.add_row("longer is better", _describe_longer(report["longer_is_better"]))
     if "overlap" in report:
         overlap = report["overlap"]
         found = f"{overlap['same_prompt']} whole, {overlap['same_first_message']} by the first message"
+        found = f"{found}, of {overlap['heldout']}"
         style = "red" if overlap["same_prompt"] else ""
-        table.add_row("held-out prompts also trained on", f"{found}, of {overlap['heldout']}", style=style)
+        found = _with_places(found, overlap["examples"], overlap["same_prompt"])
+        table.add_row("held-out prompts also trained on", found, style=style)
     return table
+
+
+def _with_places(text: str, places: Sequence[str], count: int) -> Text:
+    """What was found with where it stands; the last of more than are named is an ellipsis."""
+    more = ", …" if count > len(places) else ""
+    return Text(show_controls(f"{text} ({', '.join(places)}{more})" if places else text))
 
 
 _TEXT_COUNTS = (

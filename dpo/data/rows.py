@@ -95,7 +95,7 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
     if not isinstance(row, Mapping):
         raise MalformedRowError("(row)", "wrong_type", f"found {name_type(row)}; allowed is an object")
     columns = Columns(row, reading)
-    name = reading.layout or find_layout(tuple(columns))
+    name = reading.layout or _find_layout(columns, row)
     layout = LAYOUTS[name]
     if reading.layout is not None and not layout.fits(frozenset(columns)):
         detail = f"found {show_names(columns)}; the layout {name} needs {layout.needs}"
@@ -107,6 +107,24 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
         if not isinstance(value, str) or not mentions(preference.prompt, value):
             raise _unused_meaning(column, name)
     return ReadRow(preference, name, tuple(sorted(unused)))
+
+
+def _find_layout(columns: Columns, row: Mapping[str, Any]) -> str:
+    """The layout of a row; where it has none because a column holds null, that column is named."""
+    try:
+        return find_layout(tuple(columns))
+    except MalformedRowError as error:
+        nulls = [str(name) for name, value in row.items() if value is None]
+        with_nulls = frozenset([*columns, *nulls])
+        if error.reason != "unknown_format" or not nulls:
+            raise
+        fitting = [name for name, layout in LAYOUTS.items() if layout.fits(with_nulls)]
+        if not fitting:
+            raise
+        needed = set(LAYOUTS[fitting[0]].needs.replace("|", " ").split())
+        field = next((name for name in nulls if name in needed), nulls[0])
+        detail = f"found null; allowed is a value, as the layout {fitting[0]} needs one"
+        raise MalformedRowError(field, "null", detail) from None
 
 
 def read_prompt_row(row: Any, *, location: str, source: str, reading: RowReading = BY_COLUMNS) -> Preference:

@@ -271,6 +271,9 @@ def _decode_json(line: bytes) -> Any:
         return MalformedRowError(
             "(row)", "invalid_unicode", f"byte {error.start} is not UTF-8; allowed is UTF-8"
         )
+    except json.JSONDecodeError as error:
+        detail = f"not JSON at character {error.pos + 1}: {error.msg}; allowed is one JSON object a line"
+        return MalformedRowError("(row)", "invalid_json", detail)
     except (ValueError, RecursionError) as error:
         return MalformedRowError(
             "(row)", "invalid_json", f"{str(error)[:120]}; allowed is one JSON object a line"
@@ -309,7 +312,7 @@ def _each_batch(path: Path, file: Any, first: int) -> Iterator[Any]:
 def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
     """Rows of Arrow's batches but for the first ones."""
     for batch in batches:
-        yield from map(_without_nulls, batch.slice(min(skip, len(batch))).to_pylist())
+        yield from map(_row_without_nulls, batch.slice(min(skip, len(batch))).to_pylist())
         skip = max(0, skip - len(batch))
 
 
@@ -332,16 +335,16 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _read_csv(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(islice(_csv_rows(path), part.offset, None), start=part.number):
-        yield f"{path}:{number}", row
+    for line, row in islice(_csv_rows(path), part.offset, None):
+        yield f"{path}:{line}", row
 
 
 def _csv_starts(path: Path) -> Iterator[tuple[int, int]]:
-    return ((row, row + 1) for row, _ in enumerate(_csv_rows(path)))
+    return ((row, line) for row, (line, _) in enumerate(_csv_rows(path)))
 
 
-def _csv_rows(path: Path) -> Iterator[Any]:
-    """Rows of text, whatever it looks like: "4" is no number here, and "None" and "NA" are no nulls."""
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of text with the lines that they begin on; "4" is no number here, "None" and "NA" are no nulls."""
     csv.field_size_limit(MAX_ROW_BYTES)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -349,9 +352,11 @@ def _csv_rows(path: Path) -> Iterator[Any]:
             names = next(rows, [])
             if len(set(names)) < len(names):
                 raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
+            line = rows.line_num + 1
             for row in rows:
                 if row:
-                    yield _named(names, row)
+                    yield line, _named(names, row)
+                line = rows.line_num + 1
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
 
@@ -390,7 +395,12 @@ _READERS: dict[
 def _rows_of(open_it: Callable[[], Any], name: str, part: Part) -> Iterator[tuple[str, Any]]:
     rows = open_it()
     for number, row in enumerate(rows.skip(part.offset) if part.offset else rows, start=part.number):
-        yield f"{name}:{number}", _without_nulls(row)
+        yield f"{name}:{number}", _row_without_nulls(row)
+
+
+def _row_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The same below a row's columns: a column that is null is told from one that is not there."""
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

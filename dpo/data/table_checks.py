@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -201,6 +201,8 @@ def prepare_folder(folder: Path, where: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: would be read as {builder.name}; allowed are {', '.join(TABLES)}")
     for path in files:
         _require_own(path, folder)
+    if not where and not _has_configs(folder):
+        _require_all(folder, {os.path.realpath(path) for path in files}, builder.name)
     check_arrow([path for path in files if path.suffix == ".arrow"])
     if os.path.isdir(builder.cache_dir):
         return
@@ -209,6 +211,28 @@ def prepare_folder(folder: Path, where: Mapping[str, Any]) -> None:
     said = look(WORKER, {"kind": "folder", "load": load}, size=size, writes=BASE + FACTOR * size)
     if "error" in said:
         raise UserError(f"{folder}: could not be read: {said['error']}")
+
+
+def _has_configs(folder: Path) -> bool:
+    """Whether the folder says itself which of its files are the data."""
+    cards = (folder / "README.md", folder / ".huggingface.yaml")
+    return any(path.is_file() and _front_matter(path).get("configs") for path in cards)
+
+
+def _require_all(folder: Path, read: Collection[str], kind: str) -> None:
+    """Refuse a folder of which `datasets` would leave tables out: it takes one kind, and names it knows."""
+    tables = (path for path in sorted(folder.rglob("*")) if path.name.endswith(_TABLE_ENDINGS))
+    left = [str(path.relative_to(folder)) for path in tables if os.path.realpath(path) not in read]
+    if left:
+        raise UserError(
+            f"{folder}: {', '.join(left[:5])}{', …' if len(left) > 5 else ''} would be left out, because the "
+            f"folder is read as {kind}, {len(read)} files of it; allowed are files of one kind whose names "
+            "don't tell train from others, a README.md that lists them (configs, data_files), or a list "
+            "of files in data.train"
+        )
+
+
+_TABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".arrow")
 
 
 def _require_own(path: Path, folder: Path) -> None:

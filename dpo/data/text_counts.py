@@ -12,6 +12,9 @@ from typing import Any
 from dpo.data.messages import Prompt, message_text, response_text
 from dpo.data.preferences import Preference
 
+_NAMED = 5
+"""Places that are named of each count."""
+
 
 class TextCounts:
     """Sizes, ties, copies, contradictions, and prompts to look for elsewhere."""
@@ -21,11 +24,14 @@ class TextCounts:
         self.sources: Counter[str] = Counter()
         self.sizes: Counter[int] = Counter()
         """How many preferences have so many responses."""
-        self._tied = self._all_tied = self._identical = self._against = 0
+        self._counts: Counter[str] = Counter()
+        self._conflicts = 0
         self._prompts: set[bytes] = set()
-        self._whole: Counter[bytes] = Counter()
+        self._whole: set[bytes] = set()
         self._orders: dict[bytes, int] = {}
         """Of a prompt with two texts, whether the first was ahead (1), behind (2), or both (3)."""
+        self.first: dict[str, list[str]] = {}
+        """Where the first preferences stand that `figures` counts, under the same names."""
         self._normalised: set[bytes] = set()
         self._first_messages: set[bytes] = set()
 
@@ -38,29 +44,47 @@ class TextCounts:
         self.sizes[len(ranks)] += 1
         self.with_scores += preference.scores is not None
         self.desirable += ranks[0] == 0
-        self._tied += len(set(ranks)) < len(ranks)
-        self._all_tied += len(set(ranks)) == 1 < len(ranks)
-        self._identical += len(set(texts)) < len(texts)
-        self._against += _scores_against_ranks(preference)
         self._prompts.add(_digest(prompt))
-        self._whole[_digest(prompt, *texts)] += 1
-        for first, second, is_ahead in _statements(texts, ranks):
-            key = _digest(prompt, first, second)
-            self._orders[key] = self._orders.get(key, 0) | (1 if is_ahead else 2)
+        whole = _digest(prompt, *texts)
+        found = {
+            "duplicates": whole in self._whole,
+            "tied": len(set(ranks)) < len(ranks),
+            "all_tied": len(set(ranks)) == 1 < len(ranks),
+            "identical_responses": len(set(texts)) < len(texts),
+            "conflicting": self._contradicts(prompt, texts, ranks),
+            "scores_against_ranks": _scores_against_ranks(preference),
+        }
+        self._whole.add(whole)
+        for name in (name for name, is_so in found.items() if is_so):
+            self._counts[name] += 1
+            if len(self.first.setdefault(name, [])) < _NAMED:
+                self.first[name].append(preference.location)
         if with_first_messages:
             self._normalised.add(_digest(_normalise(prompt)))
             self._first_messages.add(_digest(_normalise(_first_message(preference.prompt))))
+
+    def _contradicts(self, prompt: str, texts: Sequence[str], ranks: Sequence[int]) -> bool:
+        """Note what a preference says of two texts; whether it is the first to say the opposite of any."""
+        new = False
+        for first, second, is_ahead in _statements(texts, ranks):
+            key = _digest(prompt, first, second)
+            before = self._orders.get(key, 0)
+            self._orders[key] = before | (1 if is_ahead else 2)
+            if before != 3 and self._orders[key] == 3:
+                self._conflicts += 1
+                new = True
+        return new
 
     def figures(self) -> dict[str, int]:
         """Ties, copies and contradictions."""
         return {
             "distinct_prompts": len(self._prompts),
-            "duplicates": self.count - len(self._whole),
-            "tied": self._tied,
-            "all_tied": self._all_tied,
-            "identical_responses": self._identical,
-            "conflicting": sum(seen == 3 for seen in self._orders.values()),
-            "scores_against_ranks": self._against,
+            "duplicates": self._counts["duplicates"],
+            "tied": self._counts["tied"],
+            "all_tied": self._counts["all_tied"],
+            "identical_responses": self._counts["identical_responses"],
+            "conflicting": self._conflicts,
+            "scores_against_ranks": self._counts["scores_against_ranks"],
         }
 
     def overlap(self, heldout: Sequence[Preference]) -> dict[str, Any]:

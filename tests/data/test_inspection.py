@@ -6,13 +6,14 @@ from rich.console import Console
 from toy_tokenizer import make_tokenizer
 
 from dpo.data.inspection import (
+    _with_places,
     inspect_dataset,
     longer_is_better,
     render_example,
     render_report,
 )
 from dpo.data.preferences import Preference, Problem, ReadPreferences
-from dpo.data.text_counts import prompt_overlap
+from dpo.data.text_counts import TextCounts, prompt_overlap
 from dpo.data.tokenization import tokenize
 from dpo.data.tokenized import make_dataset
 
@@ -126,3 +127,18 @@ def test_names_and_texts_of_data_are_neither_markup_nor_terminal_commands(tokeni
     assert "malformed: [/f]:1: field '[/x]': ␛[1m [r]" in printed
     assert "\x1b" not in printed
     assert "\x07" not in printed
+
+
+def test_what_is_counted_is_named_by_its_place():
+    rows = [Preference("p", ("a", "b"), (0, 1), None, "s", f"it.jsonl:{line}") for line in range(1, 9)] + [
+        Preference("p", ("b", "a"), (0, 1), None, "s", "it.jsonl:9")
+    ]
+    counts = TextCounts()
+    for row in rows:
+        counts.add(row, with_first_messages=False)
+    assert counts.figures() | {"duplicates": 7, "conflicting": 1} == counts.figures()
+    assert counts.first == {
+        "duplicates": [f"it.jsonl:{line}" for line in range(2, 7)],
+        "conflicting": ["it.jsonl:9"],
+    }
+    assert _with_places("7", counts.first["duplicates"], 7).plain.endswith("it.jsonl:6, …)")

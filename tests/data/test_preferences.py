@@ -3,6 +3,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from dpo.data.preferences import (
     read_part,
     read_preferences,
 )
-from dpo.data.sources import MalformedRowError, Part
+from dpo.data.sources import MalformedRowError, Part, cut, read_rows
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -381,3 +383,39 @@ def test_the_first_row_says_whether_rows_are_parts_of_groups(tmp_path, rows, lim
 def test_a_single_response_stays_as_it_is(expand):
     alone = Preference("p", ("a",), (1,), None, "s", "f:1")
     assert expand_ranking(alone, expand) == ([alone], 0)
+
+
+def test_a_csv_row_stands_where_it_begins_in_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,chosen,rejected\n"a\nb",x,y\n\n"c",,y\n"d\n\ne",x\n')
+    with pytest.raises(DataError) as caught:
+        read_preferences(path)
+    assert [problem.location for problem in caught.value.problems] == [f"{path}:5", f"{path}:6"]
+    read = read_preferences(path, on_error="skip")
+    assert [preference.location for preference in read.preferences] == [f"{path}:2"]
+    parts = [part for part in cut(str(path), "train", count=3) if part.rows]
+    located = [location for part in parts for location, _ in read_rows(str(path), "train", part)]
+    assert located == [f"{path}:2", f"{path}:5", f"{path}:6"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_null_is_named_as_such(tmp_path, ending):
+    path = tmp_path / f"rows.{ending}"
+    rows = [PAIR, {**PAIR, "chosen": None}]
+    if ending == "jsonl":
+        write_lines(path, *rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    with pytest.raises(
+        DataError, match="found null; allowed is a value, as the layout pair needs one"
+    ) as caught:
+        read_preferences(path)
+    (problem,) = caught.value.problems
+    assert (problem.location, problem.field, problem.reason) == (f"{path}:2", "chosen", "null")
+
+
+def test_what_is_no_json_is_found_in_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(PAIR) + '\n{"prompt"\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*not JSON at character 1\d: Expecting ':'"):
+        read_preferences(path)

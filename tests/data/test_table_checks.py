@@ -210,3 +210,20 @@ def test_lists_in_each_other_in_a_folder_end_no_process(tmp_path):
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     assert "could not be" in refusal(folder)
+
+
+@pytest.mark.parametrize("other", ["notes.csv", "more.jsonl"])
+def test_a_folder_of_which_a_file_would_be_left_out_is_refused(tmp_path, other):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "README.txt").write_text("about it")
+    assert len(read_preferences(str(tmp_path)).preferences) == 1
+    (tmp_path / other).write_text(
+        "prompt,chosen,rejected\na,b,c\n" if ".csv" in other else json.dumps(row) + "\n"
+    )
+    with pytest.raises(ValueError, match=rf"{other} would be left out, because the folder is read as json"):
+        read_preferences(str(tmp_path))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n"
+    )
+    assert len(read_preferences(str(tmp_path)).preferences) == 1
