@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -150,6 +151,19 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
         seen.append(link)
         yield link
         link = link.__cause__
+
+
+@contextmanager
+def raising_user_errors(what: str) -> Iterator[None]:
+    """Whatever a library raises about what a user gave; a panic of Rust, which is no `Exception`, too."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _by_status(error: BaseException) -> Outcome | None:

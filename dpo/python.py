@@ -28,6 +28,7 @@ from dpo.data.rows import Preference, digest, parse_row
 from dpo.data.sources import MalformedRowError
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset
+from dpo.data.tokenizer_calls import decode_ids
 from dpo.evaluation.token_ratios import score_tokens
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.models.drawing import SamplingConfig
@@ -123,7 +124,7 @@ class LanguageModel:
             stop_tokens=stop_tokens(pretrained),
             batch_size=min(batch_size, max(1, len(ids))),
         )
-        return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in drawn]
+        return [decode_ids(tokenizer, tokens, skip_special_tokens=True) for tokens in drawn]
 
     def score(self, prompts: Sequence[Text], responses: Sequence[Text]) -> Scored:
         """Log-probs of one response for each prompt; repeat a prompt to score several of its responses.

@@ -35,7 +35,7 @@ BELOW = {
     "parallel": {"outcomes"},
     "data": {"outcomes", "parallel", "losses", "intervals", "files", "limited"},
     "models": {"outcomes", "parallel"},
-    "huggingface": {"outcomes", "models", "parallel", "files"},
+    "huggingface": {"outcomes", "models", "parallel", "files", "limited"},
     "training": {
         "outcomes",
         "huggingface",

@@ -176,6 +176,9 @@ class DataConfig:
     data always give the same tokens."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}, in training, sampling and judging."""
+    template_characters: int = field(default=1_000_000, metadata=marks(BESIDE))
+    """Characters that the chat template may write for a text, beside twice those of its messages; a
+    template that writes more is refused, and raising this says that it is trusted."""
     layout: Literal["padded", "packed", "shared"] = "shared"
     """How responses lie in the rows of a batch: one a row (padded), several after each other (packed), or
     packed in groups that share their prompt (shared)."""
@@ -197,6 +200,7 @@ class DataConfig:
                 parse_sources(f"data.{name}", given)
         check_range("data.token_store_limit", self.token_store_limit, above=0.0)
         check_range("data.max_length", self.max_length, low=2)
+        check_range("data.template_characters", self.template_characters, low=1000)
         check_range("data.max_train", self.max_train, low=1)
         check_range("data.max_eval", self.max_eval, low=1)
         check_range("data.row_length", self.row_length, low=8)

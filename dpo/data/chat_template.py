@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.messages import Message, message_text
-from dpo.data.templates import Marked, Refusal, SandboxedTemplate
+from dpo.data.templates import LIMITS, Marked, Refusal, SandboxedTemplate
 from dpo.outcomes import UserError
 
+SETTING = "data.template_characters"
 PROBE = "Zwölf Boxkämpfer jagen Viktor"
 _MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 
@@ -39,10 +40,12 @@ class ChatTemplate:
         name: str,
         date: str,
         arguments: Mapping[str, Any],
+        characters: int = LIMITS.characters,
     ) -> None:
         self.text = text
         self.has_marks = _MARKS.search(text) is not None
-        self._template = SandboxedTemplate(text, name=name, date=date)
+        limits = LIMITS._replace(characters=characters)
+        self._template = SandboxedTemplate(text, name=name, date=date, limits=limits, setting=SETTING)
         self._fixed = {**tokenizer.special_tokens_map, **arguments}
 
     def write(self, inputs: Sequence[ChatInput]) -> list[Marked | Refusal]:

@@ -17,7 +17,8 @@ from dpo.data.chat_template import ChatInput, ChatTemplate
 from dpo.data.left_out import MUST_SHOW, Conversations, Field, find_left_out, has_fields
 from dpo.data.messages import Turns, answer_turns, as_turns, message_text
 from dpo.data.preferences import Preference
-from dpo.data.templates import Marked, Refusal
+from dpo.data.templates import LIMITS, Marked, Refusal
+from dpo.data.tokenizer_calls import encode_texts, encode_with_special, token_places
 from dpo.data.turns import Span, TurnsNotFoundError, Written, common_start, scored_spans
 from dpo.outcomes import UserError
 
@@ -64,6 +65,7 @@ def make_encoder(
     chat_template: str | None,
     date: str,
     arguments: Mapping[str, Any] | None,
+    characters: int = LIMITS.characters,
 ) -> Encoder:
     if chat_template is None and tokenizer.chat_template is None:
         bos = _find_bos(tokenizer)
@@ -71,10 +73,11 @@ def make_encoder(
         return Encoder(tokenizer, None, bos, None, ending)
     name = "the tokenizer's chat template" if chat_template is None else "data.chat_template"
     text = tokenizer.get_chat_template(chat_template)
-    template = ChatTemplate(tokenizer, text, name=name, date=date, arguments=arguments or {})
+    how: dict[str, Any] = {"name": name, "date": date, "arguments": arguments or {}}
+    template = ChatTemplate(tokenizer, text, **how, characters=characters)
     if end_token == "template":
         return Encoder(tokenizer, template, [], None, [])
-    trailer = token_ids(tokenizer, [template.find_trailer()])[0]
+    trailer = encode_texts(tokenizer, [template.find_trailer()])[0]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     end = next((token for token in trailer if token in special), None)
     ending = [] if end_token == "none" else [_eos_id(tokenizer) if end is None else end]
@@ -85,7 +88,7 @@ def encode(preferences: Sequence[Preference], encoder: Encoder) -> Iterator[Row 
     """Render and tokenise a chunk at once: every text only once, in one call of the tokenizer."""
     written, remarks = _note_left_out(preferences, write(preferences, encoder), encoder)
     texts = dict.fromkeys(one.text for mine in written if not isinstance(mine, Drop) for one in mine)
-    ids = dict(zip(texts, token_ids(encoder.tokenizer, list(texts)), strict=True))
+    ids = dict(zip(texts, encode_texts(encoder.tokenizer, list(texts)), strict=True))
     spans = [
         mine if isinstance(mine, Drop) else _find_spans(preference, mine, ids, encoder)
         for preference, mine in zip(preferences, written, strict=True)
@@ -143,15 +146,9 @@ def _texts(written: Sequence[Marked | Refusal]) -> _Written | Drop:
     return [one for one in written if isinstance(one, Marked)]
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
 def _find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's BOS token if it begins every text with it."""
-    with_special = tokenizer(["a"], add_special_tokens=True)["input_ids"][0]
+    with_special = encode_with_special(tokenizer, "a")
     return [token for token in with_special[:1] if token == tokenizer.bos_token_id]
 
 
@@ -264,9 +261,7 @@ def _places(
             "the tokenizer does not say which characters a token has, which responses of several turns and "
             "templates with {% generation %} need; allowed is a tokenizer with a tokenizer.json"
         )
-    how: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    found = tokenizer(texts, return_offsets_mapping=True, **how)["offset_mapping"]
-    return dict(zip(texts, found, strict=True))
+    return dict(zip(texts, token_places(tokenizer, texts), strict=True))
 
 
 def _split(

@@ -17,6 +17,7 @@ from dpo.data.preferences import Preference, ReadPreferences, ReadSummary
 from dpo.data.remaining import warnings
 from dpo.data.text_counts import TextCounts
 from dpo.data.tokenized import TokenizedDataset
+from dpo.data.tokenizer_calls import decode_ids
 from dpo.intervals import wilson
 from dpo.terminal import show_controls
 
@@ -254,9 +255,9 @@ def _decode_pieces(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> It
     waiting: list[int] = []
     for token in ids:
         waiting.append(token)
-        text = str(tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = decode_ids(tokenizer, waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if not text.endswith("\ufffd") or len(waiting) == 4:
             yield text
             waiting = []
     if waiting:
-        yield str(tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        yield decode_ids(tokenizer, waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -4,7 +4,7 @@ Requests and answers are JSON, one a line. A request is answered by one line for
 is well-formed, one line for each of its inputs:
 
     {"template", "dialect": "chat" | "judge", "date": what a chat template takes for today,
-     "seconds", "characters", "inputs": [{variable: value}, ...]}
+     "seconds", "characters", "inputs": [{variable: value}, ...], "sizes": characters of each of them}
     {"text", "marks": [[start, end], ...] of its blocks of {% generation %}, where it has any}
     or {"error", "limit": whether a limit was the reason}
 
@@ -77,13 +77,13 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     compiled = _limited(request, None)
     yield compiled
     if "text" in compiled:
-        for variables in request["inputs"]:
-            yield _limited(request, variables)
+        for variables, size in zip(request["inputs"], request["sizes"], strict=True):
+            yield _limited(request, variables, size)
 
 
-def _limited(request: dict[str, Any], variables: dict[str, Any] | None) -> dict[str, Any]:
+def _limited(request: dict[str, Any], variables: dict[str, Any] | None, size: int = 0) -> dict[str, Any]:
     """The answer to one input within the limits; without variables the template is compiled only."""
-    seconds, characters = request["seconds"], request["characters"]
+    seconds, characters = request["seconds"], request["characters"] + 2 * size
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     with contextlib.suppress(ValueError):  # beyond a limit that is there already
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + GRACE, most))

@@ -37,12 +37,14 @@ The day on which a program runs would make other tokens, and with them another r
 
 
 class Limits(NamedTuple):
-    """How much rendering one text may take."""
+    """How much rendering may take."""
 
     seconds: float = 5.0
     """Seconds of CPU time that rendering one text may take."""
-    characters: int = 8_000_000
-    """Characters that a rendered text may have."""
+    characters: int = 1_000_000
+    """Characters that a rendered text may have beside twice those that it is made of."""
+    texts: int = 64
+    """So many times `characters` all texts that are rendered in one go may have, beside the same."""
 
 
 LIMITS = Limits()
@@ -84,15 +86,19 @@ class SandboxedTemplate:
         dialect: Literal["chat", "judge"] = "chat",
         date: str = TEMPLATE_DATE,
         limits: Limits = LIMITS,
+        setting: str = "",
     ) -> None:
-        """`name` says in errors what the template is. The dialect "chat" is that of transformers' chat
-        templates, on the given date (YYYY-MM-DD); in "judge" a variable that is not there is an error.
+        """`name` says in errors what the template is, and `setting` what raises its limit of characters.
+
+        The dialect "chat" is that of transformers' chat templates, on the given date (YYYY-MM-DD); in "judge"
+        a variable that is not there is an error.
 
         Raises:
           ValueError: when the text is no template.
           TemplateLimitError: when it is longer than MAX_TEMPLATE, or compiling it is beyond the limits.
         """
         self.text, self._name, self._limits = text, name, limits
+        self._remedy = f"; {setting} allows more, if the template is to be trusted" if setting else ""
         self._kind = {"dialect": dialect, "date": date}
         if len(text) > MAX_TEMPLATE:
             raise TemplateLimitError(f"{name} has {len(text)} characters; allowed are {MAX_TEMPLATE}")
@@ -121,16 +127,29 @@ class SandboxedTemplate:
     def render_marked(self, inputs: Sequence[Mapping[str, Any]]) -> list[Marked | Refusal]:
         """The same with the places of what the template marks by `{% generation %}`."""
         lines = [json.dumps(variables) for variables in inputs]
-        return [answer for group in _groups(lines) for answer in self._ask(group)]
+        found: list[Marked | Refusal] = []
+        left = self._limits.texts * self._limits.characters
+        for group in _groups(lines):
+            answers = self._ask(group)
+            found += answers
+            left += 2 * sum(map(len, group))
+            left -= sum(len(answer.text) for answer in answers if isinstance(answer, Marked))
+            if left < 0:
+                most = self._limits.texts * self._limits.characters
+                what = f"it wrote more than {most} characters for {len(inputs)} texts"
+                raise TemplateLimitError(f"{self._name} is refused: {what}{self._remedy}")
+        return found
 
     def _ask(self, inputs: Sequence[str]) -> list[Marked | Refusal]:
         settings = {"template": self.text, **self._kind, **self._limits._asdict()}
+        settings |= {"sizes": list(map(len, inputs))}
         request = f'{json.dumps(settings)[:-1]}, "inputs": [{", ".join(inputs)}]}}\n'
         patience = self._limits.seconds + PATIENCE
         compiled, *answers = _WORKER.ask(request, num_inputs=len(inputs), patience=patience)
         last = [compiled, *answers][-1]
         if last.get("limit"):
-            raise TemplateLimitError(f"{self._name} is refused: {last['error']}")
+            remedy = self._remedy if "characters" in last["error"] else ""
+            raise TemplateLimitError(f"{self._name} is refused: {last['error']}{remedy}")
         if "error" in compiled:
             raise UserError(f"{self._name}: {compiled['error']}")
         return [
@@ -243,15 +262,16 @@ def _exchange(
 def _lines(process: subprocess.Popen[bytes], patience: float) -> Iterator[bytes]:
     """Lines that the process writes until it ends; `patience` is the longest silence."""
     assert process.stdout is not None
-    rest = b""
+    rest: list[bytes] = []
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         last = time.monotonic()
         while new := _read(process.stdout.fileno(), selector, last + patience - time.monotonic()):
-            *lines, rest = (rest + new).split(b"\n") if b"\n" in new else (rest + new,)
+            *lines, end = new.split(b"\n")
             for line in lines:
-                yield line
-                last = time.monotonic()
+                yield b"".join((*rest, line))
+                rest, last = [], time.monotonic()
+            rest.append(end)
 
 
 def _read(pipe: int, selector: selectors.BaseSelector, seconds: float) -> bytes:

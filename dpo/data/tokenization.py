@@ -24,15 +24,15 @@ from dpo.data.encoding import (
     Row,
     encode,
     make_encoder,
-    token_ids,
     write,
 )
 from dpo.data.joining import Notes, TokenizedPart, join_parts
 from dpo.data.messages import Message, Prompt, Turns, as_turns
 from dpo.data.preferences import Preference
 from dpo.data.shortening import Shortened, shorten_prompt
-from dpo.data.templates import TEMPLATE_DATE, Marked
+from dpo.data.templates import LIMITS, TEMPLATE_DATE, Marked
 from dpo.data.tokenized import TokenizedDataset, flat_arrays
+from dpo.data.tokenizer_calls import encode_texts
 from dpo.outcomes import UserError
 
 Truncation = Literal["drop", "error", "truncate_prompt_left", "truncate_response_right"]
@@ -48,6 +48,7 @@ def tokenize(
     chat_template: str | None = None,
     template_date: str = TEMPLATE_DATE,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
 ) -> TokenizedDataset:
     """Token ids of every preference whose prompt plus longest response fits `max_length` or is cut to it.
 
@@ -58,7 +59,8 @@ def tokenize(
     the chat template puts after it, "eos_only" for the end token alone, "none" for nothing; without a
     template "template" is the tokenizer's EOS token. `chat_template` is the text of a jinja2 template
     that replaces the tokenizer's own, `template_date` the day that templates take for today, and
-    `template_kwargs` are further arguments that it reads. Raises `ValueError` when no preference is left.
+    `template_kwargs` are further arguments that it reads, `template_characters` how many it may write beside
+    twice those that a text is made of. Raises `ValueError` when no preference is left.
     """
     _check_choice("truncation", truncation, Truncation)
     _check_choice("end_token", end_token, EndToken)
@@ -71,6 +73,7 @@ def tokenize(
         chat_template=chat_template,
         template_date=template_date,
         template_kwargs=template_kwargs,
+        template_characters=template_characters,
     )
     return join_parts([part])
 
@@ -85,9 +88,12 @@ def tokenize_part(
     chat_template: str | None,
     template_date: str,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
 ) -> TokenizedPart:
     """`tokenize` for some of the preferences, before it is known whether any is left in all."""
-    encoder = make_encoder(tokenizer, end_token, chat_template, template_date, template_kwargs)
+    encoder = make_encoder(
+        tokenizer, end_token, chat_template, template_date, template_kwargs, template_characters
+    )
     notes = Notes()
     kept: list[tuple[int, Row]] = []
     too_long: list[str] = []
@@ -155,7 +161,7 @@ def tokenize_prompts(
     texts = [written[0].text for written in _write_or_raise(alone, encoder)]
     if encoder.template is None:
         texts = [text.rstrip(" ") or text for text in texts]  # as responses take the space in training
-    return [encoder.bos + ids for ids in token_ids(tokenizer, texts)]
+    return [encoder.bos + ids for ids in encode_texts(tokenizer, texts)]
 
 
 def tokenize_answers(
@@ -180,7 +186,7 @@ def tokenize_answers(
         for number, (given, text) in enumerate(zip(prompts, responses, strict=True), start=1)
     ]
     texts = [written[-1].text for written in _write_or_raise(pairs, encoder)]
-    return [encoder.bos + ids + encoder.ending for ids in token_ids(tokenizer, texts)]
+    return [encoder.bos + ids + encoder.ending for ids in encode_texts(tokenizer, texts)]
 
 
 def _alone(

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from dpo.config import Config, DataConfig
 from dpo.data.preferences import Preference
 from dpo.data.tokenized import TokenizedDataset
+from dpo.data.tokenizer_calls import decode_ids
 from dpo.evaluation.heldout import Heldout
 from dpo.evaluation.rows import Rows, make_pairs
 from dpo.files import replace_text
@@ -168,7 +169,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     texts: list[str] = []
     shown = ""
     for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        text = decode_ids(tokenizer, ids[:end], clean_up_tokenization_spaces=False)
         is_whole = not text.endswith(_PARTIAL) or end == len(ids)
         texts.append(text[len(shown) :] if is_whole else "")
         shown = text if is_whole else shown

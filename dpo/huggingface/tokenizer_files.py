@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,14 @@ from dpo.huggingface.config_rules import check_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded
 from dpo.huggingface.foreign_json import find_problem, read_small_json, require_file, show
 from dpo.huggingface.gguf_files import GgufFile
-from dpo.outcomes import UserError
+from dpo.limited import look
+from dpo.outcomes import UserError, raising_user_errors
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """Patterns of all files of a model but its weights."""
+WORKER = Path(__file__).with_name("tokenizer_worker.py")
+_TRIED: set[tuple[str, int, int]] = set()
+"""Files that were tried, with size and time."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -70,19 +73,6 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@contextmanager
-def raising_user_errors(what: str) -> Iterator[None]:
-    """Whatever transformers and tokenizers raise on the way, a panic of Rust (no `Exception`) among it."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
-
-
 def _check_files(directory: Path) -> None:
     """What transformers reads is regular, of a size that it can have, and JSON that can be written again."""
     for name in _OBJECTS:
@@ -93,6 +83,23 @@ def _check_files(directory: Path) -> None:
     for name, most in _LARGEST.items():
         if os.path.lexists(directory / name):
             require_file(directory / name, most)
+    if (directory / "tokenizer.json").is_file():
+        _try(directory / "tokenizer.json")
+
+
+def _try(path: Path) -> None:
+    """Have a limited process make tokens with it, once for each file as it is.
+
+    Raises:
+      UserError: where that fails, or what its rules could make of a text has no bound.
+    """
+    about = path.stat()
+    file = (str(path.resolve()), about.st_size, about.st_mtime_ns)
+    if file not in _TRIED:
+        said = look(WORKER, {"path": file[0]}, size=about.st_size)
+        if "error" in said:
+            raise UserError(f"{path}: its tokenizer cannot be opened: {said['error']}")
+        _TRIED.add(file)
 
 
 def _check_templates(directory: Path, templates: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
+from dpo.data.tokenizer_calls import encode_texts
 from dpo.huggingface.opening import read_model_config
 from dpo.judging.judges import LETTERS, JudgeIdentity, Log, Question, Template, Verdict, default_template
 from dpo.judging.samples import model_identity
@@ -68,7 +69,7 @@ class LocalJudge:
         mesh = make_mesh(MeshConfig())
         policy = load_policy(self._config, mesh)
         tokenizer = policy.pretrained.tokenizer
-        letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in VERDICTS]
+        letters = encode_texts(tokenizer, VERDICTS)
         if [len(ids) for ids in letters] != [1, 1] or letters[0] == letters[1]:
             raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]

@@ -18,6 +18,7 @@ from dpo.data.mixing import take
 from dpo.data.preferences import Preference, read_preferences
 from dpo.data.rows import read_prompt_row
 from dpo.data.sources import MalformedRowError, Part, read_rows
+from dpo.data.tokenizer_calls import encode_texts
 from dpo.distribution import is_shipped
 from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.judges import Log
@@ -155,6 +156,6 @@ def _length_of(preferences: Sequence[Preference], source: str) -> int:
     if not texts:
         return WITHOUT_RESPONSES
     tokenizer: Any = load_tokenizer(source)
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = list(map(len, encode_texts(tokenizer, texts)))
     longest = float(np.quantile(lengths, COVERED, method="higher")) + 1  # the end of the turn
     return STEP * math.ceil(longest / STEP)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from dpo.data.templates import TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
+from dpo.data.tokenizer_calls import decode_ids
 from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
@@ -109,7 +110,7 @@ def sample_responses(
             )
             for i, tokens in zip(batch, rows, strict=True):
                 line = _line(player, requests[i], seeds[i], ids_of[i], tokens, stop)
-                text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+                text = decode_ids(tokenizer, tokens, skip_special_tokens=True).strip()
                 journal.append({"key": keys[i], **line, "response": text})
             log(f"{player.role}: {sum(key in journal.lines for key in keys)} of {len(keys)} responses")
     return [_as_sample(journal.lines[key]) for key in keys]

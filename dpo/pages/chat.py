@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo.data.messages import Message
 from dpo.data.tokenization import tokenize_prompts
+from dpo.data.tokenizer_calls import decode_ids
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import stream
@@ -32,11 +33,11 @@ def respond(
     shown = ""
     for token in stream(pretrained.model, ids, sampling=sampling, seed=seed, stop_tokens=stop):
         drawn.append(token)
-        text = str(tokenizer.decode(drawn, skip_special_tokens=True))
+        text = decode_ids(tokenizer, drawn, skip_special_tokens=True)
         if text.startswith(shown) and not text.endswith(_PARTIAL):
             yield text[len(shown) :]
             shown = text
-    rest = str(tokenizer.decode(drawn, skip_special_tokens=True))
+    rest = decode_ids(tokenizer, drawn, skip_special_tokens=True)
     if len(rest) > len(shown) and rest.startswith(shown):
         yield rest[len(shown) :]
 

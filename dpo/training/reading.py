@@ -235,6 +235,7 @@ def _token_policies(config: DataConfig) -> dict[str, Any]:
         "chat_template": given_chat_template(config),
         "template_date": config.template_date,
         "template_kwargs": config.template_kwargs,
+        "template_characters": config.template_characters,
     }
 
 

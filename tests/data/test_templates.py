@@ -10,6 +10,7 @@ from transformers.utils import chat_template_utils
 
 from dpo.config import DataConfig
 from dpo.data import template_worker, templates
+from dpo.data.preferences import Preference
 from dpo.data.templates import (
     LIMITS,
     TEMPLATE_DATE,
@@ -19,6 +20,7 @@ from dpo.data.templates import (
     TemplateLimitError,
     read_template,
 )
+from dpo.data.tokenization import tokenize
 
 MESSAGES = [
     {"role": "system", "content": "Be <kind> & 'brief'."},
@@ -138,9 +140,40 @@ def test_a_bomb_is_stopped_by_name_and_what_comes_after_it_renders(bomb):
     assert make("{{ 1 + 1 }}").render({}) == "2"
 
 
+@pytest.mark.parametrize("text", ["{{ '😀' * 7999999 }}", "{{ 'x ' * 3999999 }}", "{{ 'x' * 1000005 }}"])
+def test_what_a_template_writes_of_its_own_is_little_beside_what_it_is_given(text):
+    """The first took a minute to receive, the second gigabytes as tokens of a few rows."""
+    with pytest.raises(
+        TemplateLimitError, match=r"wrote more than 1000\d\d\d characters; data\.this allows more"
+    ):
+        SandboxedTemplate(text, name="the template", setting="data.this").render({})
+
+
+def test_a_long_text_of_the_data_is_written_however_long():
+    content = "word " * 500_000
+    assert make("{{ content }}{{ content }}").render({"content": content}) == 2 * content
+    assert make("{{ '😀' * 900000 }}").render({}) == "😀" * 900_000
+
+
+def test_texts_that_are_rendered_in_one_go_share_a_budget():
+    template = make("{{ 'x' * 900 }}", limits=LIMITS._replace(characters=1000, texts=64))
+    assert len(template.render_all([{}] * 64)) == 64
+    with pytest.raises(TemplateLimitError, match="it wrote more than 64000 characters for 200 texts"):
+        template.render_all([{}] * 200)
+
+
+def test_the_setting_raises_what_a_template_may_write():
+    tokenizer = make_tokenizer()
+    rows = [Preference("p", ("a", "b"), (0, 1), None, "", "rows:1")]
+    given = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 5000 }}"}
+    with pytest.raises(TemplateLimitError, match=r"data\.template_characters allows more"):
+        tokenize(rows, tokenizer, max_length=9000, template_characters=1000, **given)
+    assert len(tokenize(rows, tokenizer, max_length=9000, template_characters=6000, **given)) == 1
+
+
 @pytest.mark.parametrize("bomb", ["loops", "output", "string", "doubling", "nesting"])
 def test_what_is_beyond_a_limit_says_which(bomb):
-    message = {"loops": "it ran for more than 0.2 s", "output": "it wrote more than 1000 characters"}
+    message = {"loops": "it ran for more than 0.2 s", "output": "it wrote more than 1004 characters"}
     with pytest.raises(TemplateLimitError, match=message.get(bomb, "it used more memory than it may|it ran")):
         make(BOMBS[bomb], limits=TIGHT).render({})
 
