@@ -311,7 +311,7 @@ def test_train_evaluate_and_export_from_the_command_line(
     assert cards[0] == cards[1]
     assert "(`rewards/accuracies`)" in cards[0]
     pushed: list[tuple] = []
-    monkeypatch.setattr(hub, "check_hub_id", lambda name: None)
+    monkeypatch.setattr(hub, "require_repository", lambda name, private: None)
     monkeypatch.setattr(
         hub, "push_to_hub", lambda *args, **choices: pushed.append((args, choices)) or "address"
     )

@@ -11,11 +11,11 @@ def export_run(given: ExportConfig) -> None:
     """Write the directory or file, say where it is, and push it to the hub if it has an id there."""
     config = load_run(given.run)
     from dpo.training.export import export_checkpoint
-    from dpo.training.hub import check_hub_id, push_to_hub
+    from dpo.training.hub import push_to_hub, require_repository
     from dpo.training.program import enable_compilation_cache
 
     if given.hub_id is not None:
-        check_hub_id(given.hub_id)
+        require_repository(given.hub_id, private=given.hub_private)
     enable_compilation_cache()
     path, step = export_checkpoint(given, config)
     print_plain(f"the policy after {step} steps: {path}")

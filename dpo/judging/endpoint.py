@@ -92,15 +92,33 @@ class EndpointJudge:
                     raise answered.not_kept
 
         async def ask_all(give: Callable[[tuple[int, Verdict]], None]) -> None:
-            workers = self._settings.concurrency
-            async with httpx.AsyncClient(
-                timeout=None,  # `receive` has one for the whole exchange
-                headers=self._key.headers | {"Accept-Encoding": "identity"},
-                limits=httpx.Limits(max_connections=workers),
-            ) as client:
-                await server.run(work(client, give) for _ in range(workers))
+            async with self._client() as client:
+                await server.run(work(client, give) for _ in range(self._settings.concurrency))
 
         yield from in_background(ask_all)
+
+    def require_usable(self) -> None:
+        """See that the server is there and takes the key, before responses are sampled for it to judge.
+
+        Raises:
+          UserError: for a key that it refuses.
+          EnvironmentFailure: for a server that cannot be reached, or wants to be paid.
+        """
+        server = Server(self._settings, self._url, self._key, self._log)
+
+        async def knock(give: Callable[[None], None]) -> None:
+            async with self._client() as client:
+                await server.knock(client, f"{self._url.removesuffix('/chat/completions')}/models")
+
+        for _ in in_background(knock):
+            pass
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            timeout=None,  # `receive` has one for the whole exchange
+            headers=self._key.headers | {"Accept-Encoding": "identity"},
+            limits=httpx.Limits(max_connections=self._settings.concurrency),
+        )
 
     async def _judge(self, client: httpx.AsyncClient, server: Server, question: Question) -> _Answered:
         message = {"role": "user", "content": self._template.render(question)}

@@ -23,6 +23,7 @@ from dpo.data.preferences import Preference
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained
+from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.figures import (
     AskedLine,
     CutFigures,
@@ -44,6 +45,7 @@ from dpo.training.reading import given_chat_template
 from dpo.training.talk import as_trained
 
 RESULT_FILE = "winrate.json"
+VERDICTS_FILE = "verdicts.jsonl"
 DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
 """Opponents that are responses of the data: their place in the row, best first."""
 ORDERS = ("policy_first", "opponent_first")
@@ -87,6 +89,8 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> Mat
     given = replace(given, judge=choose_judge(given.judge, config.data.eval))
     given = replace(given, judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs)
     judge = open_judge(given, log)
+    if isinstance(judge, EndpointJudge) and not (output / VERDICTS_FILE).exists():
+        judge.require_usable()
     preferences = read_prompts(config, log)
     given = with_length(given, config, preferences, log)
     requests = [
@@ -98,7 +102,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> Mat
     with Journal(output / "samples.jsonl") as journal:
         sampled = make_pairs(given, config, preferences, requests, journal, log)
     pairs = [pair for pair in sampled if not (given.leave_out_cut and pair.is_cut)]
-    with Journal(output / "verdicts.jsonl") as journal:
+    with Journal(output / VERDICTS_FILE) as journal:
         verdicts = judge_pairs(judge, pairs, journal, log)
     ratios = None
     if given.kl and config.model.reference not in DATA_OPPONENTS:

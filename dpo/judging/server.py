@@ -72,6 +72,27 @@ class Server:
             if error is not None and not isinstance(error, _StoppedError):
                 raise error
 
+    async def knock(self, client: httpx.AsyncClient, url: str) -> None:
+        """See that the server is reached and takes the key, by a question that costs nothing.
+
+        What else it answers is let pass: a server need not have this address.
+
+        Raises:
+          UserError: for a key that it refuses.
+          EnvironmentFailure: for a server that cannot be reached, or wants to be paid.
+        """
+        while True:
+            try:
+                async with client.stream("GET", url, timeout=self._settings.timeout) as response:
+                    status = response.status_code
+                break
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                await self._wait_for_connection(str(error))
+            except httpx.TransportError:
+                return  # it was reached; what it says to a question is another matter
+        if status in (401, 402, 403):
+            raise _error_of(status)(f"{url} answered {status}; {_STOPPING[status]}")
+
     async def request(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Completion | Verdict:
         """A completion, or the invalid verdict that stands for having none.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from dpo.outcomes import UserError
+from dpo.outcomes import EnvironmentFailure, UserError
 
 
 def check_hub_id(hub_id: str) -> None:
@@ -24,6 +24,22 @@ def check_hub_id(hub_id: str) -> None:
             f"hub_id is {hub_id!r}, but there is no token to write there with: run `hf auth login`, or set "
             "HF_TOKEN to one with write access (https://huggingface.co/settings/tokens)"
         )
+
+
+def require_repository(hub_id: str, *, private: bool) -> None:
+    """See, before there is anything to upload, that the repository is there or can be made.
+
+    Raises:
+      UserError: what `check_hub_id` raises, or what the hub answered.
+      EnvironmentFailure: where it cannot be reached.
+    """
+    check_hub_id(hub_id)
+    try:
+        HfApi().create_repo(hub_id, private=private, exist_ok=True)
+    except HfHubHTTPError as error:
+        raise UserError(f"hub_id is {hub_id!r}, and nothing can be pushed there: {error}") from error
+    except OSError as error:
+        raise EnvironmentFailure(f"hub_id is {hub_id!r}, and the hub cannot be reached: {error}") from error
 
 
 def push_to_hub(directory: str | Path, hub_id: str, *, private: bool, message: str) -> str:

@@ -50,6 +50,24 @@ def test_it_is_a_function_of_the_seed():
     assert add_mismatched(data, seed=3).fingerprint != add_mismatched(data, seed=4).fingerprint
 
 
+@pytest.mark.parametrize(("one", "another"), [(0, 1), (0, 128), (0, 2**32), (-1, 1)])
+def test_seeds_of_any_size_and_sign_draw_otherwise(one, another):
+    data = make_dataset([[n] for n in range(30)], [[[n]] for n in range(30)])
+    assert other_responses(data, one) != other_responses(data, another)
+
+
+def test_what_is_scored_of_a_response_follows_it_and_is_cut_with_it():
+    """The first row's longer response is cut to the longest row that there is, its marks too."""
+    data = make_dataset(
+        [[1] * 3, [2]],
+        [[[10, 11]], [[20, 21, 22, 23]]],
+        scored=[[[True, False]], [[True, False, True, False]]],
+    )
+    added = add_mismatched(data, seed=0)
+    assert [added.scored_of(0)[1].tolist(), added.responses(0)[1].tolist()] == [[True, False], [20, 21]]
+    assert added.scored_of(1)[1].tolist() == [True, False]
+
+
 def test_a_response_that_would_lengthen_the_rows_is_cut():
     data = make_dataset([[1] * 5, [2]], [[[10]], [[20, 21, 22, 23, 24]]])
     assert other_responses(data) == [[20], [10]]

@@ -25,7 +25,7 @@ from dpo.judging import server as server_module
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.judges import Question, Template
 from dpo.judging.replies import seconds_asked_for
-from dpo.outcomes import EnvironmentFailure
+from dpo.outcomes import EnvironmentFailure, UserError
 
 
 class Response(NamedTuple):
@@ -46,11 +46,19 @@ class Server:
         self.script: Callable[[int, dict[str, Any]], Response] = lambda number, body: Response()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.knocks: list[tuple[str, str | None]] = []
+        self.knock_status = 404
         self.most_at_once = self._now = 0
         self._lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.knocks.append((self.path, self.headers.get("Authorization")))
+                self.send_response(server.knock_status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 response = server.begin(self.path, body, dict(self.headers))
@@ -290,6 +298,54 @@ def test_a_server_that_is_gone_stops_the_command(server: Server, make_judge) -> 
     (line,) = make_judge.log
     assert "127.0.0.1:9" in line
     assert "trying for 0.3 s to reach it" in line
+
+
+@pytest.mark.parametrize("status", [200, 404, 405, 500])
+def test_a_server_is_knocked_at_with_the_key_and_asked_nothing(
+    server: Server, make_judge, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """Whether it has a list of models is its own affair."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    server.knock_status = status
+    make_judge().require_usable()
+    assert server.knocks == [("/v1/models", "Bearer sk-test")]
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (401, UserError, r"answered 401; see endpoint\.api_key_env"),
+        (403, UserError, r"answered 403; see endpoint\.api_key_env"),
+        (402, EnvironmentFailure, "answered 402; it wants to be paid"),
+    ],
+)
+def test_a_key_that_is_refused_is_found_at_the_door(
+    server: Server, make_judge, status: int, error: type[Exception], said: str
+) -> None:
+    server.knock_status = status
+    with pytest.raises(error, match=said):
+        make_judge().require_usable()
+
+
+def test_a_server_that_is_gone_is_found_at_the_door(make_judge) -> None:
+    with pytest.raises(EnvironmentFailure, match=r"could not be reached for 0\.2 s"):
+        make_judge(base_url="http://127.0.0.1:9/v1", patience=0.2).require_usable()
+
+
+def test_nothing_is_sampled_for_a_judge_that_does_not_answer(
+    server: Server, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.knock_status = 401
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    data.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    command = [
+        "winrate", f"--policy={tiny_model_dir}", "--opponent=data:best", f"--data={data}", f"--output={out}",
+        "--judge=endpoint", f"--endpoint.base_url={server.url}", "--endpoint.model=m",
+    ]  # fmt: skip
+    assert main(command) == 2
+    assert "answered 401; see endpoint.api_key_env" in capsys.readouterr().err
+    assert not (out / "samples.jsonl").exists()
 
 
 def test_a_reply_that_drips_or_swells_is_no_answer(server: Server, make_judge) -> None:

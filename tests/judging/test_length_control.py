@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from dpo.judging.length_control import RIDGE, fit_logistic, length_controlled
+from dpo.judging import length_control
+from dpo.judging.length_control import fit_logistic, length_controlled
 
 
 def sigmoid(x):
@@ -30,7 +31,7 @@ def test_the_fit_is_the_optimum_of_its_objective() -> None:
     def objective(w, row):
         eta = w[0] + w[1] * feature
         loss = np.logaddexp(0, eta) - target * eta
-        return row @ loss + RIDGE / 2 * w @ w
+        return row @ loss + 0.01 / 2 * w @ w
 
     expected = [optimize.minimize(objective, np.zeros(2), args=(row,), tol=1e-12).x for row in weights]
     np.testing.assert_allclose(fit_logistic(feature, target, weights), expected, atol=1e-5)
@@ -75,6 +76,34 @@ def test_swapping_the_players_mirrors_the_figure() -> None:
     assert theirs is not None
     assert theirs.win_rate.estimate == pytest.approx(1 - ours.win_rate.estimate)
     assert (theirs.quality, theirs.length) == pytest.approx((-ours.quality, ours.length))
+
+
+def test_the_figures_are_those_of_fits_to_all_and_to_each_draw_of_whole_prompts() -> None:
+    """The defaults written out, on so few pairs that every divisor shows; one gap is zero."""
+    values, gap = np.array([1.0, 0.0, 0.5, 1.0, 0.0]), np.array([30.0, -10.0, 0.0, 5.0, 4.0])
+    names = np.array(["a", "a", "b", "c", "c"])
+    found = length_controlled(values, gap, names)
+    assert found is not None
+    feature = np.tanh(gap / gap.std(ddof=1))
+    quality, length = fit_logistic(feature, values, np.ones((1, 5)))[0]
+    drawn = np.random.default_rng(0).multinomial(3, [1 / 3] * 3, size=1000)[:, [0, 0, 1, 2, 2]]
+    draws = sigmoid(fit_logistic(feature, values, drawn.astype(float))[:, 0])
+    assert found.win_rate == pytest.approx((sigmoid(quality), *np.quantile(draws, [0.025, 0.975])))
+    assert found[1:] == pytest.approx((quality, length, 0.7))
+
+
+def test_draws_that_are_fitted_some_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, gap = planted(20, quality=0.8, length=0.5, mean_gap=20.0, seed=4)
+    whole = length_controlled(values, gap, np.arange(20), resamples=50)
+    monkeypatch.setattr(length_control, "_AT_A_TIME", 20 * 7)
+    pieces = length_controlled(values, gap, np.arange(20), resamples=50)
+    assert whole is not None
+    assert pieces is not None
+    assert pieces.win_rate == pytest.approx(whole.win_rate)
+
+
+def test_two_pairs_are_enough_to_fit() -> None:
+    assert length_controlled(np.array([1.0, 0.0]), np.array([1.0, 2.0]), np.arange(2)) is not None
 
 
 @pytest.mark.parametrize("gap", [[0.0, 0.0, 0.0], [12.0, 12.0, 12.0], [5.0]])

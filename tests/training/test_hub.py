@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
+from dpo.outcomes import ENVIRONMENT, USER, Outcome, outcome_of
 from dpo.training import hub
 
 
@@ -67,3 +68,32 @@ def test_what_the_hub_refuses_is_said(api: type[FakeApi], monkeypatch: pytest.Mo
         ValueError, match=r"is written, but could not be pushed to me/my-model: .*403 Forbidden"
     ):
         hub.push_to_hub(tmp_path, "me/my-model", private=True, message="x")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "said"),
+    [
+        (
+            HfHubHTTPError(
+                "403 Forbidden",
+                response=httpx2.Response(403, request=httpx2.Request("POST", "https://huggingface.co/api")),
+            ),
+            USER,
+            "nothing can be pushed there: 403 Forbidden",
+        ),
+        (ConnectionError("no route to host"), ENVIRONMENT, "the hub cannot be reached: no route to host"),
+    ],
+)
+def test_a_repository_that_cannot_be_written_is_found_before_the_export(
+    api: type[FakeApi], monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: Outcome, said: str
+) -> None:
+    hub.require_repository("me/my-model", private=True)
+    assert api.calls == [("create", "me/my-model", True, True)]
+
+    def refuse(self, *args, **choices):
+        raise error
+
+    monkeypatch.setattr(FakeApi, "create_repo", refuse)
+    with pytest.raises(Exception, match=said) as refused:
+        hub.require_repository("me/my-model", private=True)
+    assert outcome_of(refused.value) is outcome
