@@ -24,7 +24,7 @@ def measure_frontier(given: FrontierConfig, arguments: Sequence[str]) -> bool:
         require_own_word(given.reward, setting="reward", arguments=arguments)
     enable_compilation_cache()
     if run(given, log=print_plain) is None:
-        print_plain("stopped; the same command goes on from there")
+        print_plain(f"{given.output}: stopped as asked; the same command goes on from there")
         return False
     print_plain(f"figures, tables and frontier.json: {given.output}")
     return True

@@ -67,7 +67,13 @@ def stops_at_once() -> Iterator[None]:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """While inside, Ctrl-C raises `KeyboardInterrupt`; during an import it ends the process."""
+    """While inside, Ctrl-C raises `KeyboardInterrupt`; during an import it ends the process.
+
+    Where Ctrl-C is ignored, as in a command that a script began in the background, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
 
     def end(number: int, frame: FrameType | None) -> None:
         if is_importing(frame):

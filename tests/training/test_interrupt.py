@@ -162,6 +162,7 @@ def test_signals_that_come_before_anybody_answers_wait():
 IMPORTING = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test's worker may ignore
 from dpo.training import interrupt
 with interrupt.{context}():
     import interrupted
