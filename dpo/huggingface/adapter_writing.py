@@ -16,6 +16,7 @@ from dpo.files import new_directory
 from dpo.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_adapter
 from dpo.huggingface.adapters import Adapter, module_names
 from dpo.huggingface.binding import Binding
+from dpo.huggingface.weight_names import SPELLINGS
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
 
@@ -89,7 +90,12 @@ def _describe(
 
 
 def _short_names(modules: Sequence[str], bindings: Iterable[Binding]) -> list[str]:
-    """Ends of names (q_proj, attn.c_proj) that mean these modules and no others, or else whole names."""
+    """Ends of names (q_proj, attn.c_proj) that mean these modules and no others, or else whole names.
+
+    A part of a larger model has whole names: ends may mean modules of the rest as well, a vision tower's.
+    """
+    if modules[0].startswith(SPELLINGS[0].body):
+        return list(modules)
     others = {name for binding in bindings for name in module_names(binding)} - set(modules)
     names: dict[str, None] = {}
     for module in modules:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.huggingface.families import Family
-from dpo.huggingface.weight_names import FALCON_ENDS, SCORE_RULES, Rule
+from dpo.huggingface.weight_names import FALCON_ENDS, SCORE_RULES, SPELLINGS, Rule, find_spelling
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
 
@@ -72,11 +72,27 @@ def find_ends(family: Family) -> tuple[str, str]:
 
 
 def canonical_names(family: Family, names: Iterable[str]) -> dict[str, str]:
-    """Each tensor's full name → its name in the file; some checkpoints leave the model's prefix out."""
+    """Each tensor's full name → its name in the file; some checkpoints leave the model's prefix out.
+
+    Of a model that has more than text, the text model's tensors."""
     names = list(names)
+    if family.is_part:
+        return _names_of_text(family, names)
     if any(name.startswith(family.prefix) for name in names):
         return {name: name for name in names}
     return {name if name.startswith(_HEADS) else family.prefix + name: name for name in names}
+
+
+def _names_of_text(family: Family, names: list[str]) -> dict[str, str]:
+    """The text model's tensors in a model that has more, which is spelled in several ways; no others."""
+    spelling = find_spelling(names) or SPELLINGS[0]
+    full = {family.prefix: spelling.body, SPELLINGS[0].head: spelling.head}
+    return {
+        ours + name.removeprefix(theirs): name
+        for ours, theirs in full.items()
+        for name in names
+        if name.startswith(theirs)
+    }
 
 
 def constants(family: Family, config: DecoderConfig) -> dict[str, float]:

@@ -98,6 +98,9 @@ _ROPE: dict[str, Rule] = {
     "truncate": flag,
 }
 
+_PARTS = ("text_config", "vision_config")
+"""Configurations inside one, which have none inside."""
+
 _MPT_ATTENTION: dict[str, Rule] = {
     **_rules(text, "attn_type"),
     **_rules(flag, "alibi"),
@@ -132,6 +135,11 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         check_fields(path, attention, _MPT_ATTENTION, group="attn_config.")
     if config.get("quantization_config") is not None:
         _require_object(path, "quantization_config", config["quantization_config"])
+    for name in _PARTS:
+        if config.get(name) is not None:
+            _require_object(path, name, config[name])
+            part = {key: value for key, value in config[name].items() if key not in _PARTS}
+            check_config(Path(f"{path}: {name}"), part)
     if "attention_types" in config:
         _check_attention_types(path, config["attention_types"])
 

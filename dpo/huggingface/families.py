@@ -88,6 +88,8 @@ class Family(NamedTuple):
     """Patterns of tensors that are no parameters."""
     constants: Mapping[str, float] = {}
     """Tensors of one number that are no parameters, by name with `{layer}`."""
+    is_part: bool = False
+    """Whether its tensors are some of a larger model's."""
 
 
 def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
@@ -145,12 +147,15 @@ def _is_finite(rope: Rope) -> bool:
 def find_family(model_type: str) -> Family:
     """The family of a configuration's `model_type`; `ValueError` lists those there are."""
     if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type[:80]!r} is not supported; supported: {', '.join(FAMILIES)}")
+        allowed = ", ".join([*FAMILIES, *WRAPPERS])
+        raise UserError(f"model_type {model_type[:80]!r} is not supported; supported: {allowed}")
     return FAMILIES[model_type]
 
 
 def classifier_architecture(model_type: str) -> str | None:
     """Class name of the sequence classifier on a family's decoder; None where transformers has none."""
+    if model_type in WRAPPERS:
+        return None
     stem = find_family(model_type).architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     return _CLASSIFIERS.get(model_type, f"{stem}ForSequenceClassification")
 
@@ -230,6 +235,16 @@ FAMILIES = {
     "mpt": Family("MptForCausalLM", "transformer.", mpt, MPT_RULES, {"expansion_ratio": (4,)}),
 }
 """Every supported `model_type`."""
+
+WRAPPERS = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+"""`model_type` of models that see, of which the text model is read → class name in `config.json`."""
 
 _CLASSIFIERS = {
     "gemma3_text": "Gemma3TextForSequenceClassification",

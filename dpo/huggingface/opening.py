@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
 from dpo.huggingface.binding import canonical_names, find_ends
+from dpo.huggingface.carried import Carried, find_carried
 from dpo.huggingface.config_rules import check_config, check_generation_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
-from dpo.huggingface.families import (
-    FAMILIES,
-    Family,
-    find_family,
-)
+from dpo.huggingface.families import FAMILIES, WRAPPERS, Family
 from dpo.huggingface.foreign_json import read_small_json, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
+from dpo.huggingface.text_models import family_of, parse_config
 from dpo.huggingface.tokenizer_files import (
     TOKENIZER_FILES,
     expand_home,
@@ -38,14 +36,6 @@ MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 """Patterns of all files of a model."""
 
 
-def parse_config(config: dict[str, Any]) -> PreTrainedConfig:
-    try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    except Exception as error:  # transformers makes it, and raises whatever its values lead to
-        what = f"the configuration of a {show(config.get('model_type'))} is not valid"
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
-
-
 class Checkpoint(NamedTuple):
     """An opened source, of which nothing large was read yet."""
 
@@ -56,6 +46,8 @@ class Checkpoint(NamedTuple):
     source: str
     licence: str | None
     hub_id: str | None
+    carried: Callable[[], Carried | None] = lambda: None
+    """What it has beside its text model."""
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -94,6 +86,7 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
         source=source,
         licence=read_licence(directory),
         hub_id=None,
+        carried=lambda: find_carried(directory) if config.get("model_type") in WRAPPERS else None,
     )
 
 
@@ -102,7 +95,8 @@ def _untied_where_different(config: dict[str, Any], path: Path) -> dict[str, Any
 
     So transformers 5 reads it: a head that is stored and differs from the embedding is the model's.
     """
-    if config.get("model_type") not in FAMILIES or is_classifier(config):
+    model_type = config.get("model_type")
+    if (model_type not in FAMILIES and model_type not in WRAPPERS) or is_classifier(config):
         return config
     try:
         parsed = parse_config(config)
@@ -111,7 +105,7 @@ def _untied_where_different(config: dict[str, Any], path: Path) -> dict[str, Any
     if not getattr(parsed, "tie_word_embeddings", False):
         return config
     directory = path.parent
-    family = find_family(config["model_type"])
+    family = family_of(config)
     embedding, head = find_ends(family)
     if not any(directory.glob("*.safetensors")):
         return config

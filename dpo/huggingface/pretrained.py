@@ -12,16 +12,12 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from dpo.huggingface.binding import bind, check_tensors, constants
-from dpo.huggingface.families import (
-    Family,
-    classifier_architecture,
-    decoder_config,
-    find_family,
-)
-from dpo.huggingface.foreign_json import show
+from dpo.huggingface.carried import Carried
+from dpo.huggingface.families import Family, classifier_architecture
 from dpo.huggingface.loading import Placement, load_parameters
-from dpo.huggingface.opening import Checkpoint, is_classifier, open_checkpoint, parse_config
+from dpo.huggingface.opening import Checkpoint, is_classifier, open_checkpoint
 from dpo.huggingface.saving import flatten
+from dpo.huggingface.text_models import parse_config, read_config
 from dpo.huggingface.weights import Tensors
 from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
@@ -45,6 +41,8 @@ class Pretrained(NamedTuple):
     """What the source says of it: an SPDX name in lower case, as on the hub."""
     hub_id: str | None = None
     """The source's name on the hub, where that is known."""
+    carried: Carried | None = None
+    """What the source has beside its text model, for an export."""
 
 
 def load_pretrained(
@@ -80,6 +78,7 @@ def _as_pretrained(model: Decoder, checkpoint: Checkpoint) -> Pretrained:
         checkpoint.source,
         checkpoint.licence,
         checkpoint.hub_id,
+        checkpoint.carried(),
     )
 
 
@@ -153,17 +152,6 @@ def load_classifier(
         )
 
     return _load(make, checkpoint, family, dtype=jnp.dtype(param_dtype), placement=placement)
-
-
-def read_config(config: dict[str, Any]) -> tuple[Family, DecoderConfig]:
-    """The family and the decoder that a `config.json` describes."""
-    family = find_family(str(config.get("model_type", "(none)")))
-    if config.get("quantization_config"):
-        raise UserError(
-            f"quantization_config is {show(config['quantization_config'])}; supported are weights in "
-            "float32, bfloat16 and float16, and GGUF files"
-        )
-    return family, decoder_config(parse_config(config))
 
 
 def _read_config_of(checkpoint: Checkpoint) -> tuple[Family, DecoderConfig]:

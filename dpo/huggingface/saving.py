@@ -22,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.files import new_directory
 from dpo.huggingface.binding import Binding, bind, constants
-from dpo.huggingface.families import Family, classifier_architecture, find_family
+from dpo.huggingface.carried import Carried
+from dpo.huggingface.families import Family, classifier_architecture
 from dpo.huggingface.spellings import respell_tokenizer, spelled_for_all
+from dpo.huggingface.text_models import family_of
 from dpo.huggingface.weights import SAFETENSORS_DTYPES
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
@@ -43,19 +45,20 @@ def save_pretrained(
     dtype: Any = None,
     max_shard_size: int = 5 * 10**9,
     model_card: str | None = None,
+    carried: Carried | None = None,
 ) -> Path:
     """Write a directory that `transformers` opens, 4 or 5: weights, configurations, tokenizer, chat template.
 
     Everything is written beside `directory` and then renamed, so that it is whole or not there, with
     checksums that are verified when it is opened again. An existing model directory is replaced. `dtype` of
-    the weights is the parameters' own when not given.
+    the weights is the parameters' own when not given. What is `carried` stands beside as it was.
     """
     directory = Path(directory)
     _check_replaceable(directory)
     with new_directory("the model", directory) as target:
         dtype = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
-        family = find_family(hf_config["model_type"])
-        _save_weights(model, target, family, dtype, max_shard_size)
+        family = family_of(hf_config, *(() if carried is None else (carried.spelling,)))
+        _save_weights(model, target, family, dtype, max_shard_size, carried)
         architecture = family.architecture
         if isinstance(model, SequenceClassifier):
             architecture = classifier_architecture(hf_config["model_type"])
@@ -63,6 +66,8 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
             respell_tokenizer(target)
+        if carried is not None:
+            carried.write_settings(target)
         if model_card is not None:
             (target / "README.md").write_text(model_card)
     return directory
@@ -72,25 +77,39 @@ _Part = tuple[Binding, int]
 """One tensor: the binding, and which of its tensors."""
 
 
-def _save_weights(model: Decoder, target: Path, family: Family, dtype: np.dtype, max_shard_size: int) -> None:
+def _save_weights(
+    model: Decoder,
+    target: Path,
+    family: Family,
+    dtype: np.dtype,
+    max_shard_size: int,
+    carried: Carried | None,
+) -> None:
     leaves = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     bindings = bind(family, model.config, {path: leaf.shape for path, leaf in leaves.items()})
     shards = _plan_shards(bindings, dtype, max_shard_size)
     fixed = constants(family, model.config)
-    if len(shards) == 1:
+    others = [] if carried is None else carried.shards(max_shard_size)
+    if len(shards) == 1 and not others:
         _save_shard(target / "model.safetensors", shards[0], leaves, dtype, fixed)
         return
     weight_map: dict[str, str] = {}
+    count = len(shards) + len(others)
     for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
         own = fixed if number == len(shards) else {}
         _save_shard(target / name, shard, leaves, dtype, own)
         weight_map |= {**{binding.names[index]: name for binding, index in shard}, **dict.fromkeys(own, name)}
     total = sum(leaf.size for leaf in leaves.values()) + len(fixed)
-    index = {
-        "metadata": {"total_size": total * dtype.itemsize, "total_parameters": total},
-        "weight_map": weight_map,
-    }
+    size = total * dtype.itemsize
+    for number, names in enumerate(others, start=len(shards) + 1):
+        assert carried is not None
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        carried.write_tensors(target / name, names)
+        weight_map |= dict.fromkeys(names, name)
+        total += sum(math.prod(carried.tensors.shapes[each]) for each in names)
+        size += sum(carried.num_bytes(each) for each in names)
+    index = {"metadata": {"total_size": size, "total_parameters": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 

@@ -10,17 +10,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
 def spelled_for_all(config: dict[str, Any]) -> dict[str, Any]:
     """A `config.json` that transformers 4 and 5 read alike; what it says already stays."""
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     spelled = {"tie_word_embeddings": parsed.tie_word_embeddings, **config}
+    inner = config.get("text_config") or {}
+    if "model_type" in inner:
+        part = CONFIG_MAPPING[inner["model_type"]].from_dict(inner)
+        spelled["text_config"] = inner | _both_ropes(inner["model_type"], part)
+    return spelled | _both_ropes(config["model_type"], parsed)
+
+
+def _both_ropes(model_type: str, parsed: PreTrainedConfig) -> dict[str, Any]:
+    """Rotary parameters under both names; nothing where there are none."""
     parameters = getattr(parsed, "rope_parameters", None)
-    if not parameters:
-        return spelled
-    return spelled | _older_rope(config["model_type"], parameters) | {"rope_parameters": parameters}
+    return _older_rope(model_type, parameters) | {"rope_parameters": parameters} if parameters else {}
 
 
 def _older_rope(model_type: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +43,8 @@ def _older_rope(model_type: str, parameters: dict[str, Any]) -> dict[str, Any]:
     if model_type == "gpt_neox":
         names |= {"rotary_emb_base": theta, "rotary_pct": 1.0 if share is None else share}
     kind = parameters.get("rope_type", "default")
+    if kind == "default" and "mrope_section" in parameters:  # which 4 reads there
+        return names | {"rope_scaling": {k: v for k, v in parameters.items() if k != "rope_theta"}}
     scaling = {
         key: value
         for key, value in parameters.items()

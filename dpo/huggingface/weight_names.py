@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,29 @@ class Rule(NamedTuple):
     fusion: Fusion | None = None
     transposed: bool = True
     """Linear weights are stored [out, in], as torch's Linear does (GPT-2's Conv1D does not)."""
+
+
+class Spelling(NamedTuple):
+    """How tensors of a text model are named in a model that has more."""
+
+    body: str
+    """What stands where the text model's own prefix does."""
+    head: str
+    """The same of its output head."""
+
+
+SPELLINGS = (
+    Spelling("model.language_model.", "lm_head."),
+    Spelling("language_model.model.", "language_model.lm_head."),
+    Spelling("model.", "lm_head."),
+)
+"""The names of transformers' modules first; then what other versions wrote. The first that fits is meant."""
+
+
+def find_spelling(names: Iterable[str]) -> Spelling | None:
+    """The spelling of tensors' names; None where they have no text model."""
+    names = list(names)
+    return next((each for each in SPELLINGS if any(name.startswith(each.body) for name in names)), None)
 
 
 def _split_concatenated(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from dpo.outcomes import UserError
 MAX_HEADER_BYTES = 100_000_000
 """Longest safetensors header, or index of a sharded model, that is read; the format's own limit."""
 MAX_AXES = 8
+_RUN_BYTES = 16 * 2**20
 MAX_SIZE = 2**48
 """Longest axis of a tensor."""
 
@@ -60,6 +62,28 @@ class SafetensorsDirectory:
     def __init__(self, directory: Path):
         self._entries = _read_directory(directory)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+
+    def stored(self, name: str) -> tuple[str, tuple[int, ...], int]:
+        """A tensor's dtype as the format names it, its shape and its bytes."""
+        entry = self._entries[name]
+        return entry.dtype, entry.shape, entry.end - entry.begin
+
+    def read_bytes(self, name: str) -> Iterator[bytes]:
+        """A tensor as it is stored, in runs of at most 16 MiB.
+
+        Raises:
+          ValueError: for a file that was cut since its header was read.
+        """
+        entry = self._entries[name]
+        with entry.path.open("rb") as file:
+            file.seek(entry.begin)
+            for start in range(entry.begin, entry.end, _RUN_BYTES):
+                piece = file.read(min(_RUN_BYTES, entry.end - start))
+                if len(piece) != min(_RUN_BYTES, entry.end - start):
+                    raise UserError(
+                        f"{entry.path}: tensor {name} ends before its {entry.end - entry.begin} bytes"
+                    )
+                yield piece
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """One tensor or a run of its rows, in the dtype of the file.

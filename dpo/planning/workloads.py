@@ -14,8 +14,8 @@ from dpo.data.packing import Shape
 from dpo.data.shapes import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import SHAPE_PREFIX, read_shape
+from dpo.huggingface.text_models import read_config
 from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.losses import make_objective
 from dpo.models.decoder_config import DecoderConfig

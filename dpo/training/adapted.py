@@ -29,7 +29,8 @@ from dpo.huggingface.adapters import (
 )
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import open_shapes, read_config
+from dpo.huggingface.pretrained import open_shapes
+from dpo.huggingface.text_models import read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError

@@ -12,6 +12,7 @@ from dpo.config import Config, ExportConfig
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.saving import save_pretrained
+from dpo.huggingface.text_models import text_fields
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
@@ -43,7 +44,9 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     dtype = choose_dtype(given.dtype, config.model.source)
     if given.format == "gguf":
         dtype = _GGUF_NAMES.get(dtype, dtype)
-        find_architecture(open_checkpoint(config.model.source).config["model_type"])  # before any work
+        find_architecture(
+            text_fields(open_checkpoint(config.model.source).config)["model_type"]
+        )  # before work
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
@@ -97,6 +100,7 @@ def export_model(
         generation_config=pretrained.generation_config,
         dtype=written,
         model_card=card,
+        carried=pretrained.carried,
     )
 
 
@@ -106,7 +110,7 @@ def _export_gguf(policy: Policy, params: Params, path: Path, *, dtype: str, name
     return save_gguf(
         plain_model(policy, params),
         path,
-        hf_config=pretrained.config,
+        hf_config=text_fields(pretrained.config),
         tokenizer=pretrained.tokenizer,
         generation_config=pretrained.generation_config,
         dtype=dtype,

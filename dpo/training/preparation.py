@@ -70,6 +70,8 @@ def prepare(config: Config) -> Run:
 
     policy = open_policy(config, mesh)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
+    if policy.pretrained.carried is not None:
+        say(f"trained is the text model; an export carries as they are {policy.pretrained.carried}")
     tokenizer = policy.pretrained.tokenizer
     peers = all_processes()
     dataset = read_dataset(config.data, tokenizer, peers=peers, log=say)
