@@ -333,6 +333,9 @@ def test_inspect_shows_the_report_and_an_example(
     assert "example is 8; allowed is 0 to 7" in refused(
         capsys, "inspect", "--config", str(settings), "--example=8"
     )
+    assert main(["inspect", "--config", str(settings), "--rows=3", f"--output={output}"]) == 0
+    report = json.loads(output.read_text())
+    assert (report["rows"], report["kept"], report["overlap"]["heldout"]) == (3, 3, 3)
 
 
 @pytest.mark.ci

@@ -99,8 +99,8 @@ def prepare(
 ) -> Prepared:
     """The tokens of the first `limit` rows of a source.
 
-    Without a store, or where the tokenizer is none of which the rules can be written down (a slow one), they
-    are made at every call.
+    Without a store, or where the tokenizer is none of which the rules can be written down (a slow one, which
+    is said), they are made at every call.
 
     Raises:
       ValueError: as `read_preferences` and `tokenize` do.
@@ -109,6 +109,11 @@ def prepare(
     work = _Work(job, on_error, limit, log)
     rules = _rules_of(job.tokenizer)
     if store is None or rules is None:
+        if store is not None:
+            log(
+                f"{type(job.tokenizer).__name__} is no tokenizer with a tokenizer.json: it is slow, and its "
+                "tokens are made anew at every start; allowed: a model directory with a tokenizer.json"
+            )
         return work.in_memory()
     key = _fingerprint(job, on_error, limit, rules)
     kept = TokenStore(store.directory, key, limit=store.limit, log=log)

@@ -152,6 +152,18 @@ def test_what_determines_tokens_is_part_of_the_fingerprint(tmp_path, preparation
     assert len(preparation.directories()) == 2
 
 
+def test_a_slow_tokenizer_is_said_and_keeps_nothing(tmp_path, preparation, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", pairs(4))
+    monkeypatch.setattr(prepared, "_rules_of", lambda _: None)
+    assert_same(preparation(source), source)
+    (said,) = preparation.said
+    assert "is no tokenizer with a tokenizer.json" in said
+    assert not preparation.store.directory.exists()
+    preparation.said.clear()
+    preparation(source, kept=False)
+    assert not preparation.said, "nothing is wanted to be kept"
+
+
 def test_other_code_makes_them_anew(tmp_path, preparation, monkeypatch):
     source = write_rows(tmp_path / "rows.jsonl", pairs(2))
     preparation(source)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo.data.columns import MEANING, RowReading
 from dpo.data.layouts import LAYOUTS, find_layout
+from dpo.data.messages import answer_turns, as_turns
 from dpo.data.preferences import read_preferences
 from dpo.data.rows import read_row, row_reading
 from dpo.data.sources import MalformedRowError
@@ -374,6 +377,64 @@ def test_messages_stay_whole():
     assert found.prompt == tuple(turns)
     assert found.responses == (tuple(best), "b")
     assert found.context == {"tools": [{"name": "f"}]}
+
+
+NAMES = st.sampled_from(
+    ["tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "weight", "note"]
+)
+VALUES = st.one_of(st.text("xyz", min_size=1, max_size=3), st.integers(1, 9), st.just({"a": [None, 1]}))
+ADDED = st.dictionaries(NAMES, VALUES, max_size=3)
+
+
+def layouts_of_messages(ask, best, worst):
+    """The same three messages in every layout that has messages."""
+    whole = {"chosen": [ask, best], "rejected": [ask, worst]}
+    return {
+        "prompt": {"prompt": [ask], "chosen": [best], "rejected": [worst]},
+        "shared": whole,
+        "beside text": {"prompt": ask["content"], **whole},
+        "JSON text": {name: json.dumps(turns) for name, turns in whole.items()},
+        "lone message": {"prompt": [ask], "chosen": best, "rejected": worst},
+        "ranking": {"prompt": [ask], "responses": [[best], [worst]], "ranks": [1, 2]},
+        "openai": {
+            "input": {"messages": [ask]},
+            "preferred_output": [best],
+            "non_preferred_output": [worst],
+        },
+        "arena": {"conversation_a": [ask, best], "conversation_b": [ask, worst], "winner": "model_a"},
+        "helpsteer3": {
+            "context": [ask],
+            "response1": [best],
+            "response2": [worst],
+            "overall_preference": -1,
+        },
+        "sharegpt": {"conversations": [ask], "chosen": best, "rejected": worst},
+    }
+
+
+@given(asked=ADDED, better=ADDED, worse=ADDED)
+def test_no_field_of_a_message_is_lost_in_silence(asked, better, worse):
+    ask = {"role": "user", "content": "Which?", **asked}
+    best = {"role": "assistant", "content": "This.", **better}
+    worst = {"role": "assistant", "content": "That.", **worse}
+    for name, row in layouts_of_messages(ask, best, worst).items():
+        try:
+            found = read(row).preference
+        except MalformedRowError:
+            continue  # refused by name: not in silence
+        turns = [
+            turn for turns in (as_turns(found.prompt), *map(answer_turns, found.responses)) for turn in turns
+        ]
+        assert turns == [ask, best, worst], name
+
+
+def test_the_layouts_of_messages_are_read_where_nothing_is_odd():
+    ask = {"role": "user", "content": "Which?", "name": "Ann"}
+    best = {"role": "assistant", "content": "This.", "reasoning_content": "since"}
+    worst = {"role": "assistant", "content": "That.", "tool_calls": [{"function": {"name": "f"}}]}
+    for row in layouts_of_messages(ask, best, worst).values():
+        found = read(row).preference
+        assert [found.prompt, *found.responses] == [(ask,), (best,), (worst,)]
 
 
 def test_tools_documents_and_arguments_may_be_json_text():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_model import byte_tokenizer
 
+from dpo.commands.inspect import with_rows
 from dpo.commands.winrate import comparison
 from dpo.config import Config, DataConfig, EvaluateConfig, WinrateConfig, heldout_settings
 from dpo.data.parts import Peers
@@ -287,3 +288,10 @@ def test_what_is_not_given_is_the_runs():
 def test_arguments_that_the_data_give_are_refused(kind):
     with pytest.raises(ValueError, match=r"^template_kwargs has 'messages'; allowed"):
         kind(run="run", template_kwargs={"messages": []})
+
+
+def test_a_sample_is_of_each_sources_first_rows_and_draws_none_by_number(files, tokenizer):
+    config = with_rows(mixture(files, max_eval=3), 6)
+    dataset = read_dataset(config, tokenizer, log=quiet)
+    assert [(one.kept, one.drawn) for one in dataset.mixture] == [(6, 6), (6, 2), (6, 6)]
+    assert (config.max_train, config.max_eval) == (6, 3)
