@@ -1,0 +1,124 @@
+"""Numbers that the pages say (limits, defaults, times, counts) are those of the code.
+
+A row is a page, what it says with {} for each number, and the numbers. Spaces and line ends count alike.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo import help as short_help
+from dpo.config import Config, DistributedConfig, EndpointConfig
+from dpo.data import chunks, preferences, sources, templates
+from dpo.evaluation import accuracy, statistics
+from dpo.huggingface import weights
+from dpo.judging import prompts, replies, server, winrate
+from dpo.losses import OBJECTIVES, plackett_luce
+from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
+from dpo.parallel import deadline
+from dpo.training import interrupt, preflight, progress, starts, watchdog
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = Config()
+PATIENCE = EndpointConfig().patience
+NUM_COMMON = sum(map(len, short_help.COMMON.values()))
+WORDS = dict(
+    enumerate(
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+        ]
+    )
+)
+WORDS |= {20: "twenty"}
+
+SAID: list[tuple[str, str, tuple[object, ...]]] = [
+    (
+        "README.md",
+        "shows the {} settings that people use",
+        (WORDS[NUM_COMMON],),
+    ),
+    ("docs/using.md", "the {} that are there", (len(OBJECTIVES),)),
+    ("docs/using.md", "ends with exit code {}; the same command then goes on", (STOPPED.code,)),
+    ("docs/data.md", "in chunks of {:,}", (chunks.CHUNK_ROWS,)),
+    ("docs/data.md", "Above `data.token_store_limit` gigabytes ({:g})", (DEFAULT.data.token_store_limit,)),
+    ("docs/security.md", "a line is at most {} MiB", (sources.MAX_ROW_BYTES // 2**20,)),
+    ("docs/security.md", "header at most {} MB", (weights.MAX_HEADER_BYTES // 10**6,)),
+    ("docs/security.md", "{:g} s of CPU time", (templates.LIMITS.seconds,)),
+    ("docs/security.md", "{} GiB of memory", (templates.MEMORY // 2**30,)),
+    ("docs/security.md", "{} MiB, compressed or not, and one time limit", (replies.MAX_BYTES // 2**20,)),
+    ("docs/winrate.md", "A reply may have {} MiB", (replies.MAX_BYTES // 2**20,)),
+    (
+        "docs/winrate.md",
+        "`--endpoint.patience` seconds ({} minutes)",
+        (WORDS[PATIENCE // 60],),
+    ),
+    ("docs/winrate.md", "{} in a row stop the command with the server's own", (WORDS[server.REFUSALS],)),
+    ("docs/winrate.md", "{} questions in a row without an answer", (WORDS[server.GIVE_UP_AFTER],)),
+    ("docs/winrate.md", "says, up to an hour", (server.LONGEST_WAIT // 3600,)),
+    ("docs/winrate.md", "with a warning above {:.0f}%", (100 * winrate.MOST_CUT,)),
+    ("docs/winrate.md", "({:.0f}% of them are no longer", (100 * prompts.COVERED,)),
+    (
+        "docs/winrate.md",
+        "rounded up to a multiple of {}; {} where",
+        (prompts.STEP, prompts.WITHOUT_RESPONSES),
+    ),
+    ("docs/winrate.md", "below {}, intervals that draw prompts", (WORDS[statistics.FEW],)),
+    ("docs/winrate.md", "beyond {} by the normal approximation", (statistics._EXACT_UP_TO,)),
+    ("docs/winrate.md", "in {} bins from ½ to 1", (WORDS[accuracy.NUM_BINS],)),
+    ("docs/scaling.md", "`distributed.heartbeat_timeout` ({:g} s)", (DistributedConfig().heartbeat_timeout,)),
+    ("docs/scaling.md", "half an hour more, to be compiled", (deadline.COMPILE_SECONDS / 3600,)),
+    ("docs/reliability.md", "Signals within {:g} s of the first", (interrupt.SAME_REQUEST,)),
+    ("docs/reliability.md", "second one, {:g} s or more later", (interrupt.SAME_REQUEST,)),
+    ("docs/reliability.md", "{:g} s later all the same where a compilation", (interrupt.SOON,)),
+    ("docs/reliability.md", "or the eleventh after {} that were killed", (WORDS[starts.MOST_STARTS],)),
+    ("docs/reliability.md", "| Ctrl-C in another command | ends at once | {} |", (STOPPED_AT_ONCE.code,)),
+    ("docs/design.md", "checked to 1e-4", (preflight.PREFLIGHT_TOLERANCE["bfloat16"],)),
+    ("docs/watching.md", "every {} seconds", (WORDS[progress.PLAIN_INTERVAL],)),
+    ("docs/troubleshooting.md", "by {:g} times their spread", (watchdog.SPIKE_SPREADS,)),
+    ("docs/troubleshooting.md", "After {} steps the loss is still", (watchdog.STUCK_AFTER,)),
+    ("docs/troubleshooting.md", "{} steps in a row had no gradient", (WORDS[watchdog.ZERO_STEPS].title(),)),
+    ("docs/troubleshooting.md", "the last {0} steps are half as long again as those of the first {0}", (50,)),
+    ("docs/from_trl.md", "`training.epochs` (**{:g}**)", (DEFAULT.training.epochs,)),
+    ("docs/from_trl.md", "`data.max_length` (**{}**)", (DEFAULT.data.max_length,)),
+    ("docs/from_trl.md", "`data.truncation` (**{}**", (DEFAULT.data.truncation,)),
+    ("docs/from_trl.md", "`optimizer.warmup_fraction` (**{}**)", (DEFAULT.optimizer.warmup_fraction,)),
+    ("docs/from_trl.md", "`model.compute_dtype` (**{}**)", (DEFAULT.model.compute_dtype,)),
+    ("docs/from_trl.md", "`model.remat` (`{}`)", (DEFAULT.model.remat,)),
+    ("docs/lora.md", "`optimizer.warmup_fraction` ({} by default)", (DEFAULT.optimizer.warmup_fraction,)),
+    ("docs/objectives.md", "exactly up to {} members", (plackett_luce.EXACT_TIES,)),
+]
+EXACT = {
+    "says, up to an hour": 1,
+    "half an hour more, to be compiled": 0.5,
+    "checked to 1e-4": 1e-4,
+}
+"""What rows say whose number is in words; the others are formatted."""
+
+
+@pytest.mark.parametrize(("page", "text", "numbers"), SAID, ids=[f"{p} {t}" for p, t, _ in SAID])
+def test_a_number_is_what_the_page_says(page: str, text: str, numbers: tuple[object, ...]) -> None:
+    if text in EXACT:
+        assert numbers == (EXACT[text],)
+    written = re.sub(r"\s+", " ", (ROOT / page).read_text(encoding="utf-8"))
+    assert text.format(*numbers) in written
+
+
+def test_the_steps_that_lengths_are_compared_over() -> None:
+    assert watchdog.DRIFT_STEPS == 50
+    assert watchdog.DRIFT_RATIO == 1.5
+    assert preferences.MAX_PROBLEMS == 20
