@@ -22,9 +22,9 @@ def read_licence(directory: Path) -> str | None:
     """
     path = directory / "README.md"
     found = read_front_matter(path).get("license")
-    if found is None:
+    if not isinstance(found, str):
         return None
-    if not isinstance(found, str) or not found.isprintable() or len(found) > 200:
+    if not found.isprintable() or len(found) > 200:
         raise UserError(f"{path}: license is {show(found)}; allowed is one line of at most 200 characters")
     return found
 

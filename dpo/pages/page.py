@@ -7,22 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from dpo.data.messages import message_text, response_text
 from dpo.files import replace_text
+from dpo.terminal import show_controls
 
 
 def render(template: str, content: Mapping[str, object]) -> str:
     """A template of this folder with this content; every text is escaped, figures are our own SVG."""
+    return make_environment().get_template(template).render(content)
+
+
+def make_environment() -> jinja2.Environment:
+    """Of all pages: a text is shown as it is, what would turn or hide its neighbours too."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.globals.update(percent=percent, percents=percents, interval=with_interval)
-    return environment.get_template(template).render(content)
+    return environment
+
+
+def _shown(value: object) -> object:
+    """Of a text control characters and directions; markup is this project's own."""
+    return show_controls(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def write_page(path: Path, text: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpo.huggingface.pretrained import Pretrained
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
 from dpo.runs import objective_terms, specification, term_title
+from dpo.terminal import show_controls
 from dpo.training.versions import versions
 
 METRICS = {
@@ -45,7 +47,8 @@ def model_card(
 
     `metrics` are those of the held-out data after `num_steps` updates, if they were evaluated then.
     """
-    name = _base_name(config, base)
+    name = as_text(_base_name(config, base))
+    title = as_text(_base_name(config, base).rpartition("/")[2])
     objectives = objective_terms(config)
     return "\n".join(
         [
@@ -53,17 +56,38 @@ def model_card(
             yaml.safe_dump(_front_matter(config, base), sort_keys=False).rstrip(),
             "---",
             "",
-            f"# {name.rpartition('/')[2]}, {' + '.join(objective['name'] for objective in objectives)}",
+            f"# {title}, {' + '.join(as_text(objective['name']) for objective in objectives)}",
             "",
             f"A causal language model ({base.config['model_type']}, {num_parameters / 1e6:.1f} M parameters, "
             f"{dtype}), fine-tuned from {name} on preferences with `dpo`.",
             "",
             *_how_to_load(),
-            *_how_it_was_made(config, base, name, num_steps),
+            *_how_it_was_made(config, base, num_steps),
             *_heldout(config, metrics),
             *_settings(config),
         ]
     )
+
+
+def as_text(text: str) -> str:
+    """A text from outside as Markdown that shows it: as it is where it is plain, else as a span of code.
+
+    So no heading, markup, link or image of a stranger stands on the card, and none breaks a table.
+    """
+    if _PLAIN.fullmatch(text) and "://" not in text and "www." not in text.lower():
+        return text
+    line = show_controls(" ".join(text.split())).replace("|", "\\|")
+    fence = _fence(line, shortest=1)
+    return f"{fence} {line} {fence}"
+
+
+def _fence(text: str, *, shortest: int) -> str:
+    """More backticks than stand behind each other anywhere in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(shortest, longest + 1)
+
+
+_PLAIN = re.compile(r"[\w .,:;=/@+()%'’–-]*")
 
 
 def count_parameters(model: Decoder) -> int:
@@ -108,10 +132,10 @@ def _how_to_load() -> list[str]:
     ]
 
 
-def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int) -> list[str]:
+def _how_it_was_made(config: Config, base: Pretrained, num_steps: int) -> list[str]:
     data, training, optimizer = config.data, config.training, config.optimizer
     rows = {
-        "base model": name,
+        "base model": _base_name(config, base),
         "loaded from": _data(config.model.source),
         "licence of the base": base.licence or "not stated where it was loaded from",
         "reference": _reference(config),
@@ -131,7 +155,7 @@ def _how_it_was_made(config: Config, base: Pretrained, name: str, num_steps: int
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in rows.items()),
+        *(f"| {key} | {as_text(value)} |" for key, value in rows.items()),
         "",
     ]
 
@@ -178,7 +202,7 @@ def _heldout(config: Config, metrics: Mapping[str, float] | None) -> list[str]:
     return [
         "## Held-out metrics",
         "",
-        f"On {_sources(config.data.eval)}, against the reference. "
+        f"On {as_text(_sources(config.data.eval))}, against the reference. "
         "Rewards are β (log policy − log reference).",
         "",
         "| metric | value |",
@@ -204,13 +228,16 @@ def _settings(config: Config) -> list[str]:
         else:
             del settings[section]
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
+    if show_controls(text) != text:
+        text = yaml.safe_dump(settings, sort_keys=False).rstrip()
+    fence = _fence(text, shortest=3)
     return [
         "## Settings",
         "",
         "`dpo train --config FILE` with this file repeats it; local files are named without their folders:",
         "",
-        "```yaml",
+        f"{fence}yaml",
         text,
-        "```",
+        fence,
         "",
     ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, DistributedConfig, ExportConfig, ModelConfig
@@ -97,6 +99,37 @@ def test_what_is_not_known_is_said_so(config: Config) -> None:
     assert "| licence of the base | not stated where it was loaded from |" in text
     assert "base_model:" not in text
     assert "Not evaluated at this step." in text
+
+
+def elements(page: str) -> Counter[str]:
+    """What a card consists of behind its front matter."""
+    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(page.split("\n---\n", 1)[1])
+    return Counter(token.type for block in blocks for token in (block, *(block.children or ())))
+
+
+HOSTILE = [
+    "mit\n\n# You were chosen\n<script>alert(1)</script>",
+    "![x](http://127.0.0.1/pixel.png)",
+    "[click](javascript:alert(1)) | <img src=x onerror=y>",
+    "``` </td> ```` `",
+    "a\u202eb\x1b[31m",
+    "http://evil.example",
+    "=HYPERLINK(1)|x",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_strings_of_others_are_shown_and_are_no_markdown(config: Config, text: str) -> None:
+    """Rendered as GitHub and the hub do: of theirs there is no element but code."""
+    hostile = Config(
+        model=ModelConfig(source=text), data=DataConfig(train=text, eval=text), objective=config.objective
+    )
+    page = card(hostile, base(licence=text, hub_id=text))
+    assert set(elements(page) - elements(card(config, base()))) <= {"code_inline", "softbreak"}
+    assert "\u202e" not in page
+    assert "\x1b" not in page
+    front = yaml.safe_load(page.split("---\n")[1]) if "---" not in text else {}
+    assert front["license"] == text
 
 
 def test_a_licence_is_read_from_front_matter_only(tmp_path: Path) -> None:
