@@ -33,6 +33,7 @@ from dpo.runs import (
     METRICS_FILE,
     read_metrics,
 )
+from dpo.training import rounding
 from dpo.training.adapted import export_adapters
 from dpo.training.announce import introduction
 from dpo.training.assembly import (
@@ -67,7 +68,7 @@ from dpo.training.program import Program
 from dpo.training.progress import say
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
-from dpo.training.reference_model import choose_reference, make_scoring
+from dpo.training.reference_model import Scoring, choose_reference, make_scoring
 from dpo.training.requirements import require_shared, require_what_comes_later
 from dpo.training.saving import Probe, Resume
 from dpo.training.starts import counted_start, hung_before
@@ -167,7 +168,7 @@ def _train(given: Config, observe: Observe | None) -> RunResult:
         between = Between(record, deadline, saver, evaluate)
         sums = _reference_sums(stores.get("train"), scoring.trained)
         hooks = _make_hooks(run, record, between, stop_requested)
-        first = [_check_of_the_first_loss(run, state, sums)] if resume.step == 0 else []
+        first = _first_hooks(run, state, sums, scoring) if resume.step == 0 else []
         update = _make_update(run, program, sums, deadline)
         state, step = _optimise(run, state, update, [*first, *hooks], between, first_step=resume.step)
 
@@ -247,6 +248,16 @@ def _reference_sums(store: ReferenceStore | None, score_with: Callable[[Params],
     if store is None:
         return lambda state, batch: score_with(state.reference)(batch)
     return lambda _, batch: store.lookup(np.asarray(batch.index))
+
+
+def _first_hooks(run: Run, state: TrainState, reference: ReferenceSums, scoring: Scoring) -> list[Hook]:
+    """What only a run's own beginning can tell: the first loss, and in bfloat16 how far rounding reaches."""
+    hooks = [_check_of_the_first_loss(run, state, reference)]
+    if run.config.model.forward_dtype == "bfloat16" and run.num_steps >= rounding.STEPS:
+        rate = run.config.optimizer.learning_rate
+        batch = run.loader.batch(0)
+        hooks.append(rounding.say_rounding(state.params, batch, scoring.trained, learning_rate=rate, log=say))
+    return hooks
 
 
 def _check_of_the_first_loss(run: Run, state: TrainState, reference: ReferenceSums) -> Hook:
