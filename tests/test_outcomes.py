@@ -108,6 +108,25 @@ def test_the_table_of_the_page_is_this_one() -> None:
     ]
 
 
+def test_the_table_of_several_processes_has_the_same_codes() -> None:
+    """Whoever says its cause takes the others along with its code; who says nothing is lost to them."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (\d*) ?\| (\d+) \| (yes|no) \|", page, re.MULTILINE)
+    known = [(OUTCOMES[cause], own, others, on) for cause, own, others, on in rows if cause in OUTCOMES]
+    for outcome, own, others, goes_on in known:
+        silent = outcome is outcomes.STOPPED_AT_ONCE
+        assert own == str(outcome.code)
+        assert others == str(outcomes.PEER_LOST.code if silent else outcome.code)
+        assert goes_on == ("yes" if outcome.goes_on else "no")
+    told = {outcomes.FINISHED, outcomes.NO_PROGRESS, outcomes.PEER_LOST}  # which are of all at once
+    assert {outcome for outcome, *_ in known} == set(OUTCOMES.values()) - told
+    assert [row for row in rows if row[0] not in OUTCOMES] == [
+        ("killed", "137", "75", "yes"),
+        ("silent", "", "75", "yes"),
+        ("not there", "", "75", "yes"),
+    ]
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_before_anything_is_there_to_save_ends_as_a_stop(name: str) -> None:
     program = (
