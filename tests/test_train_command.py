@@ -11,7 +11,20 @@ from finished_run import finished  # noqa: F401
 
 from dpo.commands import train
 from dpo.config import Config
+from dpo.outcomes import EnvironmentFailure
+from dpo.pages import page
 from dpo.runs import DATA_FILE
+from dpo.training import loop
+
+
+def test_a_template_that_is_not_there_is_found_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page, "REPORT_TEMPLATE", "gone.html.jinja")
+    monkeypatch.setattr(train, "check_settings", lambda *_: None)
+    monkeypatch.setattr(loop, "train", lambda _: pytest.fail("it was begun"))
+    with pytest.raises(EnvironmentFailure, match=r"dpo/pages/gone\.html\.jinja can't be read"):
+        train.train_and_report(Config(), judge=None, arguments=[])
 
 
 @pytest.mark.parametrize("change", ["removed", "others"])

@@ -49,8 +49,10 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
     """
     check_settings(config, arguments)
     match = None if judge is None else match_after_training(config, judge, arguments)
+    from dpo.pages.page import REPORT_TEMPLATE, require_template
     from dpo.training.loop import train
 
+    require_template(REPORT_TEMPLATE)
     result = train(config)
     from dpo.parallel.distributed import is_alone, is_main
 

@@ -55,8 +55,9 @@ class Journal:
             raise without_locks(self.path.parent, error) or error from error
 
     def close(self) -> None:
-        """Close the file; the lines stay readable."""
-        self._file.close()
+        """Close the file; the lines stay readable. Raises `WriteError` where a line is on its way still."""
+        with writing("a line", self.path, note="the lines before it are kept"):
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self

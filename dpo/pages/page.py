@@ -11,12 +11,31 @@ from markupsafe import Markup
 
 from dpo.data.messages import message_text, response_text
 from dpo.files import replace_text
+from dpo.outcomes import EnvironmentFailure
 from dpo.terminal import show_controls
+
+REPORT_TEMPLATE = "report.html.jinja"
+"""The template of a run's report."""
 
 
 def render(template: str, content: Mapping[str, object]) -> str:
     """A template of this folder with this content; every text is escaped, figures are our own SVG."""
     return make_environment().get_template(template).render(content)
+
+
+def require_template(template: str) -> None:
+    """See that a page can be written at the end, while nothing is computed yet.
+
+    Raises:
+      EnvironmentFailure: where the template is not there, or not whole.
+    """
+    try:
+        make_environment().get_template(template)
+    except (jinja2.TemplateError, OSError) as error:
+        raise EnvironmentFailure(
+            f"the page's template {Path(__file__).with_name(template)} can't be read ({error}): "
+            "install the package anew"
+        ) from error
 
 
 def make_environment() -> jinja2.Environment:

@@ -26,7 +26,7 @@ from dpo.losses import reward_scale
 from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
-from dpo.pages.page import percent, percents, render, with_interval, write_page
+from dpo.pages.page import REPORT_TEMPLATE, percent, percents, render, with_interval, write_page
 from dpo.pages.report_match import read_match
 from dpo.pages.report_pairs import LEGEND, describe_extremes
 from dpo.runs import (
@@ -63,7 +63,7 @@ def write_report(run_dir: str | Path, config: Config, *, output: str | Path | No
     run_dir = Path(run_dir)
     require_metrics(run_dir)
     return write_page(
-        Path(output or run_dir / REPORT_FILE), render("report.html.jinja", _gather(run_dir, config))
+        Path(output or run_dir / REPORT_FILE), render(REPORT_TEMPLATE, _gather(run_dir, config))
     )
 
 

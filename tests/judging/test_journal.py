@@ -9,6 +9,9 @@ import pytest
 from dpo.files import WriteError
 from dpo.judging.journal import Journal, read_lines
 
+FULL = Path("/dev/full")
+"""A device that has no room, ever."""
+
 
 def test_the_newest_line_of_a_key_is_there_again(tmp_path: Path) -> None:
     path = tmp_path / "new" / "journal.jsonl"
@@ -50,6 +53,18 @@ def test_a_journal_that_cannot_be_written_names_its_path(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"a journal could not be written to .*file/journal\.jsonl"):
         Journal(tmp_path / "file" / "journal.jsonl")
+
+
+def test_a_full_disk_is_named_also_where_closing_writes_what_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.append({"key": "a"})
+    journal._file.close()
+    journal._file = FULL.open("a")
+    for write in (lambda: journal.append({"key": "b"}), journal.close):
+        with pytest.raises(WriteError, match=rf"a line could not be written to {path}: No space left"):
+            write()
+    assert list(read_lines(path)) == ["a"]
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"no": "key"}'])

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dpo.files import WriteError
 from dpo.runs import read_metrics
 from dpo.training.progress import TimeLeft
 from dpo.training.trackers import require_trackers
-from dpo.training.tracking import open_trackers
+from dpo.training.tracking import JsonLines, open_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +64,17 @@ def test_an_interrupted_run_leaves_the_same_lines_as_a_straight_one(tmp_path: Pa
     straight = (tmp_path / "straight" / "metrics.jsonl").read_text()
     assert (tmp_path / "resumed" / "metrics.jsonl").read_text() == straight
     assert trained_steps(tmp_path / "straight") == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_is_named_also_where_closing_writes_what_is_left(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl", resume_step=0)
+    lines.write(0, {"loss": 0.5})
+    lines._file.close()
+    lines._file = Path("/dev/full").open("a")  # noqa: SIM115 (a device that has no room, ever)
+    for write in (lambda: lines.write(1, {"loss": 0.4}), lines.close):
+        with pytest.raises(WriteError, match=r"the metrics could not be written to .*: No space .*are whole"):
+            write()
+    assert trained_steps(tmp_path) == [0]
 
 
 def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
