@@ -1,10 +1,20 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
-from dpo.training.identity import check_probe, differences, require_same, settings_fingerprint
+from dpo.data.packing import facts
+from dpo.data.tokenized import make_dataset
+from dpo.training.identity import (
+    check_probe,
+    differences,
+    fingerprint_tokenizer,
+    require_same,
+    settings_fingerprint,
+    take_probe,
+)
 
 SAVED = {
     "settings": {"training.seed": 0, "optimizer.beta1": 0.9},
@@ -106,3 +116,40 @@ def test_a_probe_tells_rounding_from_another_policy():
         with pytest.raises(ValueError, match=r"row 1, response 0 had -7\.0000 and has"):
             check_probe(saved, far, where="it")
     assert "not compared" in check_probe(saved, {"rows": [5], "logps": [[0.0]]}, where="it")
+    assert "not compared" in check_probe(saved, saved | {"rows": [0, 5]}, where="it")
+
+
+@pytest.mark.parametrize(
+    ("logp", "near", "far"), [(0.0, 0.0099, 0.0101), (-1.0, 0.0109, 0.0111), (-100.0, 0.1099, 0.1101)]
+)
+def test_rounding_is_a_hundredth_of_a_nat_and_a_thousandth_of_what_was_there(logp, near, far):
+    saved = {"rows": [3], "logps": [[logp]]}
+    for sign in (1, -1):
+        check_probe(saved, {"rows": [3], "logps": [[logp + sign * near]]}, where="it")
+        with pytest.raises(ValueError, match="row 3, response 0"):
+            check_probe(saved, {"rows": [3], "logps": [[logp + sign * far]]}, where="it")
+
+
+def test_a_probe_has_zero_where_there_is_no_response():
+    rows = make_dataset([[1], [2]], [[[3], [4]], [[5]]])
+    logps = np.array([[-1.0, -2.0], [-3.0, np.nan]], np.float32)
+    assert take_probe(lambda _: {"logps": logps}, facts(rows)) == {
+        "rows": [0, 1],
+        "logps": [[-1.0, -2.0], [-3.0, 0.0]],
+    }
+
+
+def test_fingerprints_do_not_see_the_order_of_names():
+    one, other = (
+        settings_fingerprint(Config(objective=dict(items)))
+        for items in ([("name", "dpo"), ("beta", 0.2)], [("beta", 0.2), ("name", "dpo")])
+    )
+    assert one == other
+    special = {"eos_token": "</s>", "bos_token": "<s>"}
+    slow = [
+        SimpleNamespace(is_fast=False, get_vocab=lambda: {"a": 0}, special_tokens_map=dict(items))
+        for items in (special.items(), reversed(special.items()))
+    ]
+    assert fingerprint_tokenizer(slow[0]) == fingerprint_tokenizer(slow[1])
+    slow[1].special_tokens_map["bos_token"] = "<b>"
+    assert fingerprint_tokenizer(slow[0]) != fingerprint_tokenizer(slow[1])
