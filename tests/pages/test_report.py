@@ -129,7 +129,7 @@ def test_a_line_separator_in_an_answer_ends_no_line(run: tuple[Path, Config]) ->
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     text = "".join(json.dumps(line | {"policy": "one\u2028two"}, ensure_ascii=False) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8")
-    assert "one\u2028two" in write_report(*run).read_text(encoding="utf-8")
+    assert "one⟨U+2028⟩two" in write_report(*run).read_text(encoding="utf-8")
 
 
 def test_verdicts_that_are_gone_are_missed(run: tuple[Path, Config]) -> None:
