@@ -46,6 +46,12 @@ def test_label_smoothing_stops_at_the_logit_of_the_noise():
         assert abs(float(slope)) < 1e-15
 
 
+def test_without_smoothing_it_is_the_likelihood_alone_also_where_that_is_certain():
+    deltas = jnp.asarray([*DELTAS, np.inf], jnp.float32)
+    np.testing.assert_array_equal(bradley_terry(deltas), negative_log_sigmoid(deltas))
+    assert float(bradley_terry(deltas)[-1]) == 0.0
+
+
 def test_dpo_gradient_in_the_policy_is_beta_times_the_weight():
     """∂L/∂log π_w = −β σ(−δ) = −∂L/∂log π_l."""
     with jax.enable_x64(True):

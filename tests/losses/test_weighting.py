@@ -6,6 +6,7 @@ import numpy as np
 from score_cases import evaluate, random_scores
 
 from dpo.losses.sums import in_head, log_collision
+from dpo.losses.weighting import with_policy_weights, with_tail_weight
 
 # Two prompts; responses of 3 and 1 tokens, and of 2 and 2; owner 4 is padding.
 #   row 0: prompt of 2, response 0 (a a a), response 1 (b);  row 1: prompt of 4, responses 2 (c c), 3 (d d)
@@ -47,3 +48,21 @@ def test_wpo_multiplies_the_loss_of_a_pair_and_is_not_differentiated():
     np.testing.assert_allclose(weighted, weights * losses, rtol=1e-5)
     np.testing.assert_allclose(weighted_slope, weights[:, None] * slope, rtol=1e-5)
     np.testing.assert_array_equal(evaluate({"name": "dpo", "wpo": False}, scores)[0], losses)
+
+
+def test_a_response_of_one_token_is_weighted_by_that_token_and_an_absent_one_by_one():
+    scores = random_scores(K=2)
+    scores = scores._replace(lengths=jnp.ones_like(scores.lengths).at[0, 1].set(0))
+    scores = scores._replace(
+        policy=scores.policy.at[0, 1].set(0.0), log_collision=scores.log_collision.at[0, 1].set(0.0)
+    )
+    weights = with_policy_weights(scores).weights
+    np.testing.assert_allclose(weights, np.exp(scores.policy - scores.log_collision), rtol=1e-6)
+    assert float(weights[0, 1]) == 1.0
+
+
+def test_half_a_tail_counts_half():
+    scores = random_scores(K=2)
+    found = with_tail_weight(scores, 0.5)
+    np.testing.assert_allclose(found.policy, (scores.policy + scores.policy_head) / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.reference, (scores.reference + scores.reference_head) / 2, rtol=1e-6)

@@ -35,6 +35,14 @@ def test_int8_multiplies_by_its_full_kernel(zero_output):
     assert_allclose(held(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_of_zeros_has_a_scale_all_the_same():
+    held = Int8Linear(make_linear(zero_output=True))
+    assert (held.kernel_scale[...] > 0).all()
+    assert (held.kernel[...][:, 3] == 0).all()
+    others = np.delete(np.asarray(held.kernel[...]), 3, axis=1)
+    assert (np.abs(others).max(0) == 127).all(), "the largest weight of an output has the largest number"
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("int8", 0.2)])
 def test_a_held_model_is_the_model_but_for_rounding(dtype, tolerance, tmp_path):
     model, held = (
