@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo.config import DataConfig
 from dpo.data.preferences import Preference, read_preferences
-from dpo.data.tokenization import tokenize, tokenize_prompts
+from dpo.data.tokenization import tokenize, tokenize_answers, tokenize_prompts
 
 SHARED = Path(os.environ.get("DPO_SHARED_DIR", Path(__file__).resolve().parents[2] / ".." / "shared"))
 EOS = 2
@@ -156,6 +157,86 @@ def test_the_prompt_keeps_its_end_and_the_response_its_start(tokenizer):
 def test_what_truncation_cannot_save_is_dropped_and_counted(tokenizer, truncation, row, reason):
     rows = [make("hi", "a", "b"), row]
     assert tokenize(rows, tokenizer, max_length=16, truncation=truncation).dropped == {reason: 1}
+
+
+def test_what_fits_exactly_is_kept_and_one_token_more_is_not(tokenizer):
+    rows = [make("hi", "ab", "c")]  # 10 and 4
+    assert tokenize(rows, tokenizer, max_length=14).dropped == {}
+    with pytest.raises(ValueError, match=r"too_long .*10 \+ 4 tokens, allowed are 13"):
+        tokenize(rows, tokenizer, max_length=13)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "row", "max_length", "reason"),
+    [
+        ("truncate_prompt_left", make("hi", "a" * 14, "b"), 16, "response_too_long"),
+        ("truncate_prompt_left", make("hi", "a" * 13, "b"), 16, "too_long_to_cut"),
+        ("truncate_response_right", make("hi", "aa", "bb"), 10, "prompt_too_long"),
+        ("truncate_response_right", make("hi", "aa", "bb"), 11, None),
+        ("truncate_response_right", make("hi", "aa", "ab", "bb"), 11, None),
+    ],
+)
+def test_each_reason_begins_where_there_is_no_room_left(tokenizer, truncation, row, max_length, reason):
+    dataset = tokenize([make("", "w", "x"), row], tokenizer, max_length=max_length, truncation=truncation)
+    assert dataset.dropped == ({} if reason is None else {reason: 1})
+    if reason is None:
+        assert set(dataset.responses(1)[0].tolist()) == set(tokenizer("a")["input_ids"])
+
+
+@pytest.mark.parametrize(("max_length", "kept"), [(9, "defghi"), (4, "i"), (3, None)])
+def test_without_a_template_a_prompt_keeps_what_the_longest_response_leaves(tokenizer, max_length, kept):
+    """Responses of 3 and 2 tokens with their end."""
+    tokenizer.chat_template = None
+    rows = [make("abcdefghi", "yy", "n"), make("a", "x", "y")]
+    dataset = tokenize(rows, tokenizer, max_length=max_length, truncation="truncate_prompt_left")
+    if kept is None:
+        assert dataset.dropped == {"response_too_long": 1}
+        return
+    assert texts(tokenizer, dataset) == [kept, "yy<e>", "n<e>"]
+    assert dataset.remarks == {"the beginning of the prompt is cut off": 1}
+
+
+def test_rows_are_the_same_whatever_is_encoded_at_a_time(tokenizer, monkeypatch):
+    rows = [make("hi", "a" * n, "b") for n in (1, 30, 2, 3, 4)]
+    whole = tokenize(rows, tokenizer, max_length=16)
+    monkeypatch.setattr("dpo.data.tokenization._CHUNK", 2)
+    assert tokenize(rows, tokenizer, max_length=16).fingerprint == whole.fingerprint
+    assert whole.origin.tolist() == [0, 2, 3, 4]
+
+
+def test_the_defaults_are_those_of_the_settings(tokenizer):
+    rows, given = [make("hi", "a", "b")], DataConfig()
+    named = tokenize(
+        rows,
+        tokenizer,
+        max_length=given.max_length,
+        truncation=given.truncation,
+        end_token=given.end_token,
+        template_date=given.template_date,
+    )
+    assert named.fingerprint == tokenize(rows, tokenizer).fingerprint
+
+
+def test_a_prompt_that_cannot_be_written_is_named_by_its_number(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"^prompt 2: the prompt is a conversation"):
+        tokenize_prompts(["hi", ({"role": "user", "content": "hi"},)], tokenizer)
+    with pytest.raises(ValueError, match=r"^prompt 2: the prompt is a conversation"):
+        tokenize_answers(["hi", ({"role": "user", "content": "hi"},)], ["a", "b"], tokenizer)
+
+
+def test_without_a_template_a_space_at_the_end_belongs_to_the_response(tokenizer):
+    tokenizer.chat_template = None
+    found = tokenize_prompts(["hi  ", "  ", "hi"], tokenizer)
+    assert found == [tokenizer(text)["input_ids"] for text in ("hi", "  ", "hi")]
+
+
+def test_an_answer_is_the_conversation_with_its_turn_closed(tokenizer):
+    (ids,) = tokenize_answers(["hi"], ["yes"], tokenizer)
+    assert tokenizer.decode(ids).replace(" ", "") == "<s>u:hi<e>\n<s>a:yes<e>\n"
+    tokenizer.chat_template = None
+    (ids,) = tokenize_answers(["hi "], ["yes"], tokenizer)
+    assert ids == [*tokenizer("hi yes")["input_ids"], EOS]
 
 
 def test_error_lists_every_long_preference(tokenizer):
