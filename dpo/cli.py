@@ -6,6 +6,7 @@ Settings are read and checked before anything heavy is imported or loaded. Exit 
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from dpo.outcomes import BUG, STOPPED, USER, UserError, describe, outcome_of
 from dpo.terminal import guarded_output, shortened
 
 FAILED = 1
-"""Exit code of a plan that does not fit; what was given is right."""
+"""Exit code of a plan that does not fit, and of a sweep of which a run failed; what was given is right."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,6 +138,34 @@ def watch(arguments: list[str]) -> int:
     return 0 if watch_run(given) or given.once else STOPPED.code
 
 
+def sweep(arguments: list[str]) -> int:
+    """Train with every combination of some settings, compare the runs, and choose one on held-out data."""
+    parser = train_parser("sweep")
+    parser.add_argument(
+        "--over",
+        action="append",
+        required=True,
+        metavar="NAME=[VALUE, ...]",
+        help="A setting and the values to try, such as objective.beta=[0.05,0.1]; several are combined.",
+    )
+    parser.add_argument(
+        "--sweep_dir",
+        default="runs/sweep",
+        metavar="DIRECTORY",
+        help="Where the runs, the comparison and sweep.json are written.",
+    )
+    values = parser.parse_args(arguments)
+    build_train_settings(values, parser)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--over", action="append")
+    own.add_argument("--sweep_dir")
+    _, of_each = own.parse_known_args(arguments)
+    from dpo.commands.sweep import sweep_over
+
+    ended = sweep_over(values.over, values.sweep_dir, of_each, read_train_settings)
+    return STOPPED.code if ended is None else 0 if ended else FAILED
+
+
 def frontier(arguments: list[str]) -> int:
     """True reward against KL for several objectives and betas, and win-rates by temperature."""
     given = read_settings(FrontierConfig, "frontier", arguments)
@@ -190,6 +219,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "report": report,
     "watch": watch,
+    "sweep": sweep,
     "frontier": frontier,
     "diffusion": diffusion,
 }
@@ -207,12 +237,12 @@ def read_train_settings(arguments: list[str]) -> Config:
     return build_train_settings(parser.parse_args(arguments), parser)
 
 
-def train_parser() -> SettingsParser:
+def train_parser(command: str = "train") -> SettingsParser:
     """The settings of a run, and what is for one start only.
 
     `--allow-changed KIND …` adds to training.allow_changed; `--resume` is short for `--training.resume`.
     """
-    parser = command_parser("train", Config)
+    parser = command_parser(command, Config)
     kinds = get_args(IdentityKind)
     parser.add_argument(
         "--allow_changed",

@@ -36,7 +36,17 @@ SETTINGS = (
     *(Config, InspectConfig, PlanConfig, EvaluateConfig, ExportConfig, ReportConfig, WatchConfig),
     *(WinrateConfig, FrontierConfig, GenerateConfig, DiffusionConfig),
 )
-OTHER_OPTIONS = {"help", "help_all", "config", "allow_changed", "resume", "winrate", "interactive"}
+OTHER_OPTIONS = {
+    "help",
+    "help_all",
+    "config",
+    "allow_changed",
+    "resume",
+    "winrate",
+    "interactive",
+    "over",
+    "sweep_dir",
+}
 """Options of `dpo` that are no settings."""
 MUTANTS = ROOT / "tests" / "mutants.py"
 OTHER_PROGRAMS = ("pytest", "pip", "XLA_FLAGS", "--xla_", "srun", "sbatch", "kubectl", "gcloud")
@@ -107,7 +117,7 @@ def test_commands_parse(command: Command, reader_directory: Path, monkeypatch: p
 
     def stop(settings, values, parser):
         made = build(settings, values, parser)
-        if settings is Config and name != "train":
+        if settings is Config and name not in ("train", "sweep"):
             return made  # these have settings of their own besides
         raise Parsed
 
