@@ -17,7 +17,7 @@ from dpo.training.identity import require_same
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_OTHERS = re.compile(
-    r"--(xla_\w+|no-deps|only-binary|quiet|dest|target|series|faint|version|help|help-all|o)\b"
+    r"--(xla_\w+|no-deps|only-binary|quiet|dest|target|series|faint|version|revision|help|help-all|o)\b"
 )
 """Options that a text gives to another program or style sheet, and those that every command has."""
 COMMAND = re.compile(
