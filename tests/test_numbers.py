@@ -13,6 +13,7 @@ import pytest
 from dpo import help as short_help
 from dpo.config import Config, DistributedConfig, EndpointConfig
 from dpo.data import chunks, preferences, sources, templates
+from dpo.data.layouts import LAYOUTS
 from dpo.evaluation import accuracy, statistics
 from dpo.huggingface import weights
 from dpo.judging import prompts, replies, server, winrate
@@ -54,6 +55,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ),
     ("docs/using.md", "the {} that are there", (len(OBJECTIVES),)),
     ("docs/using.md", "ends with exit code {}; the same command then goes on", (STOPPED.code,)),
+    ("CHANGELOG.md", "are read: {} layouts", (len(LAYOUTS),)),
     ("docs/data.md", "in chunks of {:,}", (chunks.CHUNK_ROWS,)),
     ("docs/data.md", "Above `data.token_store_limit` gigabytes ({:g})", (DEFAULT.data.token_store_limit,)),
     ("docs/security.md", "a line is at most {} MiB", (sources.MAX_ROW_BYTES // 2**20,)),
