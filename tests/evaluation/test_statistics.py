@@ -40,6 +40,44 @@ def test_drawing_rows_one_by_one_would_be_too_narrow() -> None:
     assert pretended.high - pretended.low < 0.3 * (once.high - once.low)
 
 
+FEW_VALUES = np.array([1.0, 0.0, 0.5, 1.0, 0.25])
+FEW_NAMES = np.array(["a", "a", "b", "c", "c"])
+FEW_WEIGHTS = np.array([1.0, 2.0, 1.0, 0.5, 1.0])
+
+
+def of_clusters(row: np.ndarray) -> np.ndarray:
+    """Sums by cluster of the few values above."""
+    return np.array([row[name == FEW_NAMES].sum() for name in "abc"])
+
+
+def test_the_interval_is_the_quantiles_of_the_means_of_drawn_clusters() -> None:
+    """The defaults written out: 2,000 draws from seed 0, 95%."""
+    sums, sizes = of_clusters(FEW_WEIGHTS * FEW_VALUES), of_clusters(FEW_WEIGHTS)
+    drawn = np.random.default_rng(0).integers(3, size=(2000, 3))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    expected = (sums.sum() / sizes.sum(), *np.quantile(means, [0.025, 0.975]))
+    assert cluster_bootstrap(FEW_VALUES, FEW_NAMES, weights=FEW_WEIGHTS) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_interval_of_groups_is_the_quantiles_of_their_mean() -> None:
+    """One cluster in both groups, one in each alone: three strata of which every draw has all."""
+    groups = np.array(["x", "y", "x", "y", "y"])
+    found = mean_of_groups(FEW_VALUES, FEW_NAMES, groups, weights=FEW_WEIGHTS)
+    of_x, of_y = (np.average(FEW_VALUES[groups == g], weights=FEW_WEIGHTS[groups == g]) for g in "xy")
+    assert found == pytest.approx(((of_x + of_y) / 2,) * 3), "a stratum of one is always drawn"
+
+    names = np.arange(5)
+    found = mean_of_groups(FEW_VALUES, names, np.full(5, "all"), weights=FEW_WEIGHTS)
+    counts = np.random.default_rng(0).multinomial(5, [0.2] * 5, size=2000)
+    means = (counts @ (FEW_WEIGHTS * FEW_VALUES)) / (counts @ FEW_WEIGHTS)
+    assert found[1:] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+
+
+def test_a_cluster_without_weight_is_drawn_and_counts_nothing() -> None:
+    found = cluster_bootstrap(np.array([1.0, 1.0]), np.array(["a", "b"]), weights=np.array([1.0, 0.0]))
+    assert (found.estimate, found.high) == (1.0, 1.0)
+
+
 def test_weights_are_repetitions() -> None:
     values, names = np.array([1.0, 0.0, 1.0]), np.array(["a", "a", "b"])
     weighted = cluster_bootstrap(values, names, weights=np.array([2.0, 1.0, 3.0]))
@@ -91,6 +129,7 @@ def test_the_interval_of_the_mean_of_groups_covers_19_of_20() -> None:
 def test_an_interval_without_spread_comes_with_wilsons() -> None:
     assert without_spread("rate", [0.8, 0.7, 0.9], 20) == []
     assert without_spread("rate", [1.0, 1.0, 1.0], 1) == [], "that one prompt gives none is said elsewhere"
+    assert without_spread("rate", [1.0, 1.0, 1.0], 2) != []
     assert "Wilson's interval of the rate is 0.839 to 1.000" in without_spread("rate", [1.0] * 3, 20)[0]
 
 
@@ -121,6 +160,13 @@ def test_the_n_asked_for_is_enough_for_the_sign_test_and_one_less_is_not(rate: f
     assert rate < 1 or n == 6
 
 
+def test_both_ends_are_rates_and_the_defaults_are_written_out() -> None:
+    assert num_needed(0.0) == num_needed(1.0) == 6
+    assert num_needed(0.7) == num_needed(0.7, baseline=0.5, power=0.8, confidence=0.95)
+    assert num_needed(0.7, power=0.9) > num_needed(0.7) > num_needed(0.7, confidence=0.9)
+    assert num_needed(0.99, baseline=0.01) == 1, "one outcome tells these"
+
+
 def test_small_differences_take_the_normal_approximation() -> None:
     assert num_needed(0.51) == pytest.approx((1.96 * 0.5 + 0.8416 * 0.4999) ** 2 / 0.01**2, rel=1e-3)
 
@@ -139,7 +185,12 @@ def test_few_prompts_are_said_to_be_few() -> None:
             lambda: cluster_bootstrap(np.array([1.0, np.nan, np.inf]), np.arange(3)),
             "2 of 3 values to average",
         ),
+        (lambda: cluster_bootstrap(np.ones(2), np.arange(2), weights=np.zeros(2)), "no value to average"),
         (lambda: num_needed(0.5), "two different rates"),
+        (lambda: num_needed(1.01), "two different rates"),
+        (lambda: num_needed(-0.01), "two different rates"),
+        (lambda: num_needed(0.5, baseline=0.0), "two different rates"),
+        (lambda: num_needed(0.5, baseline=1.0), "two different rates"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(call, message: str) -> None:
