@@ -40,13 +40,15 @@ def enumerated(log_ratio, ranks):
         ([0.0, 1.5, 0.0, 0.0], [0, 1, 1, 3]),
         ([2.0, -1.0, 2.0, -1.0], [0, 1, 2, 3]),
         ([-3.0, 2.0, 0.5, 1.0], [0, 1, 2, 2]),
+        ([1.5, -0.5], [0, 1]),
+        ([1.0, 1.0], [0, 1]),
     ],
 )
 def test_places_of_tied_rewards_are_the_mean_over_their_orders(log_ratio, ranks):
     scores = of_log_ratio(np.asarray([log_ratio], np.float32), ranks=np.asarray([ranks]))
     expected = enumerated(log_ratio, ranks)
     np.testing.assert_allclose(evaluate({"name": "lipo_lambda"}, scores)[0], [expected], rtol=1e-5)
-    rounding = np.asarray([[2e-4, -1e-4, 0.0, 1e-4]], np.float32)
+    rounding = np.asarray([[2e-4, -1e-4, 0.0, 1e-4]], np.float32)[:, : len(ranks)]
     rounded = scores._replace(policy=scores.policy + rounding)
     np.testing.assert_allclose(evaluate({"name": "lipo_lambda"}, rounded)[0], [expected], rtol=1e-4)
 
