@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo import config
 from dpo.cli import read_train_settings
 from dpo.command_line import load_config
 from dpo.config import (
@@ -198,3 +199,11 @@ def test_nothing_overrides_what_the_environment_says():
                 assert not given, (path, node.lineno, given)
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not re.match(r"/(var/)?tmp\b", node.value), (path, node.lineno)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(config) if name.endswith("Config")))
+def test_the_help_of_a_section_is_a_whole_sentence(name: str) -> None:
+    """`--help-all` shows the first line of what a class says of itself, and no more."""
+    first, *rest = (inspect.getdoc(getattr(config, name)) or "").splitlines()
+    assert first.endswith(".")
+    assert not rest or rest[0] == ""

@@ -69,8 +69,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Train low-rank adapters on a frozen model instead of all its weights. LoRA is off unless lora.rank
-    or lora.init is given."""
+    """Train low-rank adapters on a frozen model instead of all its weights.
+
+    LoRA is off unless lora.rank or lora.init is given.
+    """
 
     rank: int | None = None
     """Rank of the adapters: a linear x W becomes x W + s (x A) B, with so many columns in A and rows in B.
@@ -330,8 +332,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Numbers of devices along the axes of the mesh. Their product is the number of devices; -1 stands for
-    the rest."""
+    """Numbers of devices along the axes of the mesh, whose product is all devices; -1 stands for the rest."""
 
     data: int = -1
     """Devices along the axis over which rows of a batch are split and parameters are copied."""
