@@ -246,7 +246,8 @@ def _read_checksums(path: Path) -> dict[str, str]:
 def is_inside(name: str) -> bool:
     """Whether a name that came with a directory can only mean something below it, links left aside."""
     pure = PurePosixPath(name)
-    readable = name.isprintable() and "\\" not in name and 0 < len(name.encode("utf-8", "replace")) < 1000
+    parts = [len(part.encode("utf-8", "replace")) for part in pure.parts]
+    readable = name.isprintable() and "\\" not in name and max(parts, default=0) <= 255 and sum(parts) < 1000
     return readable and not pure.is_absolute() and ".." not in pure.parts and pure.parts != ()
 
 

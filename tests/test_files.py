@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo.files import (
+    CHECKSUMS_FILE,
     WriteError,
     damaged_files,
     new_directory,
@@ -201,3 +202,11 @@ def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path):
     assert (tmp_path / "mine").read_text() == "kept"
     assert not (tmp_path / "new").is_symlink()
     assert (tmp_path / "new").read_text() == "text"
+
+
+def test_a_list_of_checksums_names_what_can_be_a_file(tmp_path):
+    """A name too long for any file is a wrong list, not a disk that cannot be read."""
+    for name in ("a" * 256, "b/" + "é" * 128):
+        (tmp_path / CHECKSUMS_FILE).write_text(f"{'0' * 64}  {name}\n")
+        (problem,) = damaged_files(tmp_path)
+        assert "allowed is each file of the directory once" in problem

@@ -209,7 +209,7 @@ def _base_of(config: dict[str, Any], directory: Path) -> str:
             f"{directory / CONFIG_FILE}: base_model_name_or_path is {show(base)}; allowed is a path or a hub "
             "id, and no home directory"
         )
-    is_here = Path(base).exists()
+    is_here = os.path.exists(base)
     return f"{base}@{revision}" if revision and not is_here and "@" not in base else base
 
 

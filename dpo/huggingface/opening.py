@@ -147,7 +147,7 @@ def _open_base(directory: Path, base: str, *, offline: bool) -> Checkpoint:
     found = find_base(directory, base, MODEL_FILES, offline=offline)
     if found is None:
         return open_checkpoint(base)
-    if Path(base).is_dir():
+    if os.path.isdir(base):
         return _open_directory(found, str(found.resolve()))
     hub_id = base.partition("@")[0]
     return _open_directory(found, f"{hub_id}@{found.name}")._replace(hub_id=hub_id)

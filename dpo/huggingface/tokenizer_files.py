@@ -171,7 +171,7 @@ def find_base(directory: Path, base: str, patterns: Sequence[str], *, offline: b
       UserError: for an adapter, and for a model of the hub that is not in its cache, with what helps.
     """
     found = Path(base)
-    if not found.is_dir():
+    if not os.path.isdir(found):
         if base.startswith(EMBEDDED_PREFIX) or found.suffix == ".gguf":
             return None
         found = fetch_files(*find_hub_id(base), patterns, offline=offline)

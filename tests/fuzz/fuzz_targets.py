@@ -15,8 +15,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import fuzz_models as models
 import numpy as np
+from fuzz_look import look
 from fuzz_replies import SEEDS as REPLY_SEEDS
 from fuzz_replies import WORDS as REPLY_WORDS
 from fuzz_replies import is_malformed, reply
@@ -180,8 +183,12 @@ def compressed_lines(data: bytes) -> object:
 
 
 def parquet_rows(data: bytes) -> object:
-    """A Parquet file."""
-    return read_rows(data, "rows.parquet")
+    """A Parquet file, looked at in a limited process before it is read."""
+    from dpo.data import table_checks
+
+    table_checks._SEEN.clear()
+    with patch.object(table_checks, "look", look):
+        return read_rows(data, "rows.parquet")
 
 
 def parquet_seeds() -> list[bytes]:
@@ -486,6 +493,31 @@ def gguf_tokenizer(data: bytes) -> object:
     return len(GgufFile(path).tokenizer()) > 3
 
 
+def model_targets() -> list[Target]:
+    """Readers of what comes beside weights and rows."""
+    own, of = is_own_value_error, models.json_of
+    generation, adapter = [models.GENERATION], [models.ADAPTER]
+    return [
+        Target("model config", of(models.CONFIGS), models.words(*models.CONFIGS), models.config, own, 200),
+        Target(
+            "generation config", of(generation), models.words(*generation), models.generation_config, own, 200
+        ),
+        Target("adapter", of(adapter), models.words(*adapter), models.adapter, own, 150),
+        Target("tokenizer", models.tokenizer_seeds(), models.TOKENIZER_WORDS, models.tokenizer, own, 60),
+        Target(
+            "checksums",
+            models.checksum_seeds(),
+            models.CHECKSUM_WORDS,
+            models.checksums,
+            models.is_damaged,
+            300,
+        ),
+        Target("card", models.CARDS, models.CARD_WORDS, models.card, own, 150),
+        Target("rows.arrow", models.arrow_seeds(), models.ARROW_WORDS, models.arrow, own, 60),
+        Target("saved state", of([models.STATE]), models.words(models.STATE), models.saved_state, own, 60),
+    ]
+
+
 @cache
 def targets() -> dict[str, Target]:
     """Every reader by name."""
@@ -500,7 +532,7 @@ def targets() -> dict[str, Target]:
         Target("layouts", layout_lines, JSON_WORDS + LAYOUT_WORDS, layouts, own, 60),
         Target("rows.json", [b"[" + b",".join(rows) + b"]"], JSON_WORDS, json_list, own, 200),
         Target("rows.jsonl.gz", [gzip.compress(lines[0])], JSON_WORDS, compressed_lines, own, 200),
-        Target("rows.parquet", parquet_seeds(), JSON_WORDS, parquet_rows, own, 200),
+        Target("rows.parquet", parquet_seeds(), JSON_WORDS, parquet_rows, own, 60),
         Target("config.yaml", YAML_SEEDS, setting_words(), yaml_file, own, 60),
         Target("overrides", OVERRIDE_SEEDS, setting_words(), overrides, usage, 60),
         Target(
@@ -516,5 +548,6 @@ def targets() -> dict[str, Target]:
         Target("gguf", gguf_seeds(), GGUF_WORDS, gguf_file, own, 200),
         Target("reply", REPLY_SEEDS, REPLY_WORDS, reply, is_malformed, 400),
         Target("gguf tokenizer", gguf_seeds(), GGUF_WORDS, gguf_tokenizer, own, 30),
+        *model_targets(),
     ]
     return {target.name: target for target in found}

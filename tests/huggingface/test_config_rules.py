@@ -235,3 +235,10 @@ def test_what_no_path_can_be_is_refused(source):
         open_checkpoint(source)
     with pytest.raises(UserError):
         load_tokenizer(source)
+
+
+@pytest.mark.parametrize("opens", [open_checkpoint, load_tokenizer])
+def test_a_base_that_no_file_can_be_called_is_refused(tmp_path, opens):
+    directory = adapter(tmp_path / "adapter", base_model_name_or_path="x" * 900 + "/y", revision="v2")
+    with pytest.raises(UserError, match=r"is an adapter of 'xxx.*is no place that can be"):
+        opens(directory)
