@@ -103,6 +103,16 @@ def test_a_turn_without_weight_is_read_only():
     assert shown(encode([make(silent, "no")], CHATML))[1:] == ["done<e>\n", "no<e>\n"]
 
 
+def test_a_response_cut_between_turns_is_kept_as_long_as_something_is_scored():
+    """Ten tokens are left of it: the first turn, and what the user says."""
+    turns = say("one?", "2", "done")
+    silent = ({**turns[0], "weight": 0}, *turns[1:])
+    rows = [make(turns, "no"), make(silent, "no")]
+    dataset = encode(rows, CHATML, max_length=19, truncation="truncate_response_right")
+    assert shown(dataset)[1:] == ["one?<e>\n", "no<e>\n"]
+    assert dataset.dropped == {"nothing_scored_after_truncation": 1}
+
+
 def test_a_block_that_the_template_opens_ends_the_prompt_before_it():
     dataset = encode([make("(6)six", "(7)seven")], OPENS_BLOCK)
     assert shown(dataset) == ["<s>u:q<e>\n<s>a:", "six<e>\n", "seven<e>\n"]
