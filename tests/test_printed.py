@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo.pages.accuracy_text import figures_as_text
+from dpo.training.memory import Choice, Fit
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = json.loads((ROOT / "tests" / "pages" / "sentiment_pairs_evaluation.json").read_text())
@@ -59,3 +60,12 @@ def test_the_front_door_says_the_same(page: str) -> None:
     assert f"95% {low:.2f} to {high:.2f}" in text
     assert f"{rate:.2f}" in text
     assert f"{FIGURES['baselines']['longer'][0]:.2f}" in text
+
+
+def test_the_line_of_a_run_that_chooses_by_memory_is_what_it_prints() -> None:
+    """With the figures of the line itself; the choices are the first two of a list."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^memory: .*$", page, re.MULTILINE)
+    peak, limit, more = (float(number) * 2**30 for number in re.findall(r"\d+\.\d+", line))
+    dots, full = Choice("dots", 1, 1024), Choice("full", 1, 1024)
+    assert Fit(full, peak, limit, ((dots.text, more),)).text == line
