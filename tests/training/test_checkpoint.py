@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 
 from dpo.files import WriteError
 from dpo.losses import RunningMean
+from dpo.outcomes import StopRequested
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.step import TrainState
 
@@ -155,3 +156,78 @@ def test_steps_after_the_one_that_a_run_goes_on_from_are_saved_again(tmp_path):
         checkpoints.save(2, state_of(2), {})
         checkpoints.wait()
         assert checkpoints.steps == [1, 2]
+
+
+def test_the_parameters_alone_come_back_as_arrays_of_the_host(tmp_path):
+    save(tmp_path, 3)
+    with Checkpoints(tmp_path, keep=2, read_only=True) as checkpoints:
+        params = checkpoints.restore_params(3, state_of(0).params)
+        with pytest.raises(ValueError, match=r"/3 does not fit these settings: another model"):
+            checkpoints.restore_params(3, {"a": {"kernel": jnp.zeros((4, 3))}, "b": jnp.zeros(5)})
+    assert isinstance(params["b"], np.ndarray)
+    assert_array_equal(params["b"], np.arange(5.0) * 3)
+    assert_array_equal(params["a"]["kernel"], np.full((3, 4), 3.0))
+
+
+def test_a_directory_is_made_with_those_above_it_and_not_by_a_reader(tmp_path):
+    directory = tmp_path / "run" / "checkpoints"
+    with Checkpoints(directory, keep=1, read_only=True) as checkpoints:
+        assert (checkpoints.steps, checkpoints.latest, checkpoints.newest_whole()) == ([], None, (None, {}))
+    assert not directory.exists()
+    save(directory, 1)
+    assert (directory / "1").is_dir()
+
+
+@pytest.mark.parametrize(("ended_by", "raised"), [(StopRequested, WriteError), (KeyError, KeyError)])
+def test_what_was_to_be_saved_and_is_not_is_said_where_a_stop_ends_the_run(
+    tmp_path, monkeypatch, ended_by, raised
+):
+    """Another error is the reason itself, and stays."""
+    from dpo.training import checkpoint
+
+    def full(directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+
+    def end():
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(1, state_of(1), {})
+            raise ended_by("ended")
+
+    with pytest.raises(raised):
+        end()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_new_one_is_whole(tmp_path, monkeypatch):
+    from dpo.training import checkpoint
+
+    def locked(path, *given, **choices):
+        raise PermissionError(13, "Permission denied")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", locked)
+    with pytest.warns(UserWarning, match=r"/1, an old checkpoint, stays: .*Permission denied"):
+        save(tmp_path, 2, keep=1)
+    with Checkpoints(tmp_path, keep=1, read_only=True) as checkpoints:
+        assert checkpoints.newest_whole() == (2, {})
+
+
+def test_of_many_arrays_that_differ_three_are_named_and_all_are_counted(tmp_path):
+    save(tmp_path, 1)
+    with Checkpoints(tmp_path, keep=2, read_only=True) as checkpoints:
+        other = state_of(0)._replace(params={name: jnp.zeros(1) for name in "vwxyz"})
+        with pytest.raises(ValueError, match=r"7 arrays differ, the first of them") as caught:
+            checkpoints.restore(1, other)
+    assert str(caught.value).count("→") == 3
+
+
+def test_the_reason_is_one_line(tmp_path, monkeypatch):
+    from dpo.training import checkpoint
+
+    def fail(directory):
+        raise ValueError("  first\nsecond")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    with pytest.raises(WriteError, match=r"/1: first; there is none before it$"):
+        save(tmp_path, 1)
