@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo.huggingface.adapters import model_bindings
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
+from dpo.huggingface.text_models import read_config
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

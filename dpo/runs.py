@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from dpo.config import Config
+from dpo.config.run import ObjectiveSettings
 from dpo.outcomes import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -46,7 +47,25 @@ REPORT_FILE = "report.html"
 LOCK_FILE = "lock"
 
 
+Identity = dict[str, dict[str, Any]]
+"""What numbers belong to: kind ("settings", "data", …) → name → value, all plain JSON."""
+FlatSettings = dict[str, Any]
+"""Settings by their dotted names."""
+
+
 # ---- what a run left ----
+
+
+class ChosenMemory(TypedDict):
+    """What `training.memory_limit` chose, in GiB a device."""
+
+    remat: str
+    micro_batches: int
+    log_prob_chunk: int
+    peak_gib: float
+    limit_gib: float
+    too_much_gib: dict[str, float | None]
+    """Choices that were tried before, in words; None where more than the device has."""
 
 
 class RunSummary(TypedDict):
@@ -54,7 +73,7 @@ class RunSummary(TypedDict):
 
     settings: str
     """Fingerprint of the settings that a number depends on."""
-    contents: NotRequired[dict[str, dict[str, Any]]]
+    contents: NotRequired[Identity]
     """Fingerprints of data, tokenizer, template and weights; versions before did not keep them."""
     steps: int
     prompts: int
@@ -62,7 +81,7 @@ class RunSummary(TypedDict):
     """Held-out metrics after the last step."""
     best_checkpoint: int | None
     export: str
-    memory: dict[str, Any] | None
+    memory: ChosenMemory | None
     """What training.memory_limit chose."""
     seconds: float
     layout: Mapping[str, Any]
@@ -128,21 +147,21 @@ def model_of(source: str) -> str:
 # ---- what a run was given ----
 
 
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> FlatSettings:
     """Settings by their dotted names: {"model": {"remat": "dots"}} is {"model.remat": "dots"}."""
-    flat: dict[str, Any] = {}
+    flat: FlatSettings = {}
     for name, value in settings.items():
         within = isinstance(value, Mapping)
         flat |= flat_settings(value, f"{prefix}{name}.") if within else {f"{prefix}{name}": value}
     return flat
 
 
-def specification(config: Config) -> dict[str, Any] | list[dict[str, Any]]:
+def specification(config: Config) -> ObjectiveSettings | list[ObjectiveSettings]:
     """What `make_objective` and `reward_scale` take: one objective, or the terms of a sum."""
     return config.objectives or config.objective
 
 
-def objective_terms(config: Config) -> list[dict[str, Any]]:
+def objective_terms(config: Config) -> list[ObjectiveSettings]:
     """The objectives of a run with their hyper-parameters: one, or those that its loss is a sum of."""
     return config.objectives or [config.objective]
 

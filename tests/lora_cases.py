@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_models import TOKENS, batch_arrays, case_config
 
 from dpo.huggingface.adapters import add_adapters, choose_linears, model_bindings, new_adapters
-from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.text_models import read_config
 from dpo.models.lora import Method
 
 METHODS = {"lora": Method(), "rslora": Method(use_rslora=True), "dora": Method(use_dora=True)}
@@ -39,7 +39,9 @@ def bindings_of(case):
     return model_bindings(*read_config(case_config(case)))
 
 
-def random_adapters(case, method, *, rank=3, alpha=6.0, target_modules="all-linear", seed=0):
+def random_adapters(
+    case, method, *, rank=3, alpha=6.0, target_modules: str | list[str] = "all-linear", seed=0
+):
     """Adapters as if trained: B is not 0, and DoRA's lengths have moved."""
     rng = np.random.default_rng(seed)
     chosen = choose_linears(bindings_of(case), target_modules)

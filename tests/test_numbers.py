@@ -67,7 +67,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     (
         "docs/winrate.md",
         "`--endpoint.patience` seconds ({} minutes)",
-        (WORDS[PATIENCE // 60],),
+        (WORDS[int(PATIENCE // 60)],),
     ),
     ("docs/winrate.md", "{} in a row stop the command with the server's own", (WORDS[server.REFUSALS],)),
     ("docs/winrate.md", "{} questions in a row without an answer", (WORDS[server.GIVE_UP_AFTER],)),
@@ -90,7 +90,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/reliability.md", "or the eleventh after {} that were killed", (WORDS[starts.MOST_STARTS],)),
     ("docs/reliability.md", "| Ctrl-C in another command | ends at once | {} |", (STOPPED_AT_ONCE.code,)),
     ("docs/design.md", "checked to 1e-4", (preflight.PREFLIGHT_TOLERANCE["bfloat16"],)),
-    ("docs/watching.md", "every {} seconds", (WORDS[progress.PLAIN_INTERVAL],)),
+    ("docs/watching.md", "every {} seconds", (WORDS[int(progress.PLAIN_INTERVAL)],)),
     ("docs/troubleshooting.md", "by {:g} times their spread", (watchdog.SPIKE_SPREADS,)),
     ("docs/troubleshooting.md", "After {} steps the loss is still", (watchdog.STUCK_AFTER,)),
     ("docs/troubleshooting.md", "{} steps in a row had no gradient", (WORDS[watchdog.ZERO_STEPS].title(),)),

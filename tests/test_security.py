@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -43,19 +44,22 @@ FORBIDDEN_METHODS = {  # by the name of the module that they are called on
 }
 
 
-def nodes(kind):
+Node = TypeVar("Node", bound=ast.AST)
+
+
+def nodes(*kinds: type[Node]) -> list[tuple[Path, Node]]:
     return [
         (path, node)
         for path, text in SOURCES.items()
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, kind)
+        if isinstance(node, kinds)
     ]
 
 
 def test_nothing_that_unpickles_is_imported():
     found = [
         (path, name)
-        for path, node in nodes((ast.Import, ast.ImportFrom))
+        for path, node in nodes(ast.Import, ast.ImportFrom)
         for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         )

@@ -11,8 +11,8 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.saving import save_pretrained
+from dpo.huggingface.text_models import read_config
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
 
@@ -37,9 +37,9 @@ def write_tiny_reward_model(directory: Path, *, seed: int = 0, num_labels: int =
     labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
     hf_config = tiny_config(tokenizer) | {"id2label": labels}
     _, config = read_config(json.loads(json.dumps(hf_config)))
-    model = SequenceClassifier(
-        config, num_labels=num_labels, pad_token_id=tokenizer.pad_token_id, rngs=nnx.Rngs(seed)
-    )
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    model = SequenceClassifier(config, num_labels=num_labels, pad_token_id=pad, rngs=nnx.Rngs(seed))
     return save_pretrained(model, directory / "reward", hf_config=hf_config, tokenizer=tokenizer)
 
 

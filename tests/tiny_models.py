@@ -19,7 +19,8 @@ from flax import nnx
 from dpo.huggingface.binding import bind, constants
 from dpo.huggingface.families import FAMILIES, classifier_architecture
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import load_decoder, read_config
+from dpo.huggingface.pretrained import load_decoder
+from dpo.huggingface.text_models import read_config
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig

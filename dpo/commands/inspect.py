@@ -15,6 +15,7 @@ from dpo.terminal import console
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dpo.data.inspection import Report
     from dpo.training.reading import Dataset
 
 
@@ -60,7 +61,7 @@ def _without_rows(sources: str | list[Any]) -> str | list[Any]:
 
 def report_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, heldout: bool = False
-) -> tuple[dict[str, Any], Dataset]:
+) -> tuple[Report, Dataset]:
     """The data report of the training (or held-out) preferences, and the data set itself."""
     from dpo.data.inspection import inspect_rows
     from dpo.training.reading import each_text, read_dataset, read_texts

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from dpo.config.addresses import check_address
 from dpo.config.ranges import check_range
-from dpo.config.run import Config, LoraConfig, check_template_arguments
+from dpo.config.run import Config, LoraConfig, TemplateArguments, check_template_arguments
 from dpo.outcomes import UserError
 
 
@@ -86,7 +86,7 @@ class EvaluateConfig:
     chat_template: str | None = None
     """File with the chat template (jinja2) of both models; the run's, or else each model's own, when not
     given."""
-    template_kwargs: dict[str, Any] | None = None
+    template_kwargs: TemplateArguments | None = None
     """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
     given."""
     beta: float | None = None
@@ -265,7 +265,7 @@ class WinrateConfig:
     chat_template: str | None = None
     """File with the chat template (jinja2) of both models; the run's, or else each model's own, when not
     given."""
-    template_kwargs: dict[str, Any] | None = None
+    template_kwargs: TemplateArguments | None = None
     """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
     given."""
     judge: str | None = None
@@ -273,7 +273,7 @@ class WinrateConfig:
     longer). For the shipped data it is vader when not given; for other data it has to be given."""
     template: str | None = None
     """File with the jinja2 prompt that an endpoint or local judge gets; the shipped one when not given."""
-    judge_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    judge_template_kwargs: TemplateArguments = field(default_factory=dict)
     """Arguments of the chat template of a local judge or a reward model; data.template_kwargs when not
     given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -332,7 +332,7 @@ class GenerateConfig:
     """The model that answers: directory, GGUF file, hub id or embedded:smollm2-135m-instruct."""
     system: str | None = None
     """System message before the prompt; the chat template's own when not given."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: TemplateArguments = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}."""
     max_new_tokens: int = 256
     """Longest response, in tokens."""

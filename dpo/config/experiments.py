@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from dpo.config.ranges import check_range
+from dpo.config.run import ObjectiveSettings
 from dpo.outcomes import UserError
 
 
@@ -93,7 +94,7 @@ class DiffusionConfig:
     reward: list[float] = field(default_factory=lambda: [2.0])
     """The vector g, one number for each dimension, of the reward r(x) = g x that preferences are drawn
     from."""
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo", "beta": 1.0})
+    objective: ObjectiveSettings = field(default_factory=lambda: {"name": "dpo", "beta": 1.0})
     """The objective: its name and hyper-parameters. The scale of its beta depends on weighting and
     reduction."""
     schedule: Literal["linear", "cosine"] = "linear"

@@ -17,6 +17,10 @@ IdentityKind = Literal[
     "settings", "data", "tokenizer", "template", "tokens", "weights", "reference", "versions", "steps"
 ]
 """What a checkpoint belongs to, and a run that continues it must have the same of."""
+ObjectiveSettings = dict[str, Any]
+"""An objective: its name and hyper-parameters, in a sum its weight."""
+TemplateArguments = dict[str, Any]
+"""What a chat template is given by name, besides `TEMPLATE_DATA`."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ TEMPLATE_DATA = ("messages", "tools", "documents", "add_generation_prompt")
 """What a chat template gets from the data, and not from settings."""
 
 
-def check_template_arguments(name: str, arguments: dict[str, Any]) -> None:
+def check_template_arguments(name: str, arguments: TemplateArguments) -> None:
     """Refuse arguments of a chat template that the data give it.
 
     Raises:
@@ -176,7 +180,7 @@ class DataConfig:
     template_date: str = "2024-07-26"
     """The date that chat templates are told is today (strftime_now in Llama 3's), fixed so that the same
     data always give the same tokens."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: TemplateArguments = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}, in training, sampling and judging."""
     template_characters: int = field(default=1_000_000, metadata=marks(BESIDE))
     """Characters that the chat template may write for a text, beside twice those of its messages; a
@@ -392,10 +396,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
+    objective: ObjectiveSettings = field(default_factory=lambda: {"name": "dpo"})
     """The objective: its name and hyper-parameters, such as {name: dpo, beta: 0.1}, or singly:
     --objective.name=dpo --objective.beta=0.1; docs/objectives.md lists them."""
-    objectives: list[dict[str, Any]] = field(default_factory=list)
+    objectives: list[ObjectiveSettings] = field(default_factory=list)
     """Several objectives in a weighted sum, instead of one: [{name: dpo, weight: 0.8}, {name: sft, weight:
     1.0}]."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

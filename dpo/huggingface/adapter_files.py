@@ -21,6 +21,7 @@ from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapters import Adapter, linear_bindings, module_names
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.foreign_json import (
+    JsonObject,
     check_fields,
     either,
     flag,
@@ -200,7 +201,7 @@ def read_base(directory: Path) -> str:
     return _base_of(_read_config(directory / CONFIG_FILE), directory)
 
 
-def _base_of(config: dict[str, Any], directory: Path) -> str:
+def _base_of(config: JsonObject, directory: Path) -> str:
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise UserError(f"{directory / CONFIG_FILE} has no base_model_name_or_path")
@@ -247,7 +248,7 @@ def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> l
     ]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> JsonObject:
     config = read_small_json(path)
     check_fields(path, config, _RULES)
     problems = [

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -16,6 +15,7 @@ from dpo.files import new_directory
 from dpo.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_adapter
 from dpo.huggingface.adapters import Adapter, module_names
 from dpo.huggingface.binding import Binding
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.weight_names import SPELLINGS
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
@@ -65,7 +65,7 @@ def _adapted(adapter: Adapter) -> list[tuple[int, str]]:
 
 def _describe(
     adapters: Sequence[Adapter], method: Method, bindings: Sequence[Binding], base: str
-) -> dict[str, Any]:
+) -> JsonObject:
     ranks = {module: adapter.a.shape[-1] for adapter in adapters for _, module in _adapted(adapter)}
     alphas = {
         module: float(adapter.alpha[layer]) for adapter in adapters for layer, module in _adapted(adapter)

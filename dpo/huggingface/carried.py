@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpo.huggingface.foreign_json import read_small_json
 from dpo.huggingface.weight_names import SPELLINGS, Spelling, find_spelling
@@ -52,7 +52,7 @@ class Carried(NamedTuple):
 
     def write_tensors(self, path: Path, names: Sequence[str]) -> None:
         """Copy tensors into one safetensors file, in runs of bytes."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for name in names:
             dtype, shape, size = self.tensors.stored(name)

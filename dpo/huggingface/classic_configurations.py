@@ -9,65 +9,64 @@ import ml_dtypes
 import numpy as np
 from transformers import PreTrainedConfig
 
-from dpo.huggingface.configuration_fields import act, neutral, rope_of
+from dpo.huggingface.configuration_fields import act, head_dim_of, neutral, rope_of
 from dpo.models.attention import NO_WINDOW
-from dpo.models.decoder_config import Alibi
+from dpo.models.decoder_config import Alibi, DecoderConfig
 from dpo.outcomes import UserError
 
 
-def stablelm(hf: PreTrainedConfig) -> dict[str, Any]:
+def stablelm(hf: PreTrainedConfig) -> DecoderConfig:
     """Layer norms, rotary positions, a gated MLP."""
-    fields = neutral(hf, hf.max_position_embeddings)
-    return {
-        **fields,
-        **act(hf.hidden_act),
-        "num_kv_heads": hf.num_key_value_heads,
-        "intermediate_size": hf.intermediate_size,
-        "gated_mlp": True,
-        "norm": "layer",
-        "norm_eps": hf.layer_norm_eps,
-        "residual": "parallel_shared" if hf.use_parallel_residual else "sequential",
-        "qk_norm": "per_head" if hf.qk_layernorm else "none",
-        "qkv_bias": hf.use_qkv_bias,
-        "output_bias": False,
-        "mlp_bias": False,
-        "position": "rotary",
-        "ropes": (rope_of(hf, hf.rope_parameters, fields["head_dim"]),),
-    }
+    return neutral(
+        hf,
+        hf.max_position_embeddings,
+        activation=act(hf.hidden_act),
+        num_kv_heads=hf.num_key_value_heads,
+        intermediate_size=hf.intermediate_size,
+        gated_mlp=True,
+        norm="layer",
+        norm_eps=hf.layer_norm_eps,
+        residual="parallel_shared" if hf.use_parallel_residual else "sequential",
+        qk_norm="per_head" if hf.qk_layernorm else "none",
+        qkv_bias=hf.use_qkv_bias,
+        output_bias=False,
+        mlp_bias=False,
+        position="rotary",
+        ropes=(rope_of(hf, hf.rope_parameters, head_dim_of(hf)),),
+    )
 
 
-def _classic(hf: PreTrainedConfig, max_positions: int, **choices: Any) -> dict[str, Any]:
+def _classic(hf: PreTrainedConfig, max_positions: int, **choices: Any) -> DecoderConfig:
     """GPT-2's skeleton: layer norms, biases, learned positions, a plain MLP."""
-    return {
-        **neutral(hf, max_positions),
+    fields: dict[str, Any] = {
         "gated_mlp": False,
         "norm": "layer",
         "qkv_bias": True,
         "output_bias": True,
         "mlp_bias": True,
         "position": "learned",
-        **choices,
     }
+    return neutral(hf, max_positions, **fields | choices)
 
 
-def gpt2(hf: PreTrainedConfig) -> dict[str, Any]:
+def gpt2(hf: PreTrainedConfig) -> DecoderConfig:
     """GPT-2's own configuration."""
     return _classic(
         hf,
         hf.max_position_embeddings,
-        **act(hf.activation_function),
+        activation=act(hf.activation_function),
         intermediate_size=hf.n_inner or 4 * hf.hidden_size,
         norm_eps=hf.layer_norm_epsilon,
     )
 
 
-def gpt_neo(hf: PreTrainedConfig) -> dict[str, Any]:
+def gpt_neo(hf: PreTrainedConfig) -> DecoderConfig:
     """Unscaled scores, and windows in some layers."""
     windows = {"global": NO_WINDOW, "local": hf.window_size}
     return _classic(
         hf,
         hf.max_position_embeddings,
-        **act(hf.activation_function),
+        activation=act(hf.activation_function),
         intermediate_size=hf.intermediate_size or 4 * hf.hidden_size,
         norm_eps=hf.layer_norm_epsilon,
         qkv_bias=False,
@@ -76,23 +75,23 @@ def gpt_neo(hf: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def gpt_neox(hf: PreTrainedConfig) -> dict[str, Any]:
+def gpt_neox(hf: PreTrainedConfig) -> DecoderConfig:
     """Rotary positions, attention and MLP in parallel."""
-    fields = _classic(
+    return _classic(
         hf,
         hf.max_position_embeddings,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         intermediate_size=hf.intermediate_size,
         norm_eps=hf.layer_norm_eps,
         residual="parallel" if hf.use_parallel_residual else "sequential",
         qkv_bias=hf.attention_bias,
         output_bias=hf.attention_bias,
         position="rotary",
+        ropes=(rope_of(hf, hf.rope_parameters, head_dim_of(hf)),),
     )
-    return {**fields, "ropes": (rope_of(hf, hf.rope_parameters, fields["head_dim"]),)}
 
 
-def opt(hf: PreTrainedConfig) -> dict[str, Any]:
+def opt(hf: PreTrainedConfig) -> DecoderConfig:
     """Learned positions from row 2."""
     if hf.word_embed_proj_dim != hf.hidden_size:
         raise UserError(
@@ -101,7 +100,7 @@ def opt(hf: PreTrainedConfig) -> dict[str, Any]:
     return _classic(
         hf,
         hf.max_position_embeddings,
-        **act(hf.activation_function),
+        activation=act(hf.activation_function),
         intermediate_size=hf.ffn_dim,
         norm_eps=1e-5,  # torch's LayerNorm, the configuration has no field for it
         qkv_bias=hf.enable_bias,
@@ -111,7 +110,7 @@ def opt(hf: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def falcon(hf: PreTrainedConfig) -> dict[str, Any]:
+def falcon(hf: PreTrainedConfig) -> DecoderConfig:
     """Falcon's three layouts: alone, multi-query, 40B's."""
     if hf.new_decoder_architecture and not hf.parallel_attn:
         raise UserError("new_decoder_architecture without parallel_attn is not supported")
@@ -122,7 +121,7 @@ def falcon(hf: PreTrainedConfig) -> dict[str, Any]:
     return _classic(
         hf,
         hf.max_position_embeddings,
-        **act(hf.activation),
+        activation=act(hf.activation),
         num_kv_heads=hf.num_kv_heads if hf.new_decoder_architecture or not hf.multi_query else 1,
         intermediate_size=hf.ffn_hidden_size,
         norm_eps=hf.layer_norm_epsilon,
@@ -136,7 +135,7 @@ def falcon(hf: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def mpt(hf: PreTrainedConfig) -> dict[str, Any]:
+def mpt(hf: PreTrainedConfig) -> DecoderConfig:
     """ALiBi, no biases."""
     attention = hf.attn_config
     heads, head_dim = hf.num_attention_heads, hf.hidden_size // hf.num_attention_heads

@@ -6,17 +6,17 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.models.attention import NO_WINDOW
+from dpo.models.decoder_config import Activation, DecoderConfig
 from dpo.models.rotary import Rope, make_rope
 from dpo.outcomes import UserError
 
 
-def neutral(hf: PreTrainedConfig, max_positions: int) -> dict[str, Any]:
-    """The choices that most families leave alone, and the sizes that all name alike."""
-    layers, heads = hf.num_hidden_layers, hf.num_attention_heads
-    # transformers' own rule: some configurations have the field, and any may carry it in its JSON
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // heads
-    return {
+def neutral(hf: PreTrainedConfig, max_positions: int, **choices: Any) -> DecoderConfig:
+    """A decoder with the sizes that all name alike; `choices` are where a family is not as most are."""
+    layers, heads, head_dim = hf.num_hidden_layers, hf.num_attention_heads, head_dim_of(hf)
+    fields: dict[str, Any] = {
         "vocab_size": hf.vocab_size,
         "hidden_size": hf.hidden_size,
         "num_layers": layers,
@@ -43,21 +43,27 @@ def neutral(hf: PreTrainedConfig, max_positions: int) -> dict[str, Any]:
         "logit_scale": 1.0,
         "tie_embeddings": hf.tie_word_embeddings,
     }
+    return DecoderConfig(**fields | choices)
 
 
-def rope_of(hf: PreTrainedConfig, parameters: dict[str, Any], head_dim: int) -> Rope:
+def head_dim_of(hf: PreTrainedConfig) -> int:
+    """By transformers' own rule: some configurations have the field, and any may carry it in its JSON."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def rope_of(hf: PreTrainedConfig, parameters: JsonObject, head_dim: int) -> Rope:
     """The rotation that a configuration's rotary parameters describe."""
     return make_rope(parameters, head_dim, hf.max_position_embeddings)
 
 
-def act(name: str) -> dict[str, Any]:
+def act(name: str) -> Activation:
     """The activation, by Hugging Face's name of it."""
     if name not in ACTIVATIONS:
         raise UserError(f"activation is {name!r}; supported: {', '.join(ACTIVATIONS)}")
-    return {"activation": ACTIVATIONS[name]}
+    return ACTIVATIONS[name]
 
 
-def biases(hf: PreTrainedConfig) -> dict[str, Any]:
+def biases(hf: PreTrainedConfig) -> dict[str, bool]:
     """Biases of all projections of attention, or of none."""
     return {"qkv_bias": hf.attention_bias, "output_bias": hf.attention_bias}
 
@@ -83,7 +89,7 @@ def layer_windows(hf: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(kinds[kind] for kind in hf.layer_types)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",

@@ -79,8 +79,8 @@ class Family(NamedTuple):
     """Class name in `config.json`."""
     prefix: str
     """What every tensor name but the output head's begins with; some checkpoints leave it out."""
-    configure: Callable[[PreTrainedConfig], dict[str, Any]]
-    """The configuration as fields of `DecoderConfig`."""
+    configure: Callable[[PreTrainedConfig], DecoderConfig]
+    """What the configuration describes."""
     rules: tuple[Rule, ...] | Callable[[DecoderConfig], tuple[Rule, ...]]
     allowed: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
     """Values of configuration fields for which the decoder computes the same as transformers."""
@@ -102,7 +102,7 @@ def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
     ]
     if not problems:
         try:
-            config = DecoderConfig(**family.configure(hf))
+            config = family.configure(hf)
             problems = _contradictions(config)
         except (ValueError, ArithmeticError, LookupError, TypeError) as error:  # of values that do not fit
             problems = [str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"]

@@ -23,11 +23,13 @@ MAX_VALUES = 1_000_000
 """Values of a file, each as often as it is there."""
 LONGEST_SHOWN = 80
 
+JsonObject = dict[str, Any]
+"""An object of JSON that others write: what it holds is not known before it is looked at."""
 Rule = Callable[[Any], str | None]
 """What is allowed, where a value is not; None where it is."""
 
 
-def read_small_json(path: Path, *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_small_json(path: Path, *, most: int = MAX_JSON_BYTES) -> JsonObject:
     """The object in a JSON file that came with a model.
 
     Raises:
@@ -53,7 +55,7 @@ def require_file(path: Path, most: int) -> None:
         raise UserError(f"{path}: is {size} bytes long; allowed are {most}")
 
 
-def parse_object(path: Path, content: bytes) -> dict[str, Any]:
+def parse_object(path: Path, content: bytes) -> JsonObject:
     """A JSON object; `UserError` for anything else, and for a name that is there twice."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.gguf_changes import INTERLEAVED, OFFSET_NORMS, TURNED_CONV1D, UNGROUPED, Change
 from dpo.huggingface.gguf_metadata import GgufMetadata, published
 from dpo.outcomes import UserError
@@ -24,13 +25,13 @@ class Architecture(NamedTuple):
 
     names: gguf.MODEL_ARCH
     """llama.cpp's names of the tensors."""
-    configure: Callable[[GgufMetadata], dict[str, Any]]
+    configure: Callable[[GgufMetadata], JsonObject]
     """The configuration, but for what all have in common."""
     change: Change | None = None
     """What the conversion did to some tensors."""
 
 
-def _common(file: GgufMetadata, model_type: str) -> dict[str, Any]:
+def _common(file: GgufMetadata, model_type: str) -> JsonObject:
     heads, kv_heads = file.num_heads
     return {
         "model_type": model_type,
@@ -44,7 +45,7 @@ def _common(file: GgufMetadata, model_type: str) -> dict[str, Any]:
     }
 
 
-def _rms(file: GgufMetadata, model_type: str, **choices: Any) -> dict[str, Any]:
+def _rms(file: GgufMetadata, model_type: str, **choices: Any) -> JsonObject:
     return {
         **_common(file, model_type),
         "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
@@ -53,7 +54,7 @@ def _rms(file: GgufMetadata, model_type: str, **choices: Any) -> dict[str, Any]:
     }
 
 
-def _llama(file: GgufMetadata) -> dict[str, Any]:
+def _llama(file: GgufMetadata) -> JsonObject:
     """Llama, and Mistral, which llama.cpp calls by the same name."""
     window = file.find("attention.sliding_window", None)
     config = _rms(file, "llama" if window is None else "mistral", hidden_act="silu")
@@ -69,16 +70,16 @@ def _llama(file: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _qwen2(file: GgufMetadata) -> dict[str, Any]:
+def _qwen2(file: GgufMetadata) -> JsonObject:
     return _rms(file, "qwen2", hidden_act="silu", use_sliding_window=False)
 
 
-def _qwen3(file: GgufMetadata) -> dict[str, Any]:
+def _qwen3(file: GgufMetadata) -> JsonObject:
     has_bias = file.has("blk.0.attn_q.bias")
     return _rms(file, "qwen3", hidden_act="silu", use_sliding_window=False, attention_bias=has_bias)
 
 
-def _gemma2(file: GgufMetadata, model_type: str = "gemma2", largest: int = 46) -> dict[str, Any]:
+def _gemma2(file: GgufMetadata, model_type: str = "gemma2", largest: int = 46) -> JsonObject:
     config = _rms(file, model_type, hidden_activation="gelu_pytorch_tanh", attention_bias=False)
     # llama.cpp: the largest model (27B, known by its layers) scales by its width a head, others by the head's
     width = config["hidden_size"] // config["num_attention_heads"]
@@ -92,7 +93,7 @@ def _gemma2(file: GgufMetadata, model_type: str = "gemma2", largest: int = 46) -
     }
 
 
-def _gemma3(file: GgufMetadata) -> dict[str, Any]:
+def _gemma3(file: GgufMetadata) -> JsonObject:
     config = _gemma2(file, "gemma3_text", largest=62)
     # llama.cpp: every sixth layer sees everything, the others have a base of 10,000 unless the file says more
     every = file.count("attention.sliding_window_pattern", 6)
@@ -109,14 +110,14 @@ def _gemma3(file: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _phi3(file: GgufMetadata) -> dict[str, Any]:
+def _phi3(file: GgufMetadata) -> JsonObject:
     config = _rms(file, "phi3", hidden_act="silu", sliding_window=file.find("attention.sliding_window", None))
     if not config["sliding_window"]:
         config["sliding_window"] = None
     return config | {"original_max_position_embeddings": _original_length(file)}
 
 
-def _stablelm(file: GgufMetadata) -> dict[str, Any]:
+def _stablelm(file: GgufMetadata) -> JsonObject:
     has_second_norm = file.has("blk.0.ffn_norm.weight")
     return {
         **_common(file, "stablelm"),
@@ -129,7 +130,7 @@ def _stablelm(file: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _gpt2(file: GgufMetadata) -> dict[str, Any]:
+def _gpt2(file: GgufMetadata) -> JsonObject:
     return {
         "model_type": "gpt2",
         "activation_function": "gelu_new",
@@ -142,7 +143,7 @@ def _gpt2(file: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _falcon(file: GgufMetadata) -> dict[str, Any]:
+def _falcon(file: GgufMetadata) -> JsonObject:
     """Falcon 7B's layout, or 40B's with two norms; without biases, in parallel, with rotary positions."""
     heads, kv_heads = file.num_heads
     return {
@@ -164,11 +165,11 @@ def _falcon(file: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _rope(file: GgufMetadata) -> dict[str, Any]:
+def _rope(file: GgufMetadata) -> JsonObject:
     """Rotary parameters as Hugging Face writes them."""
     head_dim = file.count("attention.key_length", file.count("embedding_length") // file.num_heads[0])
     turned = file.count("rope.dimension_count", head_dim)
-    common: dict[str, Any] = {"rope_theta": file.number("rope.freq_base", 10000.0)}
+    common: JsonObject = {"rope_theta": file.number("rope.freq_base", 10000.0)}
     if file.architecture in ("phi3", "stablelm"):
         common["partial_rotary_factor"] = turned / head_dim
     if file.has("rope_factors_long.weight"):
@@ -198,7 +199,7 @@ def _rope(file: GgufMetadata) -> dict[str, Any]:
     raise UserError(f"{file.path}: rope.scaling.type is {scaling!r}; supported: none, linear, yarn, longrope")
 
 
-def _llama3_rope(file: GgufMetadata, common: dict[str, Any], dim: int) -> dict[str, Any]:
+def _llama3_rope(file: GgufMetadata, common: JsonObject, dim: int) -> JsonObject:
     """The parameters of Llama 3.1's scaling from the divisors that it came to.
 
     The file holds one divisor a frequency only; all released models share the parameters tried here.
@@ -225,22 +226,22 @@ def _original_length(file: GgufMetadata) -> int:
     return file.count("rope.scaling.original_context_length", file.count("context_length"))
 
 
-def _arcee(file: GgufMetadata) -> dict[str, Any]:
+def _arcee(file: GgufMetadata) -> JsonObject:
     biases = {"attention_bias": file.has("blk.0.attn_q.bias"), "mlp_bias": file.has("blk.0.ffn_up.bias")}
     return _rms(file, "arcee", hidden_act="relu2", **biases)
 
 
-def _smollm3(file: GgufMetadata) -> dict[str, Any]:
+def _smollm3(file: GgufMetadata) -> JsonObject:
     # llama.cpp: every fourth layer has no positions
     has_rope = [int((layer + 1) % 4 != 0) for layer in range(file.num_layers)]
     return _rms(file, "smollm3", hidden_act="silu", use_sliding_window=False, no_rope_layers=has_rope)
 
 
-def _ernie(file: GgufMetadata) -> dict[str, Any]:
+def _ernie(file: GgufMetadata) -> JsonObject:
     return _rms(file, "ernie4_5", hidden_act="silu", use_bias=file.has("blk.0.attn_q.bias"))
 
 
-def _seed_oss(file: GgufMetadata) -> dict[str, Any]:
+def _seed_oss(file: GgufMetadata) -> JsonObject:
     biases = {
         "attention_bias": file.has("blk.0.attn_q.bias"),
         "attention_out_bias": file.has("blk.0.attn_output.bias"),
@@ -248,15 +249,15 @@ def _seed_oss(file: GgufMetadata) -> dict[str, Any]:
     return _rms(file, "seed_oss", hidden_act="silu", mlp_bias=False, **biases)
 
 
-def _olmo2(file: GgufMetadata) -> dict[str, Any]:
+def _olmo2(file: GgufMetadata) -> JsonObject:
     return _rms(file, "olmo2", hidden_act="silu", attention_bias=False)
 
 
-def _hunyuan(file: GgufMetadata) -> dict[str, Any]:
+def _hunyuan(file: GgufMetadata) -> JsonObject:
     return _rms(file, "hunyuan_v1_dense", hidden_act="silu", attention_bias=False)
 
 
-def _granite(file: GgufMetadata) -> dict[str, Any]:
+def _granite(file: GgufMetadata) -> JsonObject:
     config = _rms(file, "granite", hidden_act="silu", attention_bias=file.has("blk.0.attn_q.bias"))
     return {
         **config,
@@ -268,7 +269,7 @@ def _granite(file: GgufMetadata) -> dict[str, Any]:
     }
 
 
-def _gemma(file: GgufMetadata) -> dict[str, Any]:
+def _gemma(file: GgufMetadata) -> JsonObject:
     return _rms(file, "gemma", hidden_act="gelu_pytorch_tanh", attention_bias=False)
 
 

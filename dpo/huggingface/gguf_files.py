@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.gguf_architectures import ARCHITECTURES, ROPE_TENSORS
 from dpo.huggingface.gguf_changes import kind_of
 from dpo.huggingface.gguf_metadata import GgufMetadata
@@ -31,7 +32,7 @@ class GgufFile(GgufMetadata):
             )
         self._table = ARCHITECTURES[self.architecture]
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> JsonObject:
         """The configuration as `config.json` would say it."""
         return {
             "vocab_size": self.tensor("token_embd.weight").shape[0],
@@ -46,7 +47,7 @@ class GgufFile(GgufMetadata):
         found = {name: self.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
         return {name: value if type(value) is int else None for name, value in found.items()}
 
-    def generation_config(self) -> dict[str, Any]:
+    def generation_config(self) -> JsonObject:
         """What ends a response, and the other special tokens; the vocabulary says more than its one EOS."""
         found = {name: value for name, value in self.token_ids().items() if value is not None}
         if "tokenizer.ggml.tokens" not in self.fields:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import gguf
 import numpy as np
@@ -19,6 +20,8 @@ from dpo.outcomes import UserError
 MAX_HEADER_BYTES = 2**28
 """Longest header that is read; a large vocabulary with its merges needs a tenth."""
 MAX_AXES = 4
+
+Value = TypeVar("Value")
 
 _SCALARS = {
     0: "u1",
@@ -179,8 +182,8 @@ def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], int,
     return name, (shape, cursor.number("<I"), cursor.number("<Q"))
 
 
-def _unique(path: Path, items: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _unique(path: Path, items: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    found: dict[str, Value] = {}
     for name, value in items:
         if name in found:
             raise UserError(f"{path}: not a readable GGUF file: {name} is there twice")

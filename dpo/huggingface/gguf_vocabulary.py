@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dpo.huggingface.end_tokens import gguf_end_tokens
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS, make_pre_tokenizer
 from dpo.outcomes import UserError
 
@@ -38,7 +39,7 @@ def vocabulary_fields(
     generation_config: Mapping[str, Any],
     *,
     vocab_size: int,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Everything under `tokenizer.`.
 
     Raises:
@@ -126,7 +127,7 @@ def _kinds(backend: Tokenizer, tokens: Sequence[str], *, is_sentencepiece: bool)
     return [kind(number, token) for number, token in enumerate(tokens)]
 
 
-def _byte_level(backend: Tokenizer, merges: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _byte_level(backend: Tokenizer, merges: Sequence[Sequence[str]]) -> JsonObject:
     if not merges:
         raise UserError(
             "the tokenizer has no merges; llama.cpp opens a vocabulary of bytes with merges alone"
@@ -138,9 +139,7 @@ def _byte_level(backend: Tokenizer, merges: Sequence[Sequence[str]]) -> dict[str
     }
 
 
-def _sentencepiece(
-    backend: Tokenizer, tokens: Sequence[str], merges: Sequence[Sequence[str]]
-) -> dict[str, Any]:
+def _sentencepiece(backend: Tokenizer, tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> JsonObject:
     """Better scored is what is merged earlier."""
     rank: dict[str, int] = {}
     for index, (first, second) in enumerate(merges):

@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from dpo.files import new_file
 from dpo.huggingface.binding import Binding, bind
 from dpo.huggingface.families import decoder_config, find_family
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.gguf_architectures import ARCHITECTURES, Architecture
 from dpo.huggingface.gguf_changes import kind_of
 from dpo.huggingface.gguf_files import GgufFile
@@ -59,9 +60,9 @@ def save_gguf(
     model: Decoder,
     path: str | Path,
     *,
-    hf_config: dict[str, Any],
+    hf_config: JsonObject,
     tokenizer: PreTrainedTokenizerBase,
-    generation_config: dict[str, Any] | None = None,
+    generation_config: JsonObject | None = None,
     dtype: str = "f32",
     name: str | None = None,
     licence: str | None = None,
@@ -194,8 +195,8 @@ def _encoded(values: np.ndarray, kind: Kind) -> np.ndarray:
 # ---- metadata ----
 
 
-def _general(architecture: str, dtype: str, name: str | None, licence: str | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _general(architecture: str, dtype: str, name: str | None, licence: str | None) -> JsonObject:
+    found: JsonObject = {
         "general.type": "model",
         "general.file_type": int(_FILE_TYPES[dtype]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -205,12 +206,12 @@ def _general(architecture: str, dtype: str, name: str | None, licence: str | Non
     }
 
 
-def _sizes(config: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, Any]:
+def _sizes(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
     """Numbers under the architecture's name."""
     is_rms = config.norm.startswith("rms")
     window = min(config.windows)
     has_granite_scales = hf_config["model_type"].startswith("granite")
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,
         "embedding_length": config.hidden_size,
@@ -236,7 +237,7 @@ def _sizes(config: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _rotation(config: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, Any]:
+def _rotation(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
     """Base, channels that turn, and scaling by a rule; Llama 3's and LongRoPE's divisors are tensors."""
     rope = _rope_parameters(hf_config)
     local = rope.get("sliding_attention")
@@ -244,7 +245,7 @@ def _rotation(config: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, Any
     theta = float(rope["rope_theta"])
     if rope.get("alpha"):  # Hunyuan's stretch of the base, which the file has once and for all
         theta *= rope["alpha"] ** (config.head_dim / (config.head_dim - 2))
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "rope.freq_base": theta,
         "rope.dimension_count": 2 * len(config.ropes[0].inv_freq),
         "rope.freq_base_swa": None if local is None else float(local["rope_theta"]),
@@ -260,11 +261,11 @@ def _rotation(config: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def _rope_parameters(hf_config: dict[str, Any]) -> dict[str, Any]:
+def _rope_parameters(hf_config: JsonObject) -> JsonObject:
     return CONFIG_MAPPING[hf_config["model_type"]].from_dict(hf_config).rope_parameters
 
 
-def _rope_tensors(config: DecoderConfig, hf_config: dict[str, Any]) -> dict[str, np.ndarray]:
+def _rope_tensors(config: DecoderConfig, hf_config: JsonObject) -> dict[str, np.ndarray]:
     """Divisors of the frequencies."""
     if not config.ropes:
         return {}

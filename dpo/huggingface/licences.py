@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dpo.huggingface.foreign_json import find_problem, require_file, show
+from dpo.huggingface.foreign_json import JsonObject, find_problem, require_file, show
 from dpo.outcomes import UserError
 
 MAX_README_BYTES = 1 << 20
@@ -29,7 +28,7 @@ def read_licence(directory: Path) -> str | None:
     return found
 
 
-def read_front_matter(path: Path) -> dict[str, Any]:
+def read_front_matter(path: Path) -> JsonObject:
     """The YAML between the first two lines of dashes; empty where there is none, or it is not a mapping.
 
     Raises:

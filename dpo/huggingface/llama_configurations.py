@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict
 
 from transformers import PreTrainedConfig
 
 from dpo.huggingface.configuration_fields import (
     act,
     biases,
+    head_dim_of,
     layer_windows,
     neutral,
     optional_float,
     rope_of,
     uniform_windows,
 )
-from dpo.models.decoder_config import QueryGrowth
-from dpo.models.rotary import no_rope, reversed_rope
+from dpo.models.decoder_config import DecoderConfig, QueryGrowth
+from dpo.models.rotary import Rope, no_rope, reversed_rope
 from dpo.outcomes import UserError
 
 
-def _llama(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
+class _TypedRopes(TypedDict):
+    """Two of `DecoderConfig`'s fields."""
+
+    ropes: tuple[Rope, ...]
+    layer_rope: tuple[int, ...]
+
+
+def _llama(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
     """RMS norms, rotary positions, grouped queries, gated MLP; `choices` are where a family differs."""
-    fields = neutral(hf, hf.max_position_embeddings)
     if "ropes" not in choices:
-        choices["ropes"] = (rope_of(hf, hf.rope_parameters, fields["head_dim"]),)
-    return {
-        **fields,
+        choices["ropes"] = (rope_of(hf, hf.rope_parameters, head_dim_of(hf)),)
+    fields: dict[str, Any] = {
         "num_kv_heads": hf.num_key_value_heads,
         "intermediate_size": hf.intermediate_size,
         "gated_mlp": True,
@@ -36,54 +43,55 @@ def _llama(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
         "qkv_bias": False,
         "output_bias": False,
         "mlp_bias": False,
-        **choices,
     }
+    return neutral(hf, hf.max_position_embeddings, **fields | choices)
 
 
-def llama_family(hf: PreTrainedConfig) -> dict[str, Any]:
+def llama_family(hf: PreTrainedConfig) -> DecoderConfig:
     """Llama's own configuration."""
-    return _llama(hf, **act(hf.hidden_act), **biases(hf), mlp_bias=hf.mlp_bias)
+    return _llama(hf, activation=act(hf.hidden_act), **biases(hf), mlp_bias=hf.mlp_bias)
 
 
-def mistral(hf: PreTrainedConfig) -> dict[str, Any]:
+def mistral(hf: PreTrainedConfig) -> DecoderConfig:
     """One window for all layers."""
-    return _llama(hf, **act(hf.hidden_act), windows=uniform_windows(hf))
+    return _llama(hf, activation=act(hf.hidden_act), windows=uniform_windows(hf))
 
 
-def qwen2(hf: PreTrainedConfig) -> dict[str, Any]:
+def qwen2(hf: PreTrainedConfig) -> DecoderConfig:
     """Biases of queries, keys and values."""
-    return _llama(hf, **act(hf.hidden_act), qkv_bias=True, windows=layer_windows(hf))
+    return _llama(hf, activation=act(hf.hidden_act), qkv_bias=True, windows=layer_windows(hf))
 
 
-def qwen3(hf: PreTrainedConfig) -> dict[str, Any]:
+def qwen3(hf: PreTrainedConfig) -> DecoderConfig:
     """Norms of the heads of queries and keys."""
-    return _llama(hf, **act(hf.hidden_act), **biases(hf), qk_norm="head", windows=layer_windows(hf))
+    return _llama(hf, activation=act(hf.hidden_act), **biases(hf), qk_norm="head", windows=layer_windows(hf))
 
 
-def smollm3(hf: PreTrainedConfig) -> dict[str, Any]:
+def smollm3(hf: PreTrainedConfig) -> DecoderConfig:
     """Some layers have no positions."""
-    fields = llama_family(hf)
-    rope = fields["ropes"][0]
+    config = llama_family(hf)
+    rope = config.ropes[0]
     layer_rope = tuple(0 if has_rope else 1 for has_rope in hf.no_rope_layers)
-    return {**fields, "ropes": (rope, no_rope(rope)), "layer_rope": layer_rope, "windows": layer_windows(hf)}
+    ropes = (rope, no_rope(rope))
+    return replace(config, ropes=ropes, layer_rope=layer_rope, windows=layer_windows(hf))
 
 
-def gemma(hf: PreTrainedConfig) -> dict[str, Any]:
+def gemma(hf: PreTrainedConfig) -> DecoderConfig:
     """Norms that multiply by 1 + scale, scaled embeddings."""
     return _llama(
         hf,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         **biases(hf),
         norm="rms_offset",
         embedding_scale=float(hf.hidden_size**0.5),
     )
 
 
-def gemma2(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
+def gemma2(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
     """Norms of outputs, soft-capping, windows in turn."""
     return _llama(
         hf,
-        **act(hf.hidden_activation),
+        activation=act(hf.hidden_activation),
         **biases(hf),
         norm="rms_offset",
         post_norm=True,
@@ -96,34 +104,34 @@ def gemma2(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
     )
 
 
-def gemma3(hf: PreTrainedConfig) -> dict[str, Any]:
+def gemma3(hf: PreTrainedConfig) -> DecoderConfig:
     """Two rotations, by the type of layer."""
     return gemma2(hf, qk_norm="head", **_typed_ropes(hf))
 
 
-def _typed_ropes(hf: PreTrainedConfig) -> dict[str, Any]:
+def _typed_ropes(hf: PreTrainedConfig) -> _TypedRopes:
     """A rotation for each type of layer."""
-    kinds, head_dim = ("full_attention", "sliding_attention"), neutral(hf, 0)["head_dim"]
+    kinds, head_dim = ("full_attention", "sliding_attention"), head_dim_of(hf)
     return {
         "ropes": tuple(rope_of(hf, hf.rope_parameters[kind], head_dim) for kind in kinds),
         "layer_rope": tuple(kinds.index(kind) for kind in hf.layer_types),
     }
 
 
-def phi3(hf: PreTrainedConfig) -> dict[str, Any]:
+def phi3(hf: PreTrainedConfig) -> DecoderConfig:
     """Fused projections; LongRoPE and partial rotation are in the rotary parameters (Phi-4-mini)."""
-    return _llama(hf, **act(hf.hidden_act), windows=uniform_windows(hf))
+    return _llama(hf, activation=act(hf.hidden_act), windows=uniform_windows(hf))
 
 
-def olmo2(hf: PreTrainedConfig) -> dict[str, Any]:
+def olmo2(hf: PreTrainedConfig) -> DecoderConfig:
     """Norms of outputs only, and of all heads together."""
     return _olmo(hf)
 
 
-def _olmo(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
+def _olmo(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
     return _llama(
         hf,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         **biases(hf),
         qk_norm="all_heads",
         pre_norm=False,
@@ -132,15 +140,15 @@ def _olmo(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
     )
 
 
-def granite(hf: PreTrainedConfig) -> dict[str, Any]:
+def granite(hf: PreTrainedConfig) -> DecoderConfig:
     """Multipliers of embeddings, residuals, scores and logits."""
     return _granite(hf, mlp_bias=hf.mlp_bias)
 
 
-def _granite(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
+def _granite(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
     return _llama(
         hf,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         **biases(hf),
         attention_scale=float(hf.attention_multiplier),
         embedding_scale=float(hf.embedding_multiplier),
@@ -150,22 +158,22 @@ def _granite(hf: PreTrainedConfig, **choices: Any) -> dict[str, Any]:
     )
 
 
-def arcee(hf: PreTrainedConfig) -> dict[str, Any]:
+def arcee(hf: PreTrainedConfig) -> DecoderConfig:
     """A plain MLP with the square of ReLU."""
-    return llama_family(hf) | {"gated_mlp": False}
+    return replace(llama_family(hf), gated_mlp=False)
 
 
-def seed_oss(hf: PreTrainedConfig) -> dict[str, Any]:
+def seed_oss(hf: PreTrainedConfig) -> DecoderConfig:
     """A bias of the output projection that is chosen apart."""
-    return llama_family(hf) | {"output_bias": hf.attention_out_bias}
+    return replace(llama_family(hf), output_bias=hf.attention_out_bias)
 
 
-def ministral(hf: PreTrainedConfig) -> dict[str, Any]:
+def ministral(hf: PreTrainedConfig) -> DecoderConfig:
     """A window in some layers."""
-    return _llama(hf, **act(hf.hidden_act), windows=layer_windows(hf))
+    return _llama(hf, activation=act(hf.hidden_act), windows=layer_windows(hf))
 
 
-def ministral3(hf: PreTrainedConfig) -> dict[str, Any]:
+def ministral3(hf: PreTrainedConfig) -> DecoderConfig:
     """Queries that grow with their position, as in Llama 4."""
     parameters = hf.rope_parameters
     beta = parameters.get("llama_4_scaling_beta")
@@ -175,16 +183,16 @@ def ministral3(hf: PreTrainedConfig) -> dict[str, Any]:
             "rope_parameters has no llama_4_scaling_beta or no original_max_position_embeddings; both are "
             "needed"
         )
-    return mistral(hf) | {"query_growth": QueryGrowth(float(beta), int(length))}
+    return replace(mistral(hf), query_growth=QueryGrowth(float(beta), int(length)))
 
 
-def exaone4(hf: PreTrainedConfig) -> dict[str, Any]:
+def exaone4(hf: PreTrainedConfig) -> DecoderConfig:
     """Norms of outputs only; where some layers have a window, the others have no positions."""
-    rope = rope_of(hf, hf.rope_parameters, neutral(hf, 0)["head_dim"])
+    rope = rope_of(hf, hf.rope_parameters, head_dim_of(hf))
     has_none = [hf.sliding_window is not None and kind == "full_attention" for kind in hf.layer_types]
     return _llama(
         hf,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         qk_norm="head",
         pre_norm=False,
         post_norm=True,
@@ -194,50 +202,50 @@ def exaone4(hf: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def olmo3(hf: PreTrainedConfig) -> dict[str, Any]:
+def olmo3(hf: PreTrainedConfig) -> DecoderConfig:
     """OLMo 2 with windows, and a rotation for each type of layer."""
     return _olmo(hf, windows=layer_windows(hf), **_typed_ropes(hf))
 
 
-def hunyuan(hf: PreTrainedConfig) -> dict[str, Any]:
+def hunyuan(hf: PreTrainedConfig) -> DecoderConfig:
     """Norms of queries and keys after they are turned, and a base stretched once for all lengths."""
-    fields, parameters = neutral(hf, 0), hf.rope_parameters
-    alpha, dim = parameters.get("alpha"), fields["head_dim"]
+    parameters, dim = hf.rope_parameters, head_dim_of(hf)
+    alpha = parameters.get("alpha")
     if parameters["rope_type"] == "dynamic" and alpha:
         theta = parameters["rope_theta"] * alpha ** (dim / (dim - 2))
         parameters = {"rope_type": "default", "rope_theta": theta}
     return _llama(
         hf,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         **biases(hf),
         qk_norm="turned_head",
         ropes=(rope_of(hf, parameters, dim),),
     )
 
 
-def ernie(hf: PreTrainedConfig) -> dict[str, Any]:
+def ernie(hf: PreTrainedConfig) -> DecoderConfig:
     """Biases everywhere or nowhere; its interleaved rotation is in the order of its weights."""
     has_bias = bool(hf.use_bias)
     names = ("qkv_bias", "output_bias", "mlp_bias")
-    return _llama(hf, **act(hf.hidden_act), **dict.fromkeys(names, has_bias))
+    return _llama(hf, activation=act(hf.hidden_act), **dict.fromkeys(names, has_bias))
 
 
-def granite_hybrid(hf: PreTrainedConfig) -> dict[str, Any]:
+def granite_hybrid(hf: PreTrainedConfig) -> DecoderConfig:
     """Granite 4's dense models: all layers attend, and the shared expert is the only one."""
     kinds = set(hf.layer_types)
     if kinds != {"full_attention"}:
         raise UserError(f"layer_types has {', '.join(sorted(kinds))}; supported: full_attention alone")
     turns = hf.position_embedding_type == "rope"
     placed = {} if turns else {"position": "none", "ropes": ()}
-    return _granite(hf, **placed) | {"intermediate_size": hf.shared_intermediate_size}
+    return _granite(hf, **placed, intermediate_size=hf.shared_intermediate_size)
 
 
-def nanochat(hf: PreTrainedConfig) -> dict[str, Any]:
+def nanochat(hf: PreTrainedConfig) -> DecoderConfig:
     """Norms without scales, one of the embeddings too; heads turn the other way, then are normed."""
-    rope = rope_of(hf, hf.rope_parameters, neutral(hf, 0)["head_dim"])
+    rope = rope_of(hf, hf.rope_parameters, head_dim_of(hf))
     return _llama(
         hf,
-        **act(hf.hidden_act),
+        activation=act(hf.hidden_act),
         **biases(hf),
         gated_mlp=False,
         norm="rms_unscaled",
@@ -248,6 +256,6 @@ def nanochat(hf: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def apertus(hf: PreTrainedConfig) -> dict[str, Any]:
+def apertus(hf: PreTrainedConfig) -> DecoderConfig:
     """A plain MLP whose activation, xIELU, is learned; norms of the heads of queries and keys."""
-    return _llama(hf, **act(hf.hidden_act), **biases(hf), gated_mlp=False, qk_norm="head")
+    return _llama(hf, activation=act(hf.hidden_act), **biases(hf), gated_mlp=False, qk_norm="head")

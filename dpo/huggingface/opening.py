@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from dpo.huggingface.carried import Carried, find_carried
 from dpo.huggingface.config_rules import check_config, check_generation_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
 from dpo.huggingface.families import FAMILIES, WRAPPERS, Family
-from dpo.huggingface.foreign_json import read_small_json, show
+from dpo.huggingface.foreign_json import JsonObject, read_small_json, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
 from dpo.huggingface.text_models import family_of, parse_config
@@ -39,8 +39,8 @@ MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 class Checkpoint(NamedTuple):
     """An opened source, of which nothing large was read yet."""
 
-    config: dict[str, Any]
-    generation_config: dict[str, Any]
+    config: JsonObject
+    generation_config: JsonObject
     tensors: Callable[[Family, Iterable[str]], Tensors]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     source: str
@@ -90,7 +90,7 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
     )
 
 
-def _untied_where_different(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _untied_where_different(config: JsonObject, path: Path) -> JsonObject:
     """The configuration, with `tie_word_embeddings` false where the file has another output head.
 
     So transformers 5 reads it: a head that is stored and differs from the embedding is the model's.
@@ -153,14 +153,14 @@ def _open_base(directory: Path, base: str, *, offline: bool) -> Checkpoint:
     return _open_directory(found, f"{hub_id}@{found.name}")._replace(hub_id=hub_id)
 
 
-def read_model_config(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> JsonObject:
     """A checked `config.json`."""
     config = read_small_json(path)
     check_config(path, config)
     return config
 
 
-def _read_generation_config(path: Path) -> dict[str, Any]:
+def _read_generation_config(path: Path) -> JsonObject:
     """Empty where there is none."""
     if not path.exists():
         return {}
@@ -203,5 +203,5 @@ class _Renamed:
         return self._tensors.read(self._names[name], rows)
 
 
-def is_classifier(config: dict[str, Any]) -> bool:
+def is_classifier(config: JsonObject) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])

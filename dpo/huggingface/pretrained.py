@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.huggingface.binding import bind, check_tensors, constants
 from dpo.huggingface.carried import Carried
 from dpo.huggingface.families import Family, classifier_architecture
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.loading import Placement, load_parameters
 from dpo.huggingface.opening import Checkpoint, is_classifier, open_checkpoint
 from dpo.huggingface.saving import flatten
@@ -31,9 +32,9 @@ class Pretrained(NamedTuple):
     """A model with what is needed to use it and to write it back."""
 
     model: Decoder
-    config: dict[str, Any]
+    config: JsonObject
     """Hugging Face's `config.json`."""
-    generation_config: dict[str, Any]
+    generation_config: JsonObject
     tokenizer: PreTrainedTokenizerBase
     source: str
     """What was loaded, with the hub's commit where there is one."""
@@ -200,7 +201,7 @@ def _load(
     check_tensors(family, bindings, tensors.shapes, checkpoint.source)
     _check_constants(family, abstract.config, tensors, checkpoint.source)
     values = load_parameters(bindings, tensors, shapes, dtype=dtype, placement=placement)
-    nnx.replace_by_pure_dict(state, _unflatten(values))
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values, sep="."))
     return nnx.merge(graphdef, state)
 
 
@@ -220,14 +221,3 @@ def _require_classifier(checkpoint: Checkpoint) -> None:
             f"{checkpoint.source}: architectures is {found}; allowed for a classifier or reward model of "
             f"model_type {model_type} is {allowed or 'none: transformers has none'}"
         )
-
-
-def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    return nested

@@ -24,6 +24,7 @@ from dpo.files import new_directory
 from dpo.huggingface.binding import Binding, bind, constants
 from dpo.huggingface.carried import Carried
 from dpo.huggingface.families import Family, classifier_architecture
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.spellings import respell_tokenizer, spelled_for_all
 from dpo.huggingface.text_models import family_of
 from dpo.huggingface.weights import SAFETENSORS_DTYPES
@@ -39,9 +40,9 @@ def save_pretrained(
     model: Decoder,
     directory: str | Path,
     *,
-    hf_config: dict[str, Any],
+    hf_config: JsonObject,
     tokenizer: PreTrainedTokenizerBase | None,
-    generation_config: dict[str, Any] | None = None,
+    generation_config: JsonObject | None = None,
     dtype: Any = None,
     max_shard_size: int = 5 * 10**9,
     model_card: str | None = None,
@@ -154,7 +155,7 @@ def write_safetensors(
 ) -> None:
     """Write tensors of one dtype in the order of `shapes`, each given as runs of its rows."""
     stored = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, shape in shapes.items():
         end = begin + math.prod(shape) * dtype.itemsize
@@ -197,8 +198,8 @@ def _take(leaf: Any, index: int, num_leading: int) -> np.ndarray:
 
 def _save_configs(
     target: Path,
-    hf_config: dict[str, Any],
-    generation_config: dict[str, Any] | None,
+    hf_config: JsonObject,
+    generation_config: JsonObject | None,
     *,
     architecture: str | None,
     dtype: np.dtype,
@@ -229,9 +230,9 @@ def _check_replaceable(directory: Path) -> None:
         raise UserError(f"{directory} is a file; allowed is a new, empty or model directory")
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with paths such as layers.mlp.up_proj.kernel."""
-    flat: dict[str, Any] = {}
+    flat = {}
     for key, value in nested.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.outcomes import UserError
 
 SHAPE_PREFIX = "shape:"
 
 
-def read_shape(source: str) -> dict[str, Any]:
+def read_shape(source: str) -> JsonObject:
     """The Hugging Face configuration of `shape:NAME`.
 
     Raises:

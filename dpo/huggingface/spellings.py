@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from dpo.huggingface.foreign_json import JsonObject
 
-def spelled_for_all(config: dict[str, Any]) -> dict[str, Any]:
+
+def spelled_for_all(config: JsonObject) -> JsonObject:
     """A `config.json` that transformers 4 and 5 read alike; what it says already stays."""
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     spelled = {"tie_word_embeddings": parsed.tie_word_embeddings, **config}
@@ -24,15 +25,15 @@ def spelled_for_all(config: dict[str, Any]) -> dict[str, Any]:
     return spelled | _both_ropes(config["model_type"], parsed)
 
 
-def _both_ropes(model_type: str, parsed: PreTrainedConfig) -> dict[str, Any]:
+def _both_ropes(model_type: str, parsed: PreTrainedConfig) -> JsonObject:
     """Rotary parameters under both names; nothing where there are none."""
     parameters = getattr(parsed, "rope_parameters", None)
     return _older_rope(model_type, parameters) | {"rope_parameters": parameters} if parameters else {}
 
 
-def _older_rope(model_type: str, parameters: dict[str, Any]) -> dict[str, Any]:
+def _older_rope(model_type: str, parameters: JsonObject) -> JsonObject:
     """Rotary parameters as transformers 4 names them."""
-    names: dict[str, Any] = {}
+    names: JsonObject = {}
     if "full_attention" in parameters:  # Gemma 3: one kind for layers that see all, one for the others
         names["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from dpo.huggingface.families import FAMILIES, WRAPPERS, Family, decoder_config, find_family
-from dpo.huggingface.foreign_json import show
+from dpo.huggingface.foreign_json import JsonObject, show
 from dpo.huggingface.weight_names import SPELLINGS, Rule, Spelling
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
@@ -61,7 +61,7 @@ def family_of(config: Mapping[str, Any], spelling: Spelling = SPELLINGS[0]) -> F
     )
 
 
-def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_fields(config: Mapping[str, Any]) -> JsonObject:
     """The text model's own `config.json`.
 
     Raises:

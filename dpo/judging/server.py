@@ -93,7 +93,7 @@ class Server:
         if status in (401, 402, 403):
             raise _error_of(status)(f"{url} answered {status}; {_STOPPING[status]}")
 
-    async def request(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Completion | Verdict:
+    async def request(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Completion | Verdict:
         """A completion, or the invalid verdict that stands for having none.
 
         Raises:
@@ -111,7 +111,7 @@ class Server:
                 await self._pause(min(pause, LONGEST_PAUSE))
         return self._no_answer(problem)
 
-    async def _try(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Completion | Verdict | str:
+    async def _try(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Completion | Verdict | str:
         """What the server says once it is reached: an outcome, or, as text, what may pass."""
         while True:
             await self._pause(self._not_before - time.monotonic())
@@ -222,7 +222,7 @@ def _wants_other_limit(received: Received, sent: Mapping[str, Any]) -> bool:
     )
 
 
-def _rename_limit(body: Mapping[str, Any]) -> dict[str, Any]:
+def _rename_limit(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"max_completion_tokens" if name == "max_tokens" else name: v for name, v in body.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -86,10 +86,12 @@ MODIFIERS: dict[str, Callable[..., Modifier]] = {
 """Settings that change what an objective sees, in the order in which they apply. `Objective.admits` says
 where."""
 
+Specification = dict[str, Any]
+"""An objective as settings give it: its name and hyper-parameters, in a sum its weight."""
 _NEEDS = {"wpo": "log_collision", "ld_alpha": "head"}
 
 
-def make_objective(spec: dict[str, Any] | Sequence[dict[str, Any]]) -> Objective:
+def make_objective(spec: Specification | Sequence[Specification]) -> Objective:
     """The objective that {"name": "dpo", "beta": 0.1} describes; of a list, the weighted sum.
 
     Entries of a list have a `weight` (1 when not given). Raises ValueError that names the key, the value and
@@ -103,7 +105,7 @@ def make_objective(spec: dict[str, Any] | Sequence[dict[str, Any]]) -> Objective
     return _weighted_sum([_make_weighted(entry, where=f"objectives[{i}]") for i, entry in enumerate(spec)])
 
 
-def reward_scale(spec: dict[str, Any] | Sequence[dict[str, Any]]) -> float:
+def reward_scale(spec: Specification | Sequence[Specification]) -> float:
     """β of an objective, or of the first in a list that has one: the factor of rewards/* metrics.
 
     1 for objectives without β.
@@ -132,7 +134,7 @@ def _default_beta(name: str) -> float | None:
     return None if beta is None else beta.default
 
 
-def with_own_beta(spec: dict[str, Any]) -> dict[str, Any]:
+def with_own_beta(spec: Specification) -> Specification:
     """An objective's settings; of one of the user's own with its default β, so that no code is needed."""
     name = spec.get("name")
     if name in _SHIPPED or "beta" in spec or not isinstance(name, str):
@@ -141,7 +143,7 @@ def with_own_beta(spec: dict[str, Any]) -> dict[str, Any]:
     return spec if beta is None or beta.default is beta.empty else {**spec, "beta": beta.default}
 
 
-def default_values(name: str) -> dict[str, Any]:
+def default_values(name: str) -> Mapping[str, Any]:
     """What a shipped objective's own settings are where a run does not name them; nothing of other ones."""
     if name not in _SHIPPED:
         return {}
@@ -154,7 +156,7 @@ def names_that_learn_from_single_responses() -> list[str]:
     return sorted(name for name, make in OBJECTIVES.items() if make().learns_from_single_responses)
 
 
-def _make_one(spec: dict[str, Any], *, where: str) -> Objective:
+def _make_one(spec: Specification, *, where: str) -> Objective:
     if "name" not in spec:
         raise UserError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
     name = spec["name"]
@@ -199,7 +201,7 @@ def _defaults(factory: Callable[..., Objective], name: str) -> Objective:
     return made
 
 
-def _modified(objective: Objective, settings: dict[str, Any]) -> Objective:
+def _modified(objective: Objective, settings: Mapping[str, Any]) -> Objective:
     if not settings:
         return objective
     modifiers = [MODIFIERS[key](value) for key, value in settings.items()]
@@ -213,7 +215,7 @@ def _modified(objective: Objective, settings: dict[str, Any]) -> Objective:
     return replace(objective, loss=loss, needs=needs)
 
 
-def _make_weighted(spec: dict[str, Any], *, where: str) -> tuple[float, Objective]:
+def _make_weighted(spec: Specification, *, where: str) -> tuple[float, Objective]:
     weight = (
         checked([_weight], {"weight": spec["weight"]}, where=where)["weight"] if "weight" in spec else 1.0
     )

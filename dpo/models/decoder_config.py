@@ -7,6 +7,9 @@ from typing import Literal
 
 from dpo.models.rotary import Rope
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
+"""`relu2` is the square of ReLU; `xielu` has parameters (Huang and Schlag 2024)."""
+
 
 @dataclass(frozen=True)
 class Alibi:
@@ -41,8 +44,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
-    """`relu2` is the square of ReLU; `xielu` has parameters (Huang and Schlag 2024)."""
+    activation: Activation
     gated_mlp: bool
     """act(gate x) * up x, instead of act(up x)."""
     norm: Literal["rms", "rms_offset", "rms_unscaled", "layer", "layer_no_bias"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 from dpo.planning.chips import FRACTIONS, GIB, memory_fraction
 from dpo.planning.plan import Plan
@@ -37,7 +36,7 @@ def plan_as_text(plan: Plan, target: Target, *, compute_dtype: str) -> str:
     return "\n".join(lines)
 
 
-def plan_as_numbers(plan: Plan, target: Target) -> dict[str, Any]:
+def plan_as_numbers(plan: Plan, target: Target) -> dict[str, object]:
     """All of a plan as a tree of plain numbers and texts."""
     program = plan.program
     return {
@@ -68,7 +67,7 @@ def plan_as_numbers(plan: Plan, target: Target) -> dict[str, Any]:
     }
 
 
-def _travel_as_numbers(travel: Travel) -> dict[str, Any]:
+def _travel_as_numbers(travel: Travel) -> dict[str, object]:
     gather, logits = travel.largest_gather, travel.logits
     return {
         "largest_gather": None if gather is None else gather._asdict(),

@@ -19,7 +19,7 @@ from dpo.planning.planner import make_plan
 from dpo.planning.search import choices_of
 from dpo.planning.targets import Target
 from dpo.planning.workloads import Lengths
-from dpo.training.memory import Choice
+from dpo.training.memory_choices import Choice
 
 RANK = 16
 """Of the adapters that are tried."""

@@ -15,10 +15,7 @@ from dpo.planning.plan import Plan, describe_time
 from dpo.planning.planner import make_plan
 from dpo.planning.targets import Target
 from dpo.planning.workloads import Lengths
-from dpo.training.memory import (
-    Choice,
-    candidates,
-)
+from dpo.training.memory_choices import Choice, candidates
 
 
 def make_plan_within_limit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,6 +13,7 @@ from dpo.config.sources import show_source
 from dpo.data.packing import Shape
 from dpo.data.shapes import Step, plan_shapes
 from dpo.data.tokenized import TokenizedDataset
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.shapes import SHAPE_PREFIX, read_shape
 from dpo.huggingface.text_models import read_config
@@ -51,7 +52,7 @@ def read_decoder(source: str) -> DecoderConfig:
     return read_config(read_hf_config(source))[1]
 
 
-def read_hf_config(source: str) -> dict[str, Any]:
+def read_hf_config(source: str) -> JsonObject:
     """What config.json says."""
     return read_shape(source) if source.startswith(SHAPE_PREFIX) else open_checkpoint(source).config
 

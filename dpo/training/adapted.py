@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +27,7 @@ from dpo.huggingface.adapters import (
     new_adapters,
 )
 from dpo.huggingface.binding import Binding
+from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import open_shapes
 from dpo.huggingface.text_models import read_config
@@ -91,9 +91,7 @@ def export_adapters(policy: Policy, params: Params, directory: str | Path, *, so
     return save_adapters(directory, *get_adapters(model, bindings), bindings=bindings, base=base)
 
 
-def starting_adapters(
-    lora: LoraConfig, hf_config: dict[str, Any], *, seed: int
-) -> tuple[list[Adapter], Method]:
+def starting_adapters(lora: LoraConfig, hf_config: JsonObject, *, seed: int) -> tuple[list[Adapter], Method]:
     """The adapters before the first update, new or from `lora.init`, for a model of this config.json."""
     bindings = _bindings(hf_config)
     if lora.init is not None:
@@ -107,7 +105,7 @@ def starting_adapters(
     )
 
 
-def _bindings(hf_config: dict[str, Any]) -> list[Binding]:
+def _bindings(hf_config: JsonObject) -> list[Binding]:
     return model_bindings(*read_config(hf_config))
 
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from dpo.parallel.distributed import is_main, shared_vote
-from dpo.runs import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY
+from dpo.runs import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY, Identity
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.datasets import as_trained, scoring_loader
-from dpo.training.identity import Identity, take_probe
+from dpo.training.identity import take_probe
 from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
 from dpo.training.policy import Policy

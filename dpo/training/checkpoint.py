@@ -17,7 +17,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from dpo.files import (
     writing,
 )
 from dpo.outcomes import OUT_OF_MEMORY, PEER_LOST, StopRequested, UserError, outcome_of
+from dpo.runs import Identity
 from dpo.training.step import Params, TrainState
 
 DAMAGED = ".damaged"
@@ -124,7 +125,7 @@ class Checkpoints:
         return target
 
     def save(
-        self, step: int, state: TrainState, identity: dict[str, Any], *, protect: Collection[int] = ()
+        self, step: int, state: TrainState, identity: Mapping[str, object], *, protect: Collection[int] = ()
     ) -> None:
         """Save the state after `step` updates and what it belongs to: copied now, written behind.
 
@@ -146,7 +147,7 @@ class Checkpoints:
             raise
         self._finisher = threading.Thread(
             target=self._finish,
-            args=(step, beside, identity | {"state": _shapes(state)}, frozenset(protect)),
+            args=(step, beside, {**identity, "state": _shapes(state)}, frozenset(protect)),
             name="checkpoint",
         )
         self._finisher.start()
@@ -164,7 +165,7 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise failure
 
-    def identity(self, step: int) -> dict[str, Any]:
+    def identity(self, step: int) -> Identity:
         """What the checkpoint of `step` belongs to."""
         return json.loads((self.path(step) / IDENTITY_FILE).read_text(encoding="utf-8"))
 
@@ -214,7 +215,9 @@ class Checkpoints:
                 f"arrays differ, the first of them {listed}"
             )
 
-    def _finish(self, step: int, beside: Path, identity: dict[str, Any], protect: frozenset[int]) -> None:
+    def _finish(
+        self, step: int, beside: Path, identity: Mapping[str, object], protect: frozenset[int]
+    ) -> None:
         """Wait for Orbax, add identity and checksums, give the checkpoint its name, delete old ones."""
         try:
             with self._writing(step):
@@ -265,7 +268,7 @@ def _shapes(state: TrainState | dict[str, Params]) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _nested(path: tuple[Any, ...], leaf: Any) -> dict[str, Any]:
+def _nested(path: tuple[Any, ...], leaf: Any) -> dict[str, Params]:
     """A state that has nothing but this leaf of its parameters."""
     for key in reversed(path):
         leaf = {key.key: leaf}

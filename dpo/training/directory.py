@@ -16,8 +16,8 @@ from dpo.config import Config, save_config
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
-from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, RunSummary, read_summary
-from dpo.training.identity import Identity, differences, require_same
+from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, Identity, RunSummary, read_summary
+from dpo.training.identity import differences, require_same
 from dpo.training.memory import keep_choice
 from dpo.training.preparation import Run, prepare
 from dpo.training.versions import versions

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -22,14 +22,20 @@ from dpo.config.marks import BESIDE, OWN, PLACE, Mark, marked
 from dpo.data.batch import Batch
 from dpo.losses import default_values
 from dpo.outcomes import UserError
-from dpo.runs import flat_settings
+from dpo.runs import FlatSettings, Identity, flat_settings
 from dpo.training.policy import Policy
 from dpo.training.reading import Dataset, given_chat_template
 from dpo.training.reference import ReferenceStore, Rows, Score
 from dpo.training.versions import PACKAGES, versions
 
-Identity = dict[str, dict[str, Any]]
-"""Kind ("settings", "data", …) → name → value, all plain JSON."""
+
+class Probe(TypedDict):
+    """Log-probs of a few rows, by which a policy is known again."""
+
+    rows: list[int]
+    logps: list[list[float]]
+    """By row and response; 0 where there is none."""
+
 
 ROOTS = frozenset({"settings", "data", "tokenizer", "template", "weights"})
 FOLLOWING = frozenset({"tokens", "steps", "reference"})
@@ -80,17 +86,17 @@ def reference_identity(stores: Mapping[str, ReferenceStore]) -> Identity:
     return {"reference": {name: _fingerprint_rows(store.rows) for name, store in stores.items()}}
 
 
-def resolved_settings(config: Config) -> dict[str, Any]:
+def resolved_settings(config: Config) -> FlatSettings:
     """Every setting that decides what a run computes, by its dotted name."""
     return without(flat_settings(asdict(config)), BESIDE)
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
+def shared_settings(config: Config) -> FlatSettings:
     """Every setting that all processes of a run must have the same of, by its dotted name."""
     return without(flat_settings(asdict(config)), OWN)
 
 
-def without(flat: Mapping[str, Any], mark: Mark) -> dict[str, Any]:
+def without(flat: FlatSettings, mark: Mark) -> FlatSettings:
     """Flat settings but for those that have a mark, themselves or as a section."""
     names = marked(Config, mark)
     return {
@@ -133,7 +139,7 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
     return found
 
 
-def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(values: Mapping[str, Any]) -> FlatSettings:
     """Settings with what their objective takes for those of its own that they do not name."""
     defaults = default_values(str(values.get("objective.name")))
     return {f"objective.{name}": value for name, value in defaults.items()} | dict(values)
@@ -170,14 +176,14 @@ def require_same(
     )
 
 
-def take_probe(score: Score, batch: Batch) -> dict[str, Any]:
+def take_probe(score: Score, batch: Batch) -> Probe:
     """Log-probs of the first few rows, to be found again when the parameters are restored."""
     index = np.asarray(batch.index)
     logps = np.where(np.asarray(batch.present), np.asarray(score(batch)["logps"], np.float32), 0)
     return {"rows": index.tolist(), "logps": logps.tolist()}
 
 
-def check_probe(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> str:
+def check_probe(saved: Probe, now: Probe, *, where: str) -> str:
     """Compare the restored policy's log-probs with those at the time of saving; returns what was found.
 
     Raises:

@@ -31,6 +31,8 @@ from dpo.runs import (
     EXPORT_DIRECTORY,
     HELDOUT_FILE,
     METRICS_FILE,
+    Identity,
+    RunSummary,
     read_metrics,
 )
 from dpo.training import rounding
@@ -52,11 +54,7 @@ from dpo.training.checkpoint import Checkpoints
 from dpo.training.directory import begin, finish, may_stand, summary_of
 from dpo.training.export import export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
-from dpo.training.identity import (
-    Identity,
-    reference_identity,
-    settings_fingerprint,
-)
+from dpo.training.identity import reference_identity, settings_fingerprint
 from dpo.training.interrupt import StopRequested, stop_requests, stops_at_once
 from dpo.training.lock import exclusive
 from dpo.training.metrics import Metrics
@@ -124,13 +122,9 @@ def _train(given: Config, observe: Observe | None) -> RunResult:
     with ExitStack() as stack:
         # What there is to lose yet is nothing: a stop ends this at once.
         with stops_at_once():
-            stack.enter_context(joined(given.distributed))
-            on_main(lambda: stack.enter_context(exclusive(run_dir)))
-            require_shared(run_dir)
-            on_main(lambda: stack.enter_context(counted_start(run_dir)))
-            summary = on_main(lambda: summary_of(run_dir, settings))
-            if summary is not None and may_stand(given, summary, log=say):
-                return RunResult(run_dir, "already finished", summary)
+            stands = _enter(stack, given, settings)
+            if stands is not None:
+                return RunResult(run_dir, "already finished", stands)
             run = prepare(given)
         stop_requested = shared_vote(stack.enter_context(stop_requests()), run.mesh)
 
@@ -181,6 +175,17 @@ def _train(given: Config, observe: Observe | None) -> RunResult:
         checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
         summary = finish(run, metrics, settings=settings, started=started, best=saver.best)
         return RunResult(run.run_dir, "finished", summary)
+
+
+def _enter(stack: ExitStack, given: Config, settings: str) -> RunSummary | None:
+    """Take the run's directory for this start; its summary where it is finished and that may stand."""
+    run_dir = Path(given.run_dir)
+    stack.enter_context(joined(given.distributed))
+    on_main(lambda: stack.enter_context(exclusive(run_dir)))
+    require_shared(run_dir)
+    on_main(lambda: stack.enter_context(counted_start(run_dir)))
+    summary = on_main(lambda: summary_of(run_dir, settings))
+    return summary if summary is not None and may_stand(given, summary, log=say) else None
 
 
 def _introduce(run: Run) -> None:

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -38,7 +38,7 @@ from dpo.losses import Objective
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import from_main, on_main
 from dpo.parallel.sharding import row_multiple
-from dpo.runs import MEMORY_FILE
+from dpo.runs import MEMORY_FILE, ChosenMemory
 from dpo.training.datasets import make_loader, scoring_loader
 from dpo.training.device_memory import (
     GIB,
@@ -54,41 +54,13 @@ from dpo.training.device_memory import (
     temporary_bytes,
 )
 from dpo.training.identity import settings_fingerprint
+from dpo.training.memory_choices import Choice, Remat, candidates
 from dpo.training.on_policy import lower_programs
 from dpo.training.placement import place_batch
 from dpo.training.policy import Policy
 from dpo.training.program import Program, make_program
 from dpo.training.reference_model import reference_kind
 from dpo.training.step import make_eval_step
-
-LEAST_CHUNK = 32
-"""Least value of `model.log_prob_chunk` that is tried: smaller chunks of scored tokens save nothing."""
-
-Remat = Literal["none", "dots", "full"]
-_REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-"""Values of `model.remat`, the quickest first."""
-
-
-class Choice(NamedTuple):
-    """Settings that are traded for memory."""
-
-    remat: Remat
-    micro_batches: int
-    log_prob_chunk: int
-
-    @property
-    def text(self) -> str:
-        """The choice in words, for a line of the log."""
-        parts = "1 micro-batch" if self.micro_batches == 1 else f"{self.micro_batches} micro-batches"
-        return f"remat {self.remat}, {parts}, {self.log_prob_chunk} scored tokens at a time"
-
-    def apply(self, config: Config) -> Config:
-        """A run's settings with this choice in place of theirs."""
-        return replace(
-            config,
-            model=replace(config.model, remat=self.remat, log_prob_chunk=self.log_prob_chunk),
-            training=replace(config.training, micro_batches=self.micro_batches),
-        )
 
 
 class Fit(NamedTuple):
@@ -114,10 +86,12 @@ class Fit(NamedTuple):
             + (", as chosen when the run began" if self.kept else "")
         )
 
-    def as_numbers(self) -> dict[str, Any]:
+    def as_numbers(self) -> ChosenMemory:
         """The choice and its memory as plain numbers and texts, to be kept as JSON."""
         return {
-            **self.choice._asdict(),
+            "remat": self.choice.remat,
+            "micro_batches": self.choice.micro_batches,
+            "log_prob_chunk": self.choice.log_prob_chunk,
             "peak_gib": self.peak / GIB,
             "limit_gib": self.limit / GIB,
             "too_much_gib": {name: None if math.isinf(peak) else peak / GIB for name, peak in self.tried},
@@ -189,26 +163,6 @@ def find_fit(config: Config, parts: Parts) -> Fit:
         return other + max(step, state + saved + max(scoring, sampling))
 
     return first_that_fits(candidates(config, lambda count: _scored(config, parts, count)), peak, limit=limit)
-
-
-def candidates(config: Config, scored: Callable[[int], int]) -> Iterator[Choice]:
-    """Choices in the order of their expected speed: what is asked for, remat, micro-batches, chunks.
-
-    Micro-batches grow by divisors of the batch, each at least twice the one before. `scored` gives the
-    scored tokens of a device and micro-batch by their number: larger chunks than that are no larger.
-    """
-    model, training = config.model, config.training
-    count, chunk = training.micro_batches, model.log_prob_chunk
-    for remat in _REMATS[_REMATS.index(model.remat) :]:
-        yield Choice(remat, count, chunk)
-    for more in range(2 * count, training.batch_size + 1):
-        if training.batch_size % more == 0 and more >= 2 * count:
-            count = more
-            yield Choice("full", count, chunk)
-    chunk = _smaller_power_of_two(min(chunk, scored(count)))
-    while chunk >= LEAST_CHUNK:
-        yield Choice("full", count, chunk)
-        chunk //= 2
 
 
 def first_that_fits(choices: Iterable[Choice], peak: Callable[[Choice], float], *, limit: float) -> Fit:
@@ -334,7 +288,7 @@ def _step_key(config: Config, parts: Parts, choice: Choice) -> tuple:
     return choice.remat, choice.micro_batches, min(choice.log_prob_chunk, scored)
 
 
-def _asked(limit: Limit, settings: str) -> dict[str, Any]:
+def _asked(limit: Limit, settings: str) -> dict[str, object]:
     return {"settings": settings, "memory_limit": limit}
 
 
@@ -342,8 +296,3 @@ def _memoised(found: dict[Any, float], key: Any, compute: Callable[[], float]) -
     if key not in found:
         found[key] = compute()
     return found[key]
-
-
-def _smaller_power_of_two(value: int) -> int:
-    """The largest one below `value`."""
-    return 2 ** ((value - 1).bit_length() - 1) if value > 1 else 0

@@ -95,9 +95,9 @@ def count_parameters(model: Decoder) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _front_matter(config: Config, base: Pretrained) -> dict[str, Any]:
+def _front_matter(config: Config, base: Pretrained) -> dict[str, object]:
     objectives = objective_terms(config)
-    matter: dict[str, Any] = {
+    matter: dict[str, object] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": base.licence or "unknown",

@@ -16,6 +16,7 @@ from dpo.outcomes import UserError
 from dpo.parallel.distributed import agree
 from dpo.parallel.sharding import make_mesh
 from dpo.runs import (
+    Identity,
     specification,
 )
 from dpo.training.adapted import open_policy
@@ -25,7 +26,7 @@ from dpo.training.datasets import (
     require_embeddings,
     require_preferences,
 )
-from dpo.training.identity import Identity, run_identity, shared_settings
+from dpo.training.identity import run_identity, shared_settings
 from dpo.training.memory import Fit, Parts, choose_memory, with_remat
 from dpo.training.policy import Policy
 from dpo.training.program import count_steps, enable_compilation_cache

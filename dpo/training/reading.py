@@ -10,13 +10,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
 
 from dpo.config import DataConfig
+from dpo.config.run import TemplateArguments
 from dpo.data.chunks import TokenJob
+from dpo.data.encoding import EndToken
 from dpo.data.mixing import Drawn, Share, Source, mix
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import (
@@ -31,7 +33,7 @@ from dpo.data.preferences import (
 from dpo.data.prepared import Prepared, Store, join_locations, prepare
 from dpo.data.sources import Part
 from dpo.data.templates import read_template
-from dpo.data.tokenization import tokenize, tokenize_part
+from dpo.data.tokenization import Truncation, tokenize, tokenize_part
 from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.embedded import cache_directory
 from dpo.outcomes import UserError
@@ -196,7 +198,7 @@ def each_text(config: DataConfig, *, heldout: bool = False) -> Iterator[Preferen
 
 
 def _read_in_parts(
-    config: DataConfig, place: Place, tokenizer: Any, policies: dict[str, Any], peers: Peers
+    config: DataConfig, place: Place, tokenizer: Any, policies: _TokenPolicies, peers: Peers
 ) -> Dataset:
     read, locations = read_together(
         place.source,
@@ -227,7 +229,19 @@ def tokenize_preferences(
     return tokenize(preferences, tokenizer, **_token_policies(config))
 
 
-def _token_policies(config: DataConfig) -> dict[str, Any]:
+class _TokenPolicies(TypedDict):
+    """Arguments of `tokenize` that settings decide."""
+
+    max_length: int
+    truncation: Truncation
+    end_token: EndToken
+    chat_template: str | None
+    template_date: str
+    template_kwargs: TemplateArguments
+    template_characters: int
+
+
+def _token_policies(config: DataConfig) -> _TokenPolicies:
     return {
         "max_length": config.max_length,
         "truncation": config.truncation,

@@ -6,16 +6,15 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from dpo.config import TrainingConfig
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import on_main
+from dpo.runs import Identity
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.identity import FOLLOWING, ROOTS, Identity, check_probe, differences, require_same
+from dpo.training.identity import FOLLOWING, ROOTS, Probe, check_probe, differences, require_same
 from dpo.training.step import TrainState
-
-Probe = dict[str, Any]
 
 
 class Saver:
@@ -114,7 +113,7 @@ class Resume(NamedTuple):
         changed = sorted(differences(self.identity, now).keys() & (ROOTS | FOLLOWING))
         if changed:
             return f"its log-probs were not compared with those at the time of saving: other {changed}"
-        return check_probe(self.identity["probe"], probe(), where=self._where)
+        return check_probe(cast("Probe", self.identity["probe"]), probe(), where=self._where)
 
     @property
     def _where(self) -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from dpo.files import replace_text
 from dpo.outcomes import STOPPED, NoProgressError, outcome_of
@@ -20,6 +20,16 @@ from dpo.runs import CHECKPOINTS_DIRECTORY
 STARTS_FILE = "starts.json"
 MOST_STARTS = 10
 """Starts in a row that may end in being killed or in a lost process with nothing saved."""
+
+
+class _Starts(TypedDict):
+    """What `STARTS_FILE` holds."""
+
+    step: int
+    """Of the newest checkpoint; with another one the count begins anew."""
+    starts: int
+    hung: list[int]
+    """Which of the starts ended because a step hung."""
 
 
 @contextmanager
@@ -37,7 +47,7 @@ def counted_start(run_dir: Path) -> Iterator[None]:
             f"nothing after step {record['step']}. Look at what ended them (memory of the host, a network, a "
             "node); a smaller training.save_minutes makes shorter ways count. The next start counts from one"
         )
-    _write(run_dir, record | {"starts": record["starts"] + 1})
+    _write(run_dir, {**record, "starts": record["starts"] + 1})
     try:
         yield
     except BaseException as error:
@@ -52,11 +62,11 @@ def hung_before(run_dir: Path) -> bool:
     record = _read(run_dir)
     earlier = any(start != record["starts"] for start in record["hung"])
     if record["starts"] not in record["hung"]:
-        _write(run_dir, record | {"hung": [*record["hung"], record["starts"]]})
+        _write(run_dir, {**record, "hung": [*record["hung"], record["starts"]]})
     return earlier
 
 
-def _read(run_dir: Path) -> dict[str, Any]:
+def _read(run_dir: Path) -> _Starts:
     """The count since the newest checkpoint that is there."""
     directory, path = run_dir / CHECKPOINTS_DIRECTORY, run_dir / STARTS_FILE
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
@@ -70,5 +80,5 @@ def _read(run_dir: Path) -> dict[str, Any]:
     return {"step": step, "starts": 0, "hung": []}
 
 
-def _write(run_dir: Path, record: dict[str, Any]) -> None:
+def _write(run_dir: Path, record: _Starts) -> None:
     replace_text(run_dir / STARTS_FILE, json.dumps(record) + "\n", what="the count of starts")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from family_templates import FAMILIES
 from toy_tokenizer import make_tokenizer
+from transformers import BatchEncoding
 
 from dpo.data.preferences import Preference
 from dpo.data.tokenization import tokenize, tokenize_prompts
@@ -61,13 +62,15 @@ def theirs(family, case, response, **arguments):
     prompt, _, context = CASES[case]
     if case == "parts" and family not in SHOWS_PARTS:
         prompt = say("Hi")
-    return make_tokenizer().apply_chat_template(
+    found = make_tokenizer().apply_chat_template(
         [dict(turn) for turn in (*prompt, *turns_of(response))],
         chat_template=FAMILIES[family],
         tools=(context or {}).get("tools"),
         return_dict=True,
         **arguments,
     )
+    assert isinstance(found, BatchEncoding)
+    return found
 
 
 def ours(family, case, **settings):
@@ -134,6 +137,7 @@ def test_a_prompt_for_sampling_is_what_transformers_opens(family, thinking):
         return_dict=True,
         **arguments,
     )
+    assert isinstance(expected, BatchEncoding)
     assert ids == expected["input_ids"]
 
 

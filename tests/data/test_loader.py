@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from dpo.data.loader import evaluation_loader, training_loader
 ROWS = random_dataset([(n % 7 + 1, [n % 5 + 1, n % 3 + 1]) for n in range(10)])
 
 
-def make(**settings):
-    return training_loader(ROWS, **{"batch_size": 4, "num_steps": 10, **settings})
+def make(**settings: Any):
+    settings = {"batch_size": 4, "num_steps": 10, **settings}
+    return training_loader(ROWS, **settings)
 
 
 def assert_same_batch(left, right):

@@ -82,7 +82,7 @@ def test_facts_of_responses_do_not_depend_on_the_layout(shapes, layout, batch_si
             assert batch.lengths[p].tolist() == dataset.response_lengths[row].tolist()
             assert batch.ranks[p].tolist() == [*range(count), *[K] * (K - count)]
             assert np.all(np.diff(batch.ranks[p]) >= 0)
-            owners = p * K + np.arange(count)
+            owners = p * K + np.arange(int(count))
             rows = [np.unique(np.argwhere(batch.owner == owner)[:, 0]).tolist() for owner in owners]
             assert rows == [[r] for r in batch.row[p, :count]]
             assert np.all(batch.row[p, count:] == batch.row[p, 0])

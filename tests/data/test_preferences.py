@@ -89,7 +89,7 @@ def test_splitting_strings_loses_nothing(start, left, right):
     except MalformedRowError:
         return
     if isinstance(preference.prompt, str):
-        assert [preference.prompt + response for response in preference.responses] == [chosen, rejected]
+        assert [f"{preference.prompt}{response}" for response in preference.responses] == [chosen, rejected]
 
 
 def test_identical_conversations_are_one_prompt_and_the_same_response_twice():
@@ -250,7 +250,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path):
 
 
 def test_a_directory_opens_as_a_data_set_with_splits(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "folder"
     folder.mkdir()
     write_lines(folder / "train.jsonl", PAIR, PAIR)

@@ -470,6 +470,7 @@ def test_text_that_is_json_of_something_else_stays_text():
 def test_parts_of_text_are_read_and_images_refused_by_name():
     parts = [{"type": "text", "text": "Hi"}, "there"]
     found = read({"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"}).preference
+    assert not isinstance(found.prompt, str)
     assert found.prompt[0]["content"] == [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
     parts = [{"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(MalformedRowError) as caught:
@@ -486,6 +487,7 @@ def test_calls_and_observations_of_sharegpt_are_tool_messages():
     ]
     row = {"conversations": turns, "chosen": share("", "a")[1], "rejected": share("", "b")[1]}
     prompt = read(row).preference.prompt
+    assert not isinstance(prompt, str)
     assert [turn["role"] for turn in prompt] == ["user", "assistant", "tool"]
     assert prompt[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
 
@@ -518,14 +520,17 @@ def test_a_response_ends_with_the_assistant_and_something_of_it_is_learned():
 
 def test_a_score_that_is_not_a_number_is_no_score():
     found = read({**PAIRS["pair"], "score_chosen": float("nan"), "score_rejected": 2}).preference
+    assert found.scores is not None
     assert math.isnan(found.scores[0])
     assert found.scores[1] == 2
     row = {"prompt": ASK, "responses": [GOOD, BAD], "ranks": [1, 2], "scores": [None, 1.0]}
-    assert math.isnan(read(row).preference.scores[0])
+    scores = read(row).preference.scores
+    assert scores is not None
+    assert math.isnan(scores[0])
 
 
 def test_a_table_of_text_stays_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [("2+2?", "4", "5", "8.5", "1"), ("Any?", "None", "NA", "nan", "0")]
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -562,7 +567,9 @@ def test_keys_that_only_other_rows_have_are_not_there(tmp_path):
     ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     for name, found in zip("ab", read_preferences(tmp_path / "rows.parquet").preferences, strict=True):
-        assert found.responses[0][0]["tool_calls"] == [{"function": {name: 1}}]
+        called = found.responses[0]
+        assert not isinstance(called, str)
+        assert called[0]["tool_calls"] == [{"function": {name: 1}}]
         assert found.responses[1] == BAD
 
 

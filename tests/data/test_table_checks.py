@@ -19,7 +19,7 @@ PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def refusal(path: Path) -> str:
@@ -188,7 +188,7 @@ def test_a_row_that_has_a_name_twice_is_no_row(tmp_path):
 
 def test_blank_lines_without_end_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
-    with gzip.open(path, "wb") as file:
+    with gzip.GzipFile(path, "wb") as file:
         file.write(json.dumps(PAIR).encode() + b"\n" + b"\n" * (sources.MAX_BLANK_LINES + 5))
     assert path.stat().st_size < 10_000
     assert "blank lines" in refusal(path)

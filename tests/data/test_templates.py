@@ -3,6 +3,7 @@
 import datetime
 import os
 import threading
+from typing import Any, Literal
 
 import pytest
 from toy_tokenizer import TEMPLATE, make_tokenizer
@@ -70,7 +71,7 @@ def variables(**more):
     }
 
 
-def make(text, *, limits=LIMITS, dialect="chat", date=TEMPLATE_DATE):
+def make(text, *, limits=LIMITS, dialect: Literal["chat", "judge"] = "chat", date=TEMPLATE_DATE):
     return SandboxedTemplate(text, name="the template", limits=limits, dialect=dialect, date=date)
 
 
@@ -108,6 +109,7 @@ def test_many_inputs_come_back_in_order_with_refusals_among_them():
     found = template.render_all([{"n": n} for n in range(200)])
     refused = [n for n, text in enumerate(found) if isinstance(text, Refusal)]
     assert refused == [7, 107]
+    assert isinstance(found[7], Refusal)
     assert found[7].reason == "TemplateError: seven"
     assert [text for n, text in enumerate(found) if n not in refused] == [
         str(n) for n in range(200) if n not in refused
@@ -165,7 +167,7 @@ def test_texts_that_are_rendered_in_one_go_share_a_budget():
 def test_the_setting_raises_what_a_template_may_write():
     tokenizer = make_tokenizer()
     rows = [Preference("p", ("a", "b"), (0, 1), None, "", "rows:1")]
-    given = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 5000 }}"}
+    given: Any = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 5000 }}"}
     with pytest.raises(TemplateLimitError, match=r"data\.template_characters allows more"):
         tokenize(rows, tokenizer, max_length=9000, template_characters=1000, **given)
     assert len(tokenize(rows, tokenizer, max_length=9000, template_characters=6000, **given)) == 1

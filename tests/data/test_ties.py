@@ -10,11 +10,11 @@ SCORES = [None, [1.0, 1.0], None, [2.0, 2.0, 1.0]]
 
 
 def dataset(rows):
-    names = {"ranks": RANKS, "scores": SCORES}
     return make_dataset(
         [PROMPTS[row] for row in rows],
         [RESPONSES[row] for row in rows],
-        **{name: [values[row] for row in rows] for name, values in names.items()},
+        ranks=[RANKS[row] for row in rows],
+        scores=[SCORES[row] for row in rows],
     )
 
 

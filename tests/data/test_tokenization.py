@@ -260,7 +260,7 @@ def test_ragged_rankings_keep_ranks_and_scores(tokenizer):
     assert dataset.num_responses.tolist() == [3, 1]
     assert dataset.response_lengths.tolist() == [[3, 4, 5], [3, 0, 0]]
     assert dataset.ranks.tolist() == [0, 0, 1, 0]
-    np.testing.assert_array_equal(dataset.scores, np.float32([2, 2, 1, np.nan]))
+    np.testing.assert_array_equal(dataset.scores, np.array([2, 2, 1, np.nan], np.float32))
 
 
 def test_the_fingerprint_is_a_function_of_everything_that_counts(tokenizer):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tokenizer import make_tokenizer
+from transformers import BatchEncoding
 
 from dpo.data.preferences import Preference
 from dpo.data.tokenization import tokenize, tokenize_prompts
@@ -65,7 +66,7 @@ def test_the_assistants_turns_are_scored_and_the_others_read(template):
     dataset = encode([make(say("one?", "2", "done"), "no")], template)
     block = "()" if template == LAST_HAS_BLOCK else ""
     assert shown(dataset) == ["<s>u:q<e>\n<s>a:", f"one?<e>\n|{block}done<e>\n", f"{block}no<e>\n"]
-    whole = make_tokenizer().decode(dataset.responses(0)[0]).replace(" ", "")
+    whole = str(make_tokenizer().decode(dataset.responses(0)[0])).replace(" ", "")
     assert whole == f"one?<e>\n<s>u:2<e>\n<s>a:{block}done<e>\n"
     assert dataset.scored_lengths.tolist() == [[6 + 6 + len(block), 4 + len(block)]]
 
@@ -88,6 +89,7 @@ def test_marks_of_the_template_say_what_is_scored():
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
+    assert isinstance(theirs, BatchEncoding)
     ids = [*dataset.prompt(0).tolist(), *dataset.responses(0)[0].tolist()]
     assert ids == theirs["input_ids"]
     mask = np.array(theirs["assistant_masks"], bool)

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from dpo.diffusion.mixture import Mixture, exact_denoiser
-from dpo.diffusion.preference import Noising, diffusion_scores, draw_noising, score_weights
+from dpo.diffusion.preference import Noising, Sharing, diffusion_scores, draw_noising, score_weights
 from dpo.diffusion.schedule import elbo_weights, linear, noised, reverse_variance
 from dpo.diffusion.shared_noise import score_coefficients, summed_share
 from dpo.losses import make_objective
@@ -28,7 +28,7 @@ def gaussian_denoiser(mean):
     return lambda x, t: centred(x - signal[t][:, None] * mean, t)
 
 
-def random_pairs(P: int, K: int, S: int, D: int = 1, *, seed: int = 0, sharing="time_and_noise"):
+def random_pairs(P: int, K: int, S: int, D: int = 1, *, seed: int = 0, sharing: Sharing = "time_and_noise"):
     rng = np.random.default_rng(seed)
     samples = jnp.asarray(0.5 * rng.normal(size=(P, K, D)))
     return samples, draw_noising(jax.random.key(seed), (P, K, S, D), SCHEDULE.num_steps, sharing=sharing)
@@ -144,7 +144,9 @@ def test_objectives_take_the_scores_as_they_are() -> None:
     assert_allclose(scores.log_ratio, 0.0, atol=1e-6)
     for name in ("ipo", "softmax_best"):
         objective = make_objective({"name": name})
-        assert_allclose(objective(scores), objective.expected_initial_loss(scores), rtol=1e-6)
+        expected = objective.expected_initial_loss(scores)
+        assert expected is not None
+        assert_allclose(objective(scores), expected, rtol=1e-6)
     assert_allclose(make_objective({"name": "dpo"})(scores), np.log(2), rtol=1e-5)
     assert_allclose(make_objective({"name": "plackett_luce"})(scores), np.log(6), rtol=1e-5)
 
@@ -172,11 +174,12 @@ def test_the_mean_of_squares_asks_for_a_beta_larger_by_the_dimensions() -> None:
 
 
 def test_sharing_is_what_it_says() -> None:
-    for sharing, same_time, same_noise in (
+    cases: tuple[tuple[Sharing, bool, bool], ...] = (
         ("time_and_noise", True, True),
         ("time", True, False),
         ("nothing", False, False),
-    ):
+    )
+    for sharing, same_time, same_noise in cases:
         t, noise = draw_noising(jax.random.key(1), (4, 3, 5, 2), 100, sharing=sharing)
         assert bool(jnp.all(t == t[:, :1])) == same_time
         assert bool(jnp.all(noise == noise[:, :1])) == same_noise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from dpo.diffusion.samplers import ancestral, ddim
 from dpo.diffusion.schedule import SCHEDULES, cosine, linear, noised
 
 GAUSSIAN = Mixture(np.ones(1), np.array([[0.6]]), 0.25)
-START = {"start_mean": 0.2, "start_variance": 0.9}
+START: Any = {"start_mean": 0.2, "start_variance": 0.9}
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

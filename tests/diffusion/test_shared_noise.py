@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from numpy.testing import assert_allclose
 
@@ -10,7 +12,7 @@ from dpo.diffusion.preference import score_weights
 from dpo.diffusion.schedule import cosine, elbo_weights, linear
 from dpo.diffusion.shared_noise import recovered_share, summed_share
 
-TOY = {"variance": 0.25, "slope": 2.0, "beta": 1.0}
+TOY: Any = {"variance": 0.25, "slope": 2.0, "beta": 1.0}
 
 
 def test_the_summed_elbo_recovers_all_with_the_exact_reverse_variance() -> None:

@@ -86,7 +86,7 @@ def test_token_log_ratios_add_up_to_the_responses(tmp_path: Path) -> None:
     for pair in kept["pairs"]:
         for name in ("better", "worse"):
             side, place = pair["sides"][name], pair[name]
-            total = np.sum(side["policy"]) - np.sum(side["reference"])
+            total = np.sum(np.array(side["policy"], float)) - np.sum(np.array(side["reference"], float))
             assert total == pytest.approx(heldout.rows.log_ratio[pair["row"], place], abs=2e-3)
-            assert "".join(side["tokens"]) == heldout.preferences[pair["row"]].responses[place] + "</s>\n"
+            assert "".join(side["tokens"]) == f"{heldout.preferences[pair['row']].responses[place]}</s>\n"
             assert len(side["tokens"]) == heldout.rows.lengths[pair["row"], place]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from math import log
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -163,7 +164,7 @@ def test_a_reward_that_is_not_finite_is_named() -> None:
 
 def test_the_legend_names_only_what_is_drawn(tmp_path: Path) -> None:
     point = {"step": 1, "reward": [0.5, 0.4, 0.6], "kl": [2.0, 1.0, 3.0], "length": 9.0}
-    result = {
+    result: Any = {
         "settings": {"objectives": ["dpo", "ipo"], "betas": [0.1, 0.5], "reward": "vader"},
         "prompts": 3,
         "best_of_n": [{"n": n, "reward": [0.3, 0.2, 0.4], "kl": best_of_n_kl(n)} for n in (1, 2)],

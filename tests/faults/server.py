@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 (transformers loads late what is not named)
 
@@ -98,7 +99,7 @@ def obey_permissions() -> None:
 
 def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None:
     """Wrap what a run calls, so that things happen at an exact place."""
-    counts = dict.fromkeys(("step", "save", "evaluation", "export"), 0)
+    counts: dict[str, int] = dict.fromkeys(("step", "save", "evaluation", "export"), 0)
 
     def reach(where: str) -> None:
         counts[where] += 1
@@ -123,7 +124,7 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
 
         return call
 
-    make = original(program, "make_train_step")
+    make: Any = original(program, "make_train_step")
     program.make_train_step = lambda *args, **kwargs: wrapped(make(*args, **kwargs), "step")
     export.save_pretrained = wrapped(original(export, "save_pretrained"), "export")
     Checkpoints.save = wrapped(original(Checkpoints, "save"), "save")
@@ -159,7 +160,7 @@ class Measure:
         self._compilations = 0
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
-    def _count(self, event: str, duration: float, **_: object) -> None:
+    def _count(self, event: str, duration_secs: float, **_: str | int) -> None:
         self._compilations += event.endswith("backend_compile_duration")
 
     def take(self, when: int | str) -> None:

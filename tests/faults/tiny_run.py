@@ -96,7 +96,7 @@ def replace(config: Config, **sections) -> Config:
         config,
         **{
             name: dataclasses.replace(old, **value)
-            if dataclasses.is_dataclass(old := getattr(config, name))
+            if dataclasses.is_dataclass(old := getattr(config, name)) and not isinstance(old, type)
             else value
             for name, value in sections.items()
         },

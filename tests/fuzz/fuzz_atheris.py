@@ -9,11 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris  # pyright: ignore[reportMissingImports]
+import atheris  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-with atheris.instrument_imports(include=["dpo"], enable_loader_override=False):
+with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
+    include=["dpo"], enable_loader_override=False
+):
     import dpo.cli
     import dpo.command_line
     import dpo.data.preferences

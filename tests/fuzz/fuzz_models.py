@@ -101,7 +101,7 @@ def place(name: str) -> Path:
 def config(data: bytes) -> object:
     """A `config.json`, up to the decoder that it describes."""
     from dpo.huggingface.opening import read_model_config
-    from dpo.huggingface.pretrained import read_config
+    from dpo.huggingface.text_models import read_config
 
     path = place("config") / "config.json"
     path.write_bytes(data)

@@ -44,8 +44,8 @@ def _answer() -> None:
     given = json.load(sys.stdin)
     found = []
     for directory in given["directories"]:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-        model = model.to(torch.float32).eval()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+        model = model.to(dtype=torch.float32).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         with torch.no_grad():
             logits = model(torch.tensor(given["tokens"])).logits

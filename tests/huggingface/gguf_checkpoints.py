@@ -124,9 +124,10 @@ def write_gguf(source: Path, path: Path, kind: str = "F32") -> None:
     names = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in _metadata(config, tensors).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add: Any = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add = writer.add_string if isinstance(value, str) else add
-        (writer.add_bool if isinstance(value, bool) else add)(f"{architecture}.{key}", value)
+        add = writer.add_bool if isinstance(value, bool) else add
+        add(f"{architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
@@ -225,7 +226,10 @@ def _keep(config: dict[str, Any], name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def _permute(config: dict[str, Any], name: str, tensor: np.ndarray) -> np.ndarray:
-    heads = {"attn_q": config.get("num_attention_heads"), "attn_k": config.get("num_key_value_heads")}
+    heads: dict[str, Any] = {
+        "attn_q": config.get("num_attention_heads"),
+        "attn_k": config.get("num_key_value_heads"),
+    }
     kind = name.split(".")[-2]
     if kind not in heads:
         return tensor

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def logits(model):
     return np.asarray(model.logits(hidden(model)))
 
 
-def save(directory, case, adapters, method, base="base"):
+def save(directory, case, adapters, method, base: Path | str = "base"):
     return save_adapters(directory, adapters, method, bindings=bindings_of(case), base=str(base))
 
 

@@ -11,8 +11,9 @@ from tiny_models import CASES, ORACLES, TOKENS, batch_arrays, case_config, load_
 from dpo.huggingface.classic_configurations import alibi_slopes
 from dpo.huggingface.families import FAMILIES
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import load_decoder, read_config
+from dpo.huggingface.pretrained import load_decoder
 from dpo.huggingface.saving import save_pretrained
+from dpo.huggingface.text_models import read_config
 from dpo.models.drawing import SamplingConfig
 from dpo.models.log_probs import token_log_probs
 from dpo.models.sampling import generate

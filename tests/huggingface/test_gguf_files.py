@@ -20,7 +20,8 @@ from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.gguf_reader import GgufContainer
 from dpo.huggingface.gguf_writing import find_architecture
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import load_decoder, read_config
+from dpo.huggingface.pretrained import load_decoder
+from dpo.huggingface.text_models import read_config
 
 KINDS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def test_llama_cpp_opens_what_is_written(smollm2: Pretrained, dtype: str, tmp_pa
 
     again = smollm2 if dtype == "f32" else load_pretrained(path)
     messages = [{"role": "user", "content": MESSAGE}]
-    prompt = again.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    prompt: Any = again.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     theirs, greedy = run_llama_cpp(path, prompt, NEW_TOKENS)
     ours = logits(again, prompt)
     first, second = (np.asarray(jax.nn.log_softmax(each)) for each in (ours, np.asarray(theirs, np.float32)))

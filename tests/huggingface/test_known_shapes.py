@@ -3,8 +3,8 @@
 import pytest
 from flax import nnx
 
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
+from dpo.huggingface.text_models import read_config
 from dpo.models.decoder import Decoder
 
 PARAMETERS = {

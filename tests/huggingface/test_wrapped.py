@@ -108,9 +108,10 @@ def write(directory: Path, case: str, **changes: Any) -> Path:
 
 
 def torch_model(directory: Path) -> Any:
-    model, report = AutoModelForImageTextToText.from_pretrained(
+    found: Any = AutoModelForImageTextToText.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, report = found
     assert not any(report.values()), report
     return model.eval()
 

@@ -17,9 +17,10 @@ from tiny_models import CASES, case_config, write_checkpoint
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import load_decoder, load_pretrained, read_config
+from dpo.huggingface.pretrained import load_decoder, load_pretrained
 from dpo.huggingface.saving import save_pretrained, write_safetensors
 from dpo.huggingface.spellings import spelled_for_all
+from dpo.huggingface.text_models import read_config
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])

@@ -35,7 +35,7 @@ def test_vader_prefers_praise_in_either_order_and_ties_equals() -> None:
     )
     assert (first.choice, second.choice, same.choice) == ("first", "second", "tie")
     assert first.details == {"rewards": json.loads(first.answer)}
-    assert judge.identity["reward"] == "vader"
+    assert judge.identity.get("reward") == "vader"
 
 
 def test_any_importable_function_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,11 +44,11 @@ def test_any_importable_function_is_a_reward(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(tmp_path)
     judge = reward_judge("my_reward:short", setting="judge")
     assert verdicts(judge, Question("x", "long answer", "no"))[0].choice == "second"
-    before = judge.identity["version"]
+    before = judge.identity.get("version")
     (tmp_path / "my_reward.py").write_text("def short(prompt, response):\n    return float('nan')\n")
     del sys.modules["my_reward"]
     changed = reward_judge("my_reward:short", setting="judge")
-    assert changed.identity["version"] != before
+    assert changed.identity.get("version") != before
     verdict = verdicts(changed, Question("x", "a", "b"))[0]
     assert (verdict.choice, verdict.problem) == (None, "a reward is not a finite number")
 

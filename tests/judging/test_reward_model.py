@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_rewards_are_the_scores_of_the_rendered_conversations(reward_dir: Path) 
     ]
     checkpoint = open_checkpoint(reward_dir)
     tokenizer = checkpoint.tokenizer()
-    rendered = [
+    rendered: Any = [
         tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], return_dict=False)
         for messages, text in (
             (conversation, "A"),
@@ -47,7 +48,10 @@ def test_rewards_are_the_scores_of_the_rendered_conversations(reward_dir: Path) 
     judge = RewardModelJudge(str(reward_dir), identity="weights", batch_size=2)
     verdicts = dict(judge.ask(questions))
     for number, expected in enumerate([(a, no), (no, a), (b, b)]):
-        assert_allclose(verdicts[number].details["rewards"], expected, rtol=1e-5, atol=1e-6)
+        details = verdicts[number].details
+        assert details is not None
+        assert "rewards" in details
+        assert_allclose(details["rewards"], expected, rtol=1e-5, atol=1e-6)
     assert [verdicts[i].choice for i in range(3)] == [
         *(("first", "second") if a > no else ("second", "first")),
         "tie",

@@ -109,6 +109,7 @@ def test_gradient_is_finite_differences(spec):
 def _hold_constants(spec: dict, scores: Scores) -> tuple[dict, Scores]:
     """An objective and scores with the same value, in which what is not differentiated does not move."""
     if spec.get("wpo"):
+        assert scores.log_collision is not None
         weights = jnp.exp((scores.policy - scores.log_collision) / scores.lengths)
         return {"name": spec["name"]}, scores._replace(weights=weights)
     if spec["name"] not in UNPAIRED or not make_objective(spec).whole_batch:
@@ -246,6 +247,7 @@ def test_only_declared_fields_are_read(spec):
     blank = {name: jnp.full_like(getattr(scores, name), jnp.nan) for name in unread}
     losses, _ = evaluate(spec, scores)
     np.testing.assert_array_equal(evaluate(spec, scores._replace(**blank))[0], losses)
+    assert scores.reference_head is not None
     moved = scores._replace(
         reference=scores.reference * 1.3 - 1.0, reference_head=scores.reference_head * 1.3 - 1.0
     )

@@ -41,9 +41,8 @@ def test_errors_name_the_key_the_value_and_what_is_allowed(spec, words):
 def test_whole_numbers_stand_for_real_ones_and_null_for_no_limit():
     scores = random_scores(K=3)
     given, meant = {"beta": 1, "top_k": None}, {"beta": 1.0}
-    np.testing.assert_array_equal(
-        *(value(make_objective({"name": "plackett_luce", **spec}), scores) for spec in (given, meant))
-    )
+    first, second = (value(make_objective({"name": "plackett_luce", **s}), scores) for s in (given, meant))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_list_is_the_weighted_sum():
@@ -57,6 +56,7 @@ def test_a_list_is_the_weighted_sum():
 def test_expected_initial_loss_of_dpo_is_ln_2():
     scores = random_scores(P=3)
     expected = make_objective({"name": "dpo"}).expected_initial_loss(scores)
+    assert expected is not None
     np.testing.assert_allclose(expected, math.log(2.0), rtol=1e-6)
 
 

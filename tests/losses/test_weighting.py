@@ -42,6 +42,7 @@ def test_tail_weight_one_is_the_plain_objective_and_zero_reads_heads_only():
 
 def test_wpo_multiplies_the_loss_of_a_pair_and_is_not_differentiated():
     scores = random_scores(K=2)
+    assert scores.log_collision is not None
     weights = np.exp((scores.policy - scores.log_collision) / scores.lengths).prod(axis=1)
     losses, slope = evaluate({"name": "dpo"}, scores)
     weighted, weighted_slope = evaluate({"name": "dpo", "wpo": True}, scores)

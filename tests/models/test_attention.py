@@ -1,5 +1,7 @@
 """Who sees whom."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def random_qkv(heads, groups):
 
 def test_implementations_agree_where_a_token_sees_anything():
     q, k, v = random_qkv(6, 2)
-    layout = {"positions": POSITIONS, "group": GROUP, "branch": BRANCH}
+    layout: Any = {"positions": POSITIONS, "group": GROUP, "branch": BRANCH}
     choices = {"scale": 0.5, "window": jnp.asarray(3), "softcap": 2.0}
     plain = attend(q, k, v, **layout, **choices, implementation="plain")
     blocked = attend(q, k, v, **layout, **choices, implementation="blocked")
@@ -56,15 +58,15 @@ def test_implementations_agree_where_a_token_sees_anything():
 def test_query_heads_share_keys_in_order():
     q, k, v = random_qkv(6, 2)
     mask = jnp.tril(jnp.ones((1, 8, 8), bool))
-    repeated = [jnp.repeat(x, 3, axis=2) for x in (k, v)]
+    many_k, many_v = (jnp.repeat(x, 3, axis=2) for x in (k, v))
     assert_allclose(
-        attend_plain(q, k, v, mask, scale=0.5), attend_plain(q, *repeated, mask, scale=0.5), atol=1e-6
+        attend_plain(q, k, v, mask, scale=0.5), attend_plain(q, many_k, many_v, mask, scale=0.5), atol=1e-6
     )
 
 
 def test_padding_has_no_nan_in_value_or_gradient():
     q, k, v = random_qkv(2, 2)
-    layout = {"positions": POSITIONS, "group": GROUP, "branch": BRANCH}
+    layout: Any = {"positions": POSITIONS, "group": GROUP, "branch": BRANCH}
 
     def loss(q):
         return attend(q, k, v, **layout, scale=0.5, implementation="plain").sum()

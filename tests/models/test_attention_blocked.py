@@ -150,7 +150,7 @@ def test_tiles_of_a_step_have_memory_of_their_own(backward):
     def total(q, k, v):
         return jnp.sum(attend_blocked(q, k, v, **layout, scale=0.3, block=16) ** 2)
 
-    text = jax.jit(jax.grad(total, (0, 1, 2)) if backward else total).lower(q, k, v).compile().as_text()
+    text = jax.jit(jax.grad(total, (0, 1, 2)) if backward else total).lower(q, k, v).compile().as_text() or ""
     carried = [
         line.split(" while(")[0].count("f32[32,16]") for line in text.splitlines() if " while(" in line
     ]

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 
 from dpo.huggingface.embedded import cache_directory
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
+from dpo.huggingface.text_models import read_config
 from dpo.models.attention import (
     attend,
     attend_plain,

@@ -11,8 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from dpo.models.attention import attend_plain, visible
 from dpo.models.attention_ranges import attend_ranges, block_size
-from dpo.models.key_ranges import find_bounds as _bounds
-from dpo.models.key_ranges import find_ranges
+from dpo.models.key_ranges import find_bounds, find_ranges
 
 C = 8
 LENGTH = 150  # padded to three blocks
@@ -21,7 +20,9 @@ LENGTH = 150  # padded to three blocks
 ROWS = (((30, (25, 14)), (20, (9, 12))), ((5, (60, 50, 20)), (0, (9,))))
 
 
-def value_and_gradients(attention, q, k, v, cotangent, real):
+def value_and_gradients(attention, arrays, real):
+    q, k, v, cotangent = arrays
+
     def loss(q, k, v):
         out = attention(q, k, v)
         return jnp.sum(jnp.where(real, out * cotangent, 0).astype(jnp.float32)), out
@@ -36,10 +37,10 @@ def both(heads, *, dtype=jnp.float32, window=None, softcap=None, head_dim=C):
     real = (layout["group"] != 0)[..., None, None]
     arrays = make_qkv(len(ROWS), LENGTH, heads, head_dim, dtype)
     kernel = partial(attend_ranges, **layout, scale=0.3, window=window, softcap=softcap, interpret=True)
-    ours = value_and_gradients(kernel, *arrays, real)
+    ours = value_and_gradients(kernel, arrays, real)
     mask = visible(**layout, window=window)
     plain = partial(attend_plain, mask=mask, scale=0.3, softcap=softcap)
-    exact = value_and_gradients(plain, *(x.astype(jnp.float32) for x in arrays), real)
+    exact = value_and_gradients(plain, [x.astype(jnp.float32) for x in arrays], real)
     return ours, [np.where(real, x, 0) for x in exact]  # padding: zeros, and no gradient
 
 
@@ -76,7 +77,7 @@ def test_bfloat16_is_off_by_its_rounding_alone():
     real = (layout["group"] != 0)[..., None, None]
     ours, exact = both((2, 1), dtype=jnp.bfloat16)
     arrays = make_qkv(len(ROWS), LENGTH, (2, 1), C, jnp.bfloat16)
-    plain = value_and_gradients(partial(attend_plain, mask=visible(**layout), scale=0.3), *arrays, real)
+    plain = value_and_gradients(partial(attend_plain, mask=visible(**layout), scale=0.3), arrays, real)
     for got, rounded, expected in zip(ours, plain, exact, strict=True):
         spread = np.sqrt(np.mean((rounded - expected) ** 2))
         assert np.sqrt(np.mean((got - expected) ** 2)) <= 1.5 * spread
@@ -85,7 +86,7 @@ def test_bfloat16_is_off_by_its_rounding_alone():
 def test_only_blocks_with_a_visible_key_are_read():
     """Of a long prompt with four responses: the blocks of the sibling responses are passed over."""
     layout = make_layout((((128, (128, 128, 128, 128)),),), 640)
-    first, middle, second, last = (np.asarray(x)[0] for x in _bounds(find_ranges(**layout), 64))
+    first, middle, second, last = (np.asarray(x)[0] for x in find_bounds(find_ranges(**layout), 64))
     read = np.maximum(middle - first, 0) + np.maximum(last - second, 0)
     assert_array_equal(read, [1, 2, *[3, 4] * 4])
     mask = np.asarray(visible(**layout))[0].reshape(10, 64, 10, 64).any(axis=(1, 3))

@@ -1,6 +1,7 @@
 """Adapters change nothing at first, are what their merged weights are, and are all that is differentiated."""
 
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def test_the_gradient_is_the_chain_rule_through_the_merged_weights(name, tmp_pat
         inner = by_kernel
         if method.use_dora:
             magnitude = np.asarray(linear.lora_magnitude[...])
-            norms = np.linalg.norm(LoraLinear.full_kernel.fget(linear), axis=1)
+            norms = np.linalg.norm(LoraLinear.full_kernel.__get__(linear), axis=1)
             inner = by_kernel * (magnitude / norms)[:, None, :]
             by_magnitude = (by_kernel * np.asarray(linear.full_kernel)).sum(1) / magnitude
             assert_equal_up_to_rounding(ours[f"{path}.lora_magnitude"], by_magnitude)
@@ -111,7 +112,8 @@ def test_frozen_weights_cost_no_gradient(tmp_path):
     def flops(model, kind):
         graphdef, trained, frozen = nnx.split(model, kind, ...)
         gradient = jax.jit(jax.grad(lambda params: loss(nnx.merge(graphdef, params, frozen))))
-        return gradient.lower(trained).compile().cost_analysis()["flops"]
+        analysis: Any = gradient.lower(trained).compile().cost_analysis()
+        return analysis["flops"]
 
     # A scanned body counts once: one layer's linears, and one chunk of the head.
     kernels = sum(np.prod(binding.shape) for binding in linear_bindings(bindings_of("llama")))

@@ -16,7 +16,7 @@ from tiny_model import byte_tokenizer, tiny_config
 
 from dpo.diffusion.network import Network
 from dpo.huggingface.adapters import add_adapters, choose_linears, model_bindings, new_adapters
-from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.text_models import read_config
 from dpo.models.attention import Implementation, visible
 from dpo.models.attention_fast import attend_splash
 from dpo.models.attention_ranges import attend_ranges

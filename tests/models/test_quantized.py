@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 from tiny_models import TOKENS, batch_arrays, load_case
 
 from dpo.huggingface.adapters import merge_adapters
+from dpo.models.layers import UnscaledRMSNorm
 from dpo.models.linear import Linear
 from dpo.models.quantized import Int8Linear, hold
 
@@ -31,6 +32,7 @@ def test_int8_weights_are_within_half_a_step_of_their_outputs_scale():
 def test_int8_multiplies_by_its_full_kernel(zero_output):
     linear = make_linear(zero_output=zero_output)
     held, x = Int8Linear(linear), np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
+    assert linear.bias is not None
     expected = x @ np.asarray(held.full_kernel) + np.asarray(linear.bias[...])
     assert_allclose(held(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
 
@@ -52,6 +54,7 @@ def test_a_held_model_is_the_model_but_for_rounding(dtype, tolerance, tmp_path):
     hold(held, dtype)
     dtypes = {leaf[...].dtype.name for _, leaf in nnx.to_flat_state(nnx.state(held, nnx.Param))}
     assert dtypes == {"float32", "bfloat16"} | {dtype}
+    assert not isinstance(held.norm, UnscaledRMSNorm)
     assert held.norm.scale[...].dtype == jnp.float32
     ours, theirs = (one.hidden(*batch_arrays(TOKENS)) for one in (held, model))
     assert 0 < np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()

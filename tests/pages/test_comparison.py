@@ -52,7 +52,8 @@ def test_the_difference_is_paired(runs) -> None:
     separate = [describe(one.rows, beta=0.1)["accuracy"] for one in (theirs, ours)]
     assert difference is not None
     assert difference.estimate == pytest.approx(separate[0][0] - separate[1][0])
-    independent = np.hypot(*(high - low for _, low, high in separate))
+    first, second = (high - low for _, low, high in separate)
+    independent = np.hypot(first, second)
     assert difference.high - difference.low < 0.95 * independent
     assert accuracy_difference(ours, ours) == (0.0, 0.0, 0.0)
 

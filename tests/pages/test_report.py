@@ -205,7 +205,7 @@ def test_parts_of_the_pairs_have_a_table(run: tuple[Path, Config]) -> None:
     for name in ("better is longer", "better is shorter", "s<i>0", "s<i>1", "mean of the sources"):
         assert name in table
     heldout = load_heldout(*run)
-    part = describe(heldout.rows, beta=0.1)["by_source"]["s<i>0"]
+    part = describe(heldout.rows, beta=0.1).get("by_source", {})["s<i>0"]
     assert f"{part['margin'][0]:.3f} ({part['margin'][1]:.3f} to" in table
     assert f"{part['calibration']['ece']:.3f}" in table
 

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -73,14 +74,9 @@ def workload() -> Workload:
 
 
 def test_the_printed_plan_is_what_its_numbers_print() -> None:
-    memory = Memory(
-        **{
-            name: number(rf"{name} +([\d.]+) GiB") * GIB
-            for name in ("parameters", "optimizer", "batch", "temporaries", "limit")
-        },
-        process=0.0,
-        checkpoint=0.0,
-    )
+    names = ("parameters", "optimizer", "batch", "temporaries", "limit")
+    sizes: dict[str, Any] = {name: number(rf"{name} +([\d.]+) GiB") * GIB for name in names}
+    memory = Memory(**sizes, process=0.0, checkpoint=0.0)
     flops, accessed = 16e12 * number(r"([\d.]+) TFLOP"), 1e9 * number(r"memory +([\d.]+) GB")
     times = Times(
         flops / 16 / CHIP.flops, accessed / CHIP.bandwidth, number(r"collectives .* ([\d.]+) ms") / 1e3

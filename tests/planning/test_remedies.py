@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from dpo.config import Config, LoraConfig, ModelConfig, TrainingConfig
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
+from dpo.huggingface.text_models import read_config
 from dpo.outcomes import UserError
 from dpo.planning import remedies
 from dpo.planning.chips import CHIPS, Topology, chip_of, memory_fraction, parse_topology
 from dpo.planning.plan import Memory
 from dpo.planning.targets import Target
-from dpo.training.memory import candidates
+from dpo.training.memory_choices import candidates
 
 GIB = 2**30
 DECODER = read_config(read_shape("shape:smollm2-135m"))[1]

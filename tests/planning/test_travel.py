@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dpo.config import MeshConfig
-from dpo.huggingface.pretrained import read_config
 from dpo.huggingface.shapes import read_shape
+from dpo.huggingface.text_models import read_config
 from dpo.parallel.sharding import PARAMETER_RULES, make_mesh
 from dpo.planning.hlo import Collective, Program
 from dpo.planning.travel import read_travel, split_parameters

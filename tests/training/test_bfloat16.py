@@ -11,7 +11,7 @@ from tiny_model import byte_tokenizer, tiny_config
 from dpo.config import DataConfig, MeshConfig, TrainingConfig
 from dpo.data.loader import training_loader
 from dpo.data.tokenized import make_dataset
-from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.text_models import read_config
 from dpo.losses import make_objective
 from dpo.models.decoder import Decoder
 from dpo.parallel.sharding import make_mesh

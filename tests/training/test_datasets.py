@@ -10,7 +10,7 @@ from tiny_model import byte_tokenizer, tiny_config
 from dpo.config import DataConfig, MeshConfig
 from dpo.data.preferences import ReadSummary
 from dpo.data.tokenized import make_dataset
-from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.text_models import read_config
 from dpo.losses import Objective, make_objective
 from dpo.parallel.sharding import make_mesh
 from dpo.training.datasets import EVALUATION_BATCH, fit_to_objective, require_embeddings, scoring_loader

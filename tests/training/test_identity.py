@@ -8,6 +8,7 @@ from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from dpo.data.packing import facts
 from dpo.data.tokenized import make_dataset
 from dpo.training.identity import (
+    Probe,
     check_probe,
     differences,
     fingerprint_tokenizer,
@@ -107,23 +108,23 @@ def test_the_fingerprint_of_settings_sees_what_decides_numbers(changes, same):
 
 
 def test_a_probe_tells_rounding_from_another_policy():
-    saved = {"rows": [0, 1], "logps": [[-100.0, -50.0], [-7.0, 0.0]]}
-    near = {"rows": [0, 1], "logps": (np.asarray(saved["logps"]) * (1 + 1e-5)).tolist()}
+    saved: Probe = {"rows": [0, 1], "logps": [[-100.0, -50.0], [-7.0, 0.0]]}
+    near: Probe = {"rows": [0, 1], "logps": (np.asarray(saved["logps"]) * (1 + 1e-5)).tolist()}
     assert check_probe(saved, saved, where="it").endswith("as they were (largest difference 0)")
     assert check_probe(saved, near, where="it").endswith("as they were (largest difference 0.001)")
     for wrong in (-7.5, float("nan")):
-        far = {"rows": [0, 1], "logps": [[-100.0, -50.0], [wrong, 0.0]]}
+        far: Probe = {"rows": [0, 1], "logps": [[-100.0, -50.0], [wrong, 0.0]]}
         with pytest.raises(ValueError, match=r"row 1, response 0 had -7\.0000 and has"):
             check_probe(saved, far, where="it")
     assert "not compared" in check_probe(saved, {"rows": [5], "logps": [[0.0]]}, where="it")
-    assert "not compared" in check_probe(saved, saved | {"rows": [0, 5]}, where="it")
+    assert "not compared" in check_probe(saved, {**saved, "rows": [0, 5]}, where="it")
 
 
 @pytest.mark.parametrize(
     ("logp", "near", "far"), [(0.0, 0.0099, 0.0101), (-1.0, 0.0109, 0.0111), (-100.0, 0.1099, 0.1101)]
 )
 def test_rounding_is_a_hundredth_of_a_nat_and_a_thousandth_of_what_was_there(logp, near, far):
-    saved = {"rows": [3], "logps": [[logp]]}
+    saved: Probe = {"rows": [3], "logps": [[logp]]}
     for sign in (1, -1):
         check_probe(saved, {"rows": [3], "logps": [[logp + sign * near]]}, where="it")
         with pytest.raises(ValueError, match="row 3, response 0"):

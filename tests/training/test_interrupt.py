@@ -100,7 +100,11 @@ def test_handlers_are_as_they_were_afterwards():
 
 def test_a_stoppable_function_does_not_begin_once_a_stop_was_asked_for():
     asked = False
-    double = stoppable(lambda x: 2 * x, lambda: asked)
+
+    def twice(x: int) -> int:
+        return 2 * x
+
+    double = stoppable(twice, lambda: asked)
     assert double(3) == 6
     asked = True
     with pytest.raises(StopRequested):

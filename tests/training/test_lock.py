@@ -22,6 +22,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_stale_lock(tmp_p
     assert ready.wait(60)
     with pytest.raises(ValueError, match=f"in use by process {holder.pid}"), exclusive(tmp_path):
         pass
+    assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with exclusive(tmp_path):

@@ -20,7 +20,8 @@ from dpo.parallel.sharding import make_mesh
 from dpo.training import memory, preparation
 from dpo.training.device_memory import GIB, limit_bytes, other_bytes
 from dpo.training.loop import train
-from dpo.training.memory import Choice, Parts, candidates, first_that_fits, sampling_bytes
+from dpo.training.memory import Parts, first_that_fits, sampling_bytes
+from dpo.training.memory_choices import Choice, candidates
 from dpo.training.policy import load_policy
 
 LIMITLESS = 1e6

@@ -16,7 +16,7 @@ from dpo.data.packing import Shape
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.adapters import add_adapters, choose_linears, model_bindings, new_adapters
 from dpo.huggingface.families import decoder_config
-from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.text_models import read_config
 from dpo.losses import make_objective, reward_scale
 from dpo.models.attention import Implementation
 from dpo.models.decoder import Decoder

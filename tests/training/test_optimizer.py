@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,7 +11,7 @@ from dpo.training.optimizer import make_optimizer, make_schedule
 
 
 def rates(num_steps, **settings):
-    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, **settings), num_steps)
+    schedule: Any = make_schedule(OptimizerConfig(learning_rate=1.0, **settings), num_steps)
     return np.array([float(schedule(step)) for step in range(num_steps)])
 
 
@@ -36,6 +38,7 @@ def test_first_adamw_update_is_the_formula():
     params = {"kernel": jnp.array([[2.0, -1.0]]), "norm": jnp.array([3.0])}
     gradient = {"kernel": jnp.array([[0.3, 0.0]]), "norm": jnp.array([-0.2])}
     optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    updates: Any
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     assert_allclose(updates["kernel"], [[-0.1 * (0.3 / 0.301 + 1.0), 0.1 * 0.5]], rtol=1e-5)
     assert_allclose(updates["norm"], [0.1 * 0.2 / 0.201], rtol=1e-5)
@@ -46,6 +49,7 @@ def test_weight_decay_leaves_norms_and_biases(name):
     config = OptimizerConfig(weight_decay=1.0)
     params = {"layers": {name: jnp.ones((4, 3))}}
     optimizer = make_optimizer(config, optax.constant_schedule(1.0))
+    updates: Any
     updates, _ = optimizer.update({"layers": {name: jnp.zeros((4, 3))}}, optimizer.init(params), params)
     assert_allclose(updates["layers"][name], 0)
 
@@ -54,6 +58,7 @@ def test_clipping_bounds_the_global_norm_that_adam_sees():
     config = OptimizerConfig(max_grad_norm=1.0, beta1=0.0, beta2=0.0, epsilon=1.0)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     optimizer = make_optimizer(config, optax.constant_schedule(1.0))
+    updates: Any
     updates, _ = optimizer.update(
         {"a": jnp.array([3.0]), "b": jnp.array([4.0])}, optimizer.init(params), params
     )

@@ -91,7 +91,9 @@ def test_a_second_reading_and_one_from_another_folder_are_the_same_to_the_bit(fi
     first = read_dataset(config, tokenizer, log=quiet)
     again = read_dataset(replace(config, token_store="off"), tokenizer, log=quiet)
     moved = []
+    assert isinstance(config.train, list)
     for one in config.train:
+        assert isinstance(one, dict)
         target = tmp_path / "moved" / one["source"].rpartition("/")[2]
         target.parent.mkdir(exist_ok=True)
         shutil.copy(one["source"], target)
@@ -143,8 +145,11 @@ def test_two_processes_draw_what_one_does(files, tokenizer, store, tmp_path):
 def test_what_is_drawn_is_part_of_what_a_checkpoint_belongs_to(files, tokenizer):
     config = mixture(files)
     contents = {read_dataset(config, tokenizer, log=quiet).content}
+    assert isinstance(config.train, list)
+    first, *others = config.train
+    assert isinstance(first, dict)
     for change in ({"weight": 2}, {"seed": 1}):
-        train = [{**config.train[0], **change}, *config.train[1:]]
+        train = [{**first, **change}, *others]
         contents.add(read_dataset(replace(config, train=train), tokenizer, log=quiet).content)
     assert len(contents) == 3
     assert read_texts(config).content in contents

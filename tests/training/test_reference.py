@@ -18,7 +18,9 @@ def batch_of(rows):
     present = ~np.isnan(TRUTH[np.maximum(rows, 0)]) & (rows >= 0)[:, None]
     nothing = np.zeros((1, 1), np.int32)
     zeros = np.zeros(present.shape, np.int32)
-    return Batch(*([nothing] * 7), rows, zeros, present, zeros, zeros, zeros.astype(np.float32))
+    scores = zeros.astype(np.float32)
+    tokens = (nothing, nothing, nothing, nothing, nothing, nothing, nothing)
+    return Batch(*tokens, rows, zeros, present, zeros, zeros, scores)
 
 
 def score(batch):

@@ -12,7 +12,7 @@ from flax import nnx
 from test_bfloat16 import loader
 from tiny_model import byte_tokenizer, tiny_config
 
-from dpo.huggingface.pretrained import read_config
+from dpo.huggingface.text_models import read_config
 from dpo.models.decoder import Decoder
 from dpo.training.hooks import Done
 from dpo.training.rounding import STEPS, describe_rounding, rounding_noise, say_rounding

@@ -9,7 +9,8 @@ import pytest
 from tiny_model import byte_tokenizer, tiny_config
 
 from dpo.config import DataConfig
-from dpo.huggingface.pretrained import Pretrained, read_config
+from dpo.huggingface.pretrained import Pretrained
+from dpo.huggingface.text_models import read_config
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.vocabulary import require_known
 from dpo.training.reading import read_dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_model import byte_tokenizer, tiny_config, write_tiny_model
@@ -45,8 +46,8 @@ def test_a_template_of_the_settings_goes_with_the_model(
     assert given.tokenizer.chat_template is None
     trained = as_trained(given, data)
     assert given.tokenizer.chat_template is None  # the one that was handed in stays as it is
-    end = trained.tokenizer.convert_tokens_to_ids("<|end|>")
-    eos = trained.tokenizer.eos_token_id
+    end: Any = trained.tokenizer.convert_tokens_to_ids("<|end|>")
+    eos: Any = trained.tokenizer.eos_token_id
     assert trained.generation_config["eos_token_id"] == [eos, end]
     assert set(stop_tokens(trained)) == {eos, end}
     export = save_pretrained(
