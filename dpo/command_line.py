@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -201,7 +201,13 @@ def _null_settings(kind: type, values: Namespace, group: str = "") -> Iterator[t
         elif value is None and NoneType not in get_args(hint):
             kind_of: Any = get_origin(hint) or hint
             choices = f"one of {', '.join(map(repr, get_args(hint)))}"
-            yield f"{group}{field.name}", choices if kind_of is Literal else _TYPE_WORDS[kind_of.__name__]
+            yield f"{group}{field.name}", choices if kind_of is Literal else _type_words(hint)
+
+
+def _type_words(hint: Any) -> str:
+    """A type in words, or several."""
+    kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    return " or ".join(_TYPE_WORDS[(get_origin(kind) or kind).__name__] for kind in kinds)
 
 
 def load_config(path: str | Path) -> Config:

@@ -80,7 +80,7 @@ def _parse(name: str, given: Any) -> SourceConfig:
     values = {key: value for key, value in given.items() if value is not None}
     _check_types(name, values)
     check_range(f"{name}.rows", values.get("rows"), low=1)
-    check_range(f"{name}.weight", values.get("weight"), above=0.0)
+    check_range(f"{name}.weight", values.get("weight"), above=0.0, high=1e6)
     check_range(f"{name}.seed", values.get("seed"), low=0)
     if "rows" in values and "weight" in values:
         raise UserError(

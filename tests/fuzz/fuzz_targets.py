@@ -12,6 +12,7 @@ import shutil
 import struct
 import sys
 import tempfile
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,9 @@ YAML_SEEDS = [
     b"model:\n  source: m\n  remat: dots\ndata:\n  train: a.jsonl\n  max_length: 128\n",
     b"objective: {name: dpo, beta: 0.1}\noptimizer: {learning_rate: 1e-6, schedule: linear}\n",
     b"objectives:\n- {name: dpo, weight: 0.8}\n- {name: sft}\nmesh: {data: -1, fsdp: 2}\n",
+    b"data:\n  train:\n  - {source: a.jsonl, weight: 3, columns: {prompt: q}, ignore_columns: [x]}\n"
+    b"  - b.csv\n"
+    b"  eval: [{source: o/n, subset: s, revision: v, split: t, layout: pair, rows: 2, seed: 1}]\n",
     b"a: &a [x, x]\nb: &b [*a, *a]\nobjective: {name: *b, <<: {c: 1}}\n",
 ]
 
@@ -219,8 +223,10 @@ def setting_words() -> list[bytes]:
     """Names and values of settings."""
     from dpo.command_line import settings_parser
     from dpo.config import Config
+    from dpo.config.sources import SourceConfig
 
     names = settings_parser(Config).setting_names()
+    names += [item.name for item in fields(SourceConfig)]
     parts = {part for name in names for part in (name, *name.split("."))}
     values = [
         "null",
@@ -274,6 +280,7 @@ OVERRIDE_SEEDS = [
     b"--training.steps=3\n--objective.beta=0.2\n--model.remat\ndots",
     b"--run_dir\nruns/x\n--data.max_train=5\n--data.shuffle=false\n--optimizer.max_grad_norm=null",
     b'--objective={"name": "dpo"}\n--training.trackers=["tensorboard"]\n--mesh.fsdp=2',
+    b"--data.train=[{source: a.jsonl, weight: 3}, b.csv]\n--data.eval+={source: c.csv, rows: 2}",
     b"--objectives=[{name: dpo}]\n--data.eval=null\n--objective.name=dpo",
     b"--objectives+={name: sft}\n--training.trackers+=wandb\n--model.source=x",
 ]

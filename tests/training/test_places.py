@@ -206,6 +206,8 @@ def test_a_subset_and_a_revision_are_where_hub_data_are_opened():
         ([{"weight": 1}], r"data\.train\[0\] is \{'weight': 1\}; allowed is a source"),
         (["a", {"source": "b", "wieght": 1}], r"data\.train\[1\]\.wieght is not a setting; allowed: source"),
         ([{"source": "a", "weight": 0}], r"data\.train\[0\]\.weight is 0"),
+        ([{"source": "a", "weight": 10**400}], r"data\.train\[0\]\.weight is 1000.*allowed"),
+        ([{"source": "a", "weight": float("inf")}], r"data\.train\[0\]\.weight is inf"),
         ([{"source": "a", "weight": float("nan")}], r"data\.train\[0\]\.weight is nan"),
         ([{"source": "a", "rows": 0}], r"data\.train\[0\]\.rows is 0"),
         ([{"source": "a", "rows": 1.5}], r"data\.train\[0\]\.rows is 1\.5; allowed is an integer"),
