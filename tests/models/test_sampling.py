@@ -8,7 +8,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import load_case
 
 from dpo.models.drawing import SamplingConfig, filter_logits, sample
-from dpo.models.sampling import generate, stream
+from dpo.models.sampling import _check_prompts, generate, stream
 
 PROMPTS = [[5, 7, 11], [3, 1, 4, 1, 5, 9, 2, 6], [8], [2, 7, 1, 8, 2]]
 RULES = SamplingConfig(
@@ -130,6 +130,14 @@ def test_positions_that_a_learned_table_lacks_are_refused(tmp_path):
     gpt2 = load_case(tmp_path, "gpt2")
     with pytest.raises(ValueError, match="need 66 positions; the model has 64"):
         generate(gpt2, [[1] * 54], sampling=RULES, seeds=[0], stop_tokens=[])
+    _check_prompts(gpt2, [[1] * 52], RULES.max_new_tokens)  # what just fits
+
+
+def test_every_prompt_has_tokens_and_a_seed(model):
+    with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
+        generate(model, [[1], [2]], sampling=RULES, seeds=[0], stop_tokens=[])
+    with pytest.raises(ValueError, match=r"prompts \[1, 2\] have no tokens"):
+        generate(model, [[1], [], []], sampling=RULES, seeds=[0] * 3, stop_tokens=[])
 
 
 def test_filters_without_effect_change_nothing(logits):
