@@ -49,8 +49,8 @@ def say_rounding(
 def describe_rounding(noise: float, change: float, learning_rate: float) -> str:
     """One line, with what helps where the noise is the larger."""
     line = (
-        f"bfloat16: rounding moves a pair's margin by {noise:.1g} nats when weights move by "
-        f"{learning_rate:g}; the first {STEPS} steps changed it by {change:+.1g} on average"
+        f"bfloat16: rounding moves a pair's margin by {noise:.2g} nats when weights move by "
+        f"{learning_rate:g}; the first {STEPS} steps changed it by {change:+.2g} on average"
     )
     if noise > abs(change):
         line += " (where later steps are as small, model.round_products: backward or float32 keeps them)"
