@@ -1,18 +1,22 @@
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from dpo.data.packing import facts
 from dpo.data.tokenized import make_dataset
+from dpo.parallel.sharding import make_mesh
 from dpo.training.identity import (
     Probe,
     check_probe,
     differences,
     fingerprint_tokenizer,
     require_same,
+    run_identity,
     settings_fingerprint,
     take_probe,
 )
@@ -154,3 +158,28 @@ def test_fingerprints_do_not_see_the_order_of_names():
     assert fingerprint_tokenizer(slow[0]) == fingerprint_tokenizer(slow[1])
     slow[1].special_tokens_map["bos_token"] = "<b>"
     assert fingerprint_tokenizer(slow[0]) != fingerprint_tokenizer(slow[1])
+
+
+def test_what_a_run_is_on_one_device_without_held_out_data():
+    tokenizer = SimpleNamespace(
+        is_fast=False, get_vocab=lambda: {"a": 0}, special_tokens_map={}, chat_template=None
+    )
+    policy = SimpleNamespace(pretrained=SimpleNamespace(tokenizer=tokenizer), fingerprint="w")
+    rows = SimpleNamespace(content="c", tokens=SimpleNamespace(fingerprint="t"))
+    found = inspect.unwrap(run_identity)(
+        Config(),
+        policy=policy,
+        dataset=rows,
+        heldout=None,
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        num_steps=7,
+    )
+    assert (found["data"], found["tokens"], found["weights"]) == (
+        {"train": "c"},
+        {"train": "t"},
+        {"policy": "w"},
+    )
+    assert (found["template"], found["steps"]) == ({"sha256": None}, {"total": 7})
+    assert found["devices"]["mesh"] == "data 1 x fsdp 1 x tensor 1"
+    assert "run_dir" not in found["settings"]
+    assert found["settings"]["training.seed"] == 0
