@@ -167,6 +167,32 @@ def test_no_row_overflows_and_no_two_rows_could_be_one(shapes, layout):
     assert not any(both)
 
 
+def test_rows_that_one_part_alone_lacks_are_an_error():
+    """Three responses on rows of their own in the one, one response in the other."""
+    dataset = random_dataset([(3, [3, 2, 2]), (3, [3])])
+    with pytest.raises(ValueError, match="6 rows are needed in 2 equal parts; the shape has 4"):
+        pack(
+            dataset,
+            np.arange(2),
+            shape=Shape(4, 8, 4),
+            layout="padded",
+            num_responses=3,
+            micro_batches=2,
+        )
+
+
+def test_what_fits_to_the_last_token_is_laid_out_and_no_more():
+    lengths = {"row_length": 14, "scored": 5, "layout": "shared"}
+    assert len(lay_out([9], [[5]], **lengths)[0]) == 1
+    assert len(lay_out([9], [[3, 2]], **lengths)[0]) == 1
+    assert len(lay_out([9], [[3, 3]], **lengths)[0]) == 2, "one token too many"
+    assert len(lay_out([3, 3], [[4], [4]], **(lengths | {"scored": 8}))[0]) == 1
+    assert len(lay_out([3, 3], [[4], [4]], **(lengths | {"scored": 7}))[0]) == 2, "one scored too many"
+    for wrong in ({"row_length": 13}, {"scored": 4}):
+        with pytest.raises(ValueError, match="do not fit"):
+            lay_out([9], [[5]], **(lengths | wrong))
+
+
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="a prompt of 9 and a response of 5 tokens do not fit"):
         lay_out([9], [[5]], row_length=13, scored=13, layout="shared")
