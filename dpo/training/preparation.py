@@ -83,13 +83,7 @@ def prepare(config: Config) -> Run:
     require_embeddings(dataset, policy.pretrained.model.config, name="data.train")
     if heldout is not None:
         require_embeddings(heldout, policy.pretrained.model.config, name="data.eval")
-        require_preferences(heldout.tokens, name=show_source(config.data.eval))
-    if config.training.keep_best is not None and heldout is not None and heldout.tokens.max_responses < 2:
-        raise UserError(
-            f"training.keep_best is {config.training.keep_best}, but every prompt of data.eval "
-            f"({show_source(config.data.eval)}) has one response, and there is no pair; "
-            "allowed there: no keep_best"
-        )
+        _require_what_is_measured(heldout, config)
     num_steps = count_steps(config.training, len(dataset.tokens))
     memory = None
     if config.training.memory_limit is not None:
@@ -116,3 +110,14 @@ def prepare(config: Config) -> Run:
         identity=identity,
         memory=memory,
     )
+
+
+def _require_what_is_measured(heldout: Dataset, config: Config) -> None:
+    """Refuse held-out data that nothing can be measured on, or not what decides which checkpoint is best."""
+    require_preferences(heldout.tokens, name=show_source(config.data.eval))
+    if config.training.keep_best is not None and heldout.tokens.max_responses < 2:
+        raise UserError(
+            f"training.keep_best is {config.training.keep_best}, but every prompt of data.eval "
+            f"({show_source(config.data.eval)}) has one response, and there is no pair; "
+            "allowed there: no keep_best"
+        )
