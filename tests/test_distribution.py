@@ -70,6 +70,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_what_is_shipped(wheel: Pa
     assert not (package | shipped) - held
 
 
+@pytest.mark.ci
 def test_the_installed_package_finds_its_settings_and_data_from_an_empty_directory(
     installed: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:

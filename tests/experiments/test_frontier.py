@@ -79,6 +79,7 @@ def files_of(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+@pytest.mark.ci
 def test_the_experiment_is_whole_and_resumable(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

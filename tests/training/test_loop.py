@@ -271,6 +271,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(config, m
     assert not (Path(config.run_dir) / "summary.json").exists()
 
 
+@pytest.mark.ci
 def test_a_resumed_run_holds_no_second_state(config, monkeypatch):
     """The policy's parameters have given up their place when the state is read into it."""
     held, restore = [], Checkpoints.restore
@@ -382,6 +383,7 @@ def test_a_reference_that_is_replaced_each_step_keeps_the_loss_at_its_start(conf
     assert_allclose(losses, losses[0], rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_moving_reference_resumes_to_the_same_bits(config, tmp_path, monkeypatch):
     config = replace(config, data={"eval": None}, training={"reference_every": 2, "eval_every": None})
     whole = replace(config, run_dir=str(tmp_path / "whole"))
@@ -402,6 +404,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(config
     assert [row["skipped"] for row in lines(config)] == [0, 1, 1]
 
 
+@pytest.mark.ci
 def test_skipped_steps_are_counted_over_interruptions_and_the_checkpoint_is_named(config, monkeypatch):
     training = {"max_skipped": 3, "eval_every": None}
     config = replace(config, data={"eval": None}, optimizer={"learning_rate": 1e30}, training=training)

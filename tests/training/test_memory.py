@@ -46,10 +46,13 @@ def config(tmp_path, tiny_model_dir):
     return four_steps(tmp_path, tiny_model_dir)
 
 
-def four_steps(directory, model):
-    """Four steps of four pairs whose activations outweigh the state; plain attention is quick to trace."""
+def four_steps(directory, model, *, words=60):
+    """Four steps of four pairs; activations of 60 words outweigh the state. Plain attention traces quickest."""
     path = directory / "train.jsonl"
-    rows = [{"prompt": f"number {i}", "chosen": "yes " * 60, "rejected": "no " * 80} for i in range(8)]
+    rows = [
+        {"prompt": f"number {i}", "chosen": "yes " * words, "rejected": "no " * (words + 20)}
+        for i in range(8)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Config(
         run_dir=str(directory / "run"),
@@ -207,7 +210,7 @@ def test_a_run_under_a_limit_trains_alike(config, tmp_path):
 def interrupted(tmp_path_factory, tiny_model_dir):
     """The configuration of a run without any pressure that was stopped after two of its four steps."""
     config = with_training(
-        four_steps(tmp_path_factory.mktemp("limited"), tiny_model_dir), memory_limit=LIMITLESS
+        four_steps(tmp_path_factory.mktemp("limited"), tiny_model_dir, words=5), memory_limit=LIMITLESS
     )
     with pytest.MonkeyPatch.context() as patch:
         nothing_else_is_held(patch)
@@ -229,6 +232,7 @@ def test_a_run_that_goes_on_keeps_its_choice(copied, monkeypatch):
     assert train(copied).summary["memory"]["remat"] == "none"
 
 
+@pytest.mark.ci
 def test_another_limit_is_another_choice_which_a_checkpoint_refuses(copied):
     kept = Path(copied.run_dir, memory.MEMORY_FILE).read_text()
     peak = json.loads(kept)["chosen"]["peak_gib"]
