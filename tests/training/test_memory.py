@@ -47,7 +47,7 @@ def config(tmp_path, tiny_model_dir):
 
 
 def four_steps(directory, model, *, words=60):
-    """Four steps of four pairs; activations of 60 words outweigh the state. Plain attention traces quickest."""
+    """Four steps of four pairs; activations of 60 words outweigh the state. Plain attention is quickest."""
     path = directory / "train.jsonl"
     rows = [
         {"prompt": f"number {i}", "chosen": "yes " * words, "rejected": "no " * (words + 20)}
