@@ -14,6 +14,7 @@ from dpo import help as short_help
 from dpo.config import Config, DistributedConfig, EndpointConfig
 from dpo.data import chunks, preferences, sources, templates
 from dpo.data.layouts import LAYOUTS
+from dpo.data.table_worker import BASE, FACTOR
 from dpo.evaluation import accuracy, statistics
 from dpo.huggingface import weights
 from dpo.judging import prompts, replies, server, winrate
@@ -59,6 +60,9 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/data.md", "in chunks of {:,}", (chunks.CHUNK_ROWS,)),
     ("docs/data.md", "Above `data.token_store_limit` gigabytes ({:g})", (DEFAULT.data.token_store_limit,)),
     ("docs/security.md", "a line is at most {} MiB", (sources.MAX_ROW_BYTES // 2**20,)),
+    ("docs/security.md", "{} MiB and {:,} times the file's size;", (BASE >> 20, FACTOR)),
+    ("docs/security.md", "{:,} characters and twice those", (DEFAULT.data.template_characters,)),
+    ("docs/data.md", "`data.template_characters` (a million)", ()),
     ("docs/security.md", "header at most {} MB", (weights.MAX_HEADER_BYTES // 10**6,)),
     ("docs/security.md", "{:g} s of CPU time", (templates.LIMITS.seconds,)),
     ("docs/security.md", "{} GiB of memory", (templates.MEMORY // 2**30,)),
