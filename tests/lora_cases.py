@@ -20,8 +20,10 @@ COMBINATIONS = [
     ("phi3", "dora"),
     ("gpt2", "lora"),
     ("gpt_neox", "dora"),
+    ("lfm2", "dora"),
 ]
-"""Plain; two fusions; one that is not transposed; one that interleaves heads, with biases."""
+"""Plain; two fusions; one that is not transposed; one that interleaves heads, with biases;
+two kinds of layers."""
 
 
 @partial(jax.jit, static_argnums=0)

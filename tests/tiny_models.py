@@ -224,6 +224,18 @@ CASES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "tie_word_embeddings": True,
     },
+    "lfm2": {
+        **_SIZES,
+        **{"num_hidden_layers": 6, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
+        "layer_types": [*["conv", "full_attention"] * 2, "conv", "conv"],
+    },
+    "lfm2-adjusted": {
+        **_SIZES,
+        **{"num_hidden_layers": 5, "intermediate_size": 60, "block_multiple_of": 16, "conv_L_cache": 4},
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "tie_word_embeddings": False,
+    },
+    "lfm2-attention": {**_SIZES, "block_auto_adjust_ff_dim": False},
     "stablelm": {**_SIZES, "use_qkv_bias": True, **_rope("default", partial_rotary_factor=0.25)},
     "stablelm-parallel": {
         **_SIZES,

@@ -240,11 +240,9 @@ def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> l
             raise UserError(
                 f"{directory.directory}: {name} is {list(sizes)} there and {list(expected)} in this model"
             )
-        found.setdefault(binding.rule.theirs, {})[layer] = weights
+        found.setdefault(binding.key, {})[layer] = weights
     return [
-        _stack(binding, found[binding.rule.theirs], directory.method)
-        for binding in linears
-        if binding.rule.theirs in found
+        _stack(binding, found[binding.key], directory.method) for binding in linears if binding.key in found
     ]
 
 

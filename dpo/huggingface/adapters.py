@@ -158,7 +158,7 @@ def merge_adapters(model: Decoder) -> Decoder:
 
 def _new_adapter(binding: Binding, layers: tuple[bool, ...], rank: int, alpha: float, seed: int) -> Adapter:
     D, F = _sizes(binding)
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(binding.rule.theirs.encode()))
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(binding.key.encode()))
     bound = 1 / math.sqrt(D)
     a = jax.random.uniform(key, (len(layers), D, rank), jnp.float32, -bound, bound)
     here = jnp.asarray(layers)

@@ -39,6 +39,12 @@ class Binding(NamedTuple):
         return np.ascontiguousarray(tensor.T if self.is_transposed else tensor)
 
     @property
+    def key(self) -> str:
+        """What no other binding of the model has: the rule, and the kind of its layers."""
+        kind = find_kind(self.leaves[0], self.config)
+        return self.rule.theirs if kind is None else f"{self.rule.theirs} of {kind}"
+
+    @property
     def num_leading(self) -> int:
         """Leading axes of the parameters that count tensors: layers, and heads."""
         return self.rule.theirs.count("{")
@@ -132,12 +138,22 @@ def _bind_rule(rule: Rule, leaf: str, config: DecoderConfig, shapes: Shapes) -> 
     shape = (*shapes[leaves[0]][num_leading:-1], last)
     if leaf == "kernel" and rule.transposed:
         shape = shape[::-1]
+    numbers: list[Sequence[int]] = [range(size) for size in leading]
+    kind = find_kind(leaves[0], config)
+    if kind is not None:
+        numbers[0] = config.layers_of(kind)
     names = tuple(
         rule.theirs.format(**dict(zip(("layer", "head"), index, strict=False))) + "." + _LEAVES[leaf]
-        for index in itertools.product(*map(range, leading))
+        for index in itertools.product(*numbers)
     )
     assert len(names) == math.prod(leading)
     return Binding(rule, config, leaves, names, shape)
+
+
+def find_kind(leaf: str, config: DecoderConfig) -> str | None:
+    """The kind of layers that a parameter is of, where they are stacked by kind."""
+    first, _, rest = leaf.partition(".")
+    return rest.partition(".")[0] if first == "layers" and not config.is_uniform else None
 
 
 def _is_ignored(family: Family, bindings: Sequence[Binding], name: str) -> bool:
@@ -153,5 +169,6 @@ _HEADS = (*_OUTPUT_HEADS, "score.")
 _LEAVES = {
     **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
     **{name: name for name in ("bias", "alpha_p", "alpha_n")},
+    "taps": "weight",
 }
 """Our parameter names → Hugging Face's."""

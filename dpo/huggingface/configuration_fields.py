@@ -20,6 +20,8 @@ def neutral(hf: PreTrainedConfig, max_positions: int, **choices: Any) -> Decoder
         "vocab_size": hf.vocab_size,
         "hidden_size": hf.hidden_size,
         "num_layers": layers,
+        "layer_kinds": ("attention",) * layers,
+        "convolution_width": 0,
         "num_heads": heads,
         "num_kv_heads": heads,
         "head_dim": head_dim,

@@ -32,6 +32,7 @@ from dpo.huggingface.llama_configurations import (
     granite,
     granite_hybrid,
     hunyuan,
+    lfm2,
     llama_family,
     ministral,
     ministral3,
@@ -56,6 +57,7 @@ from dpo.huggingface.weight_names import (
     GRANITE_HYBRID_RULES,
     HEAD_NORM_RULES,
     HUNYUAN_RULES,
+    LFM2_RULES,
     LLAMA_RULES,
     MPT_RULES,
     NANOCHAT_RULES,
@@ -119,7 +121,12 @@ def _contradictions(config: DecoderConfig) -> list[str]:
             f"num_attention_heads is {config.num_heads}; supported: a multiple of num_key_value_heads, "
             f"{config.num_kv_heads}"
         )
-    for name, values in (("layer_types", config.windows), ("no_rope_layers", config.layer_rope)):
+    by_layer = (
+        ("layer_types", config.windows),
+        ("layer_types", config.layer_kinds),
+        ("no_rope_layers", config.layer_rope),
+    )
+    for name, values in by_layer:
         if len(values) != config.num_layers:
             found.append(
                 f"{name} is for {len(values)} layers; supported: num_hidden_layers, {config.num_layers}"
@@ -205,6 +212,7 @@ FAMILIES = {
         GRANITE_HYBRID_RULES,
         {"num_local_experts": (0,), "position_embedding_type": (None, "rope")},
     ),
+    "lfm2": Family("Lfm2ForCausalLM", "model.", lfm2, LFM2_RULES, {"conv_bias": (False,)}),
     "stablelm": Family("StableLmForCausalLM", "model.", stablelm, STABLELM_RULES),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -248,6 +256,6 @@ WRAPPERS = {
 
 _CLASSIFIERS = {
     "gemma3_text": "Gemma3TextForSequenceClassification",
-    **dict.fromkeys(("apertus", "ernie4_5", "granite", "granitemoehybrid", "nanochat")),
+    **dict.fromkeys(("apertus", "ernie4_5", "granite", "granitemoehybrid", "lfm2", "nanochat")),
 }
 """Where the name is not the causal model's with another ending."""

@@ -259,3 +259,41 @@ def nanochat(hf: PreTrainedConfig) -> DecoderConfig:
 def apertus(hf: PreTrainedConfig) -> DecoderConfig:
     """A plain MLP whose activation, xIELU, is learned; norms of the heads of queries and keys."""
     return _llama(hf, activation=act(hf.hidden_act), **biases(hf), gated_mlp=False, qk_norm="head")
+
+
+def lfm2(hf: PreTrainedConfig) -> DecoderConfig:
+    """Layers of attention among layers of gated short convolutions; norms of heads."""
+    kinds = {"full_attention": "attention", "conv": "convolution"}
+    unknown = set(hf.layer_types) - set(kinds)
+    if unknown:
+        raise UserError(f"layer_types has {', '.join(sorted(unknown))}; supported: {', '.join(kinds)}")
+    layers = tuple(kinds[name] for name in hf.layer_types)
+    return neutral(
+        hf,
+        hf.max_position_embeddings,
+        layer_kinds=layers,
+        convolution_width=hf.conv_L_cache if "convolution" in layers else 0,
+        num_kv_heads=hf.num_key_value_heads,
+        intermediate_size=_lfm2_intermediate_size(hf),
+        activation="silu",
+        gated_mlp=True,
+        norm="rms",
+        norm_eps=hf.norm_eps,
+        position="rotary",
+        ropes=(rope_of(hf, hf.rope_parameters, head_dim_of(hf)),),
+        qk_norm="head",
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+    )
+
+
+def _lfm2_intermediate_size(hf: PreTrainedConfig) -> int:
+    """Two thirds of what is configured, times a factor, rounded up to a multiple."""
+    if not hf.block_auto_adjust_ff_dim:
+        return hf.intermediate_size
+    size = int(2 * hf.intermediate_size / 3)
+    if hf.block_ffn_dim_multiplier is None:
+        return size
+    multiple = hf.block_multiple_of
+    return -(-int(hf.block_ffn_dim_multiplier * size) // multiple) * multiple

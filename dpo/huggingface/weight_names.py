@@ -185,6 +185,39 @@ OLMO2_RULES = (
     *_POST_NORMS,
     *_rules(_LAYER + "self_attn.", q_norm="q_norm", k_norm="k_norm"),
 )
+_THIRDS = Fusion(lambda tensor, config: np.split(tensor, 3, axis=-1), _join_concatenated)
+
+
+def _of_kind(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Rules of layers that are stacked by kind; those of the whole model stay."""
+    return tuple(
+        rule._replace(ours=tuple(name.replace("layers.", f"layers.{kind}.", 1) for name in rule.ours))
+        for rule in rules
+    )
+
+
+_LFM2_LAYERS = (
+    *_rules(_LAYER, input_layernorm="operator_norm", post_attention_layernorm="ffn_norm"),
+    *_rules(_LAYER + "feed_forward.", gate_proj="w1", up_proj="w3", down_proj="w2"),
+)
+_LFM2_ATTENTION = (
+    *_LFM2_LAYERS,
+    *_rules(_LAYER + "self_attn.", q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="out_proj"),
+    *_rules(_LAYER + "self_attn.", q_head_norm="q_layernorm", k_head_norm="k_layernorm"),
+)
+_LFM2_CONVOLUTION = (
+    *_LFM2_LAYERS,
+    Rule(tuple(f"layers.conv.{name}_proj" for name in "bcx"), _LAYER + "conv.in_proj", _THIRDS),
+    Rule(("layers.conv.o_proj",), _LAYER + "conv.out_proj"),
+    Rule(("layers.conv",), _LAYER + "conv.conv"),
+)
+LFM2_RULES = (
+    *_rules("", embed_tokens="model.embed_tokens", norm="model.embedding_norm", lm_head="lm_head"),
+    *_LFM2_ATTENTION,
+    *_of_kind("attention", _LFM2_ATTENTION),
+    *_of_kind("convolution", _LFM2_CONVOLUTION),
+)
+"""A model of attention alone has one stack, under no kind's name."""
 STABLELM_RULES = (
     *LLAMA_RULES,
     *_rules(

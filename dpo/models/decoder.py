@@ -1,6 +1,7 @@
 """A Hugging Face causal language model: one decoder for all families (`layers.py` has its parts).
 
-Layers are stacked along a leading L axis and scanned, so compile time does not grow with depth. Norms,
+Layers are stacked along a leading L axis and scanned, each kind's on its own, so compile time does not grow
+with depth but with the pattern in which the kinds repeat. Norms,
 softmax and logits are float32; the residual stream has the compute dtype.
 """
 
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -27,6 +29,8 @@ from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.layers import Embedding, LayerMaker, stack_layers
 from dpo.models.linear import PRODUCT, Rounds
+from dpo.models.look_back import find_predecessors, take_slots
+from dpo.models.patterns import Run, find_runs
 from dpo.models.precision import precision_of
 from dpo.models.rotary import cos_sin
 from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
@@ -35,10 +39,12 @@ Remat = Literal["none", "dots", "full"]
 
 
 class Cache(NamedTuple):
-    """Keys and values of decoded positions; slot s holds position s of its row."""
+    """What layers keep of decoded positions; slot s holds position s of its row."""
 
     keys: Float[Array, "L R G C S"]
     values: Float[Array, "L R G S C"]
+    convolved: Float[Array, "N R S D"] | None = None
+    """What convolutions read of each position, where there are such layers."""
 
 
 class Decoder(nnx.Module):
@@ -75,7 +81,7 @@ class Decoder(nnx.Module):
             self.embed_positions = make.embedding(config.max_positions + config.position_offset)
         if config.embedding_norm:
             self.embed_norm = make.norm(config.hidden_size)
-        self.layers = stack_layers(make, config.num_layers)
+        self.layers = stack_layers(make)
         self.norm = make.norm(config.hidden_size)
         if not config.tie_embeddings:
             self.lm_head = make.embedding(config.vocab_size)
@@ -96,17 +102,18 @@ class Decoder(nnx.Module):
         layout = {"positions": positions, "group": group, "branch": branch}
         key_bias = self._key_bias(positions)
         ropes, grow = self._ropes(positions, group), self._query_growth(positions)
-        graphdef, layers = nnx.split(self.layers)
+        look_back = self._look_back(group, branch)
 
-        def block(h: Array, layer: _Layer) -> tuple[Array, None]:
-            core = partial(self._attend, **layout, grow=grow, key_bias=key_bias, window=layer.window)
-            h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
-            return self.partition.constrain(h, ROWS), None
+        def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
+            def apply(h: Array, layer: _Layer) -> Array:
+                core = partial(self._attend, **layout, grow=grow, key_bias=key_bias, window=layer.window)
+                core = core if kind == "attention" else look_back
+                h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
+                return self.partition.constrain(h, ROWS)
 
-        h, _ = jax.lax.scan(
-            _rematerialised(block, self.remat), self._embed(tokens, positions), self._xs(layers)
-        )
-        return self._final(h)
+            return _rematerialised(apply, self.remat)
+
+        return self._final(self._through_layers(block, self._embed(tokens, positions)))
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Float32 logits with the family's soft-capping; for few positions, [..., V] is large."""
@@ -124,10 +131,15 @@ class Decoder(nnx.Module):
     def init_cache(self, rows: int, length: int) -> Cache:
         """An empty cache for positions below `length`."""
         config = self.config
-        stack = (config.num_layers, rows, config.num_kv_heads)
+        stack = (len(config.layers_of("attention")), rows, config.num_kv_heads)
         keys = jnp.zeros((*stack, config.head_dim, length), self.compute_dtype)
         values = jnp.zeros((*stack, length, config.head_dim), self.compute_dtype)
-        return Cache(*(self.partition.constrain(x, None, ROWS, TENSOR) for x in (keys, values)))
+        cache = Cache(*(self.partition.constrain(x, None, ROWS, TENSOR) for x in (keys, values)))
+        if config.is_uniform:
+            return cache
+        shape = (len(config.layers_of("convolution")), rows, length, config.hidden_size)
+        convolved = self.partition.constrain(jnp.zeros(shape, self.compute_dtype), None, ROWS)
+        return cache._replace(convolved=convolved)
 
     def decode(
         self,
@@ -144,27 +156,65 @@ class Decoder(nnx.Module):
         """
         ropes = self._ropes(positions, jnp.ones_like(positions) if group is None else group)
         grow = self._query_growth(positions)
-        graphdef, layers = nnx.split(self.layers)
         rows = jnp.arange(tokens.shape[0])[:, None]
         slots = jnp.arange(cache.values.shape[3])[None, :]
         key_bias = self._key_bias(jnp.broadcast_to(slots, (tokens.shape[0], slots.shape[1])))
 
-        def block(carry: tuple[Array, Cache], layer: _Layer) -> tuple[tuple[Array, Cache], None]:
-            h, cache = carry
+        def attention(cache: Cache, layer: _Layer, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
+            keys = cache.keys.at[layer.index, rows, :, :, positions].set(k.astype(cache.keys.dtype))
+            values = cache.values.at[layer.index, rows, :, positions].set(v.astype(cache.values.dtype))
+            mask = visible_in_cache(positions, keys.shape[-1], layer.window)
+            at = (keys[layer.index], values[layer.index])
+            out = attend_cached(grow(q), *at, mask, key_bias=key_bias, **self._scoring)
+            return out, cache._replace(keys=keys, values=values)
 
-            def core(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
-                keys = cache.keys.at[layer.index, rows, :, :, positions].set(k.astype(cache.keys.dtype))
-                values = cache.values.at[layer.index, rows, :, positions].set(v.astype(cache.values.dtype))
-                mask = visible_in_cache(positions, keys.shape[-1], layer.window)
-                at = (keys[layer.index], values[layer.index])
-                out = attend_cached(grow(q), *at, mask, key_bias=key_bias, **self._scoring)
-                return out, Cache(keys, values)
+        def convolution(cache: Cache, layer: _Layer, u: Array) -> tuple[list[Array], Cache]:
+            assert cache.convolved is not None
+            convolved = cache.convolved.at[layer.index, rows, positions].set(u)
+            count = self.config.convolution_width
+            before = [take_slots(convolved[layer.index], positions - j) for j in range(1, count)]
+            return before, cache._replace(convolved=convolved)
 
-            return nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core), None
+        cores = {"attention": attention, "convolution": convolution}
 
-        start = (self._embed(tokens, positions), cache)
-        (h, cache), _ = jax.lax.scan(block, start, self._xs(layers))
+        def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
+            def apply(carry: tuple[Array, Cache], layer: _Layer) -> tuple[Array, Cache]:
+                h, cache = carry
+                core = partial(cores[kind], cache, layer)
+                return nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)
+
+            return apply
+
+        h, cache = self._through_layers(block, (self._embed(tokens, positions), cache))
         return self._final(h), cache
+
+    def _through_layers(self, block: Callable[[str, nnx.GraphDef], Callable], carry: Any) -> Any:
+        """`block(kind, graphdef)(carry, layer)` of all layers in order: a scan for each run of a pattern."""
+        uniform = self.config.is_uniform
+        stacks = {
+            kind: nnx.split(self.layers if uniform else getattr(self.layers, kind))
+            for kind in dict.fromkeys(self.config.layer_kinds)
+        }
+        for run in find_runs(self.config.layer_kinds):
+            blocks = [block(kind, stacks[kind][0]) for kind in run.pattern]
+
+            def body(carry: Any, layers: tuple[_Layer, ...], blocks: list[Callable] = blocks) -> Any:
+                for apply, layer in zip(blocks, layers, strict=True):
+                    carry = apply(carry, layer)
+                return carry, None
+
+            layers = tuple(
+                self._layers(run, place, stacks[kind][1]) for place, kind in enumerate(run.pattern)
+            )
+            carry, _ = jax.lax.scan(body, carry, layers)
+        return carry
+
+    def _look_back(self, group: Int[Array, "R T"], branch: Int[Array, "R T"]) -> Callable:
+        """What convolutions read of the positions before, within packed rows."""
+        if self.config.is_uniform:
+            return lambda u: ([], None)
+        slots = find_predecessors(group, branch, self.config.convolution_width - 1)
+        return lambda u: ([take_slots(u, each) for each in slots], None)
 
     @property
     def _scoring(self) -> dict[str, Any]:
@@ -218,14 +268,21 @@ class Decoder(nnx.Module):
         cos, sin = (jnp.stack(part) for part in zip(*tables, strict=True))
         return lambda kind: (cos[kind], sin[kind])
 
-    def _xs(self, layers: nnx.State) -> _Layer:
-        config = self.config
+    def _layers(self, run: Run, place: int, stack: nnx.State) -> _Layer:
+        """The layers at one place of a run's pattern, from the stack of their kind."""
+        config, period = self.config, len(run.pattern)
+        numbers = slice(run.start + place, run.end, period)
+        of_kind = config.layers_of(run.pattern[place])
+        first, step = of_kind.index(numbers.start), run.pattern.count(run.pattern[place])
+        index = np.arange(len(of_kind))[first:][: step * run.repeats : step]
+        if len(index) < len(of_kind):
+            stack = jax.tree.map(lambda leaf: leaf[first:][: step * run.repeats : step], stack)
         windowed = min(config.windows) < NO_WINDOW
         return _Layer(
-            state=layers,
-            index=jnp.arange(config.num_layers),
-            window=jnp.asarray(config.windows, jnp.int32) if windowed else None,
-            rope=jnp.asarray(config.layer_rope, jnp.int32) if len(config.ropes) > 1 else None,
+            state=stack,
+            index=jnp.arange(len(of_kind)) if len(index) == len(of_kind) else jnp.asarray(index),
+            window=jnp.asarray(config.windows[numbers], jnp.int32) if windowed else None,
+            rope=jnp.asarray(config.layer_rope[numbers], jnp.int32) if len(config.ropes) > 1 else None,
         )
 
 

@@ -40,6 +40,10 @@ class DecoderConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
+    layer_kinds: tuple[Literal["attention", "convolution"], ...]
+    """What mixes the positions in each layer."""
+    convolution_width: int
+    """Positions that a convolution reads, its own included; 0 where there is none."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -82,3 +86,12 @@ class DecoderConfig:
     logit_scale: float
     """Multiplies the final hidden states, so that callers need not know it."""
     tie_embeddings: bool
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers are attention, and one stack."""
+        return set(self.layer_kinds) == {"attention"}
+
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        """Numbers of the layers of a kind, in the order in which their parameters are stacked."""
+        return tuple(number for number, each in enumerate(self.layer_kinds) if each == kind)

@@ -47,6 +47,24 @@ class Block(nnx.Module):
         return h, extra
 
 
+class ConvolutionBlock(nnx.Module):
+    """h += convolution(norm(h)); h += mlp(norm(h))."""
+
+    def __init__(self, make: LayerMaker):
+        D = make.config.hidden_size
+        self.input_layernorm = make.norm(D)
+        self.conv = ShortConvolution(make)
+        self.post_attention_layernorm = make.norm(D)
+        self.mlp = make.mlp()
+
+    def __call__(
+        self, h: Float[Array, "R T D"], rope: Any, core: Callable
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        mixed, extra = self.conv(self.input_layernorm(h), core)
+        h = h + mixed
+        return h + self.mlp(self.post_attention_layernorm(h)), extra
+
+
 class ParallelBlock(nnx.Module):
     """h += attention(norm(h)) + mlp(norm'(h))."""
 
@@ -107,6 +125,28 @@ class Attention(nnx.Module):
 
     def _heads(self, x: Float[Array, "R T HC"]) -> Float[Array, "R T H C"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+class ShortConvolution(nnx.Module):
+    """o(c x * Σ_j taps_j (b x * v x) j positions before), channel by channel (LFM2).
+
+    `core` hands over what stands before each position in its own sequence, the nearest first.
+    """
+
+    def __init__(self, make: LayerMaker):
+        D, width = make.config.hidden_size, make.config.convolution_width
+        self.b_proj, self.c_proj, self.x_proj = (make.linear(D, D, False) for _ in range(3))
+        self.o_proj = make.linear(D, D, False)
+        self.taps = nnx.Param(_INIT(make.rngs.params(), (D, 1, width), make.param_dtype))
+
+    def __call__(self, x: Float[Array, "R T D"], core: Callable) -> tuple[Float[Array, "R T D"], Any]:
+        u = self.b_proj(x) * self.x_proj(x)
+        before, extra = core(u)
+        taps = self.taps[...].astype(jnp.float32)[None, None, :, 0, ::-1]
+        mixed = u.astype(jnp.float32) * taps[..., 0]
+        for j, part in enumerate(before, start=1):
+            mixed = mixed + part.astype(jnp.float32) * taps[..., j]
+        return self.o_proj(self.c_proj(x) * mixed.astype(x.dtype)), extra
 
 
 class GatedMLP(nnx.Module):
@@ -268,17 +308,31 @@ class LayerMaker:
     def mlp(self) -> GatedMLP | MLP:
         return GatedMLP(self) if self.config.gated_mlp else MLP(self)
 
-    def block(self) -> Block | ParallelBlock | SharedParallelBlock:
-        return _BLOCKS[self.config.residual](self)
+    def block(self, kind: str) -> Block | ParallelBlock | SharedParallelBlock | ConvolutionBlock:
+        return _BLOCKS[self.config.residual](self) if kind == "attention" else ConvolutionBlock(self)
 
 
-def stack_layers(make: LayerMaker, num_layers: int) -> Any:
-    """`num_layers` blocks whose parameters are stacked along a leading axis."""
+class LayersByKind(nnx.Module):
+    """Each kind's blocks, stacked in the order of their layers, under the kind's name."""
+
+    def __init__(self, make: LayerMaker):
+        kinds = make.config.layer_kinds
+        for kind in dict.fromkeys(kinds):
+            setattr(self, kind, _stack(make, kind, kinds.count(kind)))
+
+
+def stack_layers(make: LayerMaker) -> Any:
+    """Blocks whose parameters are stacked along a leading axis: one stack, or one of each kind."""
+    config = make.config
+    return _stack(make, "attention", config.num_layers) if config.is_uniform else LayersByKind(make)
+
+
+def _stack(make: LayerMaker, kind: str, num_layers: int) -> Any:
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap
     def create(rngs: nnx.Rngs) -> Any:
-        return LayerMaker(make.config, rngs, make.dtype, make.param_dtype).block()
+        return LayerMaker(make.config, rngs, make.dtype, make.param_dtype).block(kind)
 
     return create(make.rngs)
 

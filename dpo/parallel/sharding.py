@@ -47,11 +47,14 @@ class MeshSizes(NamedTuple):
 # The order is important: the first match wins. Specs are of the last dimensions; leading ones (the stacked
 # layer axis) are not split. Adapters are small: they are split only where their linear's heads or units are.
 PARAMETER_RULES: Rules = (
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)'?\]?.*lora_b", PartitionSpec(None, TENSOR)),
+    (
+        r"(q_proj|k_proj|v_proj|b_proj|c_proj|x_proj|gate_proj|up_proj)'?\]?.*lora_b",
+        PartitionSpec(None, TENSOR),
+    ),
     (r"(o|down)_proj.*lora_a", PartitionSpec(TENSOR, None)),
     (r"lora_", PartitionSpec()),
     (
-        r"(q_proj|k_proj|v_proj|gate_proj|up_proj|qkv_proj|gate_up_proj)'?\]?.*kernel",
+        r"(q_proj|k_proj|v_proj|b_proj|c_proj|x_proj|gate_proj|up_proj|qkv_proj|gate_up_proj)'?\]?.*kernel",
         PartitionSpec(FSDP, TENSOR),
     ),
     (r"(o|down)_proj.*kernel", PartitionSpec(TENSOR, FSDP)),

@@ -46,10 +46,11 @@ class Times(NamedTuple):
 def forward_flops(config: DecoderConfig, work: Work) -> tuple[float, float]:
     """Operations of one forward pass that must be done: in attention, and in everything else."""
     D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-    products = 3 if config.gated_mlp else 2
-    kernels = 2 * D * H * C + 2 * D * G * C + products * D * config.intermediate_size
-    body = 2.0 * kernels * config.num_layers * work.tokens + 2.0 * config.vocab_size * D * work.scored
-    return 4.0 * H * C * config.num_layers * work.visible, body
+    mlp = (3 if config.gated_mlp else 2) * D * config.intermediate_size
+    attending, convolving = (len(config.layers_of(kind)) for kind in ("attention", "convolution"))
+    kernels = (2 * D * H * C + 2 * D * G * C + mlp) * attending + (4 * D * D + mlp) * convolving
+    body = 2.0 * kernels * work.tokens + 2.0 * config.vocab_size * D * work.scored
+    return 4.0 * H * C * attending * work.visible, body
 
 
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:

@@ -20,7 +20,18 @@ from dpo.models.sampling import generate
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-LAYOUT_CASES = ["llama", "mistral", "gemma3_text", "smollm3", "gpt2", "gpt_neo", "opt", "falcon", "mpt"]
+LAYOUT_CASES = [
+    "llama",
+    "mistral",
+    "gemma3_text",
+    "smollm3",
+    "gpt2",
+    "gpt_neo",
+    "opt",
+    "falcon",
+    "mpt",
+    "lfm2",
+]
 """One of every kind of positions and windows."""
 
 

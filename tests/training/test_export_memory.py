@@ -21,7 +21,8 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from tiny_model import byte_tokenizer, tiny_config
 from dpo.config import Config, DataConfig, ModelConfig
-from dpo.huggingface.pretrained import read_config, save_pretrained
+from dpo.huggingface.saving import save_pretrained
+from dpo.huggingface.text_models import read_config
 from dpo.models.decoder import Decoder
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.optimizer import make_optimizer, make_schedule

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
-from transformers import LlamaConfig
+from transformers import Lfm2Config, LlamaConfig
 
 from dpo.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.loader import training_loader
@@ -46,6 +46,8 @@ class Case(NamedTuple):
     responses: tuple[int, ...] = (2, 2, 2, 2)
     adapters: Method | None = None
     """None: all weights are trained."""
+    layer_types: tuple[str, ...] = ()
+    """Of a model with convolutions; Llama without."""
 
 
 RAGGED = (2, 4, 3, 1)
@@ -66,6 +68,7 @@ CASES = {
     "packed, in two parts": Case({"name": "plackett_luce"}, "packed", 2, (3, 2, 4, 2)),
     "shared, in two parts": Case({"name": "dpo", "ld_alpha": 0.5}, "shared", 2),
     "across prompts, in two parts": Case({"name": "aot", "beta": 0.3}, "shared", 2),
+    "convolutions": Case({"name": "dpo", "beta": 0.3}, layer_types=("conv", "full_attention", "conv")),
     "moving mean": Case({"name": "bco", "beta": 0.3}, "packed", 1),
     "own likelihood": Case({"name": "sft"}, "shared", 2),
     "weighted by collisions": Case({"name": "dpo", "wpo": True}),
@@ -82,22 +85,31 @@ def make_data(case):
 
 
 def make_decoder(
-    partition, *, kv_heads=2, attention: Implementation = "auto", adapters: Method | None = None
+    partition,
+    *,
+    kv_heads=2,
+    attention: Implementation = "auto",
+    adapters: Method | None = None,
+    layer_types: tuple[str, ...] = (),
 ):
-    hf_config = LlamaConfig(
+    own = {"layer_types": list(layer_types), "block_auto_adjust_ff_dim": False} if layer_types else {}
+    hf_config = (Lfm2Config if layer_types else LlamaConfig)(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=len(layer_types) or LAYERS,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=True,
         pad_token_id=2,
+        **own,
     )
     model = Decoder(
         decoder_config(hf_config), rngs=nnx.Rngs(0), remat="full", attention=attention, partition=partition
     )
-    model = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, model)
+    # norms of heads four times as large would make a softmax that answers to rounding
+    least = 3 if layer_types else 2
+    model = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim >= least else leaf, model)
     if adapters is not None:
         chosen = choose_linears(model_bindings(*read_config(hf_config.to_dict())), "all-linear")
         add_adapters(model, new_adapters(chosen, rank=4, alpha=8.0, seed=0), adapters)
@@ -130,7 +142,13 @@ def run(case, mesh, *, attention: Implementation = "auto", rules=None, kv_heads=
         micro_batches=case.micro_batches,
         rows_multiple=row_multiple(mesh),
     )
-    model = make_decoder(Partition(mesh), attention=attention, kv_heads=kv_heads, adapters=case.adapters)
+    model = make_decoder(
+        Partition(mesh),
+        attention=attention,
+        kv_heads=kv_heads,
+        adapters=case.adapters,
+        layer_types=case.layer_types,
+    )
     trained = nnx.Param if case.adapters is None else nnx.LoRAParam
     graphdef, *parts = nnx.split(model, trained, ...)
     layout = parameter_rules(config.mesh.rules)
