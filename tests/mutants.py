@@ -41,7 +41,7 @@ TESTS = {
     "losses/listwise.py": "listwise formulas golden laws",
     "losses/plackett_luce.py": "plackett_luce golden laws",
     "losses/unpaired.py": "unpaired formulas golden",
-    "losses/whole_batch.py": "whole_batch golden",
+    "losses/whole_batch.py": "whole_batch pairs",
     "losses/weighting.py": "weighting",
     "models/log_probs.py": "log_probs",
     "models/quantized.py": "quantized",
