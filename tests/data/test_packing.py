@@ -1,6 +1,7 @@
 """Every layout describes the same computation: who sees what is read off the arrays."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_rows_that_one_part_alone_lacks_are_an_error():
 
 
 def test_what_fits_to_the_last_token_is_laid_out_and_no_more():
-    lengths = {"row_length": 14, "scored": 5, "layout": "shared"}
+    lengths: Any = {"row_length": 14, "scored": 5, "layout": "shared"}
     assert len(lay_out([9], [[5]], **lengths)[0]) == 1
     assert len(lay_out([9], [[3, 2]], **lengths)[0]) == 1
     assert len(lay_out([9], [[3, 3]], **lengths)[0]) == 2, "one token too many"

@@ -54,16 +54,19 @@ def test_wpo_multiplies_the_loss_of_a_pair_and_is_not_differentiated():
 def test_a_response_of_one_token_is_weighted_by_that_token_and_an_absent_one_by_one():
     scores = random_scores(K=2)
     scores = scores._replace(lengths=jnp.ones_like(scores.lengths).at[0, 1].set(0))
-    scores = scores._replace(
-        policy=scores.policy.at[0, 1].set(0.0), log_collision=scores.log_collision.at[0, 1].set(0.0)
-    )
+    assert scores.log_collision is not None
+    collision = scores.log_collision.at[0, 1].set(0.0)
+    scores = scores._replace(policy=scores.policy.at[0, 1].set(0.0), log_collision=collision)
     weights = with_policy_weights(scores).weights
-    np.testing.assert_allclose(weights, np.exp(scores.policy - scores.log_collision), rtol=1e-6)
+    assert weights is not None
+    np.testing.assert_allclose(weights, np.exp(scores.policy - collision), rtol=1e-6)
     assert float(weights[0, 1]) == 1.0
 
 
 def test_half_a_tail_counts_half():
     scores = random_scores(K=2)
+    assert scores.policy_head is not None
+    assert scores.reference_head is not None
     found = with_tail_weight(scores, 0.5)
     np.testing.assert_allclose(found.policy, (scores.policy + scores.policy_head) / 2, rtol=1e-6)
     np.testing.assert_allclose(found.reference, (scores.reference + scores.reference_head) / 2, rtol=1e-6)
