@@ -149,6 +149,9 @@ class ExportConfig:
     dtype: ExportDtype = "float32"
     """Dtype of a merged model's weights. float32 keeps every bit; base is the dtype in which the base
     model is stored. f32, f16, bf16 and the quantised q8_0 to q4_0 are how a GGUF file stores matrices."""
+    base_name: str | None = None
+    """With format adapter, the hub id or path that the adapters name as their base; the run's lora.base_name,
+    or else its model.source, when not given."""
     hub_id: str | None = None
     """Repository on the Hugging Face hub, OWNER/NAME, to upload the directory to; nothing is uploaded when
     not given."""
@@ -160,6 +163,10 @@ class ExportConfig:
             raise UserError(
                 f"dtype is {self.dtype}, in which a GGUF file stores matrices, and format is {self.format}; "
                 f"allowed: {', '.join(get_args(WeightDtype))}, or --format gguf"
+            )
+        if self.format != "adapter" and self.base_name is not None:
+            raise UserError(
+                f"base_name is {self.base_name!r}, and format is {self.format}; allowed with --format adapter"
             )
         if self.format == "gguf" and self.output is not None and not self.output.endswith(".gguf"):
             raise UserError(f"output is {self.output}, and format is gguf; allowed: a file named *.gguf")

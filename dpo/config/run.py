@@ -92,6 +92,9 @@ class LoraConfig:
     """Train the length of every output's weights too (DoRA)."""
     init: str | None = field(default=None, metadata=marks(PLACE))
     """Directory of a peft adapter to start from; rank, alpha, modules and kind are the adapter's own."""
+    base_name: str | None = field(default=None, metadata=marks(BESIDE))
+    """The hub id or path that the written adapters name as their base; model.source when not given. peft
+    opens neither a GGUF file nor embedded:NAME, so that these need another name."""
     base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Dtype in which the frozen weights are held (with int8 the embeddings are bfloat16). Adapters are
     float32."""
@@ -106,7 +109,13 @@ class LoraConfig:
             )
         if not self.target_modules:
             raise UserError("lora.target_modules is empty; allowed: all-linear, names, a regular expression")
-        owned = ["alpha", "target_modules", "use_rslora", "use_dora", *([] if self.is_on else ["base_dtype"])]
+        owned = [
+            "alpha",
+            "target_modules",
+            "use_rslora",
+            "use_dora",
+            *([] if self.is_on else ["base_dtype", "base_name"]),
+        ]
         defaults = {item.name: item.default for item in fields(self)}
         for name in owned if self.rank is None else []:
             if getattr(self, name) != defaults[name]:

@@ -7,6 +7,7 @@ the frozen weights are arguments of the step. The reference is the model without
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -82,12 +83,25 @@ def plain_model(policy: Policy, params: Params) -> Decoder:
     return model if policy.base is None else merge_adapters(model)
 
 
-def export_adapters(policy: Policy, params: Params, directory: str | Path, *, source: str) -> Path:
-    """Write the adapters of a policy as a directory that peft loads onto `source`."""
+def export_adapters(
+    policy: Policy, params: Params, directory: str | Path, *, config: Config, log: Callable[[str], None]
+) -> Path:
+    """Write the adapters of a policy as a directory that peft loads onto the base that it names.
+
+    Where that is no directory and no hub id, what peft can do with them instead is said.
+    """
     model = policy.merge(params)
     bindings = _bindings(policy.pretrained.config)
-    path = Path(source).expanduser()
-    base = str(path.resolve()) if path.exists() else source
+    named = config.lora.base_name or config.model.source
+    path = Path(named).expanduser()
+    base = str(path.resolve()) if path.exists() else named
+    if path.is_file() or ":" in named:
+        known = policy.pretrained.hub_id
+        log(
+            f"adapters: their base is {named}, which peft does not open; lora.base_name, or dpo export RUN "
+            "--format adapter --base_name NAME, names one that it does"
+            + (f", such as {known}" if known else "")
+        )
     return save_adapters(directory, *get_adapters(model, bindings), bindings=bindings, base=base)
 
 

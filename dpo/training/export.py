@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from dpo.training.adapted import export_adapters, open_policy, plain_model, poli
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.policy import Policy
+from dpo.training.progress import say
 from dpo.training.step import Params
 from dpo.training.talk import as_trained
 
@@ -59,7 +61,9 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     output = Path(given.output or default_output(given, dtype))
     if given.format == "adapter":
-        return export_adapters(policy, params, output, source=config.model.source), step
+        name = given.base_name or config.lora.base_name
+        named = replace(config, lora=replace(config.lora, base_name=name))
+        return export_adapters(policy, params, output, config=named, log=say), step
     if given.format == "gguf":
         return _export_gguf(policy, params, output, dtype=dtype, name=Path(given.run).resolve().name), step
     metrics = heldout_metrics(given.run, step)

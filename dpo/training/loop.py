@@ -305,4 +305,4 @@ def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> No
         export_model(run.config, policy, params, export, num_steps=run.num_steps, metrics=metrics)
         if run.config.lora.is_on:
             directory = run.run_dir / ADAPTER_DIRECTORY
-            export_adapters(policy, params, directory, source=run.config.model.source)
+            export_adapters(policy, params, directory, config=run.config, log=say)

@@ -220,6 +220,20 @@ def test_the_adapters_of_any_checkpoint_are_exported(finished, tmp_path):
         assert_array_equal(array, late[name])
 
 
+def test_adapters_name_a_base_that_peft_opens_where_one_is_given(finished, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(export, "say", said.append)
+    for name, base in ((None, str(Path(finished.model.source).resolve())), ("owner/name", "owner/name")):
+        given = ExportConfig(run=finished.run_dir, output=str(tmp_path / str(name)), format="adapter")
+        directory, _ = export_checkpoint(replace(given, base_name=name), finished)
+        written = json.loads((directory / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == base
+    assert said == []
+    embedded = replace(finished, lora=replace(finished.lora, base_name="embedded:some-model"))
+    export_checkpoint(replace(given, base_name=None, output=str(tmp_path / "embedded")), embedded)
+    assert "their base is embedded:some-model, which peft does not open; lora.base_name" in said[0]
+
+
 def test_an_export_of_the_last_checkpoint_is_the_runs_own(finished, tmp_path):
     path, _ = export_checkpoint(ExportConfig(run=finished.run_dir, output=str(tmp_path / "again")), finished)
     own = Path(finished.run_dir) / "export"
