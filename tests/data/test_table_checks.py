@@ -177,13 +177,23 @@ def test_a_folder_with_a_small_file_of_gigabytes_is_refused(tmp_path, monkeypatc
     assert "could not be read" in refusal(folder)
 
 
-def test_a_row_that_has_a_name_twice_is_no_row(tmp_path):
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}',
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen" : "d"}',
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen"\t: "d"}',
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "ch\\u006fsen": "d"}',
+        '{"prompt": "a", "rejected": "c", "chosen": [{"role": "assistant", "content": "", "content": "b"}]}',
+    ],
+)  # fmt: skip
+def test_a_row_that_has_a_name_twice_is_no_row(tmp_path, row):
     """JSON's readers differ in which of the two they take."""
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n' + json.dumps(PAIR))
+    path.write_text(row + "\n" + json.dumps(PAIR))
     found = read_preferences(path, on_error="skip")
     assert found.skipped == {"duplicate_key": 1}
-    assert "'chosen' twice" in str(found.problems[0])
+    assert "twice" in str(found.problems[0])
 
 
 def test_blank_lines_without_end_are_refused(tmp_path):
