@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,7 @@ def _flags(
 
 def _join(pieces: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " _"]]:
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return np.fromiter((token for piece in pieces for token in piece), np.int32, int(offsets[-1])), offsets
+    return np.fromiter(chain.from_iterable(pieces), np.int32, int(offsets[-1])), offsets
 
 
 class Fingerprint:
