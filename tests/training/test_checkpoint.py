@@ -232,3 +232,13 @@ def test_the_reason_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_checksums", fail)
     with pytest.raises(WriteError, match=r"/1: first; there is none before it$"):
         save(tmp_path, 1)
+
+
+def test_a_save_that_fails_before_anything_is_there_is_named_too(tmp_path, monkeypatch):
+    def full(*given, **choices):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        monkeypatch.setattr(checkpoints._orbax, "save", full)
+        with pytest.raises(WriteError, match=r"/1: No space left on device; there is none before it$"):
+            checkpoints.save(1, state_of(1), {})
