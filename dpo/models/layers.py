@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import Linear
+from dpo.models.norms import LayerNorm, RMSNorm, UnscaledRMSNorm, lead
 from dpo.models.rotary import rotate
 
 XIELU_BETA, XIELU_EPS = 0.5, -1e-6
@@ -188,57 +189,10 @@ class XIELU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
         h = x.astype(jnp.float32)
-        a = jax.nn.softplus(_lead(self.alpha_p[...].astype(jnp.float32), h.ndim))
-        b = XIELU_BETA + jax.nn.softplus(_lead(self.alpha_n[...].astype(jnp.float32), h.ndim))
+        a = jax.nn.softplus(lead(self.alpha_p[...].astype(jnp.float32), h.ndim))
+        b = XIELU_BETA + jax.nn.softplus(lead(self.alpha_n[...].astype(jnp.float32), h.ndim))
         below = (jnp.expm1(jnp.minimum(h, XIELU_EPS)) - h) * b
         return (jnp.where(h > 0, a * h * h, below) + XIELU_BETA * h).astype(x.dtype)
-
-
-class UnscaledRMSNorm(nnx.Module):
-    """x / rms(x) over the last axis, in float32."""
-
-    def __init__(self, eps: float):
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        h = x.astype(jnp.float32)
-        return (h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * (offset + scale) over the last axis, in float32 (Zhang and Sennrich 2019).
-
-    Positions are one axis, as in `Linear`: the gradient of the scale sums over them, and over two axes XLA's
-    CPU backend takes twenty times as long.
-    """
-
-    def __init__(self, *shape: int, eps: float, offset: float, param_dtype: jnp.dtype):
-        self.eps, self.offset = eps, offset
-        self.scale = nnx.Param(jnp.full(shape, 1.0 - offset, param_dtype))
-
-    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        h = x.reshape(-1, *self.scale.shape).astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32) + self.offset
-        return (h * _lead(scale, h.ndim)).astype(x.dtype).reshape(x.shape)
-
-
-class LayerNorm(nnx.Module):
-    """(x - mean) / std * scale + bias over the last axis, in float32 (Ba et al. 2016); flat, as `RMSNorm`."""
-
-    def __init__(self, *shape: int, eps: float, use_bias: bool, param_dtype: jnp.dtype):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(shape, param_dtype)) if use_bias else None
-
-    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        h = x.reshape(-1, *self.scale.shape).astype(jnp.float32)
-        h = h - jnp.mean(h, axis=-1, keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        h = h * _lead(self.scale[...].astype(jnp.float32), h.ndim)
-        if self.bias is not None:
-            h = h + _lead(self.bias[...].astype(jnp.float32), h.ndim)
-        return h.astype(x.dtype).reshape(x.shape)
 
 
 class Embedding(nnx.Module):
@@ -335,11 +289,6 @@ def _stack(make: LayerMaker, kind: str, num_layers: int) -> Any:
         return LayerMaker(make.config, rngs, make.dtype, make.param_dtype).block(kind)
 
     return create(make.rngs)
-
-
-def _lead(x: Array, ndim: int) -> Array:
-    """Leading axes of size one, so that broadcasting is explicit."""
-    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _identity(x: Array) -> Array:

@@ -82,7 +82,10 @@ def loss_of(graphdef: Any, arrays: np.ndarray, sources: list[tuple[int, np.ndarr
             token_log_probs(hidden[row, slots], model.output_embedding, jnp.asarray(r), chunk=8, softcap=None)
             for (row, slots), r in zip(sources, RESPONSES, strict=True)
         ]
-        return sum(w * x.sum() for w, x in zip(WEIGHTS, log_probs, strict=True)), log_probs
+        total = jnp.asarray(0.0)
+        for weight, found in zip(WEIGHTS, log_probs, strict=True):
+            total = total + weight * found.sum()
+        return total, log_probs
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -93,7 +96,7 @@ def their_values(directory: Path) -> tuple[list[np.ndarray], dict[str, np.ndarra
     from torch_models import torch_model
 
     model = torch_model(directory)
-    found, total = [], 0.0
+    found, total = [], torch.tensor(0.0)
     for weight, response in zip(WEIGHTS, RESPONSES, strict=True):
         ids = torch.tensor(np.concatenate([PROMPT, response])[None])
         log_probs = torch.log_softmax(model(ids).logits[0, len(PROMPT) - 1 : -1], dim=-1)
@@ -101,7 +104,7 @@ def their_values(directory: Path) -> tuple[list[np.ndarray], dict[str, np.ndarra
         total = total + weight * picked.sum()
         found.append(picked.detach().numpy())
     total.backward()
-    return found, {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return found, {n: p.grad.numpy() for n, p in model.named_parameters()}
 
 
 @pytest.mark.ci

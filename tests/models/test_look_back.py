@@ -53,8 +53,8 @@ def test_they_are_those_of_each_sequence_alone(seed: int) -> None:
                 group.append(number)
                 branch.append(number_of_branch)
                 expected.append([line[place - j] if place >= j else -1 for j in (1, 2, 3)])
-    arrays = (jnp.asarray(np.pad(each, (0, 2)))[None] for each in (group, branch))
-    found = np.stack(find_predecessors(*arrays, 3), axis=-1)[0]
+    groups, branches = (jnp.asarray(np.pad(each, (0, 2)))[None] for each in (group, branch))
+    found = np.stack(find_predecessors(groups, branches, 3), axis=-1)[0]
     np.testing.assert_array_equal(found, [*expected, [-1] * 3, [-1] * 3])
 
 

@@ -8,8 +8,8 @@ from numpy.testing import assert_allclose
 from tiny_models import TOKENS, batch_arrays, load_case
 
 from dpo.huggingface.adapters import merge_adapters
-from dpo.models.layers import UnscaledRMSNorm
 from dpo.models.linear import Linear
+from dpo.models.norms import UnscaledRMSNorm
 from dpo.models.quantized import Int8Linear, hold
 
 
