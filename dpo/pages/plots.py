@@ -127,7 +127,7 @@ def reliability(title: str, bins: CalibrationFigures) -> str:
         axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=":")
         sizes = 12 + 150 * np.array(bins["share"])
         axes.plot(bins["confidence"], bins["accuracy"], color=SERIES[0], linewidth=1)
-        axes.scatter(bins["confidence"], bins["accuracy"], s=sizes, color=SERIES[0])
+        axes.scatter(bins["confidence"], bins["accuracy"], s=sizes, color=SERIES[0], clip_on=False)
         axes.set_xlim(0.48, 1.02)
         axes.set_ylim(-0.03, 1.03)
         return _svg(figure, title)
@@ -150,7 +150,8 @@ def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
         return
     window = max(1, len(values) // 15)
     if window < 3 or line.is_exact:
-        axes.plot(steps, values, color=colour, linewidth=1.4, label=line.label)
+        alone = "o" if len(values) == 1 else None  # a line of one point shows nothing
+        axes.plot(steps, values, marker=alone, markersize=4, color=colour, linewidth=1.4, label=line.label)
         return
     if not line.is_one_of_many:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)

@@ -131,7 +131,9 @@ def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:
     """How many steps, and how long they took."""
     trained = [row for row in metrics if "loss" in row]
     seconds = sum(row.get("seconds", 0.0) for row in trained)
-    return f"{len(trained)} steps" + (f" in {seconds / 60:.1f} minutes" if seconds else "")
+    return f"{len(trained)} step{'' if len(trained) == 1 else 's'}" + (
+        f" in {seconds / 60:.1f} minutes" if seconds else ""
+    )
 
 
 def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, object]:

@@ -37,7 +37,7 @@ def introduction(run: Run) -> list[str]:
         f"batches    {_batches(run)}",
         *([] if run.memory is None else [run.memory.text]),
         *_advice(config),
-        f"training   {run.num_steps} steps of {step} into {config.run_dir}",
+        f"training   {_plural(run.num_steps, 'step')} of {step} into {config.run_dir}",
     ]
 
 

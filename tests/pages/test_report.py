@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from finished_run import HOSTILE, Page, finished, open_in_chromium  # noqa: F401
+from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from dpo.config import Config, save_config
@@ -157,7 +158,8 @@ def test_an_unfinished_run_is_reported_with_what_is_there(tmp_path: Path) -> Non
     save_config(Config(), tmp_path / "config.yaml")
     shown = Page(write_report(tmp_path, Config()).read_text()).text
     assert "it is not finished" in shown
-    assert "1 steps" in shown
+    assert "1 step" in shown
+    assert "1 steps" not in shown
 
 
 def test_a_directory_without_metrics_is_refused(tmp_path: Path) -> None:
@@ -286,3 +288,10 @@ def test_a_reference_to_the_outside_would_be_a_console_message(
     page.write_text(write_report(*run).read_text().replace("</body>", image))
     messages = open_in_chromium(page, tmp_path / "page.png")
     assert any("Content Security Policy" in message for message in messages)
+
+
+@pytest.mark.parametrize(("count", "marker"), [(1, "o"), (2, "None")])
+def test_a_run_of_one_step_shows_its_point(count: int, marker: str) -> None:
+    axes = Figure().subplots()
+    plots._draw_curve(axes, plots.Curve(None, range(count), [0.7] * count), "black")
+    assert axes.lines[0].get_marker() == marker
