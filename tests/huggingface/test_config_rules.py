@@ -214,12 +214,10 @@ def test_half_of_a_pair_in_a_tokenizer_is_refused(model):
     "matter",
     [
         'license: "\\ud800"',
-        "license: [mit]",
         'license: "mit\\n# Owned"',
         "a: " + "[" * 900 + "]" * 900,
         "date: 2001-13-45",
         "number: " + "9" * 5000,
-        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nd: &d [*c, *c]\ne: [*d, *d]\nlicense: {}",
     ],
     ids=lambda matter: matter[:20],
 )
