@@ -19,7 +19,7 @@ from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.intervals import Interval
 from dpo.losses import reward_scale
 from dpo.pages import plots
-from dpo.pages.curves import add_log_ratios, draw_runs
+from dpo.pages.curves import OWN_SCALE, add_log_ratios, draw_runs
 from dpo.pages.page import percent, percents, render, with_interval, write_page
 from dpo.pages.report import describe_steps, require_metrics
 from dpo.pages.report_match import ShownMatch, read_match
@@ -106,23 +106,32 @@ def _gather(runs: Sequence[ComparedRun]) -> dict[str, object]:
             for index, run in enumerate(runs)
         ],
         "notes": _notes(runs, rows),
-        "curves": draw_runs({run.name: run.metrics for run in runs}),
+        "curves": draw_runs(
+            {run.name: run.metrics for run in runs},
+            left_out=() if _has_one_scale(runs) else OWN_SCALE,
+        ),
         "settings": differing_settings([run.config for run in runs]),
     }
+
+
+def _has_one_scale(runs: Sequence[ComparedRun]) -> bool:
+    """Whether losses and δ of all runs are in the same units: one objective with one β."""
+    return len({repr(specification(run.config)) for run in runs}) == 1
 
 
 GAIN = "accuracy minus the first run's"
 ROWS = (
     "objective",
-    "steps",
-    "held-out accuracy",
-    GAIN,
-    "margin δ",
-    "calibration error",
     "win-rate",
     "at equal lengths",
+    "held-out accuracy",
+    GAIN,
+    "log-ratio of better responses, nats",
+    "log-ratio of worse responses, nats",
     "KL, nats",
+    "steps",
 )
+"""What has one scale in all runs; δ, loss and calibration are in units of a run's own β and objective."""
 
 
 def _table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
@@ -132,29 +141,36 @@ def _table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
 
 
 def _cells(run: ComparedRun, first: ComparedRun) -> list[str]:
-    cells = [objective_title(run.config), describe_steps(run.metrics)]
+    win_rate, controlled, kl = _match_cells(run.match)
+    objective, steps = objective_title(run.config), describe_steps(run.metrics)
+    return [objective, win_rate, controlled, *_heldout_cells(run, first), kl, steps]
+
+
+def _heldout_cells(run: ComparedRun, first: ComparedRun) -> list[str]:
+    """Accuracy, what it is more than the first run's, and the log-ratios of both sides."""
     if run.figures is None or run.heldout is None:
-        cells += ["", "", "", ""]
-    else:
-        difference = None
-        if run is not first and first.heldout is not None:
-            difference = accuracy_difference(run.heldout, first.heldout)
-        cells += [
-            _rate(run.figures["accuracy"]),
-            "" if difference is None else with_interval(difference),
-            with_interval(run.figures["margin"]),
-            f"{run.figures['calibration']['ece']:.3f}",
-        ]
-    if run.match is None:
-        return [*cells, "", "", ""]
-    controlled, kl = run.match["controlled"], run.match["kl"]
+        return ["", "", "", ""]
+    difference, ratios = None, run.figures["log_ratio"]
+    if run is not first and first.heldout is not None:
+        difference = accuracy_difference(run.heldout, first.heldout)
     return [
-        *cells,
-        f"{_rate(run.match['figures']['win_rate'])} over the {run.match['opponent']}"
-        + (f"; cut off: {run.match['cut']}" if run.match["cut"] else ""),
+        _rate(run.figures["accuracy"]),
+        "" if difference is None else with_interval(difference),
+        *(with_interval(ratios[side], 2) if side in ratios else "" for side in ("chosen", "rejected")),
+    ]
+
+
+def _match_cells(match: ShownMatch | None) -> tuple[str, str, str]:
+    """Win-rate, the same at equal lengths, and KL on the policy's own samples."""
+    if match is None:
+        return "", "", ""
+    controlled, kl = match["controlled"], match["kl"]
+    return (
+        f"{_rate(match['figures']['win_rate'])} over the {match['opponent']}"
+        + (f"; cut off: {match['cut']}" if match["cut"] else ""),
         "" if controlled is None else _rate(controlled),
         "" if kl is None else with_interval(kl[1], 1),
-    ]
+    )
 
 
 def _rate(interval: Sequence[float]) -> str:
@@ -175,7 +191,7 @@ def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
             if run.match is not None
         ],
     }
-    return [
+    drawn = [
         Markup(
             plots.intervals(
                 title,
@@ -184,9 +200,20 @@ def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
                 colours=[index for _, _, index in rows],
             )
         )
-        for title, rows in found.items()
+        for title, rows in reversed(found.items())
         if rows
     ]
+    return [*drawn, *_against_kl(runs)]
+
+
+def _against_kl(runs: Sequence[ComparedRun]) -> list[Markup]:
+    """What each run wins against how far it went for it: the upper left is better (DPO's Figure 2)."""
+    placed = [
+        (run.name, run.match["kl"][1], run.match["figures"]["win_rate"], index)
+        for index, run in enumerate(runs)
+        if run.match is not None and run.match["kl"] is not None
+    ]
+    return [Markup(plots.against("Win-rate against KL", "KL, nats", placed, level=0.5))] if placed else []
 
 
 def _notes(runs: Sequence[ComparedRun], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
@@ -206,6 +233,11 @@ def _notes(runs: Sequence[ComparedRun], rows: Sequence[tuple[str, list[str]]]) -
     ]
     if apart:
         notes.append(f"Held-out preferences other than the first run's: {', '.join(apart)}.")
+    if not _has_one_scale(runs):
+        notes.append(
+            "Losses, margins δ and gradient norms are in units of each run's own objective and β: they are "
+            "in the runs' own reports and not on one axis here; log-ratios and KL are in nats everywhere."
+        )
     judges = {f"{run.match['judge']}, temperature {run.match['temperature']}" for run in runs if run.match}
     if len(judges) > 1:
         notes.append(f"Win-rates are not of one kind: {'; '.join(sorted(judges))}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,10 +86,14 @@ def draw_run(metrics: Metrics) -> list[Markup]:
     return drawn
 
 
-def draw_runs(runs: Mapping[str, Metrics]) -> list[Markup]:
+OWN_SCALE = ("Loss", "Margin δ", "Gradient norm")
+"""Panels in units of a run's own objective and β."""
+
+
+def draw_runs(runs: Mapping[str, Metrics], *, left_out: Collection[str] = ()) -> list[Markup]:
     """The panels with a line for each run; a panel with two metrics becomes two plots."""
     drawn = []
-    for panel in PANELS:
+    for panel in (panel for panel in PANELS if panel.title not in left_out):
         for name, label in panel.series:
             title = panel.title if len(panel.series) == 1 else f"{panel.title}: {label}"
             lines = [

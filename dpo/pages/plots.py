@@ -102,6 +102,27 @@ def intervals(
         return _svg(figure, title)
 
 
+def against(
+    title: str,
+    label: str,
+    points: Sequence[tuple[str, Sequence[float], Sequence[float], int]],
+    *,
+    level: float,
+) -> str:
+    """Estimates with intervals on both axes: of each its name, what is across, what is up, its colour."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(4.2, 2.4)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+        for _, (x, left, right), (y, low, high), index in points:
+            colour = SERIES[index % len(SERIES)]
+            axes.plot([left, right], [y, y], color=colour, linewidth=1)
+            axes.plot([x, x], [low, high], color=colour, linewidth=1)
+            axes.plot([x], [y], "o", color=colour, markersize=6)
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        return _svg(figure, title)
+
+
 def histogram(title: str, values: Float[np.ndarray, " m"], label: str) -> str:
     """Counts of values; what is below zero in the second colour."""
     with matplotlib.rc_context(_STYLE):

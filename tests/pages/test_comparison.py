@@ -99,3 +99,16 @@ def test_the_command_takes_one_run_or_several(
 def test_chromium_shows_it(runs, tmp_path: Path) -> None:
     page = write_comparison(runs, output=tmp_path / "page.html")
     assert open_in_chromium(page, tmp_path / "page.png") == []
+
+
+@pytest.mark.parametrize(("beta", "shown"), [(None, True), (0.5, False)])
+def test_what_is_in_units_of_each_runs_own_is_not_on_one_axis(runs, tmp_path: Path, beta, shown) -> None:
+    (first, config), (second, other) = runs
+    if beta is not None:
+        other = replace(other, objective={**other.objective, "beta": beta})
+    text = write_comparison([(first, config), (second, other)], output=tmp_path / "page.html").read_text()
+    assert ("Loss over steps" in text) is shown
+    assert ("on one axis here" in text) is not shown
+    assert "Accuracy over steps" in text
+    words = " ".join(Page(text).text.split())
+    assert words.index("win-rate") < words.index("held-out accuracy") < words.index("log-ratio of better")
