@@ -60,7 +60,7 @@ def test_the_reference_and_the_step_have_the_same_bits(remat, micro_batches):
     model = Decoder(config, rngs=nnx.Rngs(0), compute_dtype=jnp.dtype("bfloat16"), remat=remat)
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
-    batch = loader().batch(0)
+    batch = jax.tree.map(jnp.asarray, loader().batch(0))
     score = make_eval_step(graphdef, chunk=64, micro_batches=micro_batches)
     reference = jax.tree.map(np.asarray, score(params, frozen, batch))
 
