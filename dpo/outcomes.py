@@ -121,6 +121,8 @@ _REFUSED = {
     )
 }
 """Numbers of errors that a disk, a permission or a network gives; others of the system's are bugs."""
+_SYSTEM_NUMBER = re.compile(r"os_error_code='(\d+)'")
+"""The system's number in an error of TensorStore's, whose status of a full disk is that of a full memory."""
 _NETWORK = ("requests.", "httpx.", "httpcore.", "urllib3.", "huggingface_hub.", "urllib.error")
 """Packages whose errors come from outside."""
 
@@ -171,6 +173,9 @@ def _by_status(error: BaseException) -> Outcome | None:
     text = str(error)
     from_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
     if isinstance(error, (RuntimeError, ValueError)):
+        number = _SYSTEM_NUMBER.search(text)
+        if number is not None and int(number[1]) in _REFUSED:
+            return ENVIRONMENT
         if _NO_ROOM.search(text) and (from_jax or "RESOURCE_EXHAUSTED" in text):
             return OUT_OF_MEMORY
         if _LOST.search(text) and (from_jax or _COLLECTIVE.search(text)):

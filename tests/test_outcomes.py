@@ -32,6 +32,7 @@ CASES: list[tuple[BaseException, Outcome]] = [
     (JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce() failed: ncclRemoteError"), outcomes.PEER_LOST),
     (JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"), outcomes.PEER_LOST),
     (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), outcomes.OUT_OF_MEMORY),
+    (ValueError("RESOURCE_EXHAUSTED: No space left [os_error_code='28']"), outcomes.ENVIRONMENT),
     (MemoryError(), outcomes.OUT_OF_MEMORY),
     (JaxRuntimeError("INTERNAL: the compiler met something"), outcomes.BUG),
     (WriteError("the summary could not be written"), outcomes.ENVIRONMENT),

@@ -18,7 +18,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,9 @@ class Checkpoints:
             if error is None or issubclass(error, StopRequested):  # stopped, and what was to be saved is not
                 raise
         finally:
-            self._orbax.close()
+            # What Orbax still holds of a save that failed, `wait` has said; a save is whole by its checksums.
+            with suppress(OSError, ValueError, RuntimeError):
+                self._orbax.close()
 
     @property
     def latest(self) -> int | None:

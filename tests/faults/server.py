@@ -5,7 +5,8 @@ One JSON object a line comes in on standard input:
     config    a run's config.yaml, or a list of them to run one after the other
     log       file for what the runs print
     hooks     list of {"where", "count", "do"}: at the count-th (from 1) step, save, evaluation or export, do
-              "SIGTERM", "hang" (until a signal ends it) or "lock" (nobody may write checkpoints any more)
+              "SIGTERM", "hang" (until a signal ends it), "lock" (nobody may write checkpoints any more) or
+              "fill" (a file beside the run takes the rest of its disk)
     obey      true: give up root's right to write where permissions forbid it
     measure   file for memory, threads, open files and compilations, at some steps and after each run
     clock     "jumps": let the wall clock go back and forth
@@ -16,6 +17,7 @@ by that signal).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -97,6 +99,15 @@ def obey_permissions() -> None:
     assert libc.capset(header, data) == 0, os.strerror(ctypes.get_errno())
 
 
+def fill(path: Path) -> None:
+    """Write until the disk is full; once every name is whole that is being written."""
+    while any(path.parent.rglob("*.writing")):
+        time.sleep(0.01)
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+
+
 def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None:
     """Wrap what a run calls, so that things happen at an exact place."""
     counts: dict[str, int] = dict.fromkeys(("step", "save", "evaluation", "export"), 0)
@@ -114,6 +125,8 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
                     while any((run_dir / "checkpoints").glob("*.writing")):  # the save before
                         time.sleep(0.01)
                     (run_dir / "checkpoints").chmod(0o500)
+                elif hook["do"] == "fill":
+                    fill(run_dir.parent / "filler")
                 else:
                     os.kill(os.getpid(), signal.Signals[hook["do"]])
 

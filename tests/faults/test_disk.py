@@ -5,7 +5,6 @@ A small tmpfs stands for the disk, so these need the right to mount one; they sk
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -44,21 +43,26 @@ def whole_checkpoints(run_dir: Path) -> list[int]:
 
 
 @pytest.mark.ci
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
-    server, make_config, unbroken, expected, disk
-):
-    path, remount = disk
-    config = make_config(path / "run", keep_checkpoints=100)
-    newest = Path(unbroken.run_dir, "checkpoints/9")
-    checkpoint_size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
-    remount(f"size={int(3.5 * checkpoint_size) // 1024}k")
+def test_a_disk_without_room_is_refused_at_the_start(server, make_config, disk):
+    config = make_config(disk[0] / "run", keep_checkpoints=100)
     assert server.run(config) == 1
+    assert "has room for 0.01 GB, and the run needs" in server.printed(config)
+    assert whole_checkpoints(disk[0] / "run") == []
+
+
+@pytest.mark.ci
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(server, make_config, expected, disk):
+    """Others fill the disk in the middle of the fourth save."""
+    path, remount = disk
+    remount("size=512m")
+    config = make_config(path / "run", keep_checkpoints=100)
+    assert server.run(config, hooks=[{"where": "save", "count": 4, "do": "fill"}]) == 1
     assert "could not be written to" in server.printed(config)
     assert "No space left on device" in server.printed(config)
     before = whole_checkpoints(path / "run")
     assert before
     assert not any((path / "run").glob("export*"))
-    remount("size=64m")
+    (path / "filler").unlink()
     assert server.run(config) == 0, server.printed(config)
     assert f"resumed after step {before[-1]}" in server.printed(config)
     assert outcome(config) == expected
@@ -67,15 +71,13 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
 @pytest.mark.ci
 def test_a_full_disk_at_the_export_leaves_none_in_part(server, make_config, expected, disk):
     path, remount = disk
+    remount("size=512m")
     config = make_config(path / "run", keep_checkpoints=1)
-    assert server.run(config, hooks=[{"where": "evaluation", "count": 3, "do": "SIGTERM"}]) == 75
-    used = shutil.disk_usage(path).used
-    remount(f"size={(used + 64 * 1024) // 1024}k")
-    assert server.run(config) == 1
+    assert server.run(config, hooks=[{"where": "export", "count": 1, "do": "fill"}]) == 1
     assert "the model could not be written to" in server.printed(config)
     assert not any((path / "run").glob("export*"))
     assert not (path / "run" / "summary.json").exists()
-    remount("size=64m")
+    (path / "filler").unlink()
     assert server.run(config) == 0, server.printed(config)
     assert outcome(config) == expected
 
