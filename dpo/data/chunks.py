@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.data.columns import RowReading
 from dpo.data.joining import ORIGIN, TokenizedPart
-from dpo.data.preferences import Expand, Problem, ReadPreferences, ReadSummary, digest, read_located
+from dpo.data.preferences import Expand, ReadPreferences, ReadSummary, digest, read_located
 from dpo.data.sources import Part, read_rows
 from dpo.data.tokenization import tokenize_part
 
@@ -116,9 +116,8 @@ def open_chunk(path: Path) -> Chunk:
     with safe_open(path, framework="np") as file:
         summary, names, rest, name = json.loads(file.metadata()["facts"])
     arrays = _ArraysOfFile(path, names)
-    rows, skipped, problems, layouts, unused = summary
     return Chunk(
-        ReadSummary(rows, skipped, [Problem(*one) for one in problems], layouts, unused),
+        ReadSummary.from_json(summary),
         TokenizedPart(arrays, arrays[ORIGIN], *rest),
         arrays["digests"],
         name,

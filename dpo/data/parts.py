@@ -18,7 +18,6 @@ from dpo.data.joining import TokenizedPart, join_parts
 from dpo.data.preferences import (
     Expand,
     OnError,
-    Problem,
     ReadPreferences,
     ReadSummary,
     check_read,
@@ -72,12 +71,12 @@ def read_together(
 
     summaries: list[ReadSummary] = []
     locations: list[str] = []
-    for rows, reasons, found, kinds, columns, where in map(json.loads, peers.from_all(read)):
-        summaries.append(ReadSummary(rows, reasons, [Problem(*one) for one in found], kinds, columns))
+    for *summary, where in map(json.loads, peers.from_all(read)):
+        summaries.append(ReadSummary.from_json(summary))
         locations += where
-    summary = join_summaries(summaries)
-    check_read(source, summary, len(locations), on_error)
-    return ReadPreferences(own[0].preferences, *summary), locations
+    whole = join_summaries(summaries)
+    check_read(source, whole, len(locations), on_error)
+    return ReadPreferences(own[0].preferences, *whole), locations
 
 
 def _cut(source: str, split: str, count: int, limit: int | None, reading: RowReading) -> list[Part]:

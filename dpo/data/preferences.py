@@ -79,6 +79,12 @@ class ReadSummary(NamedTuple):
     unused: dict[str, int]
     """Columns that no layout read, and in how many rows they said something."""
 
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> ReadSummary:
+        """A summary that was written as JSON."""
+        rows, skipped, problems, *rest = values
+        return cls(rows, skipped, [Problem(*one) for one in problems], *rest)
+
 
 def join_summaries(summaries: Iterable[ReadSummary]) -> ReadSummary:
     """Of rows that were read in parts, one after the other."""

@@ -1,8 +1,9 @@
 """The tokens of a source, opened where they are stored and made where they are not.
 
-Rows are read and tokenised in chunks (`chunks`), by a tokenizer that works on all cores, and with a store
-every chunk goes to disk as soon as it is made (`token_store`): texts are never held but for a chunk. Tokens,
-order, fingerprints and errors are those of `read_preferences` and `tokenize` on the whole source.
+Rows are read and tokenised in chunks (`chunks`). With a store every chunk goes to disk as soon as it is made
+(`token_store`), and where they are many several processes make them (`token_processes`): texts are never held
+but for a chunk. Tokens, order, fingerprints and errors are those of `read_preferences` and `tokenize` on the
+whole source.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +24,17 @@ from dpo.data.chunks import CHUNK_ROWS, Chunk, ChunkReader, TokenJob, Untokenize
 from dpo.data.joining import join_parts
 from dpo.data.preferences import (
     OnError,
-    Problem,
     ReadSummary,
     check_read,
     fingerprint,
     has_groups,
     join_summaries,
 )
-from dpo.data.sources import Part, cut, cut_every, fingerprint_rows
+from dpo.data.sources import Part, cut, cut_every, fingerprint_rows, is_read_whole
+from dpo.data.token_processes import Numbered, count_processes, make_chunks
 from dpo.data.token_store import Stored, TokenStore
 from dpo.data.tokenized import TokenizedDataset
+from dpo.data.tokenizer_rules import is_plain, rules_of
 from dpo.outcomes import UserError
 
 PROGRESS_SECONDS = 15.0
@@ -107,7 +110,7 @@ def prepare(
       EnvironmentFailure: when the store cannot be written to.
     """
     work = _Work(job, on_error, limit, log)
-    rules = _rules_of(job.tokenizer)
+    rules = rules_of(job.tokenizer)
     if store is None or rules is None:
         if store is not None:
             log(
@@ -119,7 +122,7 @@ def prepare(
     kept = TokenStore(store.directory, key, limit=store.limit, log=log)
     with kept.held():
         found = kept.open()
-        return _as_prepared(work.into(kept) if found is None else found)
+        return _as_prepared(work.into(kept, rules) if found is None else found)
 
 
 class _Work(NamedTuple):
@@ -132,15 +135,19 @@ class _Work(NamedTuple):
 
     def in_memory(self) -> Prepared:
         """All of it, kept nowhere."""
-        chunks, summary = self._chunks({}, lambda _, chunk: chunk)
+        results = _Results(self._cut(), {}, self)
+        self._make_here(results, results.missing(), lambda _, chunk: chunk)
+        chunks, summary = self._check(results.in_order())
         tokens = join_parts([chunk.part for chunk in chunks])
         name, numbers, content = _whole(chunks)
         return Prepared(summary, tokens, Locations([(name, numbers)]), content)
 
-    def into(self, store: TokenStore) -> Stored:
+    def into(self, store: TokenStore, rules: list[Any]) -> Stored:
         """What the store lacks of it."""
         try:
-            chunks, summary = self._chunks(store.finished(), store.keep)
+            results = _Results(self._cut(), store.finished(), self)
+            self._make_missing(results, store, rules)
+            chunks, summary = self._check(results.in_order())
             name, numbers, content = _whole(chunks)
             facts = {"summary": summary, "name": name, "content": content}
             return store.finish([chunk.part for chunk in chunks], numbers, facts)
@@ -148,31 +155,35 @@ class _Work(NamedTuple):
             store.forget()
             raise
 
-    def _chunks(
-        self, finished: Mapping[int, Chunk], keep: Callable[[int, Chunk], Chunk]
-    ) -> tuple[list[Chunk], ReadSummary]:
-        """All chunks in order, the finished ones as they are.
+    def _make_missing(self, results: _Results, store: TokenStore, rules: list[Any]) -> None:
+        """All that is missing, in several processes where it is much and the source can be read in parts."""
+        missing = results.missing()
+        count = count_processes(len(missing))
+        if count == 1 or not is_plain(self.job.tokenizer) or is_read_whole(self.job.source):
+            self._make_here(results, missing, store.keep)
+            return
+        made = make_chunks(
+            self.job,
+            rules,
+            missing,
+            count=count,
+            path_of=store.beside,
+            is_read_only=results.is_read_only,
+        )
+        with closing(made):
+            for number, result in made:
+                if result is None:
+                    self._make_here(results, [(number, results.parts[number])], store.keep)
+                else:
+                    results.add(number, store.adopt(number, result) if isinstance(result, Path) else result)
 
-        Raises:
-          ValueError: first about rows that cannot be read, then about those that cannot be tokenised.
-        """
-        parts = self._cut()
-        results: dict[int, Chunk | Untokenized] = {
-            i: chunk for i, chunk in finished.items() if i < len(parts)
-        }
-        progress = _Progress(parts, results, self.log)
-
-        reader, makes_tokens = ChunkReader(self.job), True
-        for number, part in enumerate(parts):
-            if number in results:
-                continue
-            # Once the data are known to be refused, what is left is read for its own problems only.
-            result = reader.tokenize(part) if makes_tokens else reader.check(part)
-            results[number] = keep(number, result) if isinstance(result, Chunk) else result
-            progress.say(number)
-            spoiled = result.summary.problems and self.on_error == "stop"
-            makes_tokens = makes_tokens and isinstance(result, Chunk) and not spoiled
-        return self._check([results[number] for number in range(len(parts))])
+    def _make_here(
+        self, results: _Results, parts: Sequence[Numbered], keep: Callable[[int, Chunk], Chunk]
+    ) -> None:
+        reader = ChunkReader(self.job)
+        for number, part in parts:
+            result = reader.check(part) if results.is_read_only(number) else reader.tokenize(part)
+            results.add(number, keep(number, result) if isinstance(result, Chunk) else result)
 
     def _cut(self) -> list[Part]:
         """Parts of `CHUNK_ROWS`; one part where neighbouring rows may belong together."""
@@ -184,6 +195,11 @@ class _Work(NamedTuple):
         )
 
     def _check(self, results: Sequence[Chunk | Untokenized]) -> tuple[list[Chunk], ReadSummary]:
+        """All chunks in order.
+
+        Raises:
+          ValueError: first about rows that cannot be read, then about those that cannot be tokenised.
+        """
         summary = join_summaries(result.summary for result in results)
         count = sum(
             result.part.num_preferences if isinstance(result, Chunk) else result.num_preferences
@@ -194,6 +210,40 @@ class _Work(NamedTuple):
             if isinstance(result, Untokenized) and result.error is not None:
                 raise result.error
         return [result for result in results if isinstance(result, Chunk)], summary
+
+
+class _Results:
+    """What became of each part, and what of the others is still worth to be made."""
+
+    def __init__(self, parts: Sequence[Part], finished: Mapping[int, Chunk], work: _Work) -> None:
+        self.parts = parts
+        self._made: dict[int, Chunk | Untokenized] = {
+            i: chunk for i, chunk in finished.items() if i < len(parts)
+        }
+        self._progress = _Progress(parts, self._made, work.log)
+        self._stops = work.on_error == "stop"
+        self._refused_from = len(parts)
+
+    def missing(self) -> list[Numbered]:
+        """Parts that nothing became of yet."""
+        return [(number, part) for number, part in enumerate(self.parts) if number not in self._made]
+
+    def is_read_only(self, number: int) -> bool:
+        """Whether the data are known to be refused, and this part can only add problems of its rows."""
+        return number > self._refused_from
+
+    def add(self, number: int, result: Chunk | Untokenized) -> None:
+        """One more is done."""
+        self._made[number] = result
+        self._progress.say(number)
+        if result.summary.problems and self._stops:
+            self._refused_from = -1
+        elif isinstance(result, Untokenized) and result.error is not None:
+            self._refused_from = min(self._refused_from, number)
+
+    def in_order(self) -> list[Chunk | Untokenized]:
+        """All of them."""
+        return [self._made[number] for number in range(len(self.parts))]
 
 
 class _Progress:
@@ -227,8 +277,7 @@ def _whole(chunks: Sequence[Chunk]) -> tuple[str, np.ndarray, str]:
 
 def _as_prepared(stored: Stored) -> Prepared:
     facts = stored.facts
-    rows, skipped, problems, layouts, unused = facts["summary"]
-    summary = ReadSummary(rows, skipped, [Problem(*one) for one in problems], layouts, unused)
+    summary = ReadSummary.from_json(facts["summary"])
     return Prepared(summary, stored.tokens, Locations([(facts["name"], stored.numbers)]), facts["content"])
 
 
@@ -256,17 +305,3 @@ def _fingerprint_code() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _rules_of(tokenizer: Any) -> Any:
-    """All that decides which tokens a text becomes, as JSON has it; None where it cannot be said."""
-    if not getattr(tokenizer, "is_fast", False):
-        return None
-    return [
-        type(tokenizer).__qualname__,
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template,
-        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        sorted(tokenizer.all_special_ids),
-        tokenizer.split_special_tokens,
-    ]

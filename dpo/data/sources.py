@@ -112,6 +112,11 @@ def is_file_name(source: str) -> bool:
     return source.endswith((*_READERS, ".jsonl.gz"))
 
 
+def is_read_whole(source: str) -> bool:
+    """Whether a part of a source takes reading all of it: a file of JSON, which may be one list."""
+    return source.endswith(".json")
+
+
 def fingerprint_rows(source: str, split: str) -> str:
     """SHA-256 of what a source holds: the bytes of a file, or the values of a data set's columns.
 

@@ -31,7 +31,7 @@ from dpo.outcomes import EnvironmentFailure
 
 FACTS = "facts.json"
 NUMBERS = "numbers"
-CHUNKS, LOCK = ".chunks", ".lock"
+CHUNKS, LOCK, WRITING = ".chunks", ".lock", ".writing"
 _WHAT = "prepared tokens"
 _NOTE = "data.token_store names another directory, and off keeps nothing"
 
@@ -97,6 +97,8 @@ class TokenStore:
     def finished(self) -> dict[int, Chunk]:
         """Chunks of an interrupted preparation, by their number; damaged ones are said, and removed."""
         found = {}
+        for path in self._chunks.glob(f"*{WRITING}"):
+            path.unlink()
         for path in sorted(self._chunks.glob("*.safetensors")):
             number, _, checksum = path.stem.partition("-")
             if _checksum(path) == checksum:
@@ -112,10 +114,20 @@ class TokenStore:
 
     def keep(self, number: int, chunk: Chunk) -> Chunk:
         """Write a chunk, for this preparation or for one that goes on with it."""
+        beside = self.beside(number)
+        with writing(_WHAT, self._chunks, note=_NOTE):
+            write_chunk(beside, chunk)
+        return self.adopt(number, beside)
+
+    def beside(self, number: int) -> Path:
+        """Where a chunk is written before it is adopted; another start has other places."""
         with writing(_WHAT, self._chunks, note=_NOTE):
             self._chunks.mkdir(exist_ok=True)
-            beside = self._chunks / f"{number:07}.writing"
-            write_chunk(beside, chunk)
+        return self._chunks / f"{number:07}-{os.getpid()}{WRITING}"
+
+    def adopt(self, number: int, beside: Path) -> Chunk:
+        """Give a chunk that was written whole its name."""
+        with writing(_WHAT, self._chunks, note=_NOTE):
             path = self._chunks / f"{number:07}-{_checksum(beside)}.safetensors"
             beside.rename(path)
         return open_chunk(path)

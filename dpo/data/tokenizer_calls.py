@@ -6,11 +6,15 @@ several calls, so that what the library keeps beside the ids does not fill the m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.separators import find_separators
 from dpo.outcomes import raising_user_errors
 
 CHARACTERS = 1 << 23
@@ -24,7 +28,16 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     Raises:
       UserError: for a text that the tokenizer fails at.
     """
-    return [ids for group in _groups(texts) for ids in _call(tokenizer, group, **_ALONE)["input_ids"]]
+    separators = find_separators(tokenizer, texts)
+    if not separators:
+        return [ids for group in _groups(texts) for ids in _call(tokenizer, group, **_ALONE)["input_ids"]]
+    cuts = re.compile(f"({'|'.join(map(re.escape, separators))})")
+    pieces = [cuts.split(text) for text in texts]
+    found: dict[str, list[int]] = {"": []} | {name: [number] for name, number in separators.items()}
+    different = [piece for piece in dict.fromkeys(chain.from_iterable(pieces)) if piece not in found]
+    for group in _groups(different):
+        found |= zip(group, _encode_fast(tokenizer, group), strict=True)
+    return [list(chain.from_iterable(map(found.__getitem__, mine))) for mine in pieces]
 
 
 def token_places(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
@@ -52,9 +65,23 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Any, **how: Any) -> str:
         return str(tokenizer.decode(ids, **how))
 
 
+def _encode_fast(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
+    """The same as `_call` for a tokenizer of the Rust library, which need not say where each token stands."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    with _naming(tokenizer):
+        return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+
+
 def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], **how: Any) -> Any:
-    with raising_user_errors(f"{_name(tokenizer)}: its tokenizer makes no tokens of a text"):
+    with _naming(tokenizer):
         return tokenizer(texts, **how)
+
+
+def _naming(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:
+    return raising_user_errors(f"{_name(tokenizer)}: its tokenizer makes no tokens of a text")
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

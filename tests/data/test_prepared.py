@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_tokenizer import make_tokenizer
 
-from dpo.data import chunks, prepared
+from dpo.data import chunks, prepared, token_processes
 from dpo.data.chunks import TokenJob
-from dpo.data.columns import BY_COLUMNS
+from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.preferences import Expand, OnError, digest, fingerprint, read_preferences
 from dpo.data.prepared import Store, prepare
+from dpo.data.sources import Part
 from dpo.data.tokenization import tokenize
+from dpo.outcomes import EnvironmentFailure
 
 POLICIES = {"max_length": 60, "truncation": "drop", "end_token": "template", "chat_template": None}
 POLICIES |= {"template_date": "2024-07-26", "template_kwargs": {}}
@@ -50,8 +52,9 @@ class Preparation:
         on_error: OnError = "stop",
         rows=None,
         expand: Expand = "ranking",
+        reading=BY_COLUMNS,
     ):
-        job = TokenJob(str(source), "train", expand, BY_COLUMNS, make_tokenizer(), self.policies)
+        job = TokenJob(str(source), "train", expand, reading, make_tokenizer(), self.policies)
         return prepare(
             job,
             on_error=on_error,
@@ -67,13 +70,21 @@ class Preparation:
 @pytest.fixture
 def preparation(tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(prepared, "count_processes", lambda _: 1)
     return Preparation(tmp_path / "tokens")
 
 
 def assert_same(
-    found, source, *, on_error: OnError = "stop", rows=None, expand: Expand = "ranking", **policies
+    found,
+    source,
+    *,
+    on_error: OnError = "stop",
+    rows=None,
+    expand: Expand = "ranking",
+    reading=BY_COLUMNS,
+    **policies,
 ):
-    read = read_preferences(source, on_error=on_error, limit=rows, expand=expand)
+    read = read_preferences(source, on_error=on_error, limit=rows, expand=expand, reading=reading)
     tokens = tokenize(read.preferences, make_tokenizer(), **(POLICIES | policies))
     assert found.summary == read.summary
     assert list(found.summary.skipped) == list(read.skipped)
@@ -115,6 +126,7 @@ def test_what_is_kept_is_what_is_made_at_once(tmp_path_factory, rows, expand, si
     how = {"on_error": "skip", "expand": expand}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepared, "CHUNK_ROWS", size)
+        patch.setattr(prepared, "count_processes", lambda _: 1)
         refused = refusal(lambda: tokenize(read_preferences(source, **how)[0], make_tokenizer(), **POLICIES))
         for kept in (False, True, True):
             if refused is None:
@@ -154,7 +166,7 @@ def test_what_determines_tokens_is_part_of_the_fingerprint(tmp_path, preparation
 
 def test_a_slow_tokenizer_is_said_and_keeps_nothing(tmp_path, preparation, monkeypatch):
     source = write_rows(tmp_path / "rows.jsonl", pairs(4))
-    monkeypatch.setattr(prepared, "_rules_of", lambda _: None)
+    monkeypatch.setattr(prepared, "rules_of", lambda _: None)
     assert_same(preparation(source), source)
     (said,) = preparation.said
     assert "is no tokenizer with a tokenizer.json" in said
@@ -285,6 +297,54 @@ def test_a_data_set_is_known_by_its_values(tmp_path, preparation):
     table.select([*range(7), 0]).save_to_disk(tmp_path / "saved")
     assert_same(preparation(tmp_path / "saved"), tmp_path / "saved")
     assert len(preparation.directories()) == 2
+
+
+@pytest.fixture
+def in_two_processes(preparation, monkeypatch):
+    monkeypatch.setattr(prepared, "count_processes", lambda _: 2)
+    return preparation
+
+
+def test_several_processes_make_what_one_makes(tmp_path, in_two_processes, monkeypatch):
+    here = []
+    real = chunks.tokenize_part
+    monkeypatch.setattr(chunks, "tokenize_part", lambda *a, **k: here.append(1) or real(*a, **k))
+    source = write_rows(tmp_path / "rows.jsonl", [*pairs(25), {"prompt": "?"}])
+    reading = RowReading("pair", (("prompt", "prompt"),), frozenset({"images"}))
+    found = in_two_processes(source, on_error="skip", reading=reading)
+    assert not here, "made in the other processes"
+    assert_same(found, source, on_error="skip", reading=reading)
+
+
+def test_errors_of_several_processes_are_those_of_one(tmp_path, in_two_processes):
+    rows = pairs(30)
+    rows[4]["rejected"] = rows[20]["rejected"] = "no" * 30
+    rows[25] = {"prompt": "q", "chosen": ""}
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    refused = refusal(lambda: read_preferences(source))
+    assert refused is not None
+    assert refusal(lambda: in_two_processes(source)) == refused
+    long = "{% if messages[0]['content'] in ('q13', 'q7') %}{{ 'x' * 10 ** 7 }}{% endif %}"
+    in_two_processes.policies["chat_template"] = long
+    policies = in_two_processes.policies
+    whole = refusal(
+        lambda: tokenize(read_preferences(source, on_error="skip")[0], make_tokenizer(), **policies)
+    )
+    assert whole is not None
+    assert refusal(lambda: in_two_processes(source, on_error="skip")) == whole
+
+
+def test_a_process_that_is_lost_is_said(tmp_path, in_two_processes, monkeypatch):
+    monkeypatch.setattr(token_processes.sys, "executable", "/bin/false")
+    source = write_rows(tmp_path / "rows.jsonl", pairs(25))
+    with pytest.raises(EnvironmentFailure, match="a process that makes tokens ended with code 1"):
+        in_two_processes(source)
+
+
+def test_whose_share_is_done_takes_over_half_of_the_largest():
+    shares = token_processes._Shares([(number, Part()) for number in range(9)], 2)
+    taken = [shares.take(index) for index in (0, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0)]
+    assert [one and one[0] for one in taken] == [0, 4, 5, 6, 7, 8, 2, 1, 3, None, None]
 
 
 @pytest.mark.slow
