@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dpo.data.sources import MalformedRowError
-from dpo.data.values import is_empty, show_names
+from dpo.data.values import show_names
 
 MEANING = frozenset(
     {
@@ -56,8 +56,8 @@ class Columns:
 
     def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
         values = _rename(row, reading)
-        self._values = {name: value for name, value in values.items() if name not in reading.ignored}
-        self._ignored = {name: value for name, value in values.items() if name in reading.ignored}
+        self._ignored = {name: values.pop(name) for name in reading.ignored if name in values}
+        self._values = values
         self._items = {theirs: ours for ours, theirs in reading.columns}
         self._read: set[str] = set()
 
@@ -112,12 +112,3 @@ def _is_in_items(name: str, values: Mapping[str, Any]) -> bool:
     """Whether objects in a column have a key of this name."""
     lists = (value for value in values.values() if isinstance(value, list) and value)
     return any(isinstance(items[0], Mapping) and name in items[0] for items in lists)
-
-
-def unread_meaning(columns: Columns, reading: RowReading) -> list[str]:
-    """Columns that nobody has read, that say something, and whose names promise that it matters."""
-    return [
-        name
-        for name, value in columns.unread().items()
-        if name in MEANING and name not in reading.ignored and not is_empty(value)
-    ]

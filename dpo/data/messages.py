@@ -124,9 +124,9 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
         if not _JSON_MESSAGES.match(text):
             return text
         value = parse_json(text, field)
-    if isinstance(value, Mapping) and _is_message(value):
+    if type(value) is not list and isinstance(value, Mapping) and _is_message(value):
         value = [value]
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
+    if type(value) is not list and (not isinstance(value, Sequence) or isinstance(value, bytes)):
         detail = f"found {name_type(value)}; allowed is a string or a list of messages"
         raise MalformedRowError(field, "wrong_type", detail)
     if not value:
@@ -186,7 +186,7 @@ def _content(turn: Mapping[str, Any], rest: Mapping[str, Any], field: str) -> An
     if content is None and "content" not in turn:
         raise _no_message(field)
     may_be_empty = stands_in or turn["role"] in _MAY_BE_EMPTY
-    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+    if not isinstance(content, (str, bytes)) and isinstance(content, Sequence):
         parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
         if not may_be_empty:
             read_text("".join(part.get("text", "") for part in parts), f"{field}.content")

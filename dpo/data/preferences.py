@@ -236,7 +236,8 @@ def _each_row(
             notes.leave_out(location, error)
             continue
         notes.layouts[read.layout] += 1
-        notes.unused.update(read.unused)
+        for column in read.unused:
+            notes.unused[column] += 1
         yield read.preference, LAYOUTS[read.layout].groups
 
 

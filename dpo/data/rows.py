@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo.data.columns import BY_COLUMNS, Columns, RowReading, unread_meaning
+from dpo.data.columns import BY_COLUMNS, MEANING, Columns, RowReading
 from dpo.data.conversations import mentions, split_prompt, with_system
 from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
 from dpo.data.messages import Prompt, Response
@@ -102,7 +102,7 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
         raise MalformedRowError("(row)", "missing_field", detail)
     preference = _read_columns(columns, layout, location, source)
     unused = {column: value for column, value in columns.unread().items() if not is_empty(value)}
-    for column in unread_meaning(columns, reading):
+    for column in MEANING.intersection(unused).difference(reading.ignored):
         value = unused[column]
         if not isinstance(value, str) or not mentions(preference.prompt, value):
             raise _unused_meaning(column, name)
@@ -195,12 +195,14 @@ def _ordered(
     scores: Sequence[int | float] | None,
 ) -> Preference:
     """The preference with its responses best first, and ranks from 0 without gaps."""
-    order = sorted(range(len(responses)), key=lambda k: ranks[k])
+    order = sorted(range(len(responses)), key=ranks.__getitem__)
     levels = {rank: level for level, rank in enumerate(sorted(set(ranks)))}
-    return preference._replace(
-        responses=tuple(responses[k] for k in order),
-        ranks=tuple(levels[ranks[k]] for k in order),
-        scores=None if scores is None else tuple(float(scores[k]) for k in order),
+    return Preference(
+        preference.prompt,
+        tuple([responses[k] for k in order]),
+        tuple([levels[ranks[k]] for k in order]),
+        None if scores is None else tuple([float(scores[k]) for k in order]),
+        *preference[4:],
     )
 
 

@@ -52,7 +52,7 @@ def read_list(value: Any, field: str, *, least: int = 1) -> Sequence[Any]:
     """A list of at least so many values, or the same as JSON text (as tables of text have it)."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, field)
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) < least:
+    if not _is_list(value) or len(value) < least:
         found = f"a list of {len(value)}" if isinstance(value, list) else name_type(value)
         reason = "too_few_responses" if least > 1 else "wrong_type"
         raise MalformedRowError(field, reason, f"found {found}; allowed is a list of {least} or more")
@@ -87,12 +87,18 @@ def as_object(value: Any, field: str) -> Mapping[str, Any] | None:
 
 def read_numbers(value: Any, field: str, count: int) -> list[float]:
     """One finite number for each of so many responses."""
-    return [finite(number, f"{field}[{k}]") for k, number in enumerate(_one_each(value, field, count))]
+    return [
+        number if type(number) is float and math.isfinite(number) else finite(number, f"{field}[{k}]")
+        for k, number in enumerate(_one_each(value, field, count))
+    ]
 
 
 def read_scores(value: Any, field: str, count: int) -> list[float]:
     """One score for each of so many responses, NaN where there is none."""
-    return [read_score(number, f"{field}[{k}]") for k, number in enumerate(_one_each(value, field, count))]
+    return [
+        number if type(number) is float and math.isfinite(number) else read_score(number, f"{field}[{k}]")
+        for k, number in enumerate(_one_each(value, field, count))
+    ]
 
 
 def read_score(value: Any, field: str) -> float:
@@ -126,7 +132,7 @@ def _as_number(value: Any) -> float | None:
 def _one_each(value: Any, field: str, count: int) -> Sequence[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, field)
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+    if not _is_list(value):
         detail = f"found {name_type(value)}; allowed is a list with one number a response"
         raise MalformedRowError(field, "wrong_type", detail)
     if len(value) != count:
@@ -135,11 +141,16 @@ def _one_each(value: Any, field: str, count: int) -> Sequence[Any]:
     return value
 
 
+def _is_list(value: Any) -> bool:
+    """Whether it is a list or like one; a list is known at once, which every row asks several times."""
+    return type(value) is list or (isinstance(value, Sequence) and not isinstance(value, (str, bytes)))
+
+
 def is_empty(value: Any) -> bool:
     """Whether a column of a row says nothing: null, no text, no element."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or (isinstance(value, (Sequence, Mapping)) and not value)
+    return value is None or (not value and isinstance(value, (Sequence, Mapping)))
 
 
 def show(value: Any) -> str:
