@@ -4,9 +4,11 @@ Requests and answers are JSON, one a line. A request is answered by one line for
 is well-formed, one line for each of its inputs:
 
     {"template", "dialect": "chat" | "judge", "date": what a chat template takes for today,
-     "seconds", "characters", "inputs": [{variable: value}, ...], "sizes": characters of each of them}
+     "seconds", "characters", "together": seconds that all inputs of all requests may take,
+     "left": those that were left,
+     "inputs": [{variable: value}, ...], "sizes": characters of each of them}
     {"text", "marks": [[start, end], ...] of its blocks of {% generation %}, where it has any}
-    or {"error", "limit": whether a limit was the reason}
+    or {"error", "limit": whether a limit was the reason}, and "spent": seconds of the inputs up to here
 
 It runs without the rest of the project (a start takes a tenth of a second), may not write files, and has its
 memory and, for every input anew, its CPU time capped by the kernel.
@@ -76,9 +78,15 @@ def _out_of_time(number: int, frame: FrameType | None) -> NoReturn:
 def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     compiled = _limited(request, None)
     yield compiled
+    begun = time.process_time()
     if "text" in compiled:
         for variables, size in zip(request["inputs"], request["sizes"], strict=True):
-            yield _limited(request, variables, size)
+            answer = _limited(request, variables, size)
+            spent = time.process_time() - begun
+            if spent > request["left"] and not answer.get("limit"):
+                what = f"all its texts together ran for more than {request['together']:.3g} s"
+                answer = {"error": what, "limit": True}
+            yield answer | {"spent": spent}
 
 
 def _limited(request: dict[str, Any], variables: dict[str, Any] | None, size: int = 0) -> dict[str, Any]:

@@ -53,6 +53,10 @@ MEMORY = 1 << 30
 PATIENCE = 60.0
 """Seconds of wall-clock time for one text beyond its CPU time, after which the process is taken for dead."""
 
+SECONDS_A_TEXT = 0.005
+"""Of CPU time that all texts which are rendered in one go may take, beside those that one may take."""
+CHARACTERS_A_SECOND = 1_000_000
+"""Of what they are made of, for each of which one more second is given."""
 _GROUP = 64
 _GROUP_CHARACTERS = 1 << 20
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
@@ -129,9 +133,13 @@ class SandboxedTemplate:
         lines = [json.dumps(variables) for variables in inputs]
         found: list[Marked | Refusal] = []
         left = self._limits.texts * self._limits.characters
+        together = self._limits.seconds + SECONDS_A_TEXT * len(lines)
+        together += sum(map(len, lines)) / CHARACTERS_A_SECOND
+        seconds = together
         for group in _groups(lines):
-            answers = self._ask(group)
+            answers, spent = self._ask(group, left=seconds, together=together)
             found += answers
+            seconds -= spent
             left += 2 * sum(map(len, group))
             left -= sum(len(answer.text) for answer in answers if isinstance(answer, Marked))
             if left < 0:
@@ -140,9 +148,12 @@ class SandboxedTemplate:
                 raise TemplateLimitError(f"{self._name} is refused: {what}{self._remedy}")
         return found
 
-    def _ask(self, inputs: Sequence[str]) -> list[Marked | Refusal]:
+    def _ask(
+        self, inputs: Sequence[str], *, left: float, together: float
+    ) -> tuple[list[Marked | Refusal], float]:
+        """The answers, and the seconds that they took of those that are left."""
         settings = {"template": self.text, **self._kind, **self._limits._asdict()}
-        settings |= {"sizes": list(map(len, inputs))}
+        settings |= {"sizes": list(map(len, inputs)), "left": left, "together": together}
         request = f'{json.dumps(settings)[:-1]}, "inputs": [{", ".join(inputs)}]}}\n'
         patience = self._limits.seconds + PATIENCE
         compiled, *answers = _WORKER.ask(request, num_inputs=len(inputs), patience=patience)
@@ -152,12 +163,13 @@ class SandboxedTemplate:
             raise TemplateLimitError(f"{self._name} is refused: {last['error']}{remedy}")
         if "error" in compiled:
             raise UserError(f"{self._name}: {compiled['error']}")
-        return [
+        found = [
             Marked(answer["text"], [(start, end) for start, end in answer.get("marks", ())])
             if "text" in answer
             else Refusal(answer["error"])
             for answer in answers
         ]
+        return found, last.get("spent", 0.0)
 
 
 def read_template(path: str | Path, *, name: str) -> str:

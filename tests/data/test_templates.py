@@ -3,6 +3,7 @@
 import datetime
 import os
 import threading
+import time
 from typing import Any, Literal
 
 import pytest
@@ -162,6 +163,19 @@ def test_texts_that_are_rendered_in_one_go_share_a_budget():
     assert len(template.render_all([{}] * 64)) == 64
     with pytest.raises(TemplateLimitError, match="it wrote more than 64000 characters for 200 texts"):
         template.render_all([{}] * 200)
+
+
+@pytest.mark.parametrize("end", ["", "{{ raise_exception('no') }}"])
+def test_texts_that_are_rendered_in_one_go_share_their_time(end, monkeypatch):
+    """Each of them ends just in time: thousands would take hours."""
+    monkeypatch.setattr("dpo.data.templates.SECONDS_A_TEXT", 0.001)
+    slow = "{% for i in range(20000) %}{% for k in range(3) %}{% endfor %}{% endfor %}" + end
+    template = make(slow, limits=LIMITS._replace(seconds=1.5))
+    begun = time.monotonic()
+    with pytest.raises(TemplateLimitError, match="all its texts together ran for more than 1"):
+        template.render_all([{}] * 200)
+    assert time.monotonic() - begun < 30
+    assert len(make("{{ x }}", limits=LIMITS._replace(seconds=0.3)).render_all([{"x": "y"}] * 200)) == 200
 
 
 def test_the_setting_raises_what_a_template_may_write():
