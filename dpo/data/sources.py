@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -235,30 +236,102 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
 
 def _read_json(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     """One JSON list of rows; anything else is taken for JSON lines."""
-    rows = _json_list(path)
-    if rows is None:
+    if not _begins_a_list(path):
         yield from _read_json_lines(path, part)
         return
-    for number, row in enumerate(rows[part.offset :], start=part.number):
+    for number, row in enumerate(islice(_list_rows(path), part.offset, None), start=part.number):
         yield f"{path}:{number}", row
 
 
 def _json_starts(path: Path) -> Iterator[tuple[int, int]]:
-    rows = _json_list(path)
-    return _line_starts(path) if rows is None else _each_row(len(rows))
+    if not _begins_a_list(path):
+        return _line_starts(path)
+    return ((row, row + 1) for row, _ in enumerate(_list_rows(path)))
 
 
-def _json_list(path: Path) -> list[Any] | None:
+def _begins_a_list(path: Path) -> bool:
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(_WINDOW).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        return None
-    rows = _decode_json(content)
-    if isinstance(rows, MalformedRowError):
-        raise UserError(f"{path}: {rows.detail}")
-    return rows
+
+
+def _list_rows(path: Path) -> Iterator[Any]:
+    """The values of a file that is one JSON list; of its text only what the next one needs is in memory."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = _Text(path, file)
+            text.skip("[")
+            mark = text.next()
+            while mark != "]":
+                yield text.value()
+                mark = text.next()
+                if mark != "]":
+                    text.skip(",")
+            text.skip("]")
+            if text.next():
+                raise text.wrong("Extra data", 0)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+class _Text:
+    """The text of a JSON file from one place on."""
+
+    def __init__(self, path: Path, file: io.TextIOBase) -> None:
+        self._path, self._file = path, file
+        self._text, self._at, self._before = "", 0, 0
+
+    def next(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            self._at = _BLANK.match(self._text, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self._at < len(self._text) or not self._read_on():
+                return self._text[self._at : self._at + 1]
+
+    def skip(self, mark: str) -> None:
+        """Go behind a character that has to be the next one."""
+        if self.next() != mark:
+            raise self.wrong(f"Expecting {mark!r}", 0)
+        self._at += 1
+
+    def value(self) -> Any:
+        """The next value; where the text that was read ends in it, it is tried again with twice as much."""
+        while True:
+            self.next()
+            try:
+                found, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                ahead = error.pos - self._at
+                if not self._read_on():
+                    raise self.wrong(error.msg, ahead) from error
+                continue
+            except (ValueError, RecursionError) as error:
+                raise self.wrong(_describe(error), 0) from error
+            if end < len(self._text) or not self._read_on():
+                self._at = end
+                return found
+
+    def _read_on(self) -> bool:
+        """Whether there was more; what lies behind is let go."""
+        rest = len(self._text) - self._at
+        if rest > MAX_ROW_BYTES:
+            raise self.wrong(f"a row of more than {MAX_ROW_BYTES} characters", 0)
+        more = self._file.read(max(_WINDOW, rest))
+        self._before += self._at
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(more)
+
+    def wrong(self, what: str, ahead: int) -> UserError:
+        """What is said of a place so many characters ahead."""
+        place = self._before + self._at + ahead + 1
+        return UserError(f"{self._path}: not JSON at character {place}: {what}; allowed is a list of rows")
+
+
+_WINDOW = 1 << 20
+"""Characters of a JSON list that are read at a time."""
+_BLANK = re.compile(r"[ \t\n\r]*")
 
 
 def _each_row(count: int) -> Iterator[tuple[int, int]]:
@@ -267,22 +340,20 @@ def _each_row(count: int) -> Iterator[tuple[int, int]]:
 
 def _decode_json(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except _TwiceError as error:
-        return MalformedRowError(
-            "(row)", "duplicate_key", f"has {str(error)[:120]!r} twice in one object; allowed is once"
-        )
+        return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return MalformedRowError(
             "(row)", "invalid_unicode", f"byte {error.start} is not UTF-8; allowed is UTF-8"
         )
-    except json.JSONDecodeError as error:
-        detail = f"not JSON at character {error.pos + 1}: {error.msg}; allowed is one JSON object a line"
-        return MalformedRowError("(row)", "invalid_json", detail)
     except (ValueError, RecursionError) as error:
-        return MalformedRowError(
-            "(row)", "invalid_json", f"{str(error)[:120]}; allowed is one JSON object a line"
-        )
+        at = f"not JSON at character {error.pos + 1}: " if isinstance(error, json.JSONDecodeError) else ""
+        reason = "duplicate_key" if isinstance(error, _TwiceError) else "invalid_json"
+        detail = f"{at}{_describe(error)}; allowed is one JSON object a line"
+        return MalformedRowError("(row)", reason, detail)
+
+
+def _describe(error: Exception) -> str:
+    return (error.msg if isinstance(error, json.JSONDecodeError) else str(error))[:160]
 
 
 class _TwiceError(ValueError):
@@ -293,8 +364,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"has {twice[:100]!r} twice in one object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Made once: to make one takes longer than to decode a row."""
 
 
 def _read_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -353,17 +429,39 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)
+            lines = _RowLines(path, file)
+            rows = csv.reader(lines, strict=True)
             names = next(rows, [])
             if len(set(names)) < len(names):
                 raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
             line = rows.line_num + 1
             for row in rows:
+                lines.left = MAX_ROW_BYTES
                 if row:
                     yield line, _named(names, row)
                 line = rows.line_num + 1
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
+
+
+class _RowLines:
+    """The lines of a CSV file, of which those of one row have a limit: a quote may open and never close."""
+
+    def __init__(self, path: Path, file: io.TextIOBase) -> None:
+        self._path, self._file = path, file
+        self.left = MAX_ROW_BYTES
+
+    def __iter__(self) -> _RowLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self.left + 1)
+        self.left -= len(line)
+        if self.left < 0:
+            raise UserError(f"{self._path}: a row of more than {MAX_ROW_BYTES} characters")
+        if not line:
+            raise StopIteration
+        return line
 
 
 def _named(names: list[str], row: list[str]) -> Any:

@@ -1,0 +1,102 @@
+"""Files that are read piece by piece: what comes out does not depend on the pieces, and rows have a limit."""
+
+import json
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo.data import sources
+from dpo.data.sources import Part, cut_every, read_rows
+from dpo.outcomes import UserError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+def rows_of(path: Path) -> list:
+    return [row for _, row in read_rows(str(path), "train", Part())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lists")
+
+
+@given(st.lists(JSON, max_size=5), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1, "\r\n\t "]))
+def test_a_json_list_is_the_same_in_windows_of_any_size(folder, rows, window, ascii_only, indent):
+    path = folder / "rows.json"
+    text = "\ufeff\n " + json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + " \n"
+    path.write_text(text, encoding="utf-8", newline="")
+    with patch.object(sources, "_WINDOW", max(window, 8)):
+        assert rows_of(path) == rows
+        parts = cut_every(str(path), "train", rows=2)
+        assert [row for part in parts for _, row in read_rows(str(path), "train", part)] == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[1, 2", "at character 6: Expecting ','"),
+        ("[1, 2,", "at character 7: Expecting value"),
+        ("[1, 2,]", "at character 7: Expecting value"),
+        ("[1 2]", "at character 4: Expecting ','"),
+        ("[1, 2] 3", "at character 8: Extra data"),
+        ("[", "at character 2: Expecting value"),
+        ('[{"a": 1}, {"a": tru}]', "at character 18: Expecting value"),
+        ('["', "at character 2: Unterminated string"),
+        ('[{"a": 1, "a": 2}]', "'a' twice"),
+        ("[" * 100_000, "recursion"),
+        ("[" + "9" * 5000 + "]", "4300 digits"),
+    ],
+)
+@pytest.mark.parametrize("window", [8, 1 << 20])
+def test_what_is_wrong_in_a_json_list_is_said_with_its_place(tmp_path, monkeypatch, text, problem, window):
+    monkeypatch.setattr(sources, "_WINDOW", window)
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"rows\.json") as refused:
+        rows_of(path)
+    assert problem in str(refused.value)
+
+
+def test_rows_of_a_json_list_come_before_its_end_is_read(tmp_path):
+    """Objects without content would take 24 times what their text does."""
+    path = tmp_path / "rows.json"
+    path.write_text("[" + "{}," * 9)
+    os.truncate(path, 1 << 40)
+    rows = read_rows(str(path), "train", Part())
+    assert [next(rows)[1] for _ in range(9)] == [{}] * 9
+    with pytest.raises(UserError, match=r"rows\.json: not JSON at character 29"):
+        next(rows)
+
+
+def test_a_row_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(sources, "_WINDOW", 100)
+    path = tmp_path / "rows.json"
+    path.write_text('[{"prompt": "' + "x" * 9000 + '"}]')
+    with pytest.raises(UserError, match="a row of more than 1000 characters"):
+        rows_of(path)
+    table = tmp_path / "rows.csv"
+    for row in ("x" * 2000, '"' + "x\n" * 2000, "," * 2000):
+        table.write_text("prompt,chosen\na,b\na," + row)
+        with pytest.raises(UserError, match=r"rows\.csv: a row of more than 1000 characters"):
+            rows_of(table)
+    table.write_text("prompt,chosen\n" + "a,b\n" * 2000)
+    assert len(rows_of(table)) == 2000
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_that_is_terabytes_of_nothing_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"[" if name == "rows.json" else b"prompt,chosen\n")
+    os.truncate(path, 1 << 40)
+    with pytest.raises(UserError, match=name):
+        rows_of(path)
