@@ -144,7 +144,7 @@ def check_card(folder: Path) -> None:
                     )
 
 
-def _front_matter(path: Path) -> dict[str, Any]:
+def _front_matter(path: Path) -> dict[Any, Any]:
     text = _read_small(path)
     if path.suffix == ".md":
         text = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""

@@ -26,7 +26,7 @@ PACKAGE = str(Path(dpo.__file__).parent)
 POOL = 400
 """Inputs that are mutated, the seeds included."""
 LONGEST_SECONDS = 20.0
-"""Of one input; a longer one is a hang."""
+"""Of CPU time for one input; a longer one is a hang, and so is one that waits so long ten times over."""
 
 
 class Target(NamedTuple):
@@ -132,7 +132,7 @@ def _inputs(target: Target, pool: list[bytes], inputs: int, random: Random) -> I
 
 
 def _outcome(target: Target, data: bytes) -> tuple[str, str]:
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_SECONDS)
+    _set_timers(LONGEST_SECONDS)
     try:
         return "accepted", f"read: {target.read(data)}"
     except _HangError:
@@ -144,7 +144,12 @@ def _outcome(target: Target, data: bytes) -> tuple[str, str]:
             return "refused", f"{type(error).__name__}: {_shape(str(error))}"
         return "failed", "".join(traceback.format_exception(error)[-12:])
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _set_timers(0)
+
+
+def _set_timers(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
 
 
 def _shape(message: str) -> str:
@@ -166,8 +171,10 @@ def _watchdog() -> Iterator[None]:
     def hang(number: int, frame: object) -> None:
         raise _HangError
 
-    before = signal.signal(signal.SIGALRM, hang)
+    timers = (signal.SIGALRM, signal.SIGPROF)
+    before = [signal.signal(timer, hang) for timer in timers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for timer, handler in zip(timers, before, strict=True):
+            signal.signal(timer, handler)
