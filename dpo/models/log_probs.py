@@ -6,8 +6,9 @@ log-normaliser: with p = softmax(logits), ∂ log p[target] / ∂ logits = oneho
 nobody asks for (the embedding's, under adapters) is not computed.
 
 Chunks run along N. On a mesh the vocabulary is split and hidden states travel, which are small: `Shard` says
-how. A flat list of tokens is the same thing without the row axis. Logits, normalisers and results are float32
-whatever the inputs are.
+how. A flat list of tokens is the same thing without the row axis. The matrix is rounded to the hidden states'
+dtype, once for all chunks, so that bfloat16 is multiplied with bfloat16; sums, logits, normalisers and results
+are float32 whatever the inputs are.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def reduce_logits(
 ) -> Float32[Array, "*R N"]:
     """`reduce` applied to every position's logits, chunk by chunk. Carries no gradient."""
     hidden, embedding, bias = jax.lax.stop_gradient((hidden, embedding, bias))
-    embedding = partition.constrain(embedding, VOCABULARY)
+    embedding = partition.constrain(embedding.astype(hidden.dtype), VOCABULARY)
     chunks = _Chunks(hidden.shape[:-1], chunk * partition.size(ROWS))
 
     def reduce_chunk(hidden: Array) -> Array:
@@ -131,8 +132,13 @@ def _forward(settings: _Settings, partition: Partition, arrays: dict[str, Any]) 
 def _compute(settings: _Settings, partition: Partition, arrays: Arrays) -> tuple[Array, tuple]:
     shard = Shard(partition, arrays)
     names = ("log_probs", "normaliser", *(("logits",) if settings.keep_logits else ()))
-    results = shard.map(partial(_forward_local, settings, shard), arrays, names)
+    results = shard.map(partial(_forward_local, settings, shard), _as_multiplied(arrays), names)
     return results["log_probs"], (arrays, {name: results[name] for name in names[1:]})
+
+
+def _as_multiplied(arrays: Arrays) -> Arrays:
+    """The matrix in the hidden states' dtype: products of two dtypes are made in the wider one."""
+    return arrays | {"embedding": arrays["embedding"].astype(arrays["hidden"].dtype)}
 
 
 def _forward_local(settings: _Settings, shard: Shard, arrays: Arrays) -> Arrays:
@@ -163,7 +169,8 @@ def _backward(settings: _Settings, partition: Partition, saved: tuple, cotangent
     wanted, arrays, kept = saved
     shard = Shard(partition, arrays)
     local = partial(_backward_local, settings, shard, wanted.names)
-    gradients = shard.map(local, arrays | kept | {"cotangent": cotangent}, wanted.names)
+    inputs = _as_multiplied(arrays) | kept | {"cotangent": cotangent}
+    gradients = shard.map(local, inputs, wanted.names)
     known = {name: gradients[name].astype(arrays[name].dtype) for name in wanted.names}
     return ({name: known.get(name) for name in arrays},)
 
@@ -173,6 +180,8 @@ def _backward_local(settings: _Settings, shard: Shard, names: Sequence[str], arr
     embedding, bias = arrays["embedding"], arrays.get("bias")
     chunks = _Chunks(arrays["target"].shape, settings.chunk)
     columns = shard.first_column(len(embedding)) + jnp.arange(len(embedding))
+    dtype = jnp.bfloat16 if settings.rounds_backward else embedding.dtype
+    rounded = embedding.astype(dtype)
 
     def one_chunk(gradients, inputs):
         *own, logits = inputs
@@ -186,7 +195,6 @@ def _backward_local(settings: _Settings, shard: Shard, names: Sequence[str], arr
         slope = shard.hide_padding(slope, 0.0)
         if "bias" in names:
             gradients |= {"bias": gradients["bias"] + slope.sum(axis=0)}
-        dtype = jnp.bfloat16 if settings.rounds_backward else hidden.dtype
         slope = slope.astype(dtype)
         if "embedding" in names:
             rounds = settings.rounds_backward
@@ -194,7 +202,7 @@ def _backward_local(settings: _Settings, shard: Shard, names: Sequence[str], arr
             gradients |= {"embedding": gradients["embedding"] + found}
         if "hidden" not in names:
             return gradients, None
-        by_hidden = shard.own_sum(_product(slope, embedding.astype(dtype), 1, 0))
+        by_hidden = shard.own_sum(_product(slope, rounded, 1, 0))
         return gradients, by_hidden.astype(hidden.dtype)
 
     zeros = {

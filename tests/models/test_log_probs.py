@@ -1,5 +1,7 @@
 """Chunked log-probs equal the naive ones in value and gradient, and never hold tokens x vocabulary."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,47 @@ def test_bfloat16_inputs_give_float32_log_probs_and_bfloat16_gradients():
         assert ours.dtype == jnp.bfloat16
         # One rounding of the slopes and one of the result: 2^-8 of the largest terms of the sum.
         np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0.02, atol=0.06)
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_bfloat16_is_multiplied_with_bfloat16_and_summed_in_float32(keep_logits):
+    """With float32 weights, in the program for a GPU: the matrix is rounded once, not in every chunk."""
+    hidden, embedding, _, target = _inputs(dtype=jnp.bfloat16)
+
+    def loss(hidden, embedding):
+        return token_log_probs(hidden, embedding, target, chunk=2, keep_logits=keep_logits).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(hidden, embedding.astype(jnp.float32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(
+        r"dot_general.*: \(tensor<\w*x(\w+)>, tensor<\w*x(\w+)>\) -> tensor<\w*x(\w+)>", text
+    )
+    assert len(products) == (3 if keep_logits else 4)  # logits, made again or kept, and two gradients
+    assert set(products) == {("bf16", "bf16", "f32")}
+    assert len(re.findall(rf"convert %\w+ : \(tensor<{V}x{D}xf32>\) -> tensor<{V}x{D}xbf16>", text)) <= 2
+    transcendental = re.findall(r"stablehlo\.(?:exponential|log) .*x(\w+)>", text)
+    assert transcendental
+    assert set(transcendental) == {"f32"}
+
+
+def test_rounding_the_matrix_is_noise_like_that_of_the_hidden_states():
+    """Against float64, by spread: two rounded operands instead of one make at most twice the error."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    hidden, embedding = (np.asarray(jax.random.normal(key, (512, 64)), np.float64) for key in keys[:2])
+    target = jax.random.randint(keys[2], (512,), 0, 512)
+    logits = hidden @ embedding.T
+    top = logits.max(-1)
+    normaliser = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+    exact = logits[np.arange(512), target] - normaliser
+
+    def spread(hidden, embedding):
+        return np.std(np.asarray(token_log_probs(hidden, embedding, target, chunk=128)) - exact)
+
+    exactly, rounded = jnp.asarray(hidden, jnp.float32), jnp.asarray(hidden, jnp.bfloat16)
+    matrix = jnp.asarray(embedding, jnp.float32)
+    of_hidden = spread(rounded.astype(jnp.float32), matrix)
+    assert spread(exactly, matrix) < of_hidden / 100
+    assert of_hidden < spread(rounded, matrix) < 2 * of_hidden
 
 
 @pytest.mark.parametrize("chunk", [4, 100])
