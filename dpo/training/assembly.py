@@ -16,6 +16,7 @@ from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
 from dpo.training.policy import Policy
 from dpo.training.preparation import Run
+from dpo.training.optimizer import learning_rates
 from dpo.training.program import Program, make_program
 from dpo.training.reading import all_processes
 from dpo.training.record import Record
@@ -184,7 +185,7 @@ def record_of(
     return Record(
         tracker,
         run.dataset,
-        program.schedule,
+        learning_rates(program.schedule, run.num_steps),
         checkpoints,
         fill=run.loader.fill,
         batch_size=run.config.training.batch_size,

@@ -6,7 +6,10 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from dpo.config import OptimizerConfig
 
@@ -31,6 +34,11 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     if warmup == 0:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def learning_rates(schedule: optax.Schedule, num_steps: int) -> Float[np.ndarray, " S"]:
+    """Of every update of a run, on the host."""
+    return np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from dpo.data.batch import Batch
 from dpo.outcomes import UserError
@@ -24,20 +24,21 @@ class StepClock:
     def __init__(
         self,
         dataset: Dataset,
-        schedule: Callable[[int], Any],
+        learning_rates: Float[np.ndarray, " S"],
         batch_size: int,
         *,
         fill: Callable[[int], float],
         skipped: int = 0,
     ):
-        """`fill`: of a step, the part of its positions that hold a token; this process may not have all rows.
+        """`learning_rates`: of every update; asked of the device, one would wait for the step just sent.
 
+        `fill`: of a step, the part of its positions that hold a token; this process may not have all rows.
         `skipped`: steps so far that changed nothing, so that the schedule did not move on either.
         """
         self._fill = fill
         tokens = dataset.tokens
         self._tokens = tokens.prompt_lengths * tokens.num_responses + tokens.response_lengths.sum(1)
-        self._schedule, self._skipped = schedule, skipped
+        self._learning_rates, self._skipped = learning_rates, skipped
         self._epochs_a_step = batch_size / len(tokens)
         self.restart()
 
@@ -50,7 +51,7 @@ class StepClock:
         values = as_numbers(metrics)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        learning_rate = float(self._schedule(step - self._skipped))
+        learning_rate = float(self._learning_rates[step - self._skipped])
         self._skipped += int(values["skipped"])
         return values | {
             "learning_rate": learning_rate,
@@ -68,7 +69,7 @@ class Record:
         self,
         tracker: Tracker,
         dataset: Dataset,
-        schedule: Callable[[int], Any],
+        learning_rates: Float[np.ndarray, " S"],
         checkpoints: Checkpoints,
         *,
         fill: Callable[[int], float],
@@ -81,7 +82,7 @@ class Record:
         earlier = list(earlier)
         self._tracker, self._dataset, self._checkpoints = tracker, dataset, checkpoints
         skipped = int(sum(line["skipped"] for line in earlier))
-        self._clock = StepClock(dataset, schedule, batch_size, fill=fill, skipped=skipped)
+        self._clock = StepClock(dataset, learning_rates, batch_size, fill=fill, skipped=skipped)
         self._watch = Watch(beta, earlier)
         self._max_skipped = max_skipped
         self._pending: tuple[int, Batch, Metrics] | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src.array import ArrayImpl
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -511,6 +512,35 @@ def test_one_program_is_compiled_for_each_shape_that_was_announced(config, monke
     monkeypatch.setattr(program, "make_train_step", remember)
     result = train(config)
     assert made[0]._cache_size() == len(result.summary["layout"]["shapes"])
+
+
+def test_the_host_reads_one_step_while_the_next_is_under_way(config, monkeypatch):
+    """A step is sent, the metrics of the one before are read in one go, and nothing else is.
+
+    The first step is waited for: its loss is checked, and its line is shown.
+    """
+    events, fetch, value, make_train_step = [], jax.device_get, ArrayImpl._value, program.make_train_step
+
+    def read(array):
+        events.append("array")
+        return value.fget(array)
+
+    def fetch_all(tree):
+        before = len(events)
+        fetched = fetch(tree)
+        events[before:] = ["metrics" if isinstance(tree, dict) and "loss" in tree else "arrays"]
+        return fetched
+
+    def remember(*args, **kwargs):
+        step = make_train_step(*args, **kwargs)
+        return lambda *inputs: (events.append("step"), step(*inputs))[1]
+
+    monkeypatch.setattr(ArrayImpl, "_value", property(read))
+    monkeypatch.setattr(jax, "device_get", fetch_all)
+    monkeypatch.setattr(program, "make_train_step", remember)
+    train(replace(config, data={"eval": None}, training={"eval_every": None}))
+    _, *between, _ = " ".join(events).split("step")
+    assert [part.split() for part in between] == [["array", "metrics"], [], *[["metrics"]] * 3]
 
 
 @pytest.mark.slow

@@ -7,12 +7,11 @@ import pytest
 from numpy.testing import assert_allclose
 
 from dpo.config import OptimizerConfig
-from dpo.training.optimizer import make_optimizer, make_schedule
+from dpo.training.optimizer import learning_rates, make_optimizer, make_schedule
 
 
 def rates(num_steps, **settings):
-    schedule: Any = make_schedule(OptimizerConfig(learning_rate=1.0, **settings), num_steps)
-    return np.array([float(schedule(step)) for step in range(num_steps)])
+    return learning_rates(make_schedule(OptimizerConfig(learning_rate=1.0, **settings), num_steps), num_steps)
 
 
 def test_warmup_rises_linearly_from_zero_to_the_peak():

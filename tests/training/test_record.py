@@ -1,4 +1,5 @@
 import jax.numpy as jnp
+import numpy as np
 
 from dpo.data.loader import evaluation_loader
 from dpo.data.preferences import ReadSummary
@@ -13,7 +14,7 @@ def test_the_learning_rate_is_the_one_that_was_used():
     batch = evaluation_loader(tokens, batch_size=2).batch(0)
     clock = StepClock(
         Dataset(ReadSummary(2, {}, [], {}, {}), tokens, [], ""),
-        lambda count: 10.0 - count,
+        10.0 - np.arange(6),
         2,
         fill=lambda step: 1.0,
         skipped=1,
