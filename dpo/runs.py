@@ -65,7 +65,7 @@ class ChosenMemory(TypedDict):
     peak_gib: float
     limit_gib: float
     too_much_gib: dict[str, float | None]
-    """Choices that were tried before, in words; None where more than the device has."""
+    """Choices that were tried before, in words; None where more than fits, by those before too."""
 
 
 class RunSummary(TypedDict):

@@ -7,8 +7,8 @@ nobody asks for (the embedding's, under adapters) is not computed.
 
 Chunks run along N. On a mesh the vocabulary is split and hidden states travel, which are small: `Shard` says
 how. A flat list of tokens is the same thing without the row axis. The matrix is rounded to the hidden states'
-dtype, once for all chunks, so that bfloat16 is multiplied with bfloat16; sums, logits, normalisers and results
-are float32 whatever the inputs are.
+dtype, once for all chunks, so that bfloat16 is multiplied with bfloat16; sums, logits, normalisers and
+results are float32 whatever the inputs are.
 """
 
 from __future__ import annotations

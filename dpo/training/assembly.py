@@ -14,9 +14,9 @@ from dpo.training.datasets import as_trained, scoring_loader
 from dpo.training.identity import take_probe
 from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
+from dpo.training.optimizer import learning_rates
 from dpo.training.policy import Policy
 from dpo.training.preparation import Run
-from dpo.training.optimizer import learning_rates
 from dpo.training.program import Program, make_program
 from dpo.training.reading import all_processes
 from dpo.training.record import Record

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpo.config import TrainingConfig
+from dpo.outcomes import UserError
 
 GIB = 2.0**30
 Limit = float | Literal["device"] | None
@@ -62,22 +63,47 @@ def limit_bytes(limit: Limit, memory: float) -> float:
     return memory if limit is None or limit == "device" else limit * GIB
 
 
-def device_memory(mesh: Mesh) -> float:
-    """Bytes that an accelerator says it gives out; of a CPU device its share of the machine's."""
-    devices = mesh.local_devices
-    stats = devices[0].memory_stats()
-    if stats is not None:
-        return float(stats["bytes_limit"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+def limit_of(limit: Limit, mesh: Mesh) -> float:
+    """`training.memory_limit` in bytes of a device of the mesh.
+
+    Raises:
+      ValueError: where an accelerator does not say what it gives out, or gives out less than is asked for.
+    """
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        return limit_bytes(limit, _share_of_machine(mesh))
+    stats = device.memory_stats()
+    if stats is None and limit in (None, "device"):
+        raise UserError(
+            f"training.memory_limit is {limit or 'not given'}, and {device.device_kind} does not say how "
+            "much it gives out (XLA_PYTHON_CLIENT_ALLOCATOR=platform does not count); allowed: a number of "
+            "GiB, or another allocator"
+        )
+    pool = math.inf if stats is None else float(stats["bytes_limit"])
+    asked = limit_bytes(limit, pool)
+    if asked > pool:
+        raise UserError(
+            f"training.memory_limit is {gib(asked)} and {device.device_kind} gives out {gib(pool)}; allowed: "
+            "up to that, or device. JAX reserves a part of a GPU's memory, as XLA_CLIENT_MEM_FRACTION says"
+        )
+    return asked
+
+
+def _share_of_machine(mesh: Mesh) -> float:
+    """Bytes of a CPU device: its share of the machine's."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(mesh.local_devices)
 
 
 def other_bytes(mesh: Mesh) -> float:
-    """Bytes in use on a device now that are no arrays: of a CPU device its share of the process."""
+    """Bytes in use on a device now that are no arrays: of a CPU device its share of the process.
+
+    An accelerator whose allocator does not count has none that are known.
+    """
     devices = mesh.local_devices
-    stats = devices[0].memory_stats()
-    if stats is not None:
-        return max(0.0, float(stats["bytes_in_use"]) - _array_bytes(devices[:1]))
-    return max(0.0, resident_bytes() - _array_bytes(jax.local_devices())) / len(devices)
+    if devices[0].platform == "cpu":
+        return max(0.0, resident_bytes() - _array_bytes(jax.local_devices())) / len(devices)
+    stats = devices[0].memory_stats() or {"bytes_in_use": 0}
+    return max(0.0, float(stats["bytes_in_use"]) - _array_bytes(devices[:1]))
 
 
 def resident_bytes() -> float:
@@ -100,4 +126,4 @@ def _array_bytes(devices: Iterable[Any]) -> float:
 
 
 def gib(size: float) -> str:
-    return "more than the device has" if math.isinf(size) else f"{size / GIB:.2f} GiB"
+    return "more than fits" if math.isinf(size) else f"{size / GIB:.2f} GiB"

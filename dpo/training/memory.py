@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +45,8 @@ from dpo.training.device_memory import (
     Limit,
     compiled_bytes,
     device_bytes,
-    device_memory,
     gib,
-    limit_bytes,
+    limit_of,
     other_bytes,
     saves_between_steps,
     saving_bytes,
@@ -139,7 +138,7 @@ def find_fit(config: Config, parts: Parts) -> Fit:
       ValueError: when none does.
     """
     mesh, training = parts.mesh, config.training
-    limit = limit_bytes(training.memory_limit, device_memory(mesh))
+    limit = limit_of(training.memory_limit, mesh)
     other = float(from_main(np.float32(other_bytes(mesh) + kept_bytes(config, parts.policy))))
     trained = _program(config, parts).state
     state = device_bytes((trained, parts.policy.frozen))
@@ -150,12 +149,15 @@ def find_fit(config: Config, parts: Parts) -> Fit:
             f"training.memory_limit is {gib(limit)} a device; parameters and the optimiser's state take "
             f"{gib(state)}{copy}, the process itself {gib(other)}, before anything is computed. {_ADVICE}"
         )
+    steps: dict[tuple, float] = {}
     programs: dict[Any, float] = {}
 
     def peak(choice: Choice) -> float:
         key, chunk = _step_key(config, parts, choice), choice.log_prob_chunk
-        step = _memoised(programs, key, lambda: step_bytes(config, parts, choice))
-        step += saved if saves_between_steps(training) else 0.0
+        beside = saved if saves_between_steps(training) else 0.0
+        if other + beside + least_step(steps, choice, state=state) > limit:
+            return math.inf
+        step = beside + _memoised(steps, key, lambda: step_bytes(config, parts, choice))
         if other + step > limit:
             return other + step
         scoring = _memoised(programs, chunk, lambda: scoring_bytes(config, parts, chunk))
@@ -163,6 +165,24 @@ def find_fit(config: Config, parts: Parts) -> Fit:
         return other + max(step, state + saved + max(scoring, sampling))
 
     return first_that_fits(candidates(config, lambda count: _scored(config, parts, count)), peak, limit=limit)
+
+
+def least_step(compiled: Mapping[tuple, float], choice: Choice, *, state: float) -> float:
+    """What a step takes at least, by those that are compiled: a program that is not looked at saves minutes.
+
+    So many times the micro-batches leave that part of what a step takes beside the state, or more.
+    """
+    return max(
+        (
+            state + (size - state) * micro_batches / choice.micro_batches
+            for (remat, micro_batches, chunk), size in compiled.items()
+            if remat == choice.remat
+            and micro_batches < choice.micro_batches
+            and chunk <= choice.log_prob_chunk
+            and math.isfinite(size)
+        ),
+        default=0.0,
+    )
 
 
 def first_that_fits(choices: Iterable[Choice], peak: Callable[[Choice], float], *, limit: float) -> Fit:

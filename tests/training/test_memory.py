@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from numpy.testing import assert_allclose
 from stopping import stop_after
 
@@ -18,9 +21,9 @@ from dpo.data.tokenized import make_dataset
 from dpo.losses import make_objective
 from dpo.parallel.sharding import make_mesh
 from dpo.training import memory, preparation
-from dpo.training.device_memory import GIB, limit_bytes, other_bytes
+from dpo.training.device_memory import GIB, limit_bytes, limit_of, other_bytes
 from dpo.training.loop import train
-from dpo.training.memory import Parts, first_that_fits, sampling_bytes
+from dpo.training.memory import Parts, first_that_fits, least_step, sampling_bytes
 from dpo.training.memory_choices import Choice, candidates
 from dpo.training.policy import load_policy
 
@@ -152,6 +155,67 @@ def test_limits_are_gib_or_the_device_s_own():
         ValueError, match=r"training\.memory_limit is 0\.0; allowed is more than 0\.0 or device"
     ):
         TrainingConfig(memory_limit=0.0)
+
+
+def accelerator(stats):
+    """A mesh of one GPU, as jax describes it."""
+    device = Mock(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    device.memory_stats.return_value = stats
+    return Mock(spec=Mesh, local_devices=[device])
+
+
+def test_a_gpu_gives_out_what_its_allocator_reserves():
+    """Three quarters of the card, unless XLA_CLIENT_MEM_FRACTION says another part."""
+    mesh = accelerator({"bytes_limit": 60 * GIB, "bytes_in_use": 3 * GIB})
+    assert limit_of("device", mesh) == limit_of(None, mesh) == 60 * GIB
+    assert limit_of(48.0, mesh) == 48 * GIB
+    assert other_bytes(mesh) == 3 * GIB
+    refusal = (
+        r"memory_limit is 70\.00 GiB and NVIDIA H100 80GB HBM3 gives out 60\.00 GiB; allowed: up to that"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        limit_of(70.0, mesh)
+
+
+def test_a_gpu_whose_allocator_does_not_count_needs_a_number():
+    mesh = accelerator(None)
+    assert (limit_of(48.0, mesh), other_bytes(mesh)) == (48 * GIB, 0.0)
+    for limit in ("device", None):
+        with pytest.raises(
+            ValueError, match=r"does not say .*ALLOCATOR=platform.*; allowed: a number of GiB"
+        ):
+            limit_of(limit, mesh)
+
+
+def test_no_program_is_compiled_that_takes_too_much_by_those_before():
+    """Ten beside the state with one micro-batch are five with two, or more; other remat says nothing."""
+    compiled = {("none", 1, 64): 40.0, ("full", 1, 64): 12.0, ("full", 2, 64): 9.0, ("full", 3, 64): math.inf}
+    assert least_step(compiled, Choice("full", 4, 64), state=2.0) == 2 + 7 * 2 / 4
+    assert least_step(compiled, Choice("dots", 4, 64), state=2.0) == 0.0
+    assert least_step(compiled, Choice("full", 4, 32), state=2.0) == 0.0
+
+
+def test_the_search_passes_over_what_cannot_fit(config, monkeypatch):
+    """40 GiB beside the state are 20 in two parts and 10 in four: what would take 22 is not compiled."""
+    state = 2.0 * GIB
+    sizes = {"none": 90.0, "dots": 60.0, "full": 42.0}
+    looked_at = []
+
+    def step_bytes(config, parts, choice):
+        looked_at.append((choice.remat, choice.micro_batches))
+        return state + (sizes[choice.remat] - 2.0) * GIB / choice.micro_batches
+
+    monkeypatch.setattr(memory, "step_bytes", step_bytes)
+    monkeypatch.setattr(memory, "device_bytes", lambda tree: state)
+    monkeypatch.setattr(memory, "saving_bytes", lambda *_: 0.0)
+    mesh = make_mesh(Config().mesh, jax.devices()[:1])
+    tokens = make_dataset([[1, 2 + i] for i in range(8)], [[[3], [4]]] * 8)
+    parts = Parts(
+        make_objective({"name": "dpo"}), 0.1, load_policy(config.model, mesh), tokens, None, mesh, num_steps=4
+    )
+    fit = memory.find_fit(with_training(config, memory_limit=15.0), parts)
+    assert looked_at == [("none", 1), ("dots", 1), ("full", 1), ("full", 4)]
+    assert "2 micro-batches, 1024 scored tokens at a time: more than fits" in fit.text
 
 
 def test_arrays_are_not_counted_beside_the_programs_that_hold_them():
