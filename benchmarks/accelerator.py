@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,12 +28,24 @@ from typing import Any, NamedTuple
 from dpo.planning.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "torch", "trl")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "numpy",
+    "torch",
+    "trl",
+    "peft",
+)
+NO_CARD = "none"
 LEAST_SECONDS = 25
 """A cell that has less left does not begin."""
 REHEARSAL_SLOWNESS = 10
 """How many times as long a cell may take on a CPU that others use too."""
-LLAMA, QWEN, SMOLLM2 = "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m"
+LLAMA, QWEN, SMOLLM2, LFM2 = "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m", "lfm2-350m"
 
 
 class Cell(NamedTuple):
@@ -74,26 +87,32 @@ def trl(model: str, data: str, batch: int, micro_batches: int, *more: str) -> tu
 SHORT, LONG = ("--max-length", "1024"), ("--max-length", "4096")
 BIG_CHUNK = ("--chunk", "8192")
 FULL = ("--remat", "full")
-CUDNN = ("--attention", "cudnn")
-LORA = ("--lora-rank", "16", "--base-dtype", "bfloat16")
+SHORT_ROWS = ("--row-length", "1024")
+"""For attention that visits all pairs of a row: else a row holds a whole batch."""
+CUDNN = ("--attention", "cudnn", *SHORT_ROWS)
+PLAIN = ("--attention", "plain", *SHORT_ROWS)
+LORA = ("--lora-rank", "16")
 
 CELLS = (
     Cell("attention: ranges, cudnn and plain", ("-m", "benchmarks.check_attention"), 90),
+    Cell("ours llama 1b helpsteer3", ours(LLAMA, "helpsteer3", 16, *SHORT, *BIG_CHUNK), 150),
+    Cell("trl llama 1b helpsteer3", trl(LLAMA, "helpsteer3", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK), 150),
-    Cell("trl llama 1b fixed1024", trl(LLAMA, "fixed1024", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024 cudnn", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *CUDNN), 150),
-    Cell("ours llama 1b chat1024", ours(LLAMA, "chat1024", 16, *SHORT, *BIG_CHUNK), 150),
-    Cell("trl llama 1b chat1024", trl(LLAMA, "chat1024", 16, 4, *SHORT), 100),
-    Cell("ours smollm2 135m hh", ours(SMOLLM2, "hh", 16), 100),
-    Cell("trl smollm2 135m hh", trl(SMOLLM2, "hh", 16, 1), 80),
-    Cell("ours llama 1b chat1024 K=4", ours(LLAMA, "chat1024_k4", 8, *SHORT, *BIG_CHUNK), 150),
-    Cell("ours llama 1b fixed1024 LoRA", ours(LLAMA, "fixed1024", 16, *SHORT, *LORA), 120),
-    Cell("ours llama 1b fixed1024 remat full", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *FULL), 120),
-    Cell("ours qwen3 0.6b ultrafeedback", ours(QWEN, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
-    Cell("trl qwen3 0.6b ultrafeedback", trl(QWEN, "ultrafeedback", 16, 4, *SHORT), 100),
+    Cell("trl llama 1b fixed1024", trl(LLAMA, "fixed1024", 16, 4, *SHORT), 100),
+    Cell("ours llama 1b helpsteer3 K=4", ours(LLAMA, "helpsteer3_k4", 8, *SHORT, *BIG_CHUNK), 150),
     Cell("ours llama 1b long4096", ours(LLAMA, "long4096", 8, *LONG, *FULL, "--micro-batches", "2"), 150),
     Cell("trl llama 1b long4096", trl(LLAMA, "long4096", 8, 8, *LONG), 100),
-    Cell("ours llama 1b fixed1024 plain", ours(LLAMA, "fixed1024", 16, *SHORT, "--attention", "plain"), 150),
+    Cell("ours smollm2 135m hh", ours(SMOLLM2, "hh", 16), 100),
+    Cell("trl smollm2 135m hh", trl(SMOLLM2, "hh", 16, 1), 80),
+    Cell("ours llama 1b helpsteer3 LoRA", ours(LLAMA, "helpsteer3", 16, *SHORT, *BIG_CHUNK, *LORA), 120),
+    Cell("trl llama 1b helpsteer3 LoRA", trl(LLAMA, "helpsteer3", 16, 4, *SHORT, *LORA), 100),
+    Cell("ours qwen3 0.6b ultrafeedback", ours(QWEN, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
+    Cell("trl qwen3 0.6b ultrafeedback", trl(QWEN, "ultrafeedback", 16, 4, *SHORT), 100),
+    Cell("ours llama 1b fixed1024 remat full", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *FULL), 120),
+    Cell("ours lfm2 350m ultrafeedback", ours(LFM2, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
+    Cell("trl lfm2 350m ultrafeedback", trl(LFM2, "ultrafeedback", 16, 4, *SHORT), 100),
+    Cell("ours llama 1b fixed1024 plain", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *PLAIN), 150),
 )  # fmt: skip
 
 
@@ -101,7 +120,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     stop = time.monotonic() + 60 * options.minutes
-    record(options.out, facts())
+    begin = facts()
+    record(options.out, begin)
+    if begin["card"] == NO_CARD and not options.rehearse:
+        raise SystemExit("nvidia-smi names no card; --rehearse runs the cells on a CPU")
     prepare_inputs(options)
     if options.only is None or "steps" in options.only:
         for line in check_steps(options):
@@ -109,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     for cell in CELLS:
         if options.only and not any(part in cell.name for part in options.only.split(",")):
             continue
-        if cell.name.startswith("trl") and _version("trl") is None:
-            record(options.out, {"cell": cell.name, "left out": "trl is not installed"})
+        if missing := [package for package in needed(cell) if _version(package) is None]:
+            record(options.out, {"cell": cell.name, "left out": f"not installed: {', '.join(missing)}"})
             continue
         left = stop - time.monotonic()
         if left < LEAST_SECONDS:
@@ -135,10 +157,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def prepare_inputs(options: argparse.Namespace) -> None:
     """Make models and pairs that are not there yet."""
-    from benchmarks.accelerator_inputs import SHAPES, make_inputs
+    from benchmarks.accelerator_inputs import REHEARSED, SHAPES, make_inputs
 
-    names = ("tiny",) if options.rehearse else ("tiny", *SHAPES)
+    names = REHEARSED if options.rehearse else ("tiny", *SHAPES)
     make_inputs(options.inputs, names, rows=24 if options.rehearse else 512)
+
+
+def needed(cell: Cell) -> tuple[str, ...]:
+    """Packages that a cell needs and a machine may lack."""
+    if not cell.name.startswith("trl"):
+        return ()
+    return ("trl", "torch", *(("peft",) if "--lora-rank" in cell.arguments else ()))
 
 
 def facts() -> dict[str, Any]:
@@ -209,7 +238,8 @@ def rehearsed(arguments: list[str]) -> list[str]:
     for flag in ("--source", "--model"):
         if flag in changed:
             place = changed.index(flag) + 1
-            changed[place] = str(Path(changed[place]).with_name("tiny"))
+            source = Path(changed[place])
+            changed[place] = str(source.with_name("tiny-lfm2" if source.name == LFM2 else "tiny"))
     if "--micro-batches" in changed:
         place = changed.index("--micro-batches") + 1
         changed[place] = str(min(2, int(changed[place])))
@@ -226,6 +256,7 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
     found = {
         "pairs/s": round(result["pairs_per_step"] / seconds, 2),
         "tokens/s, prompt twice": round(result["tokens_per_second"]),
+        "forecast GiB": result.get("program_gib") and round(result["program_gib"], 2),
         "peak GiB": result.get("device_peak_gib") and round(result["device_peak_gib"], 2),
         "first loss": result["first_loss"],
         "last loss": result["last_loss"],
@@ -255,7 +286,7 @@ def card() -> str:
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "none"
+        return NO_CARD
     return done.stdout.strip().splitlines()[0]
 
 
@@ -294,4 +325,5 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the cell's process, too
     main()

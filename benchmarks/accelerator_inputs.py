@@ -34,8 +34,28 @@ TINY: dict[str, Any] = {
 }
 """For rehearsals on a CPU."""
 
-SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")
-"""Of `dpo.huggingface.shapes`."""
+LFM2: dict[str, Any] = {
+    "model_type": "lfm2",
+    "vocab_size": 65536,
+    "hidden_size": 1024,
+    "intermediate_size": 6656,
+    "block_auto_adjust_ff_dim": True,
+    "block_multiple_of": 256,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128000,
+    "conv_L_cache": 3,
+    "layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
+    "tie_word_embeddings": True,
+}
+"""The shape of LFM2-350M: convolutions, and attention in six of sixteen layers."""
+
+TINY_LFM2 = LFM2 | {name: TINY[name] for name in TINY if name.endswith(("size", "heads"))}
+REHEARSED = ("tiny", "tiny-lfm2")
+GIVEN = {"tiny": TINY, "tiny-lfm2": TINY_LFM2, "lfm2-350m": LFM2}
+SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m")
+"""Of `dpo.huggingface.shapes`, where they are not in `GIVEN`."""
 
 SPECIAL = ("<pad>", "<bos>", "<end>")
 ROLES = ("user", "assistant")
@@ -45,6 +65,11 @@ TEMPLATE = (
     "{% for message in messages %}<bos> {{ message['role'] }} {{ message['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<bos> assistant {% endif %}"
 )
+
+
+COUNTED: dict[str, list[list[int]]] = json.loads((Path(__file__).parent / "lengths.json").read_text())
+"""Tokens of prompt, chosen and rejected response of 256 pairs each: HH-RLHF (helpful, at most 512 tokens) and
+UltraFeedback (at most 1,024), counted with SmolLM2's tokenizer and chat template."""
 
 
 class Lengths(NamedTuple):
@@ -59,12 +84,14 @@ class Lengths(NamedTuple):
 
 
 LENGTHS = {
-    # Medians and spreads of 512 pairs of HH and 600 of UltraFeedback, counted with SmolLM2's tokenizer.
-    "hh": Lengths(77, 0.9, 32, 0.85, 512),
-    "ultrafeedback": Lengths(78, 1.1, 180, 1.35, 1024),
-    # A prompt and two responses fill a row: one program, no padding. Then chat, and long documents.
+    # Not counted, the data were not to be had. Reckoned from what is public of HelpSteer3 (preference): its
+    # 38,459 training rows are 722 MB where each context stands twice and each response three times
+    # (davidanugraha/HelpSteer3), 18.8 kB a row. A context of 2.8 kB and responses of 2.0 kB, at 4.1 to 4.4
+    # bytes a token as in the tables above, are 660 and 480 tokens on average. How that divides and spreads
+    # is a guess.
+    "helpsteer3": Lengths(320, 1.2, 415, 0.55, 1024),
+    # A prompt and two responses fill a row: one program, no padding. Then long documents.
     "fixed1024": Lengths(512, 0.0, 256, 0.0, 1024),
-    "chat1024": Lengths(180, 0.8, 260, 0.5, 1024),
     "long4096": Lengths(1800, 0.5, 500, 0.5, 4096),
 }
 
@@ -74,15 +101,15 @@ def make_inputs(directory: Path, names: tuple[str, ...], *, rows: int) -> None:
     for name in names:
         if not (directory / name / "tokenizer.json").exists():
             make_model(name, directory / name)
-    for name in LENGTHS:
+    for name in (*COUNTED, *LENGTHS):
         make_pairs(name, directory / f"{name}.jsonl", rows=rows)
-    make_pairs("chat1024", directory / "chat1024_k4.jsonl", rows=rows // 2, responses=4)
+    make_pairs("helpsteer3", directory / "helpsteer3_k4.jsonl", rows=rows // 2, responses=4)
 
 
 def make_model(name: str, directory: Path) -> None:
     """A Hugging Face directory with random bfloat16 weights; norms are 1. The tokenizer is written last."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = dict(TINY) if name == "tiny" else read_shape(f"shape:{name}")
+    config = dict(GIVEN[name]) if name in GIVEN else read_shape(f"shape:{name}")
     config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     family, decoder = read_config(config)
     config["architectures"] = [family.architecture]
@@ -113,27 +140,33 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_pairs(name: str, path: Path, *, rows: int, responses: int = 2, seed: int = 0) -> None:
     """Pairs, or rankings of more `responses`, of the lengths `name`, as JSONL."""
-    generator, lengths = random.Random(seed), LENGTHS[name]
+    generator = random.Random(seed)
     with path.open("w") as lines:
-        for _ in range(rows):
-            row = _row(generator, lengths, responses)
-            lines.write(json.dumps(row) + "\n")
+        for number in range(rows):
+            if name in COUNTED:
+                prompt, *sizes = COUNTED[name][number % len(COUNTED[name])]
+            else:
+                prompt, *sizes = _drawn(generator, LENGTHS[name], responses)
+            lines.write(json.dumps(_row(generator, prompt, sizes)) + "\n")
 
 
-def _row(generator: random.Random, lengths: Lengths, responses: int) -> dict[str, Any]:
-    """One preference; of the tokens asked for, the template's own are taken off."""
-    around_prompt, around_response = 5, 1  # <bos> user … <end> <bos> assistant, and … <end>
+def _drawn(generator: random.Random, lengths: Lengths, responses: int) -> list[int]:
+    """Tokens of a prompt, and of responses that fit behind it."""
     prompt = _draw(generator, lengths.prompt, lengths.prompt_spread, lengths.most // 2)
     most = lengths.most - prompt
-    sizes = [
-        _draw(generator, lengths.response, lengths.response_spread, most) - around_response
-        for _ in range(responses)
-    ]
+    sizes = [_draw(generator, lengths.response, lengths.response_spread, most) for _ in range(responses)]
+    return [prompt, *sizes]
+
+
+def _row(generator: random.Random, prompt: int, sizes: list[int]) -> dict[str, Any]:
+    """One preference; of the tokens asked for, the template's own are taken off."""
+    around_prompt, around_response = 5, 1  # <bos> user … <end> <bos> assistant, and … <end>
     asked = [{"role": "user", "content": _text(generator, prompt - around_prompt)}]
-    answers = [[{"role": "assistant", "content": _text(generator, size)}] for size in sizes]
-    if responses == 2:
+    texts = [_text(generator, size - around_response) for size in sizes]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    if len(answers) == 2:
         return {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}
-    return {"prompt": asked, "responses": answers, "ranks": list(range(1, responses + 1))}
+    return {"prompt": asked, "responses": answers, "ranks": list(range(1, len(answers) + 1))}
 
 
 def _draw(generator: random.Random, median: float, spread: float, most: int) -> int:

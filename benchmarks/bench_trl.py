@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast"
     )
     parser.add_argument("--precompute", action="store_true", help="the reference's log-probs before training")
+    parser.add_argument("--lora-rank", type=int, default=None, help="train adapters (peft), not the model")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
@@ -105,6 +106,7 @@ def measure(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=transformers.AutoTokenizer.from_pretrained(options.model),
         callbacks=[timer],
+        peft_config=_adapters(options.lora_rank),
     )
     trainer.train()
 
@@ -123,6 +125,7 @@ def measure(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         "dtype": options.dtype,
         "precompute": options.precompute,
         "micro_batches": options.micro_batches,
+        "lora_rank": options.lora_rank,
         "batch": options.batch,
         "pairs_per_step": options.batch,
         "step_seconds": times,
@@ -140,6 +143,15 @@ def measure(options: argparse.Namespace, directory: str) -> dict[str, Any]:
         "last_loss": losses[-1],
         "loadavg": os.getloadavg()[0],
     }
+
+
+def _adapters(rank: int | None) -> Any:
+    """peft's settings for what `lora.rank` is here: every linear, alpha twice the rank."""
+    if rank is None:
+        return None
+    import peft
+
+    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _probe(trainer: type) -> type:

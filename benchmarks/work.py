@@ -42,13 +42,15 @@ def count_work(config: DecoderConfig, batch: Batch) -> Work:
     """Two operations a multiplication, real tokens, visible (query, key) pairs and scored tokens only."""
     D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     products = 3 if config.gated_mlp else 2
-    kernels = 2 * D * H * C + 2 * D * G * C + products * D * config.intermediate_size
+    attending, convolving = len(config.layers_of("attention")), len(config.layers_of("convolution"))
+    mixing = attending * (2 * D * H * C + 2 * D * G * C) + convolving * 4 * D * D
+    kernels = mixing + config.num_layers * products * D * config.intermediate_size
     real = int((np.asarray(batch.group) != 0).sum())
     pairs = int(visible(*(jnp.asarray(x) for x in (batch.positions, batch.group, batch.branch))).sum())
     scored = int(np.asarray(batch.lengths).sum())
     return Work(
-        body=2.0 * kernels * config.num_layers * real,
-        attention=4.0 * H * C * config.num_layers * pairs,
+        body=2.0 * kernels * real,
+        attention=4.0 * H * C * attending * pairs,
         output=2.0 * config.vocab_size * D * scored,
     )
 

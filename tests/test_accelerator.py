@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import accelerator, accelerator_inputs
 from benchmarks.device_share import covered_share
+from benchmarks.work import count_work
+from dpo.huggingface.text_models import read_config
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("inputs")
-    accelerator_inputs.make_inputs(directory, ("tiny",), rows=24)
+    accelerator_inputs.make_inputs(directory, accelerator_inputs.REHEARSED, rows=24)
     return directory
 
 
@@ -39,6 +45,29 @@ def test_pairs_have_the_lengths_that_are_asked_for(inputs):
     assert all(ids[: len(prompt)] == prompt for ids in both)
 
 
+@pytest.mark.parametrize("name", ["hh", "ultrafeedback"])
+def test_counted_lengths_are_those_of_the_pairs_that_are_made(inputs, name):
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "tiny")
+    rows = (inputs / f"{name}.jsonl").read_text().splitlines()
+    for line, expected in zip(rows, accelerator_inputs.COUNTED[name], strict=False):
+        row = json.loads(line)
+        words = [sum(len(turn["content"].split()) for turn in row[side]) for side in row]
+        assert [words[0] + 5, words[1] + 1, words[2] + 1] == expected
+    asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    assert len(asked) == words[0] + 5
+
+
+def test_work_of_a_hybrid_counts_attention_in_its_attention_layers():
+    config = read_config(accelerator_inputs.TINY_LFM2)[1]
+    dense = read_config(accelerator_inputs.TINY_LFM2 | {"layer_types": ["full_attention"] * 16})[1]
+    ones = np.ones((1, 8), np.int32)
+    batch = Mock(group=ones, positions=np.arange(8)[None], branch=0 * ones, lengths=np.asarray([[4]]))
+    work, all_attention = count_work(config, batch), count_work(dense, batch)
+    assert work.attention == all_attention.attention * 6 / 16
+    mixing = 10 * 4 * 32 * 32 - 10 * (2 * 32 * 32 + 2 * 32 * 16)
+    assert work.body - all_attention.body == 2 * 8 * mixing
+
+
 def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
     from benchmarks import bench_dpo
 
@@ -48,7 +77,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
         if arguments[1] == "benchmarks.bench_dpo":
             parsed = bench_dpo.parse(accelerator.rehearsed(arguments)[2:])
             assert parsed.data.is_file()
-            assert Path(parsed.source).name == "tiny"
+            assert Path(parsed.source).name in accelerator_inputs.REHEARSED
             assert (parsed.batch, parsed.attention) == (2, "auto")
 
 
@@ -56,7 +85,9 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
     ("name", "cell"),
     [
         pytest.param("ours", "ours smollm2 135m hh", marks=pytest.mark.ci),
-        pytest.param("LoRA", "ours llama 1b fixed1024 LoRA", marks=pytest.mark.slow),
+        pytest.param("LoRA", "ours llama 1b helpsteer3 LoRA", marks=pytest.mark.slow),
+        pytest.param("hybrid", "ours lfm2 350m ultrafeedback", marks=pytest.mark.slow),
+        pytest.param("cudnn", "ours llama 1b fixed1024 cudnn", marks=pytest.mark.slow),
         pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
         pytest.param("K", "K=4", marks=pytest.mark.slow),
         pytest.param("long", "ours llama 1b long4096", marks=pytest.mark.slow),
@@ -73,6 +104,7 @@ def test_a_cell_is_measured_and_kept(name, cell, inputs, tmp_path):
     if name != "attention":
         assert measured[0]["pairs/s"] > 0
         assert measured[0]["tokens/s, computed once"] > 0
+        assert measured[0]["forecast GiB"] > 0
 
 
 def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs, tmp_path):
@@ -88,6 +120,54 @@ def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs
     assert failed["last"][-1].endswith("no such card")
     assert cut["failed"] == "time"
     assert "no such card" in (tmp_path / "logs.txt").read_text()
+
+
+RUN_TWO_CELLS = """
+import sys
+from benchmarks import accelerator
+if __name__ == "__main__":
+    accelerator.prepare_inputs = lambda options: None
+    accelerator.CELLS = tuple(
+        accelerator.Cell(name, ("-c", f"{text}; print('{{}}')"), 60)
+        for name, text in (("done", "pass"), ("endless", "import time; time.sleep(600)"))
+    )
+    accelerator.check_steps = lambda options: []
+    accelerator.main(sys.argv[1:])
+"""
+
+
+def test_what_was_measured_stands_where_the_kit_is_killed(tmp_path):
+    command = [sys.executable, "-c", RUN_TWO_CELLS, "--out", str(tmp_path), "--rehearse"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=accelerator.ROOT) as kit:
+        assert kit.stdout is not None
+        said = [json.loads(kit.stdout.readline()) for _ in range(2)]
+        kit.kill()
+    facts, measured = lines(tmp_path)
+    assert facts["versions"]["jax"] == said[0]["versions"]["jax"]
+    assert measured["cell"] == said[1]["cell"] == "done"
+
+
+def test_what_is_missing_is_said_at_the_start(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_version", lambda package: None if package == "peft" else "1")
+    monkeypatch.setattr(accelerator, "card", lambda: accelerator.NO_CARD)
+    with pytest.raises(SystemExit, match="names no card; --rehearse"):
+        accelerator.main(["--inputs", str(inputs), "--out", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["missing"] == ["peft"]
+    accelerator.main(
+        [
+            "--inputs",
+            str(inputs),
+            "--out",
+            str(tmp_path),
+            "--rehearse",
+            "--only",
+            "trl llama 1b helpsteer3 LoRA",
+        ]
+    )
+    assert lines(tmp_path)[-1] == {
+        "cell": "trl llama 1b helpsteer3 LoRA",
+        "left out": "not installed: peft",
+    }
 
 
 def test_cells_without_time_are_said_to_be_left_out(inputs, tmp_path):
