@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, bench_tunix
+from benchmarks import bench, bench_tunix, start
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = bench.Files(Path("rankings.jsonl"), Path("pairs.jsonl"), pairs_a_prompt=1)
@@ -131,3 +131,8 @@ def test_the_peers_programs_need_no_package_to_be_read():
     for peer in bench.PEERS:
         importlib.import_module(f"benchmarks.bench_{peer}")
     assert "tunix" not in sys.modules
+
+
+@pytest.mark.parametrize("module", start.STAGES)
+def test_the_stages_of_a_start_are_functions_of_their_modules(module):
+    assert all(callable(getattr(importlib.import_module(module), name)) for name in start.STAGES[module])

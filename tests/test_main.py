@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dpo.__main__ import HUGE_PAGES, TUNABLES, wants_huge_pages
+from dpo.__main__ import HUGE_PAGES, TUNABLES, names_own_code, wants_huge_pages
 
 LIBC = platform.libc_ver()[0]
 
@@ -115,3 +115,29 @@ def test_ctrl_c_at_any_moment_of_the_first_second_ends_a_command_without_a_trace
         ended = ": error: nowhere" in said  # by its settings; the signal came as the interpreter closed
         assert process.returncode == code or ended, (hundredths, process.returncode, said)
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--model.source=embedded:smollm2-135m-instruct", "--data.train", "my/train.jsonl"], False),
+        (["train", "--objective.name=own.losses:mine"], True),
+        (["winrate", "--run", "runs/first", "--judge", "own:judge"], True),
+        (["winrate", "--judge", "endpoint", "--judge_url=http://localhost:8000/v1"], False),
+    ],
+)
+def test_torch_is_there_for_the_users_own_code_alone(arguments, named):
+    assert names_own_code(arguments) is named
+
+
+def test_a_start_imports_nothing_that_its_first_step_does_not_need():
+    """Each of them takes a good part of a start (`python -m benchmarks.start`)."""
+    program = (
+        "import sys; from dpo import __main__ as main; main.command = lambda: 0; "
+        "sys.argv = ['dpo', 'train']; main.run(); import dpo.training.loop; "
+        "print([name for name in ('torch', 'jax.experimental.pallas.ops.tpu') "
+        "if sys.modules.get(name)])"
+    )
+    environment = os.environ | {TUNABLES: HUGE_PAGES}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -53,7 +53,7 @@ class Loader:
         self._own_rows = own_rows
         self.dataset = dataset
         self.num_steps = num_steps
-        self._order = order
+        self._order = cache(order)  # asked for when shapes are planned, counted, and packed
         self._layout: Layout = layout
         self._micro_batches = micro_batches
         self._num_responses = dataset.max_responses

@@ -12,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 from jaxtyping import Array, Bool, Float
 
 from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.precision import told_nothing
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SplashAttentionKernel
 
 LANES = 128
 """Slots a block of splash at least, of which all are multiples."""
@@ -90,6 +91,9 @@ def _splash_row(
     block: int,
     interpret: bool,
 ) -> Float[Array, "H T C"]:
+    # Imported here: it takes as long as the rest of JAX, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha_single_device
+
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     kernel = make_splash_mha_single_device(
         mask=mask[None],

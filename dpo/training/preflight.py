@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +40,8 @@ def expected_first_loss(config: Config, objective: Objective, batch: Batch, refe
     index = np.asarray(batch.index)
     if config.model.forward_dtype == "bfloat16" and len(np.unique(index)) < len(index):
         return None  # a row that comes twice rounds differently in its two places, and is stored once
-    losses = objective.expected_initial_loss(make_scores(reference, reference, batch, jnp.zeros(())))
+    scores = make_scores(reference, reference, batch, jnp.zeros(()))
+    losses = jax.jit(objective.expected_initial_loss)(scores)  # one program, not one an operation
     return None if losses is None else float(losses.mean())
 
 
