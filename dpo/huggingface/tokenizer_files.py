@@ -23,8 +23,10 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """Patterns of all files of a model but its weights."""
 WORKER = Path(__file__).with_name("tokenizer_worker.py")
 _TRIED: set[tuple[str, int, int]] = set()
-"""Files that were tried, with size and time."""
+"""Files and directories that were tried, with size and time."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
+_WRITES = 1 << 12
+"""Bytes of a file that the process may write: what transformers imports looks for a place for such ones."""
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -75,31 +77,47 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def _check_files(directory: Path) -> None:
     """What transformers reads is regular, of a size that it can have, and JSON that can be written again."""
+    settings: dict[str, Any] = {}
     for name in _OBJECTS:
         if os.path.lexists(directory / name):
             values = read_small_json(directory / name)
+            if name == "tokenizer_config.json":
+                settings = values
             if name == "config.json":
                 check_config(directory / name, values)
     for name, most in _LARGEST.items():
         if os.path.lexists(directory / name):
             require_file(directory / name, most)
-    if (directory / "tokenizer.json").is_file():
+    if (directory / "tokenizer.json").is_file() and "fast_tokenizer_files" not in settings:
         _try(directory / "tokenizer.json")
+    else:
+        _try_directory(directory)
+
+
+def _try_directory(directory: Path) -> None:
+    """The same of what transformers makes of other files, whatever their names are."""
+    for path in sorted(directory.iterdir()):
+        if not path.is_dir() and path.suffix not in _WEIGHTS:
+            require_file(path, _LARGEST["tokenizer.json"])
+    _try(directory)
 
 
 def _try(path: Path) -> None:
-    """Have a limited process make tokens with it, once for each file as it is.
+    """Have a limited process make tokens with a file or a directory, once for each as it is.
 
     Raises:
       UserError: where that fails, or what its rules could make of a text has no bound.
     """
-    about = path.stat()
-    file = (str(path.resolve()), about.st_size, about.st_mtime_ns)
-    if file not in _TRIED:
-        said = look(WORKER, {"path": file[0]}, size=about.st_size)
+    paths = (
+        [path, *(one for one in path.iterdir() if one.suffix not in _WEIGHTS)] if path.is_dir() else [path]
+    )
+    found = [one.stat() for one in paths]
+    key = (str(path.resolve()), sum(one.st_size for one in found), max(one.st_mtime_ns for one in found))
+    if key not in _TRIED:
+        said = look(WORKER, {"path": key[0]}, size=key[1], writes=_WRITES)
         if "error" in said:
             raise UserError(f"{path}: its tokenizer cannot be opened: {said['error']}")
-        _TRIED.add(file)
+        _TRIED.add(key)
 
 
 def _check_templates(directory: Path, templates: Any) -> None:

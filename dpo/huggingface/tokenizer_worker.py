@@ -1,6 +1,7 @@
-"""Tries a `tokenizer.json` in a process of its own (`dpo.limited`): does it make tokens of texts?
+"""Tries a tokenizer in a process of its own (`dpo.limited`): does it make tokens of texts?
 
-    {"path", ...} gives {"tried": number of texts} or {"error": what is wrong}
+    {"path": of a tokenizer.json or of a directory, ...}
+        gives {"tried": number of texts} or {"error": what is wrong}
 
 What is tried are texts of many kinds. What grows with a text that nobody tried shows in its rules: how much
 longer they may make a text, and expressions that could be matched without end. It runs without the rest of
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import resource
 import signal
@@ -56,7 +58,7 @@ def main(request: dict[str, Any]) -> None:
     for what, limit in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, request["seconds"]),
-        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_FSIZE, request["writes"]),
         (resource.RLIMIT_CORE, 0),
     ):
         with suppress(ValueError, OSError):
@@ -73,9 +75,7 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _try(path: str) -> int:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = _open(path)
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         part = getattr(tokenizer, name)
         if part is not None:
@@ -84,6 +84,28 @@ def _try(path: str) -> int:
         for special in (True, False):
             _try_text(tokenizer, text, special)
     return len(TEXTS)
+
+
+def _open(path: str) -> Any:
+    """The tokenizer of a file, or the one that transformers makes of a directory's files without their code.
+
+    For a vocabulary that is not there some classes take an empty one, which would make no sense of any text.
+    """
+    from tokenizers import Tokenizer
+
+    if not os.path.isdir(path):
+        return Tokenizer.from_file(path)
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    names = sorted({*type(made).vocab_files_names.values(), "tokenizer.json"})
+    if not any(os.path.isfile(os.path.join(path, name)) for name in names):
+        raise _WrongError(f"its vocabulary is not there; allowed is one of {', '.join(names)}")
+    if not hasattr(made, "backend_tokenizer"):
+        raise _WrongError(
+            f"{type(made).__name__} is written in Python; allowed are those of the Rust library"
+        )
+    return made.backend_tokenizer
 
 
 def _try_text(tokenizer: Any, text: str, special: bool) -> None:

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -70,6 +72,62 @@ BAD = {
 def test_a_tokenizer_that_would_end_the_process_is_refused_by_file(directory, what):
     with pytest.raises(UserError, match=r"tokenizer\.json: its tokenizer cannot be opened: "):
         load_tokenizer(change(directory, **BAD[what]))
+
+
+def without_file(directory: Path, tokenizer_class: str, **files: str) -> Path:
+    (directory / "tokenizer.json").unlink()
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": tokenizer_class}))
+    for name, text in files.items():
+        (directory / name.replace("__", ".")).write_text(text)
+    return directory
+
+
+def test_a_tokenizer_of_other_files_is_tried_and_read(directory, monkeypatch):
+    from dpo.huggingface import tokenizer_files
+
+    tried = []
+    whole = tokenizer_files.look
+    monkeypatch.setattr(tokenizer_files, "look", lambda *a, **k: tried.append(a[1]) or whole(*a, **k))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hi", "you"]
+    path = without_file(directory, "BertTokenizer", vocab__txt="\n".join(words))
+    assert encode_texts(load_tokenizer(path), ["hi you"]) == [[5, 6]]
+    assert tried == [{"path": str(path.resolve())}]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "files", "problem"),
+    [
+        ("GPT2Tokenizer", {}, "its vocabulary is not there; allowed is one of"),
+        (
+            "GPT2Tokenizer",
+            {"vocab__json": '{"a": "x"}', "merges__txt": "a b"},
+            "its tokenizer cannot be opened",
+        ),
+        ("LlamaTokenizer", {"tokenizer__model": "junk"}, "its tokenizer cannot be opened"),
+    ],
+)
+def test_a_tokenizer_of_other_files_is_refused_by_name(directory, tokenizer_class, files, problem):
+    with pytest.raises(UserError, match=re.escape(problem)):
+        load_tokenizer(without_file(directory, tokenizer_class, **files))
+
+
+def test_no_file_beside_it_is_a_pipe(directory):
+    path = without_file(directory, "T5Tokenizer")
+    os.mkfifo(path / "spiece.model")
+    with pytest.raises(UserError, match=r"spiece\.model: must be a regular file"):
+        load_tokenizer(path)
+
+
+def test_a_tokenizer_file_for_a_version_is_tried_too(directory):
+    """transformers takes the newest of those that its settings list."""
+    bad = json.loads((directory / "tokenizer.json").read_text()) | BAD["padding to four billion"]
+    (directory / "tokenizer.1.0.json").write_text(json.dumps(bad))
+    settings = directory / "tokenizer_config.json"
+    files = {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.1.0.json"]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | files))
+    with pytest.raises(UserError, match="its tokenizer cannot be opened"):
+        load_tokenizer(directory)
 
 
 def test_a_good_tokenizer_is_tried_once(directory, monkeypatch):
