@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tiny_models import TOKENS, batch_arrays, case_config
 
 from dpo.huggingface.adapters import add_adapters, choose_linears, model_bindings, new_adapters
+from dpo.huggingface.streamed import Streamed, plain_model
 from dpo.huggingface.text_models import read_config
 from dpo.models.lora import Method
 
@@ -60,6 +63,20 @@ def random_adapters(
         )
         for adapter in adapters
     ]
+
+
+def merged(model):
+    """The plain model with its parameters made, to compute with."""
+    graphdef, state = nnx.split(plain_model(model))
+
+    def made(leaf):
+        if not isinstance(leaf, Streamed):
+            return leaf.astype(jnp.float32)
+        num_leading = len(leaf.shape) - 2
+        parts = [leaf.part(index) for index in range(math.prod(leaf.shape[:num_leading]))]
+        return jnp.stack(parts).reshape(leaf.shape)
+
+    return nnx.merge(graphdef, jax.tree.map(made, state))
 
 
 def with_adapters(model, adapters, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, bench_tunix, start
+from benchmarks import bench, bench_tunix, peaks, start
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = bench.Files(Path("rankings.jsonl"), Path("pairs.jsonl"), pairs_a_prompt=1)
@@ -136,3 +137,14 @@ def test_the_peers_programs_need_no_package_to_be_read():
 @pytest.mark.parametrize("module", start.STAGES)
 def test_the_stages_of_a_start_are_functions_of_their_modules(module):
     assert all(callable(getattr(importlib.import_module(module), name)) for name in start.STAGES[module])
+
+
+@pytest.mark.ci
+def test_going_on_holds_one_state_and_an_export_none(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Arrays at their most, each part in a process of its own: a second state would double them."""
+    options = argparse.Namespace(model=str(tiny_model_dir), length=512)
+    first, then, export, _ = (peaks.ask(part, "full", str(tmp_path), options) for part in peaks.PARTS)
+    assert first["arrays"] > 0
+    assert then["arrays"] <= 1.1 * first["arrays"]
+    assert export["arrays"] <= 0.1 * first["arrays"]
+    assert min(each["host"] for each in (first, then, export)) > 0

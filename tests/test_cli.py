@@ -226,13 +226,12 @@ def test_a_bug_keeps_its_traceback(
 def settings(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of settings for three steps of a tiny model on made-up rankings, on one device."""
     from dpo.evaluation import heldout, token_ratios
-    from dpo.training import export, preparation
+    from dpo.training import preparation
 
     make_mesh = preparation.make_mesh
     for module, name in (
         (preparation, "make_mesh"),
         (heldout, "own_mesh"),
-        (export, "own_mesh"),
         (token_ratios, "own_mesh"),
     ):
         monkeypatch.setattr(module, name, lambda config: make_mesh(config, jax.devices()[:1]))

@@ -1,4 +1,4 @@
-"""Which linears have an adapter, and the adapters of a model: chosen by name, added, read back, merged.
+"""Which linears have an adapter, and the adapters of a model: chosen by name, added, read back.
 
 Adapters belong to Hugging Face's linears, under whose names peft chooses and stores them. Where one of those
 holds several of our projections (Phi-3's qkv_proj), the projections share one A and have a part of B each.
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from dpo.huggingface.binding import Binding, bind
 from dpo.huggingface.families import Family
@@ -112,7 +112,7 @@ def add_adapters(model: Decoder, adapters: Iterable[Adapter], method: Method) ->
         alpha = jnp.asarray(adapter.alpha, jnp.float32)
         magnitudes = _split(binding, adapter.magnitude)
         for leaf, b, magnitude in zip(binding.leaves, _split(binding, adapter.b), magnitudes, strict=True):
-            parent, name = _locate(model, leaf)
+            parent, name = locate(model, leaf)
             base, b = getattr(parent, name), jnp.asarray(b, jnp.float32)
             if method.use_dora:
                 magnitude = None if magnitude is None else jnp.asarray(magnitude, jnp.float32)
@@ -126,7 +126,7 @@ def get_adapters(model: Decoder, bindings: Iterable[Binding]) -> tuple[list[Adap
     """The adapters of a model, on the host, as `add_adapters` takes them."""
     adapters, methods = [], set()
     for binding in linear_bindings(bindings):
-        modules = [getattr(*_locate(model, leaf)) for leaf in binding.leaves]
+        modules = [getattr(*locate(model, leaf)) for leaf in binding.leaves]
         if not isinstance(modules[0], LoraLinear):
             continue
         use_dora = modules[0].method.use_dora
@@ -144,16 +144,11 @@ def get_adapters(model: Decoder, bindings: Iterable[Binding]) -> tuple[list[Adap
     return adapters, methods.pop()
 
 
-def merge_adapters(model: Decoder) -> Decoder:
-    """A plain model that computes the same: adapters merged, every parameter float32."""
-    abstract = _abstract(
+def plain_shapes(model: Decoder) -> Decoder:
+    """The same model without adapters, with shapes for parameters."""
+    return _abstract(
         model.config, compute_dtype=model.compute_dtype, remat=model.remat, attention=model.attention
     )
-    graphdef, state = nnx.split(abstract)
-    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-    flat = {tuple(path.split(".")): _merged(model, path) for path in paths}
-    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(flat))
-    return nnx.merge(graphdef, state)
 
 
 def _new_adapter(binding: Binding, layers: tuple[bool, ...], rank: int, alpha: float, seed: int) -> Adapter:
@@ -210,20 +205,10 @@ def _join(binding: Binding, parts: Sequence[nnx.Variable]) -> np.ndarray:
     return arrays[0] if fusion is None else fusion.join(arrays, binding.config)
 
 
-def _locate(model: Decoder, leaf: str) -> tuple[Any, str]:
+def locate(model: Decoder, leaf: str) -> tuple[Any, str]:
     """The module that holds the linear of layers.mlp.up_proj.kernel, and the linear's name in it."""
     *parents, name, _ = leaf.split(".")
     return reduce(getattr, parents, model), name
-
-
-def _merged(model: Decoder, path: str) -> Float32[Array, ...]:
-    """One parameter of the plain model."""
-    parent, name = _locate(model, path)
-    module, leaf = getattr(parent, name), path.rpartition(".")[2]
-    if leaf == "kernel":
-        return module.full_kernel
-    base = module.base if isinstance(module, LoraLinear) else module
-    return getattr(base, leaf)[...].astype(jnp.float32)
 
 
 def _abstract(config: DecoderConfig, **choices: Any) -> Decoder:

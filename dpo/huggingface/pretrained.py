@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,19 +12,21 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from dpo.huggingface.binding import bind, check_tensors, constants
+from dpo.huggingface.binding import Binding, Shapes, bind, check_tensors, constants
 from dpo.huggingface.carried import Carried
 from dpo.huggingface.families import Family, classifier_architecture
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.loading import Placement, load_parameters
 from dpo.huggingface.opening import Checkpoint, is_classifier, open_checkpoint
 from dpo.huggingface.saving import flatten
+from dpo.huggingface.streamed import in_files
 from dpo.huggingface.text_models import parse_config, read_config
 from dpo.huggingface.weights import Tensors
 from dpo.models.attention import Implementation
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder, Remat
 from dpo.models.decoder_config import DecoderConfig
+from dpo.models.quantized import BaseDtype
 from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, Partition
 
@@ -88,6 +91,24 @@ def open_shapes(source: str | Path, *, compute_dtype: Any = jnp.float32) -> Pret
     checkpoint = open_checkpoint(source)
     _, config = _read_config_of(checkpoint)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype))
+    return _as_pretrained(model, checkpoint)
+
+
+def open_in_files(
+    source: str | Path, *, held: BaseDtype = "float32", compute_dtype: Any = jnp.float32
+) -> Pretrained:
+    """A model to be written: its parameters stay in their files, with the numbers of one held as `held`.
+
+    Raises what `load_decoder` raises.
+    """
+    checkpoint = open_checkpoint(source)
+    family, config = _read_config_of(checkpoint)
+    model = _filled(
+        lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype),
+        checkpoint,
+        family,
+        partial(in_files, held=held),
+    )
     return _as_pretrained(model, checkpoint)
 
 
@@ -193,6 +214,16 @@ def _load(
     placement: Placement | None,
 ) -> Any:
     """A model of which only shapes are made, filled with the checkpoint's tensors."""
+    return _filled(make, checkpoint, family, partial(load_parameters, dtype=dtype, placement=placement))
+
+
+def _filled(
+    make: Callable[[], Decoder],
+    checkpoint: Checkpoint,
+    family: Family,
+    parameters: Callable[[Sequence[Binding], Tensors, Shapes], Mapping[str, Any]],
+) -> Any:
+    """A model with the parameters, by path, that `parameters` makes of checked tensors."""
     abstract = nnx.eval_shape(make)
     graphdef, state = nnx.split(abstract)
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
@@ -200,7 +231,7 @@ def _load(
     tensors = checkpoint.tensors(family, [name for binding in bindings for name in binding.names])
     check_tensors(family, bindings, tensors.shapes, checkpoint.source)
     _check_constants(family, abstract.config, tensors, checkpoint.source)
-    values = load_parameters(bindings, tensors, shapes, dtype=dtype, placement=placement)
+    values = parameters(bindings, tensors, shapes)
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values, sep="."))
     return nnx.merge(graphdef, state)
 

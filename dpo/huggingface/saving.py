@@ -13,7 +13,6 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -26,6 +25,7 @@ from dpo.huggingface.carried import Carried
 from dpo.huggingface.families import Family, classifier_architecture
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.spellings import respell_tokenizer, spelled_for_all
+from dpo.huggingface.streamed import take
 from dpo.huggingface.text_models import family_of
 from dpo.huggingface.weights import SAFETENSORS_DTYPES
 from dpo.models.classifier import SequenceClassifier
@@ -57,7 +57,7 @@ def save_pretrained(
     directory = Path(directory)
     _check_replaceable(directory)
     with new_directory("the model", directory) as target:
-        dtype = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
+        dtype = jnp.dtype(dtype or model.embed_tokens.embedding.get_value().dtype)
         family = family_of(hf_config, *(() if carried is None else (carried.spelling,)))
         _save_weights(model, target, family, dtype, max_shard_size, carried)
         architecture = family.architecture
@@ -171,12 +171,12 @@ def write_safetensors(
 
 def hf_tensor(binding: Binding, index: int, leaves: Mapping[str, Any]) -> np.ndarray:
     """One tensor as Hugging Face has it, whole, on the host."""
-    return binding.to_theirs([_take(leaves[leaf], index, binding.num_leading) for leaf in binding.leaves])
+    return binding.to_theirs([take(leaves[leaf], index, binding.num_leading) for leaf in binding.leaves])
 
 
 def _pieces(binding: Binding, index: int, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
     """One tensor as Hugging Face has it, as runs of rows; what is fused or transposed is whole."""
-    parts = [_take(leaves[leaf], index, binding.num_leading) for leaf in binding.leaves]
+    parts = [take(leaves[leaf], index, binding.num_leading) for leaf in binding.leaves]
     if binding.rule.fusion is not None or binding.is_transposed:
         yield binding.to_theirs(parts)
         return
@@ -186,14 +186,15 @@ def _pieces(binding: Binding, index: int, leaves: Mapping[str, Any]) -> Iterator
         yield rows[start : start + step]
 
 
-def _take(leaf: Any, index: int, num_leading: int) -> np.ndarray:
-    """One tensor's part of a parameter, on the host; the others are not copied."""
-    for position in np.unravel_index(index, leaf.shape[:num_leading]) if num_leading else ():
-        if isinstance(leaf, jax.Array):
-            leaf = jax.lax.dynamic_index_in_dim(leaf, int(position), keepdims=False)
-        else:
-            leaf = leaf[int(position)]
-    return np.asarray(leaf)
+def written_config(hf_config: JsonObject, *, architecture: str | None, dtype: np.dtype) -> JsonObject:
+    """The `config.json` of an export."""
+    config = {key: value for key, value in hf_config.items() if not key.startswith("_")}
+    return spelled_for_all(config) | {
+        "architectures": [architecture],
+        "dtype": dtype.name,
+        "torch_dtype": dtype.name,
+        "transformers_version": transformers.__version__,
+    }
 
 
 def _save_configs(
@@ -204,20 +205,14 @@ def _save_configs(
     architecture: str | None,
     dtype: np.dtype,
 ) -> None:
-    config = {key: value for key, value in hf_config.items() if not key.startswith("_")}
-    config |= {
-        "architectures": [architecture],
-        "dtype": dtype.name,
-        "torch_dtype": dtype.name,
-        "transformers_version": transformers.__version__,
-    }
+    config = written_config(hf_config, architecture=architecture, dtype=dtype)
     generation = generation_config or {
         key: hf_config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
         if hf_config.get(key) is not None
     }
     generation = generation | {"transformers_version": transformers.__version__}
-    for name, content in (("config.json", spelled_for_all(config)), ("generation_config.json", generation)):
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
         (target / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int8
 
 from dpo.models.decoder import Decoder
 from dpo.models.layers import Embedding
@@ -24,12 +25,10 @@ class Int8Linear(nnx.Module):
     """x (Q · s) + b with an int8 Q; never trained."""
 
     def __init__(self, linear: Linear):
-        kernel = linear.full_kernel
-        largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
-        scale = jnp.where(largest > 0, largest, 1.0) / 127
+        rounded, scale = _round_to_int8(linear.full_kernel)
         self.dtype: Any = linear.dtype
         self.rounds: Rounds = linear.rounds
-        self.kernel = nnx.Param(jnp.round(kernel / scale).astype(jnp.int8))
+        self.kernel = nnx.Param(rounded)
         self.kernel_scale = nnx.Param(scale)
         self.bias = linear.bias
 
@@ -47,6 +46,16 @@ class Int8Linear(nnx.Module):
         return self.kernel[...].astype(jnp.float32) * self.kernel_scale[...]
 
 
+def as_held(values: np.ndarray, leaf: str, dtype: BaseDtype) -> np.ndarray:
+    """One parameter with the numbers that a model which is held as `dtype` computes with, in float32."""
+    if dtype == "float32" or leaf not in ("kernel", "embedding"):
+        return values
+    if dtype == "int8" and leaf == "kernel":
+        rounded, scale = _round_to_int8(jnp.asarray(values))
+        return np.asarray(rounded.astype(jnp.float32) * scale)
+    return values.astype(jnp.bfloat16).astype(np.float32)
+
+
 def hold(model: Decoder, dtype: BaseDtype) -> None:
     """Change how a model's kernels and embeddings are held, in place and one after another."""
     if dtype == "float32":
@@ -61,3 +70,12 @@ def hold(model: Decoder, dtype: BaseDtype) -> None:
                 setattr(module, name, Int8Linear(child))
             else:
                 child.kernel = nnx.Param(child.kernel[...].astype(jnp.bfloat16))
+
+
+def _round_to_int8(
+    kernel: Float32[Array, "*L D F"],
+) -> tuple[Int8[Array, "*L D F"], Float32[Array, "*L 1 F"]]:
+    """Q and s of W ≈ Q · s."""
+    largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0) / 127
+    return jnp.round(kernel / scale).astype(jnp.int8), scale

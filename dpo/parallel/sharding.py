@@ -88,7 +88,7 @@ def make_mesh(given: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
 def own_mesh(given: Sizes) -> Mesh:
     """The mesh of what one process does alone: the run's, or where that does not fit, its devices on `fsdp`.
 
-    What a run left is exported and evaluated on other machines too; results agree to rounding.
+    What a run left is evaluated on other machines too; results agree to rounding.
     """
     devices, sizes = jax.local_devices(), (given.data, given.fsdp, given.tensor)
     rest, known = -1 in sizes, math.prod(size for size in sizes if size != -1)

@@ -23,14 +23,14 @@ from dpo.huggingface.adapters import (
     add_adapters,
     choose_linears,
     get_adapters,
-    merge_adapters,
     model_bindings,
     new_adapters,
 )
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import open_shapes
+from dpo.huggingface.pretrained import Pretrained, open_in_files, open_shapes
+from dpo.huggingface.streamed import plain_model
 from dpo.huggingface.text_models import read_config
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
@@ -69,18 +69,39 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
     )
 
 
-def policy_shapes(config: Config) -> Policy:
-    """The policy as `open_policy` makes it, with shapes for parameters; of a whole model."""
-    pretrained = open_shapes(config.model.source, compute_dtype=jnp.dtype(config.model.compute_dtype))
-    graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
+def policy_to_write(config: Config) -> Policy:
+    """The policy with what `open_policy` trains as shapes, and what it freezes left in its files."""
+    source, lora = config.model.source, config.lora
+    compute_dtype = jnp.dtype(config.model.compute_dtype)
+    if not lora.is_on:
+        pretrained = open_shapes(source, compute_dtype=compute_dtype)
+        return _taken_apart(pretrained, pretrained.model, nnx.Param)
+    pretrained = open_in_files(source, held=lora.base_dtype, compute_dtype=compute_dtype)
+    adapters, method = starting_adapters(lora, pretrained.config, seed=config.training.seed)
+    model = nnx.merge(*nnx.split(pretrained.model))
+    add_adapters(model, map(_with_magnitude, adapters), method)
+    return _taken_apart(pretrained, model, nnx.LoRAParam)._replace(
+        base=_taken_apart(pretrained, pretrained.model, nnx.Param)
+    )
+
+
+def _taken_apart(pretrained: Pretrained, model: Decoder, trained: type[nnx.Variable]) -> Policy:
+    graphdef, params, frozen = nnx.split(model, trained, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     return Policy(pretrained, graphdef, params, frozen, fingerprint="")
 
 
-def plain_model(policy: Policy, params: Params) -> Decoder:
-    """The policy with these parameters as a model without adapters, for export."""
+def _with_magnitude(adapter: Adapter) -> Adapter:
+    """Lengths of DoRA that stand for those of a checkpoint, so that none are computed of the base."""
+    b = adapter.b
+    ones = np.ones((b.shape[0], b.shape[2]), np.float32)
+    return adapter._replace(magnitude=ones) if adapter.magnitude is None else adapter
+
+
+def model_to_write(policy: Policy, params: Params) -> Decoder:
+    """The policy with these parameters as a model without adapters; they are merged as it is written."""
     model = policy.merge(params)
-    return model if policy.base is None else merge_adapters(model)
+    return model if policy.base is None else plain_model(model)
 
 
 def export_adapters(

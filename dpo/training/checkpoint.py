@@ -184,10 +184,11 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path(step)} could not be restored: {error}") from error
 
-    def restore_params(self, step: int, like: Params) -> Params:
+    def restore_params(self, step: int, like: Params, *, dtype: np.dtype | None = None) -> Params:
         """The parameters alone after `step` updates, on the host; neither optimiser nor reference is read.
 
-        One after another, as numpy's arrays: the peak is the parameters and what is left to read of one.
+        One after another, as numpy's arrays, each rounded to `dtype` at once where there is one: the peak is
+        the parameters and what is left to read of one.
 
         Raises:
           ValueError: when the checkpoint holds other parameters.
@@ -204,7 +205,8 @@ class Checkpoints:
                 wanted = _nested(path, ocp.utils.to_shape_dtype_struct(leaf))
                 as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 part = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-                (found[index],) = jax.tree.leaves(checkpointer.restore(self.path(step) / STATE, part))
+                (values,) = jax.tree.leaves(checkpointer.restore(self.path(step) / STATE, part))
+                found[index] = values if dtype is None else values.astype(dtype, copy=False)
         return jax.tree.unflatten(structure, found)
 
     def _require_shapes(self, step: int, like: TrainState) -> None:

@@ -101,9 +101,9 @@ def other_bytes(mesh: Mesh) -> float:
     """
     devices = mesh.local_devices
     if devices[0].platform == "cpu":
-        return max(0.0, resident_bytes() - _array_bytes(jax.local_devices())) / len(devices)
+        return max(0.0, resident_bytes() - array_bytes(jax.local_devices())) / len(devices)
     stats = devices[0].memory_stats() or {"bytes_in_use": 0}
-    return max(0.0, float(stats["bytes_in_use"]) - _array_bytes(devices[:1]))
+    return max(0.0, float(stats["bytes_in_use"]) - array_bytes(devices[:1]))
 
 
 def resident_bytes() -> float:
@@ -116,7 +116,7 @@ def resident_bytes() -> float:
     )
 
 
-def _array_bytes(devices: Iterable[Any]) -> float:
+def array_bytes(devices: Iterable[Any]) -> float:
     """Of all arrays on these devices, buffers that several share counted once."""
     on = set(devices)
     shards = [

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
@@ -15,9 +14,8 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import text_fields
 from dpo.outcomes import UserError
-from dpo.parallel.sharding import own_mesh
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
-from dpo.training.adapted import export_adapters, open_policy, plain_model, policy_shapes
+from dpo.training.adapted import export_adapters, model_to_write, policy_to_write
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.model_card import count_parameters, model_card
 from dpo.training.policy import Policy
@@ -52,12 +50,9 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
-        # The parameters alone, into shapes; under adapters the frozen weights as well.
-        lora = config.lora.is_on
-        policy = open_policy(config, own_mesh(config.mesh)) if lora else policy_shapes(config)
-        params = checkpoints.restore_params(step, policy.params)
-    if lora:  # merged by the products that merge them at the end of a run
-        params = jax.tree.map(jnp.asarray, params)
+        policy = policy_to_write(config)
+        held = jnp.dtype(dtype) if given.format == "merged" and not config.lora.is_on else None
+        params = checkpoints.restore_params(step, policy.params, dtype=held)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     output = Path(given.output or default_output(given, dtype))
     if given.format == "adapter":
@@ -84,10 +79,10 @@ def export_model(
     tokenizer and model card.
 
     `metrics` are held-out ones after `num_steps` updates, for the card. Without a `dtype` the weights are
-    written as they are held.
+    written in float32.
     """
-    pretrained, model = policy.pretrained, plain_model(policy, params)
-    written = jnp.dtype(dtype or model.embed_tokens.embedding[...].dtype)
+    pretrained, model = policy.pretrained, model_to_write(policy, params)
+    written = jnp.dtype(dtype or "float32")
     card = model_card(
         config,
         pretrained,
@@ -112,7 +107,7 @@ def _export_gguf(policy: Policy, params: Params, path: Path, *, dtype: str, name
     """Write the policy with these parameters, adapters merged, as a GGUF file."""
     pretrained = policy.pretrained
     return save_gguf(
-        plain_model(policy, params),
+        model_to_write(policy, params),
         path,
         hf_config=text_fields(pretrained.config),
         tokenizer=pretrained.tokenizer,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from lora_cases import merged
 from numpy.testing import assert_allclose, assert_array_equal
 from test_gguf_writing import VOCABULARY, small_tokenizer
 from tiny_model import byte_tokenizer
@@ -224,7 +225,6 @@ def test_adapters_have_the_names_of_transformers_modules(tmp_path: Path) -> None
         add_adapters,
         choose_linears,
         get_adapters,
-        merge_adapters,
         model_bindings,
         new_adapters,
     )
@@ -241,8 +241,8 @@ def test_adapters_have_the_names_of_transformers_modules(tmp_path: Path) -> None
         tmp_path / "adapter", *get_adapters(model, bindings), bindings=bindings, base=str(source)
     )
     theirs = peft.PeftModel.from_pretrained(torch_model(source), directory).eval()
-    merged = merge_adapters(model)
-    ours = np.asarray(merged.logits(merged.hidden(*batch_arrays(TOKENS))))
+    plain = merged(model)
+    ours = np.asarray(plain.logits(plain.hidden(*batch_arrays(TOKENS))))
     assert np.abs(ours - logits(source)).max() > 0.1
     assert_allclose(ours, torch_logits(theirs, TOKENS), rtol=0, atol=2e-4)
     assert_allclose(logits(directory), ours, rtol=0, atol=2e-4)

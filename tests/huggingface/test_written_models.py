@@ -150,7 +150,7 @@ def test_writing_a_model_copies_a_tensor_at_a_time(tmp_path: Path, monkeypatch: 
     from dpo.huggingface import saving
 
     largest = 0
-    taken = saving._take
+    taken = saving.take
 
     def take(leaf, index, num_leading):
         nonlocal largest
@@ -158,7 +158,7 @@ def test_writing_a_model_copies_a_tensor_at_a_time(tmp_path: Path, monkeypatch: 
         largest = max(largest, found.nbytes if num_leading else 0)
         return found
 
-    monkeypatch.setattr(saving, "_take", take)
+    monkeypatch.setattr(saving, "take", take)
     save_pretrained(source.model, tmp_path / "out", hf_config=source.config, tokenizer=None)
     layers = nnx.to_pure_dict(nnx.state(source.model, nnx.Param))["layers"]
     assert largest == jnp.asarray(layers["mlp"]["up_proj"]["kernel"])[0].nbytes

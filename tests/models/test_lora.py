@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lora_cases import COMBINATIONS, METHODS, bindings_of, hidden, random_adapters, with_adapters
+from lora_cases import COMBINATIONS, METHODS, bindings_of, hidden, merged, random_adapters, with_adapters
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, batch_arrays, load_case
 
@@ -16,7 +16,6 @@ from dpo.huggingface.adapters import (
     choose_linears,
     get_adapters,
     linear_bindings,
-    merge_adapters,
     module_names,
     new_adapters,
 )
@@ -58,7 +57,7 @@ def test_a_merged_model_computes_the_same(case, name, tmp_path):
     model, method = load_case(tmp_path, case, attention="plain"), METHODS[name]
     adapted = with_adapters(model, random_adapters(case, method), method)
     assert np.abs(hidden(adapted) - hidden(model)).max() > 0.1
-    assert_allclose(hidden(merge_adapters(adapted)), hidden(adapted), rtol=1e-3, atol=1e-4)
+    assert_allclose(hidden(merged(adapted)), hidden(adapted), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,7 +85,7 @@ def test_the_gradient_is_the_chain_rule_through_the_merged_weights(name, tmp_pat
         load_case(tmp_path, "llama", attention="plain"), random_adapters("llama", method), method
     )
     ours = trained_gradient(adapted, nnx.LoRAParam)
-    full = trained_gradient(merge_adapters(adapted), nnx.Param)
+    full = trained_gradient(merged(adapted), nnx.Param)
     for path in ("layers.self_attn.k_proj", "layers.mlp.down_proj"):
         linear = find(adapted, path)
         by_kernel, s = np.asarray(full[f"{path}.kernel"]), 6.0 / (np.sqrt(3) if method.use_rslora else 3)
@@ -128,7 +127,7 @@ def test_a_layer_that_is_not_chosen_is_left_alone(tmp_path):
     adapters = random_adapters("llama", METHODS["dora"], target_modules=pattern)
     adapted = with_adapters(model, adapters, METHODS["dora"])
     before = model.layers.mlp.up_proj.kernel[...]
-    after = merge_adapters(adapted).layers.mlp.up_proj.kernel[...]
+    after = merged(adapted).layers.mlp.up_proj.kernel[...]
     assert_array_equal(after[1], before[1])
     assert np.abs(after[2] - before[2]).max() > 0.1
     for name, gradient in trained_gradient(adapted, nnx.LoRAParam).items():

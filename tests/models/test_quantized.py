@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lora_cases import merged
 from numpy.testing import assert_allclose
 from tiny_models import TOKENS, batch_arrays, load_case
 
-from dpo.huggingface.adapters import merge_adapters
 from dpo.models.linear import Linear
 from dpo.models.norms import UnscaledRMSNorm
 from dpo.models.quantized import Int8Linear, hold
@@ -64,7 +64,7 @@ def test_a_held_model_is_the_model_but_for_rounding(dtype, tolerance, tmp_path):
 def test_a_held_model_exports_what_it_computes(dtype, tmp_path):
     held = load_case(tmp_path, "llama", attention="plain")
     hold(held, dtype)
-    plain = merge_adapters(held)
+    plain = merged(held)
     assert {leaf[...].dtype for _, leaf in nnx.to_flat_state(nnx.state(plain))} == {jnp.dtype("float32")}
     assert_allclose(
         plain.hidden(*batch_arrays(TOKENS)), held.hidden(*batch_arrays(TOKENS)), rtol=1e-3, atol=1e-4

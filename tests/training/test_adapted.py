@@ -59,7 +59,7 @@ KINDS = [
 def one_device():
     """Runs use one device, although tests see eight."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((preparation, "make_mesh"), (export, "own_mesh"), (heldout, "own_mesh")):
+        for module, name in ((preparation, "make_mesh"), (heldout, "own_mesh")):
             patch.setattr(module, name, lambda config: mesh())
         yield
 
@@ -132,6 +132,13 @@ def check_run(config):
     assert_allclose(scored.reference, kept.reference, rtol=1e-6)
 
 
+def check_export(config, output):
+    """The last checkpoint on weights read from their files is what the run merged on its devices."""
+    path, _ = export_checkpoint(ExportConfig(run=config.run_dir, output=str(output)), config)
+    own = Path(config.run_dir) / "export"
+    assert (path / "model.safetensors").read_bytes() == (own / "model.safetensors").read_bytes()
+
+
 def test_a_run_learns_and_its_merged_export_is_the_policy(finished):
     check_run(finished)
 
@@ -141,6 +148,7 @@ def test_other_kinds_and_smaller_bases_do_too(config, lora, tmp_path):
     config = replace(config, run_dir=str(tmp_path), lora=lora)
     train(config)
     check_run(config)
+    check_export(config, tmp_path / "again")
 
 
 def test_only_adapters_are_trained_and_saved(finished):
@@ -235,9 +243,7 @@ def test_adapters_name_a_base_that_peft_opens_where_one_is_given(finished, tmp_p
 
 
 def test_an_export_of_the_last_checkpoint_is_the_runs_own(finished, tmp_path):
-    path, _ = export_checkpoint(ExportConfig(run=finished.run_dir, output=str(tmp_path / "again")), finished)
-    own = Path(finished.run_dir) / "export"
-    assert (path / "model.safetensors").read_bytes() == (own / "model.safetensors").read_bytes()
+    check_export(finished, tmp_path / "again")
 
 
 def test_a_gguf_file_is_the_merged_policy(finished, tmp_path, monkeypatch):
@@ -256,7 +262,7 @@ def test_a_gguf_file_is_the_merged_policy(finished, tmp_path, monkeypatch):
     for (place, ours), (_, expected) in zip(file, directory, strict=True):
         assert_array_equal(ours[...], expected[...], err_msg=str(place))
 
-    monkeypatch.setattr(export, "open_policy", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(export, "policy_to_write", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setattr(export, "open_checkpoint", lambda _: SimpleNamespace(config={"model_type": "mpt"}))
     with pytest.raises(ValueError, match="model_type mpt is not written as a GGUF file"):
         export_checkpoint(given, finished)
