@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dpo.data.messages import Message
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenizer_calls import decode_ids
@@ -54,7 +56,7 @@ def converse(
 ) -> None:
     """Answer line after line, each with all before it, until `read` raises EOFError.
 
-    Turn n is drawn with the seed `seed` + n. Empty lines are passed over.
+    The first turn is drawn with `seed`, each later one with a seed of its own. Empty lines are passed over.
     """
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     turn = 0
@@ -68,10 +70,21 @@ def converse(
         messages.append({"role": "user", "content": line})
         pieces: list[str] = []
         for piece in respond(
-            pretrained, messages, sampling=sampling, seed=seed + turn, template_kwargs=template_kwargs
+            pretrained,
+            messages,
+            sampling=sampling,
+            seed=_seed_of(seed, turn),
+            template_kwargs=template_kwargs,
         ):
             pieces.append(piece)
             write(piece)
         write("\n")
         messages.append({"role": "assistant", "content": "".join(pieces).strip()})
         turn += 1
+
+
+def _seed_of(seed: int, turn: int) -> int:
+    """With seed + turn, the second turn of one seed were the first of the next."""
+    if turn == 0:
+        return seed
+    return int(np.random.SeedSequence([seed % 2**64, turn]).generate_state(1)[0])

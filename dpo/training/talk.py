@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,14 +18,18 @@ from dpo.training.reading import given_chat_template
 def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:
     """The model with the chat template of the settings, ending where that template ends a turn.
 
-    What is written of it, and what is sampled, then is as it was in training. Where the settings name no
-    template the tokenizer's own stays; without any, the model is as it came.
+    What is written of it, and what is sampled, then is as it was in training: arguments of the template are
+    in it as well, for who gives none. Where the settings name no template the tokenizer's own stays; without
+    any, the model is as it came.
 
     Raises:
       ValueError: when the template cannot be read, or refuses a question and its answer.
     """
-    template, tokenizer = given_chat_template(data), pretrained.tokenizer
-    if template is not None and template != tokenizer.chat_template:
+    tokenizer = pretrained.tokenizer
+    template = given_chat_template(data) or tokenizer.chat_template
+    if isinstance(template, str):
+        template = with_arguments(template, data.template_kwargs)
+    if template != tokenizer.chat_template:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
     end = None if data.end_token == "none" else find_end_of_turn(tokenizer, data.template_date)
@@ -37,6 +43,31 @@ def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:
     if end is not None and end not in ends:
         known = known | {"eos_token_id": [*ends, end] if ends else end}
     return pretrained._replace(tokenizer=tokenizer, generation_config=known)
+
+
+def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
+    """A chat template that takes these arguments where its caller gives none of their names."""
+    sets = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+        for name, value in arguments.items()
+        if name.isidentifier()
+    ]
+    if not sets:
+        return template
+    # The newline is the block's, by `trim_blocks`: the template begins a line, as it did.
+    start = "".join(sets) + "\n"
+    return template if template.startswith(start) else start + template
+
+
+def _literal(value: Any) -> str:
+    """A value of a settings file as Jinja writes it."""
+    if isinstance(value, str):
+        return '"' + value.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return str(value).lower() if value is None or isinstance(value, bool) else repr(value)
 
 
 def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, template_date: str) -> int | None:

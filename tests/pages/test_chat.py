@@ -12,7 +12,7 @@ from dpo.huggingface.pretrained import Pretrained, load_pretrained
 from dpo.judging.samples import stop_tokens
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
-from dpo.pages.chat import converse, respond
+from dpo.pages.chat import _seed_of, converse, respond
 
 RULES = SamplingConfig(max_new_tokens=24, temperature=1.0)
 
@@ -49,8 +49,14 @@ def test_a_conversation_is_kept(pretrained: Pretrained) -> None:
     system, user = {"role": "system", "content": "Be odd."}, {"role": "user", "content": "Hello"}
     first = generated(pretrained, [system, user], 0)
     messages = [system, user, {"role": "assistant", "content": first.strip()}]
-    second = generated(pretrained, [*messages, {"role": "user", "content": "And now?"}], 1)
+    second = generated(pretrained, [*messages, {"role": "user", "content": "And now?"}], _seed_of(0, 1))
     assert "".join(written) == f"{first}\n{second}\n"
+
+
+def test_turns_of_neighbouring_seeds_are_drawn_otherwise() -> None:
+    found = {_seed_of(seed, turn) for seed in range(-3, 20) for turn in range(20)}
+    assert len(found) == 23 * 20
+    assert _seed_of(4, 0) == 4
 
 
 def test_generate_prints_a_response(tiny_model_dir: Path, pretrained, capsys) -> None:

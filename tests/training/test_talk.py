@@ -64,6 +64,41 @@ def test_a_template_of_the_settings_goes_with_the_model(
     assert as_trained(again, DataConfig(train="x.jsonl")).generation_config == again.generation_config
 
 
+ARGUED = """
+  {% if think is defined and not think %}<no>{% endif %}{% macro name() %}{{ who.names[0] }}{% endmacro %}
+{{ name() }}{{ depth + 1 }}{{ none_given is none }}
+{%- for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ who.mark }}{% endfor %}"""
+ARGUMENTS: dict[str, Any] = {
+    "think": False,
+    "depth": 2,
+    "none_given": None,
+    "who": {"names": ['Ann "O\'N" {% x %} \\n\n'], "mark": "<|end|>"},
+    "not-a-name": 1,
+}
+
+
+def test_arguments_of_the_template_go_with_it(source: Path, tmp_path: Path) -> None:
+    """The same text as with them in hand, to the blank; who gives others is heard; and ends are found."""
+    path = tmp_path / "argued.jinja"
+    path.write_text(ARGUED, encoding="utf-8")
+    data = DataConfig(train="x.jsonl", chat_template=str(path), template_kwargs=ARGUMENTS)
+    trained = as_trained(open_shapes(source), data)
+    messages = [{"role": "user", "content": "Hi"}]
+    plain = open_shapes(source).tokenizer
+    expected = plain.apply_chat_template(messages, tokenize=False, chat_template=ARGUED, **ARGUMENTS)
+    carried = trained.tokenizer
+    assert carried.apply_chat_template(messages, tokenize=False) == expected
+    assert "<no>" in expected
+    others = {**ARGUMENTS, "think": True, "depth": 7}
+    assert carried.apply_chat_template(messages, tokenize=False, think=True, depth=7) == (
+        plain.apply_chat_template(messages, tokenize=False, chat_template=ARGUED, **others)
+    )
+    end: Any = carried.convert_tokens_to_ids("<|end|>")
+    assert end in stop_tokens(trained)
+    again = as_trained(trained, data)
+    assert as_trained(again, data).tokenizer.chat_template == again.tokenizer.chat_template
+
+
 def test_without_a_template_nothing_changes(source: Path) -> None:
     given = open_shapes(source)
     assert find_end_of_turn(given.tokenizer, "2026-01-01") is None
