@@ -19,7 +19,9 @@ from dpo.parallel.distributed import is_main
 from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, Identity, RunSummary, read_summary
 from dpo.training.identity import differences, require_same
 from dpo.training.memory import keep_choice
+from dpo.training.policy import Policy
 from dpo.training.preparation import Run, prepare
+from dpo.training.reference_model import choose_reference
 from dpo.training.versions import versions
 
 
@@ -41,6 +43,7 @@ def begin(run: Run, given: Config, settings: str) -> None:
 
 def finish(
     run: Run,
+    reference: Policy,
     metrics: dict[str, float] | None,
     *,
     settings: str,
@@ -50,7 +53,7 @@ def finish(
     """Write the summary, last: a run that has one is finished. `started` is of the monotonic clock."""
     summary: RunSummary = {
         "settings": settings,
-        "contents": _contents(run),
+        "contents": _contents(run, reference),
         "steps": run.num_steps,
         "prompts": len(run.dataset.tokens),
         "eval": metrics,
@@ -91,11 +94,15 @@ def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]
         )
     if "contents" not in summary:  # of an earlier version, which did not say
         return True
-    now = _contents(prepare(config))
+    run = prepare(config)
+    now = _contents(run, choose_reference(run.config, run.policy, run.mesh))
     where = f"the finished run in {config.run_dir}"
     require_same(summary["contents"], now, allowed=config.training.allow_changed, where=where, log=log)
     return not differences(summary["contents"], now)
 
 
-def _contents(run: Run) -> Identity:
-    return {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
+def _contents(run: Run, reference: Policy) -> Identity:
+    found = {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
+    if run.config.model.reference is not None:
+        found["weights"] = found["weights"] | {"reference": reference.fingerprint}
+    return found

@@ -173,7 +173,7 @@ def _train(given: Config, observe: Observe | None) -> RunResult:
         saver.save(step, state)
         metrics = _evaluate_and_export(run, state, evaluate, stop_requested)
         checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
-        summary = finish(run, metrics, settings=settings, started=started, best=saver.best)
+        summary = finish(run, reference, metrics, settings=settings, started=started, best=saver.best)
         return RunResult(run.run_dir, "finished", summary)
 
 

@@ -12,8 +12,9 @@ import pytest
 from jax._src.array import ArrayImpl
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from stopping import stop_after
+from tiny_model import write_tiny_model
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.preferences import digest, fingerprint, read_preferences
@@ -262,6 +263,21 @@ def test_a_finished_run_is_not_finished_for_other_data(config):
     assert (Path(config.run_dir) / "summary.json").exists()
 
 
+def test_a_finished_run_is_not_finished_for_another_reference(config, tmp_path):
+    """Other weights in the directory that model.reference names, as in the policy's own."""
+    reference = write_tiny_model(tmp_path / "reference")
+    training = {"steps": 1, "eval_every": None}
+    config = replace(config, data={"eval": None}, training=training, model={"reference": str(reference)})
+    train(config)
+    assert train(config).status == "already finished"
+    (path,) = reference.glob("*.safetensors")
+    tensors = load_file(path)
+    save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    (reference / "SHA256SUMS").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"(?s)the finished run in .* other weights:\n  weights: reference"):
+        train(config)
+
+
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(config, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
@@ -368,8 +384,6 @@ def test_resume_never_refuses_a_used_directory(config, two_steps):
 
 
 def test_a_foreign_reference_starts_off_the_initial_loss(config, tmp_path):
-    from tiny_model import write_tiny_model
-
     other = write_tiny_model(tmp_path / "reference_model", seed=1)
     config = replace(config, data={"eval": None}, training={"steps": 1, "eval_every": None})
     train(replace(config, model={"reference": str(other)}))
