@@ -24,7 +24,7 @@ from dpo.training.interrupt import answer_held_signals, ends_at_once, hold_signa
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-LONG = ("train", "evaluate", "winrate", "frontier")
+LONG = ("train", "evaluate", "winrate", "frontier", "sweep")
 """Commands that go on from what they have kept, so that a signal at any moment ends them as a stop."""
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -63,7 +63,7 @@ def answer_signals() -> int:
 
 
 def end_at_once() -> int:
-    """Run a command that keeps nothing by the way; Ctrl-C at any moment ends it, without a traceback."""
+    """Run a command that keeps nothing by the way; a signal at any moment ends it, without a traceback."""
     try:
         with ends_at_once():
             answer_held_signals()

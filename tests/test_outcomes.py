@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo import outcomes
+from dpo.__main__ import LONG
 from dpo.cli import COMMANDS, main
 from dpo.config import DistributedConfig
 from dpo.files import WriteError
@@ -128,16 +129,29 @@ def test_the_table_of_several_processes_has_the_same_codes() -> None:
     ]
 
 
+SIGNALLED = """
+import os, signal, sys
+from dpo import __main__ as main, cli
+number = signal.Signals[sys.argv[1]]
+before = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+for name in cli.COMMANDS:
+    signal.signal(number, before)  # also under nohup, or in the background
+    cli.COMMANDS[name] = lambda rest: (os.kill(os.getpid(), number), signal.pause())[0]
+    sys.argv = ["dpo", name]
+    print(name, main.answer_signals() if name in main.LONG else main.end_at_once(), flush=True)
+    assert signal.getsignal(number) is before
+"""
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_signal_before_anything_is_there_to_save_ends_as_a_stop(name: str) -> None:
-    program = (
-        "import os, signal, sys, time\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # also under nohup
-        "from dpo.__main__ import answer_signals\nfrom dpo import cli\n"
-        "cli.COMMANDS['train'] = lambda rest: (os.kill(os.getpid(), signal."
-        f"{name}), time.sleep(20))[0]\nsys.argv = ['dpo', 'train']\nraise SystemExit(answer_signals())"
-    )
+def test_a_signal_ends_every_command_by_what_the_table_says(name: str) -> None:
+    """As stopped where another start goes on from what is kept, at once where it begins anew."""
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SIGNALLED, name], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == outcomes.STOPPED.code, done.stderr
-    assert "dpo train: stopped as asked: " in done.stderr
+    assert done.returncode == 0, done.stderr
+    ends = {command: outcomes.STOPPED if command in LONG else outcomes.STOPPED_AT_ONCE for command in COMMANDS}
+    assert done.stdout.splitlines() == [f"{command} {end.code}" for command, end in ends.items()]
+    said = "by Ctrl-C" if name == "SIGINT" else f"by {name}"
+    for line, (command, end) in zip(done.stderr.splitlines(), ends.items(), strict=True):
+        assert line.startswith(f"dpo {command}: {end.begins}: {'' if end is outcomes.STOPPED else said}")

@@ -7,12 +7,13 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from dpo.outcomes import STOPPED, STOPPED_AT_ONCE, StopRequested
+from dpo.outcomes import STOPPED_AT_ONCE, StopRequested, outcome_of
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -46,10 +47,33 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def stops_at_once() -> Iterator[None]:
-    """While inside, where there is nothing to save, `SIGNALS` raise `StopRequested`; a second one ends.
+    """While inside, where there is nothing to save, `SIGNALS` raise `StopRequested`; a second one ends."""
+    with _raising(lambda number: StopRequested(NOTHING_LOST), unless_ignored=(signal.SIGHUP,)):
+        yield
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """While inside, in a command that another start begins anew, `SIGNALS` raise `KeyboardInterrupt`.
+
+    Where one is ignored, as Ctrl-C in a command that a script began in the background, it stays so.
+    """
+    with _raising(_as_interrupt, unless_ignored=SIGNALS):
+        yield
+
+
+def _as_interrupt(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt(f"by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+
+
+@contextmanager
+def _raising(
+    error_of: Callable[[int], KeyboardInterrupt], *, unless_ignored: Collection[signal.Signals]
+) -> Iterator[None]:
+    """The first signal raises its error in the main thread; during an import it ends the process by it.
 
     Where no exception comes through, as in a long compilation, the process ends by itself `SOON` after the
-    first, as stopped.
+    first.
     """
     requested = False
 
@@ -58,33 +82,11 @@ def stops_at_once() -> Iterator[None]:
         if not requested:
             requested = True
             if is_importing(frame):
-                _leave(STOPPED.code, f"{STOPPED.begins}: {NOTHING_LOST}")
-            raise StopRequested(NOTHING_LOST)
+                _leave_by(error_of(number))
+            raise error_of(number)
 
-    with _answering(stop, _end_soon):
+    with _answering(stop, partial(_end_soon, error_of), unless_ignored=unless_ignored):
         yield
-
-
-@contextmanager
-def ends_at_once() -> Iterator[None]:
-    """While inside, Ctrl-C raises `KeyboardInterrupt`; during an import it ends the process.
-
-    Where Ctrl-C is ignored, as in a command that a script began in the background, it stays so.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if is_importing(frame):
-            _leave(STOPPED_AT_ONCE.code, f"{STOPPED_AT_ONCE.begins}: by Ctrl-C")
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def is_importing(frame: FrameType | None) -> bool:
@@ -101,13 +103,20 @@ def is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def _answering(
-    handler: Callable[[int, FrameType | None], None], watch: Callable[[int], None]
+    handler: Callable[[int, FrameType | None], None],
+    watch: Callable[[int], None],
+    *,
+    unless_ignored: Collection[signal.Signals] = (signal.SIGHUP,),
 ) -> Iterator[None]:
-    """`SIGNALS` go to the handler, in the main thread, and their numbers to what `watch` reads in another."""
+    """`SIGNALS` go to the handler, in the main thread, and their numbers to what `watch` reads in another.
+
+    Those of `unless_ignored` stay as they are where they are ignored already, as `nohup` has it for SIGHUP.
+    """
+    answered = [n for n in SIGNALS if n not in unless_ignored or signal.getsignal(n) is not signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     watcher = threading.Thread(target=watch, args=(reader,), name="signals", daemon=True)
-    previous = {number: signal.signal(number, handler) for number in _answered()}
+    previous = {number: signal.signal(number, handler) for number in answered}
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher.start()
     try:
@@ -131,12 +140,6 @@ def answer_held_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _answered() -> tuple[signal.Signals, ...]:
-    """All of them, but for SIGHUP where it is ignored already, as `nohup` has it."""
-    hangup = signal.SIGHUP
-    return tuple(n for n in SIGNALS if n is not hangup or signal.getsignal(n) is not signal.SIG_IGN)
-
-
 def stoppable(
     function: Callable[[Given], Result], stop_requested: Callable[[], bool]
 ) -> Callable[[Given], Result]:
@@ -157,16 +160,17 @@ def _end_at_the_second(reader: int) -> None:
         first = _end_if_second(received[0], first)
 
 
-def _end_soon(reader: int) -> None:
-    """The same, and end as stopped where the main thread has not come out of what it does in time."""
-    first: float | None = None
+def _end_soon(error_of: Callable[[int], KeyboardInterrupt], reader: int) -> None:
+    """The same, and end by the first one's error where the main thread does not come out of what it does."""
+    asked_by, first = 0, None
     while True:
         left = None if first is None else max(0.0, first + SOON - time.monotonic())
         if not select.select([reader], [], [], left)[0]:
-            _leave(STOPPED.code, f"{STOPPED.begins}: {NOTHING_LOST}")
+            _leave_by(error_of(asked_by))
         received = os.read(reader, 1)
         if not received:
             return
+        asked_by = received[0] if first is None else asked_by
         first = _end_if_second(received[0], first)
 
 
@@ -179,6 +183,11 @@ def _end_if_second(number: int, first: float | None) -> float | None:
         name = signal.Signals(number).name
         _leave(STOPPED_AT_ONCE.code, f"stopped at once by a second signal ({name}); whole checkpoints stay")
     return now if first is None else first
+
+
+def _leave_by(error: KeyboardInterrupt) -> NoReturn:
+    outcome = outcome_of(error)
+    _leave(outcome.code, f"{outcome.begins}: {error}")
 
 
 def _leave(code: int, text: str) -> NoReturn:

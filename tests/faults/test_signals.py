@@ -11,13 +11,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from dpo.files import damaged_files
+from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
+from dpo.training.interrupt import SIGNALS
+from dpo.training.lock import is_held
 
 JUDGE = """
 import pathlib, time
@@ -28,18 +34,17 @@ def letters(prompt, response):
         time.sleep(1.0)
     return response.count("e")
 """
-EXPORT = """
-import pathlib, sys, time
-from dpo.huggingface import saving
-write = saving._save_weights
-def slowly(*given):
-    write(*given)
+HELD_UP = """
+import importlib, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test's worker may ignore
+place = importlib.import_module(sys.argv[1])
+def slowly(*given, **named):
     pathlib.Path("asked").touch()
     time.sleep(120)
-saving._save_weights = slowly
-from dpo.__main__ import end_at_once
-sys.argv = ["dpo", *sys.argv[1:]]
-raise SystemExit(end_at_once())
+setattr(place, sys.argv[2], slowly)
+del sys.argv[1:3]
+from dpo.__main__ import run
+raise SystemExit(run())
 """
 AT_A_TERMINAL = """
 import os, signal, sys
@@ -64,6 +69,7 @@ def start(tmp_path: Path) -> Start:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
+        "GLIBC_TUNABLES": "",
     }
 
     def begin(*command: str) -> subprocess.Popen[str]:
@@ -79,10 +85,10 @@ def start(tmp_path: Path) -> Start:
     return begin
 
 
-def interrupted(process: subprocess.Popen[str], directory: Path, number: signal.Signals) -> tuple[int, str]:
-    """Signal it once it says that it is where it should be; returns how it ended and what it said."""
+def interrupted(process: subprocess.Popen[str], asked_at: Path, number: signal.Signals) -> tuple[int, str]:
+    """Signal it once a file says that it is where it should be; returns how it ended and what it said."""
     deadline = time.monotonic() + 200
-    while not (directory / "asked").exists():
+    while not ((asked_at / "asked").exists() or asked_at.is_file()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -107,17 +113,20 @@ def winrate(model: Path) -> list[str]:
     ]
 
 
+FRONTIER = [
+    *("frontier", "--output=out", "--model=MODEL", "--train=train.jsonl"),
+    *("--eval=eval.jsonl", "--reward=slow:letters", "--objectives=[dpo]", "--betas=[0.5]"),
+    *("--temperature_beta=0.5", "--temperatures=[1]", "--steps=2", "--eval_every=1", "--batch_size=4"),
+    *("--prompts=2", "--max_new_tokens=4", "--best_of=2"),
+]
+
+
 def frontier(model: Path) -> list[str]:
-    return [
-        *("-m", "dpo", "frontier", "--output=out", f"--model={model}", "--train=train.jsonl"),
-        *("--eval=eval.jsonl", "--reward=slow:letters", "--objectives=[dpo]", "--betas=[0.5]"),
-        *("--temperature_beta=0.5", "--temperatures=[1]", "--steps=2", "--eval_every=1", "--batch_size=4"),
-        *("--prompts=2", "--max_new_tokens=4", "--best_of=2"),
-    ]
+    return ["-m", "dpo", *(word.replace("MODEL", str(model)) for word in FRONTIER)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize(("command", "kept"), [(winrate, "samples.jsonl"), (frontier, "points.jsonl")])
 def test_a_signal_ends_it_as_a_stop_and_the_same_command_goes_on(
     start: Start, tmp_path: Path, tiny_model_dir: Path, command, kept: str, number: signal.Signals
@@ -132,24 +141,124 @@ def test_a_signal_ends_it_as_a_stop_and_the_same_command_goes_on(
     assert (tmp_path / "out" / kept).read_bytes().startswith(before)
 
 
+class Place(NamedTuple):
+    """Where a command is when the signal comes, and how it ends."""
+
+    command: tuple[str, ...]
+    module: str
+    function: str
+    number: signal.Signals
+    code: int
+
+
+MODEL = "MODEL"
+COMPARED = ("--policy", MODEL, "--opponent", MODEL, "--data", "eval.jsonl", "--limit", "2", "--output", "out")
+TRAINED = (
+    *("--model.source", MODEL, "--data.train", "train.jsonl", "--training.steps", "1"),
+    *("--training.batch_size", "2"),
+)
+PLACES = {
+    "read data": Place(
+        ("inspect", *TRAINED), "dpo.commands.inspect", "report_data", signal.SIGHUP, STOPPED_AT_ONCE.code
+    ),
+    "plan": Place(
+        ("plan", *TRAINED, "--data.eval", "null"),
+        *("dpo.planning.search", "make_plan_within_limit", signal.SIGTERM, STOPPED_AT_ONCE.code),
+    ),
+    "answer": Place(
+        ("generate", MODEL, "hello"), "dpo.pages.chat", "stream", signal.SIGTERM, STOPPED_AT_ONCE.code
+    ),
+    "score held-out": Place(
+        ("evaluate", "--policy", MODEL, "--reference", MODEL, "--data", "eval.jsonl"),
+        *("dpo.evaluation.heldout", "_score_policy", signal.SIGHUP, STOPPED.code),
+    ),
+    "sample": Place(
+        ("winrate", *COMPARED, "--judge", "slow:letters"),
+        *("dpo.judging.samples", "generate", signal.SIGHUP, STOPPED.code),
+    ),
+    "judge by a model": Place(
+        ("winrate", *COMPARED, "--judge", f"local:{MODEL}"),
+        *("dpo.judging.local_judge", "load_policy", signal.SIGINT, STOPPED.code),
+    ),
+    "between two runs": Place(tuple(FRONTIER), "jax", "clear_caches", signal.SIGHUP, STOPPED.code),
+}
+
+
 @pytest.mark.slow
-def test_ctrl_c_in_an_export_leaves_none_in_part(start: Start, tmp_path: Path, tiny_model_dir: Path) -> None:
-    finished(
-        start(
-            *("-m", "dpo", "train", f"--model.source={tiny_model_dir}", "--run_dir=run"),
-            *(
-                "--data.train=train.jsonl",
-                "--data.eval=null",
-                "--training.steps=1",
-                "--training.batch_size=2",
-            ),
-        )
-    )
-    code, said = interrupted(start("-c", EXPORT, "export", "run", "--output=out"), tmp_path, signal.SIGINT)
-    assert code == 130, said
-    assert "dpo export: stopped at once: by Ctrl-C" in said
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_a_signal_ends_every_command_wherever_it_is(
+    start: Start, tmp_path: Path, tiny_model_dir: Path, place: Place
+) -> None:
+    words = [word.replace(MODEL, str(tiny_model_dir)) for word in place.command]
+    process = start("-c", HELD_UP, place.module, place.function, *words)
+    code, said = interrupted(process, tmp_path, place.number)
+    assert code == place.code, said
+    assert "stopped" in said
     assert "Traceback" not in said
-    assert not (tmp_path / "out").exists()
-    finished(start("-m", "dpo", "export", "run", "--output=out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_in_an_export_leaves_none_in_part(
+    start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
+) -> None:
+    words = [word.replace(MODEL, str(tiny_model_dir)) for word in TRAINED]
+    finished(start("-m", "dpo", "train", *words, "--data.eval=null", "--run_dir=run"))
+    export = ("export", "run", "--output=out")
+    process = start("-c", HELD_UP, "dpo.huggingface.saving", "_save_weights", *export)
+    code, said = interrupted(process, tmp_path, number)
+    assert code == STOPPED_AT_ONCE.code, said
+    assert "dpo export: stopped at once: by " in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("out*"))
+    finished(start("-m", "dpo", *export))
     assert damaged_files(tmp_path / "out") == []
-    assert not (tmp_path / "out.writing").exists()
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_a_sweep_stops_its_run_and_it(
+    start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
+) -> None:
+    words = [word.replace(MODEL, str(tiny_model_dir)) for word in TRAINED]
+    sweep = ("-m", "dpo", "sweep", *words, "--data.eval=eval.jsonl", "--sweep_dir=out")
+    process = start(*sweep, "--over=objective.beta=[0.1,0.5]")
+    lock = tmp_path / "out" / "beta=0.1" / "lock"
+    code, said = interrupted(process, lock, number)
+    assert code == STOPPED.code, said
+    assert "Traceback" not in said
+    assert not is_held(lock.parent)
+    assert not (tmp_path / "out" / "beta=0.5").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_while_a_server_answers_ends_the_command(
+    start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
+) -> None:
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            (tmp_path / "asked").touch()
+            time.sleep(60)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        words = [word.replace(MODEL, str(tiny_model_dir)) for word in COMPARED]
+        address = f"--endpoint.base_url=http://127.0.0.1:{server.server_port}/v1"
+        process = start("-m", "dpo", "winrate", *words, "--judge=endpoint", address, "--endpoint.model=m")
+        code, said = interrupted(process, tmp_path, number)
+    finally:
+        server.shutdown()
+    assert code == STOPPED.code, said
+    assert "Traceback" not in said
+    assert (tmp_path / "out" / "samples.jsonl").stat().st_size > 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.outcomes import STOPPED, StopRequested, outcome_of
+from dpo.outcomes import STOPPED, STOPPED_AT_ONCE, StopRequested, outcome_of
 from dpo.training.interrupt import (
     SAME_REQUEST,
     stop_requests,
@@ -33,7 +33,7 @@ BUSY = """
 import hashlib
 from dpo.training import interrupt
 interrupt.SOON = 0.5
-with interrupt.stops_at_once():
+with interrupt.{context}():
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as a compilation, it lets no exception in
 """
@@ -130,15 +130,22 @@ def test_where_nothing_is_to_be_saved_a_signal_is_an_exception_that_nobody_takes
     assert outcome_of(StopRequested()) is STOPPED
 
 
-def test_where_no_exception_comes_through_the_process_ends_soon_all_the_same():
-    process = start(program=BUSY)
+@pytest.mark.parametrize(
+    ("context", "code", "words"),
+    [
+        ("stops_at_once", STOPPED.code, "the same command goes on"),
+        ("ends_at_once", STOPPED_AT_ONCE.code, "stopped at once: by SIGTERM"),
+    ],
+)
+def test_where_no_exception_comes_through_the_process_ends_soon_all_the_same(context, code, words):
+    process = start(program=BUSY.format(context=context))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(1)  # until it is busy
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == STOPPED.code
-    assert "the same command goes on" in said
+    assert process.returncode == code
+    assert words in said
 
 
 HOLDING = """
