@@ -54,12 +54,30 @@ def writing(what: str, path: str | Path, *, note: str = "") -> Iterator[None]:
         ) from error
 
 
-def require_writable(directory: Path, what: str) -> None:
-    """Write and remove a file there before much is computed for it; raises `WriteError`."""
-    with writing(what, directory):
+def require_writable(directory: Path, what: str, *, note: str = "") -> None:
+    """Write, rename and remove a directory with a file in it before much is computed for what goes there.
+
+    Raises:
+      WriteError: where nothing can be written.
+      EnvironmentFailure: where directories can't be renamed, as in most buckets that are mounted.
+    """
+    with writing(what, directory, note=note):
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, suffix=UNFINISHED):
-            pass
+        with tempfile.TemporaryDirectory(dir=directory, suffix=UNFINISHED) as probe:
+            before, after = Path(probe) / "before", Path(probe) / "after"
+            before.mkdir()
+            (before / "file").write_bytes(b"whole")
+            try:
+                before.rename(after)
+            except OSError as error:
+                raise _without_renames(directory, error) from error
+
+
+def _without_renames(directory: Path, error: OSError) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"the file system of {directory} can't rename a directory ({error.strerror}), by which all that is "
+        f"written here gets its name once it is whole; {_WHERE_INSTEAD}"
+    )
 
 
 @contextmanager
@@ -137,9 +155,14 @@ def without_locks(directory: Path, error: OSError) -> EnvironmentFailure | None:
         return None
     return EnvironmentFailure(
         f"the file system of {directory} has no locks ({error.strerror}), so that two processes there could "
-        "overwrite each other; allowed: a directory on one that has them (a local disk, NFS 4 or Lustre with "
-        "flock, no bucket)"
+        f"overwrite each other; {_WHERE_INSTEAD}"
     )
+
+
+_WHERE_INSTEAD = (
+    "allowed: a directory on a local disk, NFS or Lustre with flock; no bucket that is mounted (gcsfuse, "
+    "mountpoint-s3)"
+)
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# One run on all hosts of a Cloud TPU slice, with a bucket as the file system that they share.
+# One run on all hosts of a Cloud TPU slice, with an NFS share as the file system that they share.
 #
-#   launch/cloud_tpu.sh NAME ZONE TYPE BUCKET dpo-train-arguments ...
-#   launch/cloud_tpu.sh mine us-west4-a v5litepod-16 my-bucket --config configs/sentiment_pairs.yaml --mesh.fsdp=-1 \
+#   launch/cloud_tpu.sh NAME ZONE TYPE SHARE dpo-train-arguments ...
+#   launch/cloud_tpu.sh mine us-west4-a v5litepod-16 10.0.0.2:/dpo --config configs/sentiment_pairs.yaml --mesh.fsdp=-1 \
 #     --mesh.data=1 --run_dir=/mnt/shared/runs/mine
+#
+# SHARE is an NFS export in the slice's network, such as a Filestore instance's ADDRESS:/NAME. A bucket will not do:
+# mounted, it renames no directories and its locks hold on one host only, so `dpo train` refuses it.
 #
 # The processes find one another through the metadata server. The same command goes on with an interrupted run.
 set -euo pipefail
-name=${1:?NAME} zone=${2:?ZONE} type=${3:?TYPE} bucket=${4:?BUCKET}
+name=${1:?NAME} zone=${2:?ZONE} type=${3:?TYPE} share=${4:?SHARE}
 shift 4
 
 on_all_hosts() {
@@ -19,5 +22,6 @@ gcloud compute tpus tpu-vm describe "$name" --zone="$zone" >/dev/null 2>&1 ||
 gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all . "$name:dpo"
 on_all_hosts "cd dpo && make setup PYTHON=python3.11 && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
 on_all_hosts "sudo mkdir -p /mnt/shared && (mountpoint -q /mnt/shared ||
-  sudo gcsfuse --implicit-dirs -o allow_other --file-mode=666 --dir-mode=777 $bucket /mnt/shared)"
+  { sudo apt-get install -qy nfs-common && sudo mount -t nfs -o hard $(printf '%q' "$share") /mnt/shared &&
+    sudo chmod 1777 /mnt/shared; })"
 on_all_hosts "cd dpo && DPO_CACHE=/mnt/shared/cache .venv/bin/dpo train --distributed.step_timeout=600 --training.save_minutes=10 $(printf '%q ' "$@")"

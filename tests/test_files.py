@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.data.token_store import TokenStore
 from dpo.files import (
     CHECKSUMS_FILE,
     WriteError,
@@ -16,6 +17,7 @@ from dpo.files import (
     new_directory,
     new_file,
     replace_text,
+    require_writable,
     unlisted_files,
     write_checksums,
     writing,
@@ -173,6 +175,30 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
     with pytest.raises(EnvironmentFailure, match="has no locks"):
         Journal(tmp_path / "journal.jsonl")
+    store = TokenStore(tmp_path / "tokens", "key", limit=1, log=print)
+    with pytest.raises(EnvironmentFailure, match="has no locks"), store.held():
+        pass
+
+
+def test_a_bucket_that_is_mounted_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    """gcsfuse renames files, and answers to a directory's new name with EMFILE."""
+    rename = os.rename
+
+    def as_gcsfuse(here: Path, there: Path) -> None:
+        if Path(here).is_dir():
+            raise OSError(errno.EMFILE, "Too many open files")
+        rename(here, there)
+
+    monkeypatch.setattr("os.rename", as_gcsfuse)
+    said = r"file system of .* can't rename a directory \(Too many open files\).*allowed: .* no bucket"
+    with pytest.raises(EnvironmentFailure, match=said), exclusive(tmp_path / "run"):
+        pass
+    store = TokenStore(tmp_path / "tokens", "key", limit=1, log=print)
+    with pytest.raises(EnvironmentFailure, match=said), store.held():
+        pass
+    with pytest.raises(EnvironmentFailure, match=said):
+        require_writable(tmp_path / "reference", "reference log-probs")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 SUM = "0" * 64

@@ -176,3 +176,12 @@ def test_manifests_end_by_the_codes_that_would_come_again() -> None:
     for manifest in MANIFESTS:
         text = manifest.read_text()
         assert f"values: {ends}" in text, manifest
+
+
+def test_no_launcher_shares_a_bucket() -> None:
+    """A run refuses one: neither renames of directories nor locks hold there."""
+    for path in (*SCRIPTS, *MANIFESTS):
+        mounts = [
+            line for line in path.read_text().splitlines() if re.search(r"^[^#]*(fuse|mount-s3|gs://)", line)
+        ]
+        assert mounts == [], path

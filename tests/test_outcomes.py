@@ -150,7 +150,9 @@ def test_a_signal_ends_every_command_by_what_the_table_says(name: str) -> None:
         [sys.executable, "-c", SIGNALLED, name], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    ends = {command: outcomes.STOPPED if command in LONG else outcomes.STOPPED_AT_ONCE for command in COMMANDS}
+    ends = {
+        command: outcomes.STOPPED if command in LONG else outcomes.STOPPED_AT_ONCE for command in COMMANDS
+    }
     assert done.stdout.splitlines() == [f"{command} {end.code}" for command, end in ends.items()]
     said = "by Ctrl-C" if name == "SIGINT" else f"by {name}"
     for line, (command, end) in zip(done.stderr.splitlines(), ends.items(), strict=True):

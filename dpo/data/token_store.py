@@ -10,7 +10,6 @@ is made anew. Above the limit of the store, what was not opened for the longest 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -26,8 +25,14 @@ import numpy as np
 from dpo.data.chunks import Chunk, open_chunk, write_chunk
 from dpo.data.joining import ORIGIN, TokenizedPart, array_names, join_notes, pieces
 from dpo.data.tokenized import Fingerprint, TokenizedDataset
-from dpo.files import damaged_files, new_directory, unlisted_files, writing
-from dpo.outcomes import EnvironmentFailure
+from dpo.files import (
+    damaged_files,
+    new_directory,
+    require_writable,
+    unlisted_files,
+    without_locks,
+    writing,
+)
 
 FACTS = "facts.json"
 NUMBERS = "numbers"
@@ -61,10 +66,10 @@ class TokenStore:
 
         Raises:
           WriteError: when nothing can be written there.
-          EnvironmentFailure: when the file system has no locks.
+          EnvironmentFailure: when the file system has no locks, or can't rename directories.
         """
+        require_writable(self._root, _WHAT, note=_NOTE)
         with writing(_WHAT, self._root, note=_NOTE):
-            self._root.mkdir(parents=True, exist_ok=True)
             lock = self._path.with_name(self._path.name + LOCK).open("a+")
         with lock as file:
             try:
@@ -73,10 +78,7 @@ class TokenStore:
                 self._log(f"another process prepares the same tokens in {self._path}: waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise
-                detail = f"the file system of {self._root} has no locks ({error.strerror}); {_NOTE}"
-                raise EnvironmentFailure(detail) from error
+                raise without_locks(self._root, error) or error from error
             yield
 
     def open(self) -> Stored | None:

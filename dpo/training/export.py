@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
+from dpo.files import require_writable
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.saving import save_pretrained
@@ -47,6 +48,8 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         find_architecture(
             text_fields(open_checkpoint(config.model.source).config)["model_type"]
         )  # before work
+    output = Path(given.output or default_output(given, dtype))
+    require_writable(output.parent, "an export")
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
@@ -54,7 +57,6 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         held = jnp.dtype(dtype) if given.format == "merged" and not config.lora.is_on else None
         params = checkpoints.restore_params(step, policy.params, dtype=held)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
-    output = Path(given.output or default_output(given, dtype))
     if given.format == "adapter":
         name = given.base_name or config.lora.base_name
         named = replace(config, lora=replace(config.lora, base_name=name))

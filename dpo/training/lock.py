@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo.files import without_locks, writing
+from dpo.files import require_writable, without_locks, writing
 from dpo.outcomes import UserError
 from dpo.runs import LOCK_FILE
 
@@ -21,9 +21,10 @@ def exclusive(run_dir: Path) -> Iterator[None]:
     Raises:
       ValueError: when another live process holds it, with its number.
       WriteError: when nothing can be written there.
+      EnvironmentFailure: when its file system has no locks, or can't rename directories.
     """
+    require_writable(run_dir, "a run")
     with writing("the lock", run_dir / LOCK_FILE):
-        run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / LOCK_FILE).open("a+")
     with lock as file:
         try:

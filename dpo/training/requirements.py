@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from dpo.config import TrainingConfig
 from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.parallel.distributed import from_all, is_alone, is_main, on_main
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, LOCK_FILE
+from dpo.training.lock import is_held
 from dpo.training.model_card import model_card
 from dpo.training.preparation import Run
 from dpo.training.program import Program
@@ -99,10 +101,12 @@ def held_bytes(directory: Path) -> int:
 def require_shared(run_dir: Path, *, seconds: float = SEEN_SECONDS) -> None:
     """Refuse a run directory that some process of the run does not see: hosts with a disk each.
 
-    The lock that the main process holds has its name and its host's.
+    The lock that the main process holds has its name and its host's. It must be held on every host, since a
+    run that somebody starts on another one asks there.
 
     Raises:
-      UserError: in every process.
+      UserError: in every process, where some have another directory.
+      EnvironmentFailure: in every process, where its file system keeps locks to each host.
     """
     if is_alone():
         return
@@ -118,6 +122,13 @@ def require_shared(run_dir: Path, *, seconds: float = SEEN_SECONDS) -> None:
                     f"wrote was not there after {seconds:g} s; allowed is a run_dir that all hosts share"
                 )
             time.sleep(0.1)
+        if not is_main() and not is_held(run_dir):
+            raise EnvironmentFailure(
+                f"the lock of {run_dir}, which process 0 holds ({written.strip()}), is none on "
+                f"{socket.gethostname()}: its file system keeps locks to each host, so that two runs could "
+                "overwrite each other; allowed: a run_dir on NFS or Lustre with flock (not local_lock, nor "
+                "localflock), no bucket that is mounted"
+            )
         return b""
 
     from_all(see)

@@ -23,7 +23,7 @@ PATIENT = [
     f"--distributed.{name}_timeout={seconds}"
     for name, seconds in (("start", 600), ("heartbeat", 300), ("step", 3600))
 ]
-"""For runs that nothing happens to: a machine that is busy with other work may be late, and no one is lost."""
+"""For runs that nothing happens to: a busy machine may be late, and no process is lost."""
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
         require_writable(tmp_path / "file", "a thing")
 
 
-def test_a_directory_that_another_host_has_of_its_own_is_refused(
+def test_a_directory_or_a_lock_that_another_host_has_of_its_own_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the second process sees it, whose lock is not the first's."""
@@ -56,4 +57,8 @@ def test_a_directory_that_another_host_has_of_its_own_is_refused(
     with pytest.raises(ValueError, match=r"not the directory that process 0 writes to \(7 of node1\)"):
         require_shared(tmp_path, seconds=0.0)
     (tmp_path / "lock").write_text("7 of node1\n")
-    require_shared(tmp_path, seconds=0.0)
+    with pytest.raises(EnvironmentFailure, match=r"process 0 holds \(7 of node1\), is none on .* no bucket"):
+        require_shared(tmp_path, seconds=0.0)
+    with (tmp_path / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        require_shared(tmp_path, seconds=0.0)
