@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -114,16 +115,17 @@ _NO_ROOM = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating|failed to allocate", re.IGNORECASE
 )
 _REFUSED = {
-    getattr(errno, name)
+    getattr(errno, name, None)  # not every system has all
     for name in (
         *("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ESTALE", "EACCES", "EPERM", "EMFILE", "ENFILE"),
         *("ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH", "ENOLCK", "EPIPE"),
+        *("ENOTCONN", "EREMOTEIO", "ENODEV", "ENXIO", "EBUSY", "EUCLEAN", "EHOSTDOWN", "ENETDOWN"),
     )
-}
+} - {None}
 """Numbers of errors that a disk, a permission or a network gives; others of the system's are bugs."""
 _SYSTEM_NUMBER = re.compile(r"os_error_code='(\d+)'")
 """The system's number in an error of TensorStore's, whose status of a full disk is that of a full memory."""
-_NETWORK = ("requests.", "httpx.", "httpcore.", "urllib3.", "huggingface_hub.", "urllib.error")
+_NETWORK = ("requests.", "httpx2.", "httpcore2.", "urllib3.", "huggingface_hub.", "urllib.error")
 """Packages whose errors come from outside."""
 
 MEMORY_ADVICE = (
@@ -133,11 +135,14 @@ MEMORY_ADVICE = (
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """The cause of an error: that of the first in its chain of causes that says one."""
+    """The cause of an error: that of the first in its chain of causes that says one.
+
+    A file that the user named and the system can't read (a broken disk, a permission) is no wrong setting.
+    """
     for link in chain_of(error):
         for kind, outcome in CLASSES.items():
             if isinstance(link, kind):
-                return outcome
+                return ENVIRONMENT if outcome is USER and any(map(_is_refused, chain_of(link))) else outcome
     for link in chain_of(error):
         found = _by_status(link)
         if found is not None:
@@ -172,10 +177,9 @@ def _by_status(error: BaseException) -> Outcome | None:
     """What the text of a library's error says, or the number of the system's."""
     text = str(error)
     from_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    if _is_refused(error):
+        return ENVIRONMENT
     if isinstance(error, (RuntimeError, ValueError)):
-        number = _SYSTEM_NUMBER.search(text)
-        if number is not None and int(number[1]) in _REFUSED:
-            return ENVIRONMENT
         if _NO_ROOM.search(text) and (from_jax or "RESOURCE_EXHAUSTED" in text):
             return OUT_OF_MEMORY
         if _LOST.search(text) and (from_jax or _COLLECTIVE.search(text)):
@@ -183,11 +187,20 @@ def _by_status(error: BaseException) -> Outcome | None:
     module = f"{type(error).__module__}."
     if isinstance(error, (ConnectionError, TimeoutError)) or module.startswith(_NETWORK):
         return ENVIRONMENT
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        return ENVIRONMENT
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return OUT_OF_MEMORY
     return None
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether the system's number is in it, or in the text of TensorStore's, and is one of `_REFUSED`.
+
+    A name that no server of names answers for has numbers of its own.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _REFUSED or isinstance(error, socket.gaierror)
+    number = _SYSTEM_NUMBER.search(str(error)) if isinstance(error, (RuntimeError, ValueError)) else None
+    return number is not None and int(number[1]) in _REFUSED
 
 
 def failure_of(outcome: Outcome, text: str) -> BaseException:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from dpo import outcomes
@@ -26,6 +28,14 @@ class JaxRuntimeError(RuntimeError):
 
 
 GLOO = "UNKNOWN: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    """An error that was raised from another."""
+    error.__cause__ = cause
+    return error
+
+
 CASES: list[tuple[BaseException, Outcome]] = [
     (UserError("beta is -1"), outcomes.USER),
     (ValueError(GLOO), outcomes.PEER_LOST),
@@ -39,6 +49,12 @@ CASES: list[tuple[BaseException, Outcome]] = [
     (WriteError("the summary could not be written"), outcomes.ENVIRONMENT),
     (OSError(errno.ENOSPC, "No space left on device"), outcomes.ENVIRONMENT),
     (ConnectionRefusedError(), outcomes.ENVIRONMENT),
+    (httpx2.ConnectError("All connection attempts failed"), outcomes.ENVIRONMENT),
+    (caused(UserError("could not be fetched"), socket.gaierror(-3, "no name")), outcomes.ENVIRONMENT),
+    (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), outcomes.ENVIRONMENT),
+    (caused(UserError("a.jsonl: cannot be read"), OSError(errno.EIO, "I/O error")), outcomes.ENVIRONMENT),
+    (caused(UserError("4 can't be restored"), ValueError("os_error_code='116'")), outcomes.ENVIRONMENT),
+    (caused(UserError("no such file"), FileNotFoundError(errno.ENOENT, "No such file")), outcomes.USER),
     (KeyError("weight"), outcomes.BUG),
     (ValueError("invalid literal"), outcomes.BUG),
     (KeyboardInterrupt(), outcomes.STOPPED_AT_ONCE),

@@ -81,7 +81,16 @@ def test_what_the_hub_refuses_is_said(api: type[FakeApi], monkeypatch: pytest.Mo
             USER,
             "nothing can be pushed there: 403 Forbidden",
         ),
+        (
+            HfHubHTTPError(
+                "503 Unavailable",
+                response=httpx2.Response(503, request=httpx2.Request("POST", "https://huggingface.co/api")),
+            ),
+            ENVIRONMENT,
+            "the hub cannot be reached: 503",
+        ),
         (ConnectionError("no route to host"), ENVIRONMENT, "the hub cannot be reached: no route to host"),
+        (httpx2.ConnectError("refused"), ENVIRONMENT, "the hub cannot be reached: refused"),
     ],
 )
 def test_a_repository_that_cannot_be_written_is_found_before_the_export(
@@ -96,4 +105,7 @@ def test_a_repository_that_cannot_be_written_is_found_before_the_export(
     monkeypatch.setattr(FakeApi, "create_repo", refuse)
     with pytest.raises(Exception, match=said) as refused:
         hub.require_repository("me/my-model", private=True)
+    assert outcome_of(refused.value) is outcome
+    with pytest.raises(Exception, match="could not be pushed to me/my-model: ") as refused:
+        hub.push_to_hub("directory", "me/my-model", private=True, message="x")
     assert outcome_of(refused.value) is outcome
