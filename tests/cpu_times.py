@@ -6,6 +6,7 @@ over the budget; `--rooms` adds a table by directory.
 
 from __future__ import annotations
 
+import os
 import resource
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,6 +23,11 @@ def cpu_seconds() -> float:
     """CPU seconds of this process and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def crowding() -> float:
+    """How many programs share each core: a limit in seconds holds on a machine of one's own, times this."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def room(node_id: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cpu_times import crowding
 
 from dpo.files import damaged_files
 from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
@@ -87,21 +88,19 @@ def start(tmp_path: Path) -> Start:
 
 def interrupted(process: subprocess.Popen[str], asked_at: Path, number: signal.Signals) -> tuple[int, str]:
     """Signal it once a file says that it is where it should be; returns how it ended and what it said."""
-    deadline = time.monotonic() + 200
     while not ((asked_at / "asked").exists() or asked_at.is_file()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(number)
     asked = time.monotonic()
-    printed, said = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 30
+    printed, said = process.communicate(timeout=3600)
+    assert time.monotonic() - asked < 30 * crowding()
     return process.returncode, printed + said
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    printed, said = process.communicate(timeout=280)
+    printed, said = process.communicate(timeout=3600)
     assert process.returncode == 0, said
     return printed
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cpu_times import crowding
 from loopback import Forks, Processes, environment_of
 from safetensors.numpy import load_file
 
@@ -101,7 +102,7 @@ def lose_one(settings: Path, forks: Forks, number: int, how: signal.Signals) -> 
         time.sleep(generator.uniform(0, 6.0 if place == "start" else 0.4))
         processes.all[victim].send_signal(how)
         start = time.monotonic()
-        code = processes.all[1 - victim].wait(120)
+        code = processes.all[1 - victim].wait(3600)
         return (
             f"{place}, process {victim}",
             [code, processes.all[victim].poll() or 0],
@@ -122,7 +123,7 @@ def wait_until(run_dir: Path, place: str, processes: Processes) -> None:
         "evaluation": lambda: (run_dir / "checkpoints" / str(SAVE_EVERY)).exists(),
         "export": lambda: (run_dir / "heldout.safetensors").exists(),
     }[place]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 3600
     while not awaited() and time.monotonic() < deadline and all(p.poll() is None for p in processes.all):
         time.sleep(0.002)
 
@@ -155,7 +156,7 @@ def test_a_lost_process_costs_nothing_but_time(how, number, settings, forks, who
         print(f"{how.name}-{number} ({place}): the other ended {codes[0]} after {seconds:.1f} s", flush=True)
     name = f"{how.name}-{number}"
     assert codes[0] in (0, PEER_LOST.code), said(settings, name)
-    assert seconds < 60, said(settings, name)
+    assert seconds < 60 * crowding(), said(settings, name)
     again, text = undisturbed(settings, forks, name)
     assert again == [0, 0], text
     assert outcome_of_run(settings / name) == whole, name
