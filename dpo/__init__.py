@@ -55,14 +55,11 @@ def __getattr__(name: str) -> Any:
     """Import on first use: `import dpo` alone is quick, and the commands import what they need."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = (
-        "config"
-        if name.endswith("Config")
-        else "losses"
-        if name.lower().startswith("objective")
-        else "python"
-    )
+    home = _HOMES.get(name, "config" if name.endswith("Config") else "python")
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+_HOMES = {"OBJECTIVES": "losses", "Objective": "losses"}
 
 
 def __dir__() -> list[str]:

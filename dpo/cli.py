@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, get_args
 
 from dpo.command_line import Settings, SettingsParser, build, settings_parser
@@ -141,6 +142,21 @@ def watch(arguments: list[str]) -> int:
 def sweep(arguments: list[str]) -> int:
     """Train with every combination of some settings, compare the runs, and choose one on held-out data."""
     parser = train_parser("sweep")
+    add_sweep_options(parser)
+    values = parser.parse_args(arguments)
+    build_train_settings(values, parser)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_sweep_options(own)
+    _, of_each = own.parse_known_args(arguments)
+    from dpo.commands.sweep import sweep_over
+
+    read = partial(read_train_settings, parser=train_parser())
+    ended = sweep_over(values.over, values.sweep_dir, of_each, read)
+    return STOPPED.code if ended is None else 0 if ended else FAILED
+
+
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    """What a sweep takes beside the options of its runs."""
     parser.add_argument(
         "--over",
         action="append",
@@ -154,16 +170,6 @@ def sweep(arguments: list[str]) -> int:
         metavar="DIRECTORY",
         help="Where the runs, the comparison and sweep.json are written.",
     )
-    values = parser.parse_args(arguments)
-    build_train_settings(values, parser)
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--over", action="append")
-    own.add_argument("--sweep_dir")
-    _, of_each = own.parse_known_args(arguments)
-    from dpo.commands.sweep import sweep_over
-
-    ended = sweep_over(values.over, values.sweep_dir, of_each, read_train_settings)
-    return STOPPED.code if ended is None else 0 if ended else FAILED
 
 
 def frontier(arguments: list[str]) -> int:
@@ -231,9 +237,9 @@ def read_settings(settings: type[Settings], command: str, arguments: list[str]) 
     return build(settings, parser.parse_args(arguments), parser)
 
 
-def read_train_settings(arguments: list[str]) -> Config:
-    """The settings of a run."""
-    parser = train_parser()
+def read_train_settings(arguments: list[str], *, parser: SettingsParser | None = None) -> Config:
+    """The settings of a run; whoever reads those of several makes the parser once."""
+    parser = parser or train_parser()
     return build_train_settings(parser.parse_args(arguments), parser)
 
 

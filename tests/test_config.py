@@ -209,3 +209,13 @@ def test_the_help_of_a_section_is_a_whole_sentence(name: str) -> None:
     first, *rest = (inspect.getdoc(getattr(config, name)) or "").splitlines()
     assert first.endswith(".")
     assert not rest or rest[0] == ""
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_null_among_the_data_is_no_source_of_that_name(name, capsys):
+    if name == "eval":
+        assert read_train_settings(["--config=sentiment_pairs", "--data.eval=null"]).data.eval is None
+        return
+    with pytest.raises(SystemExit):
+        read_train_settings(["--data.train=null"])
+    assert "data.train is null" in capsys.readouterr().err

@@ -213,6 +213,8 @@ class DataConfig:
         for name in ("train", "eval"):
             if isinstance(given := getattr(self, name), list):
                 parse_sources(f"data.{name}", given)
+            elif given == "null":  # so it reads on a command line, where the setting may be a text
+                raise UserError(f"data.{name} is null; allowed is a source (./null for a file of that name)")
         check_range("data.token_store_limit", self.token_store_limit, above=0.0)
         check_range("data.max_length", self.max_length, low=2)
         check_range("data.template_characters", self.template_characters, low=1000)

@@ -24,7 +24,14 @@ from dpo.evaluation.figures import (
 )
 from dpo.evaluation.ranking import rankings
 from dpo.evaluation.rows import Pairs, Rows, as_pairs, check_finite, make_pairs
-from dpo.evaluation.statistics import cluster_bootstrap, few_clusters, mean_of_groups, without_spread
+from dpo.evaluation.statistics import (
+    bounded_mean,
+    cluster_bootstrap,
+    few_clusters,
+    is_without_spread,
+    mean_of_groups,
+    without_spread,
+)
 from dpo.intervals import Interval, wilson
 from dpo.outcomes import UserError
 
@@ -97,12 +104,11 @@ def part_interval(part: PartFigures) -> tuple[Sequence[float] | None, str]:
 
     The bootstrap's interval; of fewer than FEW prompts none; where all of them came out alike, Wilson's.
     """
-    rate, low, high = part["accuracy"]
     if few_clusters(part["prompts"]):
         return None, "too few prompts for an interval"
-    if low == high:
-        return wilson(rate * part["prompts"], part["prompts"]), "all alike: Wilson's interval"
-    return part["accuracy"], ""
+    return part["accuracy"], "all alike: Wilson's interval" if is_without_spread(
+        part["accuracy"], part["prompts"]
+    ) else ""
 
 
 def outcomes(gap: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
@@ -113,7 +119,7 @@ def outcomes(gap: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
 def accuracy(rows: Rows, pairs: Pairs, values: Shaped[np.ndarray, "n K"], *, seed: int = 0) -> Interval:
     """Part of the pairs that `values` order as the ranks do."""
     right = outcomes(pairs.gap(values))
-    return cluster_bootstrap(right, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
+    return bounded_mean(right, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
 
 
 def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
@@ -127,7 +133,8 @@ def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Esti
 def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
     """Accuracy minus that of each baseline, paired: on the same pairs, so that what they share cancels."""
     right = outcomes(pairs.gap(rows.log_ratio))
-    mean = partial(cluster_bootstrap, clusters=rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
+    clusters = rows.prompts[pairs.row]
+    mean = partial(cluster_bootstrap, clusters=clusters, weights=pairs.weight, seed=seed)
     return {
         name: list(mean(right - outcomes(pairs.gap(values))))
         for name, values in _untrained_scores(rows).items()
@@ -191,7 +198,7 @@ def describe_part(
     return {
         "pairs": len(gap),
         "prompts": len(np.unique(clusters)),
-        "accuracy": list(mean(outcomes(gap))),
+        "accuracy": list(bounded_mean(outcomes(gap), clusters, weights=part.weight, seed=seed)),
         "ties": int((gap == 0).sum()),
         "margin": list(mean(beta * gap)),
         "log_ratio": {

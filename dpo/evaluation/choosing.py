@@ -61,11 +61,14 @@ def choose(policies: Mapping[str, Heldout], *, seed: int = 0) -> Choice:
     Raises:
       UserError: when fewer than four prompts are common to all, or a half has no pair.
     """
-    common = set.intersection(*({_key(p) for p in one.preferences} for one in policies.values()))
-    parts = {name: _common_rows(one, common) for name, one in policies.items()}
-    first = next(iter(parts.values()))[1]
-    choosing = _first_half({_digest(repr(p.prompt)) for p in first})
-    halves = {name: _halves(rows, kept, choosing) for name, (rows, kept) in parts.items()}
+    places = {name: {_key(p): i for i, p in enumerate(one.preferences)} for name, one in policies.items()}
+    common = sorted(set.intersection(*map(set, places.values())))
+    parts = {
+        name: _rows_at(policies[name].rows, [place[key] for key in common]) for name, place in places.items()
+    }
+    name, place = next(iter(places.items()))
+    choosing = _is_in_first_half([policies[name].preferences[place[key]] for key in common])
+    halves = {name: (rows.take(choosing), rows.take(~choosing)) for name, rows in parts.items()}
     for half in next(iter(halves.values())):
         if not len(make_pairs(half).row):
             raise UserError("half of the held-out prompts has no pair of different rank; give more of them")
@@ -73,7 +76,7 @@ def choose(policies: Mapping[str, Heldout], *, seed: int = 0) -> Choice:
     def accuracy_of(rows: Rows) -> Interval:
         return accuracy(rows, make_pairs(rows), rows.log_ratio, seed=seed)
 
-    figures = {name: accuracy_of(choosing) for name, (choosing, _) in halves.items()}
+    figures = {name: accuracy_of(first) for name, (first, _) in halves.items()}
     order = sorted(figures, key=lambda name: -figures[name].estimate)
     best, rest = halves[order[0]]
     judged = [
@@ -96,29 +99,23 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _common_rows(heldout: Heldout, common: set[str]) -> tuple[Rows, list[Preference]]:
-    """The rows that all policies have, once each and in an order that is the same for all."""
-    place = {_key(p): i for i, p in enumerate(heldout.preferences)}
-    places = [place[key] for key in sorted(common)]
-    rows = Rows(*(array[places] for array in heldout.rows))
-    return as_pairs(rows), [heldout.preferences[i] for i in places]
+def _rows_at(rows: Rows, places: list[int]) -> Rows:
+    return as_pairs(Rows(*(array[places] for array in rows)))
 
 
-def _first_half(prompts: set[str]) -> set[str]:
+def _is_in_first_half(preferences: list[Preference]) -> Bool[np.ndarray, " n"]:
+    """Whether each is of the half that chooses: all rows of a prompt are in one half."""
+    digests = [_digest(repr(p.prompt)) for p in preferences]
+    prompts = sorted(set(digests))
     if len(prompts) < _FEWEST:
         raise UserError(
             f"{len(prompts)} held-out prompts are common to all runs; allowed to choose by are {_FEWEST} at "
             "least, and hundreds are needed to tell runs apart"
         )
-    return set(sorted(prompts)[: len(prompts) // 2])
+    return np.isin(digests, prompts[: len(prompts) // 2])
 
 
 _FEWEST = 4
-
-
-def _halves(rows: Rows, preferences: list[Preference], choosing: set[str]) -> tuple[Rows, Rows]:
-    is_first: Bool[np.ndarray, " n"] = np.array([_digest(repr(p.prompt)) in choosing for p in preferences])
-    return rows.take(is_first), rows.take(~is_first)
 
 
 def _difference(best: Rows, other: Rows, *, seed: int) -> Interval:

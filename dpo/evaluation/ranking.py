@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from dpo.evaluation.figures import Estimate, RankingFigures
 from dpo.evaluation.rows import Rows, make_pairs
-from dpo.evaluation.statistics import cluster_bootstrap
+from dpo.evaluation.statistics import bounded_mean, cluster_bootstrap
 from dpo.losses import Scores, make_objective
 
 _plackett_luce = jax.jit(make_objective({"name": "plackett_luce", "beta": 1.0}).loss)
@@ -20,15 +20,15 @@ def rankings(rows: Rows, *, beta: float, seed: int = 0) -> RankingFigures:
     kept = has_preference(rows)
     usable = rows.take(kept)
 
-    def estimate(values: Float[np.ndarray, " n"]) -> Estimate:
-        return list(cluster_bootstrap(values, usable.prompts, seed=seed))
+    def bounded(values: Float[np.ndarray, " n"], least: float = 0.0) -> Estimate:
+        return list(bounded_mean(values, usable.prompts, least=least, seed=seed))
 
-    counts = usable.present.sum(1)
+    counts, likelihood = usable.present.sum(1), plackett_luce_log_likelihood(rows, beta=beta)[kept]
     return {
-        "kendall_tau": estimate(kendall_tau(usable)),
-        "top_1": estimate(top_1(usable)),
-        "ndcg": estimate(ndcg(usable)),
-        "log_likelihood": estimate(plackett_luce_log_likelihood(rows, beta=beta)[kept]),
+        "kendall_tau": bounded(kendall_tau(usable), -1.0),
+        "top_1": bounded(top_1(usable)),
+        "ndcg": bounded(ndcg(usable)),
+        "log_likelihood": list(cluster_bootstrap(likelihood, usable.prompts, seed=seed)),
         "chance": {
             "top_1": float(((usable.present & (usable.ranks == 0)).sum(1) / counts).mean()),
             "log_likelihood": float(plackett_luce_log_likelihood(rows, beta=0.0)[kept].mean()),

@@ -43,6 +43,33 @@ def cluster_bootstrap(
     return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
 
 
+def bounded_mean(
+    values: Float[np.ndarray, " n"],
+    clusters: Shaped[np.ndarray, " n"],
+    *,
+    least: float = 0.0,
+    weights: Float[np.ndarray, " n"] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """Mean of values from `least` to 1, with `cluster_bootstrap`'s interval or, without spread, Wilson's.
+
+    Where all clusters came out alike a bootstrap draws the same mean every time, however few they are: an
+    interval of no width, though the next cluster may come out otherwise.
+    """
+    interval = cluster_bootstrap(values, clusters, weights=weights, seed=seed)
+    return _with_spread(interval, len(np.unique(clusters)), least=least)
+
+
+def _with_spread(interval: Interval, count: int, *, least: float = 0.0) -> Interval:
+    """Wilson's interval of so many independent outcomes in place of one without width."""
+    if interval.low < interval.high:
+        return interval
+    width = 1.0 - least
+    rate = min(max((interval.estimate - least) / width, 0.0), 1.0)
+    _, low, high = wilson(rate * count, count)
+    return Interval(interval.estimate, least + width * low, least + width * high)
+
+
 def mean_of_groups(
     values: Float[np.ndarray, " n"],
     clusters: Shaped[np.ndarray, " n"],
@@ -83,15 +110,18 @@ def mean_of_groups(
 
 
 def without_spread(name: str, interval: Sequence[float], prompts: int) -> list[str]:
-    """What to say of an interval of no width, which a bootstrap gives where all prompts came out alike."""
-    rate, low, high = interval
-    if low < high or prompts < 2:
+    """What to say of the interval that `bounded_mean` gives a rate where all prompts came out alike."""
+    if prompts < 2 or not is_without_spread(interval, prompts):
         return []
-    _, low, high = wilson(rate * prompts, prompts)
     return [
-        f"all prompts came out alike, so that a bootstrap has no spread: Wilson's interval of the {name} is "
-        f"{low:.3f} to {high:.3f}"
+        "all prompts came out alike, so that a bootstrap has no spread: the interval of the "
+        f"{name} is Wilson's"
     ]
+
+
+def is_without_spread(interval: Sequence[float], prompts: int) -> bool:
+    """Whether the interval of a rate is Wilson's in place of a bootstrap's."""
+    return list(interval) == list(_with_spread(Interval(interval[0], 0.0, 0.0), prompts))
 
 
 def few_clusters(count: int) -> list[str]:
@@ -99,7 +129,10 @@ def few_clusters(count: int) -> list[str]:
     if count >= FEW:
         return []
     if count == 1:
-        return ["1 prompt: nothing can be drawn, so the intervals over prompts are none"]
+        return [
+            "1 prompt: nothing can be drawn, so the intervals over prompts are none, and those of rates are "
+            "Wilson's"
+        ]
     return [f"{count} prompts: intervals that draw fewer than {FEW} prompts are too narrow"]
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from dpo.evaluation.statistics import (
-    cluster_bootstrap,
+    bounded_mean,
     few_clusters,
+    is_without_spread,
     num_needed,
     sign_test,
     without_spread,
@@ -99,7 +100,7 @@ def describe_pairs(pairs: Sequence[Judged], *, seed: int = 0) -> WinrateFigures:
         "ties_flipped": int(votes.flipped.sum()),
         "ties_identical": sum(pair.is_identical for pair in pairs),
         "invalid": int((~valid).sum()),
-        "win_rate": list(cluster_bootstrap(values, clusters, seed=seed)),
+        "win_rate": list(bounded_mean(values, clusters, seed=seed)),
         "win_rate_if_invalid": [float(np.where(valid, outcome, lost).mean()) for lost in (0.0, 1.0)],
         "sign_test": sign_test(int((per_prompt > 0.5).sum()), int((per_prompt < 0.5).sum())),
         "prompts_needed": _prompts_needed(float(values.mean())),
@@ -183,7 +184,13 @@ def _cut_warnings(cut: CutFigures) -> list[str]:
 def figures_as_text(figures: WinrateFigures) -> str:
     """The figures of one temperature in a few lines."""
     lines = [
-        _line("win-rate", figures["win_rate"], "bootstrap over prompts"),
+        _line(
+            "win-rate",
+            figures["win_rate"],
+            "Wilson over prompts"
+            if is_without_spread(figures["win_rate"], figures["prompts"])
+            else "bootstrap over prompts",
+        ),
         *([_line("", figures["win_rate_wilson"], "Wilson")] if "win_rate_wilson" in figures else []),
     ]
     if "cut" in figures:

@@ -178,17 +178,17 @@ def _rate(interval: Sequence[float]) -> str:
 
 
 def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
-    """Accuracy and win-rate of all runs that have them, with their intervals."""
+    """Win-rate and accuracy of all runs that have them, with their intervals."""
     found = {
-        "Held-out accuracy, 95% intervals": [
-            (run.name, run.figures["accuracy"], index)
-            for index, run in enumerate(runs)
-            if run.figures is not None
-        ],
         "Win-rate, 95% intervals": [
             (run.name, run.match["figures"]["win_rate"], index)
             for index, run in enumerate(runs)
             if run.match is not None
+        ],
+        "Held-out accuracy, 95% intervals": [
+            (run.name, run.figures["accuracy"], index)
+            for index, run in enumerate(runs)
+            if run.figures is not None
         ],
     }
     drawn = [
@@ -200,7 +200,7 @@ def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
                 colours=[index for _, _, index in rows],
             )
         )
-        for title, rows in reversed(found.items())
+        for title, rows in found.items()
         if rows
     ]
     return [*drawn, *_against_kl(runs)]

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from dpo.evaluation.statistics import (
+    bounded_mean,
     cluster_bootstrap,
     few_clusters,
     mean_of_groups,
@@ -129,8 +130,23 @@ def test_the_interval_of_the_mean_of_groups_covers_19_of_20() -> None:
 def test_an_interval_without_spread_comes_with_wilsons() -> None:
     assert without_spread("rate", [0.8, 0.7, 0.9], 20) == []
     assert without_spread("rate", [1.0, 1.0, 1.0], 1) == [], "that one prompt gives none is said elsewhere"
-    assert without_spread("rate", [1.0, 1.0, 1.0], 2) != []
-    assert "Wilson's interval of the rate is 0.839 to 1.000" in without_spread("rate", [1.0] * 3, 20)[0]
+    alike = bounded_mean(np.ones(20), np.arange(20))
+    assert alike == pytest.approx((1.0, 0.8389, 1.0), abs=1e-4), "not 1.000 to 1.000"
+    assert "the interval of the rate is Wilson's" in without_spread("rate", alike, 20)[0]
+
+
+def test_the_mean_of_what_came_out_alike_has_an_interval_between_its_bounds() -> None:
+    clusters = np.arange(12)
+    assert bounded_mean(np.zeros(12), clusters, least=-1.0).low == pytest.approx(
+        -bounded_mean(np.zeros(12), clusters, least=-1.0).high
+    )
+    lowest = bounded_mean(-np.ones(12), clusters, least=-1.0)
+    assert lowest.low == -1.0
+    assert -1.0 < lowest.high < 0.0
+    spread = np.array([0.0, 1.0] * 6)
+    assert bounded_mean(spread, clusters, seed=3) == cluster_bootstrap(spread, clusters, seed=3)
+    wide, narrow = (bounded_mean(np.ones(n), np.arange(n)).low for n in (3, 300))
+    assert wide < narrow < 1.0
 
 
 def test_the_sign_test_is_scipys_and_symmetric() -> None:
