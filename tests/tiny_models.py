@@ -50,6 +50,10 @@ _SIZES = {
     "pad_token_id": 0,
 }
 _CLASSIC = {name: value for name, value in _SIZES.items() if name != "num_key_value_heads"}
+_DELTA = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4},
+    **{"linear_key_head_dim": 12, "linear_value_head_dim": 7, "head_dim": 16},
+}
 _LOCAL_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
 _LONGROPE = {
     "rope_type": "longrope",
@@ -236,6 +240,37 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "lfm2-attention": {**_SIZES, "block_auto_adjust_ff_dim": False},
+    "qwen3_5_text": {
+        **_SIZES,
+        **_DELTA,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "tie_word_embeddings": True,
+        **_rope("default", partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True),
+    },
+    "qwen3_5_text-biases": {
+        **_SIZES,
+        **_DELTA,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "linear_attention"],
+        **{"linear_num_value_heads": 2, "linear_conv_kernel_dim": 2},
+        **{"attention_bias": True, "tie_word_embeddings": False, "head_dim": 8},
+        **_rope("default", partial_rotary_factor=0.5),
+    },
+    "qwen3_5_text-attention": {
+        **_SIZES,
+        **_DELTA,
+        "layer_types": ["full_attention"] * 3,
+        **_rope("default", partial_rotary_factor=0.25),
+    },
+    "qwen3_next": {
+        **_SIZES,
+        **_DELTA,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "linear_attention"],
+        "num_experts": 0,
+        "tie_word_embeddings": False,
+        **_rope("default", partial_rotary_factor=0.25),
+    },
     "stablelm": {**_SIZES, "use_qkv_bias": True, **_rope("default", partial_rotary_factor=0.25)},
     "stablelm-parallel": {
         **_SIZES,

@@ -168,7 +168,7 @@ _HEADS = (*_OUTPUT_HEADS, "score.")
 """Tensors outside the model's prefix."""
 _LEAVES = {
     **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
-    **{name: name for name in ("bias", "alpha_p", "alpha_n")},
+    **{name: name for name in ("bias", "alpha_p", "alpha_n", "A_log", "dt_bias")},
     "taps": "weight",
 }
 """Our parameter names → Hugging Face's."""

@@ -43,6 +43,8 @@ from dpo.huggingface.llama_configurations import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_next,
+    qwen35,
     seed_oss,
     smollm3,
 )
@@ -64,6 +66,8 @@ from dpo.huggingface.weight_names import (
     OLMO2_RULES,
     OPT_RULES,
     PHI3_RULES,
+    QWEN3_NEXT_RULES,
+    QWEN35_RULES,
     STABLELM_RULES,
     Rule,
     falcon_rules,
@@ -213,6 +217,16 @@ FAMILIES = {
         {"num_local_experts": (0,), "position_embedding_type": (None, "rope")},
     ),
     "lfm2": Family("Lfm2ForCausalLM", "model.", lfm2, LFM2_RULES, {"conv_bias": (False,)}),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM", "model.", qwen35, QWEN35_RULES, ignored=(r"\.rotary_emb\.inv_freq$", r"^mtp\.")
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        "model.",
+        qwen3_next,
+        QWEN3_NEXT_RULES,
+        ignored=(r"\.rotary_emb\.inv_freq$", r"^mtp\."),
+    ),
     "stablelm": Family("StableLmForCausalLM", "model.", stablelm, STABLELM_RULES),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -251,6 +265,7 @@ WRAPPERS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
 """`model_type` of models that see, of which the text model is read → class name in `config.json`."""
 

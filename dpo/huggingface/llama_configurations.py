@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -17,7 +18,7 @@ from dpo.huggingface.configuration_fields import (
     rope_of,
     uniform_windows,
 )
-from dpo.models.decoder_config import DecoderConfig, QueryGrowth
+from dpo.models.decoder_config import DecoderConfig, DeltaRule, LayerKind, QueryGrowth
 from dpo.models.rotary import Rope, no_rope, reversed_rope
 from dpo.outcomes import UserError
 
@@ -263,11 +264,7 @@ def apertus(hf: PreTrainedConfig) -> DecoderConfig:
 
 def lfm2(hf: PreTrainedConfig) -> DecoderConfig:
     """Layers of attention among layers of gated short convolutions; norms of heads."""
-    kinds = {"full_attention": "attention", "conv": "convolution"}
-    unknown = set(hf.layer_types) - set(kinds)
-    if unknown:
-        raise UserError(f"layer_types has {', '.join(sorted(unknown))}; supported: {', '.join(kinds)}")
-    layers = tuple(kinds[name] for name in hf.layer_types)
+    layers = _kinds(hf, {"full_attention": "attention", "conv": "convolution"})
     return neutral(
         hf,
         hf.max_position_embeddings,
@@ -286,6 +283,59 @@ def lfm2(hf: PreTrainedConfig) -> DecoderConfig:
         output_bias=False,
         mlp_bias=False,
     )
+
+
+def _kinds(hf: PreTrainedConfig, kinds: Mapping[str, LayerKind]) -> tuple[LayerKind, ...]:
+    """What mixes the positions in each layer, by the configuration's name of it."""
+    unknown = set(hf.layer_types) - set(kinds)
+    if unknown:
+        raise UserError(f"layer_types has {', '.join(sorted(unknown))}; supported: {', '.join(kinds)}")
+    return tuple(kinds[name] for name in hf.layer_types)
+
+
+def qwen35(hf: PreTrainedConfig) -> DecoderConfig:
+    """Layers of gated attention among layers of linear attention by the gated delta rule."""
+    layers = _kinds(hf, {"full_attention": "attention", "linear_attention": "delta"})
+    has_delta = "delta" in layers
+    if has_delta and hf.linear_num_value_heads % hf.linear_num_key_heads:
+        raise UserError(
+            f"linear_num_value_heads is {hf.linear_num_value_heads}; supported: a multiple of "
+            f"linear_num_key_heads, {hf.linear_num_key_heads}"
+        )
+    sizes = DeltaRule(
+        num_key_heads=hf.linear_num_key_heads,
+        num_value_heads=hf.linear_num_value_heads,
+        key_dim=hf.linear_key_head_dim,
+        value_dim=hf.linear_value_head_dim,
+    )
+    return _llama(
+        hf,
+        layer_kinds=layers,
+        convolution_width=hf.linear_conv_kernel_dim if has_delta else 0,
+        delta=sizes if has_delta else None,
+        activation=act(hf.hidden_act),
+        **biases(hf),
+        norm="rms_offset",
+        qk_norm="head",
+        gated_attention=True,
+    )
+
+
+def qwen3_next(hf: PreTrainedConfig) -> DecoderConfig:
+    """Qwen3-Next without experts: its layers are Qwen3.5's, with projections fused by key head."""
+    sparse = [
+        layer
+        for layer in range(hf.num_hidden_layers)
+        if layer not in hf.mlp_only_layers
+        and hf.num_experts > 0
+        and (layer + 1) % hf.decoder_sparse_step == 0
+    ]
+    if sparse:
+        raise UserError(
+            f"layers {', '.join(map(str, sparse[:8]))} have experts (num_experts is {hf.num_experts}); "
+            "supported: num_experts 0, or all layers in mlp_only_layers"
+        )
+    return qwen35(hf)
 
 
 def _lfm2_intermediate_size(hf: PreTrainedConfig) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.models.decoder_config import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig, DeltaRule
 
 
 class Fusion(NamedTuple):
@@ -94,6 +94,7 @@ _PATHS = {
         "": ("input_layernorm", "attention_output_norm", "post_attention_layernorm", "mlp_output_norm"),
         "self_attn.": (
             "q_proj",
+            "g_proj",
             "k_proj",
             "v_proj",
             "o_proj",
@@ -207,9 +208,9 @@ _LFM2_ATTENTION = (
 )
 _LFM2_CONVOLUTION = (
     *_LFM2_LAYERS,
-    Rule(tuple(f"layers.conv.{name}_proj" for name in "bcx"), _LAYER + "conv.in_proj", _THIRDS),
-    Rule(("layers.conv.o_proj",), _LAYER + "conv.out_proj"),
-    Rule(("layers.conv",), _LAYER + "conv.conv"),
+    Rule(tuple(f"layers.mixer.{name}_proj" for name in "bcx"), _LAYER + "conv.in_proj", _THIRDS),
+    Rule(("layers.mixer.o_proj",), _LAYER + "conv.out_proj"),
+    Rule(("layers.mixer.convolution",), _LAYER + "conv.conv"),
 )
 LFM2_RULES = (
     *_rules("", embed_tokens="model.embed_tokens", norm="model.embedding_norm", lm_head="lm_head"),
@@ -218,6 +219,90 @@ LFM2_RULES = (
     *_of_kind("convolution", _LFM2_CONVOLUTION),
 )
 """A model of attention alone has one stack, under no kind's name."""
+
+
+def _split_queries_gates(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
+    """Each query head comes with its gate."""
+    heads = tensor.reshape(*tensor.shape[:-1], -1, 2, config.head_dim)
+    return [heads[..., place, :].reshape(*tensor.shape[:-1], -1) for place in (0, 1)]
+
+
+def _join_queries_gates(parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+    heads = [part.reshape(*part.shape[:-1], -1, config.head_dim) for part in parts]
+    return np.stack(heads, axis=-2).reshape(*parts[0].shape[:-1], -1)
+
+
+def _delta_of(config: DecoderConfig) -> DeltaRule:
+    assert config.delta is not None
+    return config.delta
+
+
+def _split_delta(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
+    keys = _delta_of(config).num_key_heads * _delta_of(config).key_dim
+    return np.split(tensor, [keys, 2 * keys], axis=-1)
+
+
+def _by_key_head(sizes: Callable[[DeltaRule], Sequence[int]]) -> Fusion:
+    """Each key head comes with what belongs to it; `sizes` are its channels of every part."""
+
+    def split(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:
+        delta = _delta_of(config)
+        heads = tensor.reshape(*tensor.shape[:-1], delta.num_key_heads, -1)
+        parts = np.split(heads, np.cumsum(sizes(delta))[:-1], axis=-1)
+        return [part.reshape(*tensor.shape[:-1], -1) for part in parts]
+
+    def join(parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+        lead = (*parts[0].shape[:-1], _delta_of(config).num_key_heads)
+        return np.concatenate([part.reshape(*lead, -1) for part in parts], -1).reshape(*lead[:-1], -1)
+
+    return Fusion(split, join)
+
+
+def _serves(delta: DeltaRule) -> int:
+    """Value heads that a key head serves."""
+    return delta.num_value_heads // delta.num_key_heads
+
+
+def _mixers(names: str) -> tuple[str, ...]:
+    return tuple(f"layers.mixer.{name}_proj" for name in names)
+
+
+_QWEN_LAYERS = (*_GATED_MLP, *_PRE_NORMS)
+_QWEN_ATTENTION = (
+    *_QWEN_LAYERS,
+    Rule(
+        (_PATHS["q_proj"], _PATHS["g_proj"]),
+        _LAYER + "self_attn.q_proj",
+        Fusion(_split_queries_gates, _join_queries_gates),
+    ),
+    *(rule for rule in _PROJECTIONS if rule.ours[0] != _PATHS["q_proj"]),
+    *HEAD_NORM_RULES,
+)
+_DELTA = (
+    *_QWEN_LAYERS,
+    Rule(("layers.mixer.convolution",), _LAYER + "linear_attn.conv1d"),
+    Rule(("layers.mixer.norm",), _LAYER + "linear_attn.norm"),
+    Rule(("layers.mixer.o_proj",), _LAYER + "linear_attn.out_proj"),
+    Rule(("layers.mixer",), _LAYER + "linear_attn"),
+)
+_QWEN35_DELTA = (
+    *_DELTA,
+    Rule(_mixers("qkv"), _LAYER + "linear_attn.in_proj_qkv", Fusion(_split_delta, _join_concatenated)),
+    *(Rule(_mixers(name), f"{_LAYER}linear_attn.in_proj_{name}") for name in "zba"),
+)
+_QWEN3_NEXT_DELTA = (
+    *_DELTA,
+    Rule(
+        _mixers("qkvz"),
+        _LAYER + "linear_attn.in_proj_qkvz",
+        _by_key_head(lambda delta: [delta.key_dim] * 2 + [delta.value_dim * _serves(delta)] * 2),
+    ),
+    Rule(_mixers("ba"), _LAYER + "linear_attn.in_proj_ba", _by_key_head(lambda delta: [_serves(delta)] * 2)),
+)
+QWEN35_RULES, QWEN3_NEXT_RULES = (
+    (*_ENDS, *_QWEN_ATTENTION, *_of_kind("attention", _QWEN_ATTENTION), *_of_kind("delta", delta))
+    for delta in (_QWEN35_DELTA, _QWEN3_NEXT_DELTA)
+)
 STABLELM_RULES = (
     *LLAMA_RULES,
     *_rules(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from dpo.models.attention import (
     NO_WINDOW,
@@ -27,13 +27,15 @@ from dpo.models.attention import (
 )
 from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.decoder_config import DecoderConfig
+from dpo.models.delta_rule import continued, gated_delta, make_chunks
 from dpo.models.layers import Embedding, LayerMaker, stack_layers
 from dpo.models.linear import PRODUCT, Rounds
-from dpo.models.look_back import find_predecessors, take_slots
+from dpo.models.look_back import find_predecessors, look_back, take_slots
 from dpo.models.patterns import Run, find_runs
 from dpo.models.precision import precision_of
 from dpo.models.rotary import cos_sin
-from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
+from dpo.outcomes import UserError
+from dpo.parallel.partition import AXES, DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 
 Remat = Literal["none", "dots", "full"]
 
@@ -43,8 +45,10 @@ class Cache(NamedTuple):
 
     keys: Float[Array, "L R G C S"]
     values: Float[Array, "L R G S C"]
-    convolved: Float[Array, "N R S D"] | None = None
-    """What convolutions read of each position, where there are such layers."""
+    convolved: Float[Array, "N R W D"] | None = None
+    """What convolutions read of each row's last positions, where there are such layers."""
+    states: Float32[Array, "N R H 1 K V"] | None = None
+    """What the delta rule keeps of each row's positions, where there are such layers."""
 
 
 class Decoder(nnx.Module):
@@ -74,6 +78,11 @@ class Decoder(nnx.Module):
             softcap=config.attention_softcap,
             has_key_bias=config.alibi is not None,
         )
+        if config.delta is not None and partition.is_split:
+            raise UserError(
+                "layers of linear attention (gated delta rule) are computed on one device so far, and the "
+                f"mesh has {partition.size(tuple(AXES))}; allowed: mesh sizes of 1"
+            )
         self.attention: Implementation = attention
         make = LayerMaker(config, rngs, self.compute_dtype, jnp.dtype(param_dtype))
         self.embed_tokens = make.embedding(config.vocab_size)
@@ -102,12 +111,12 @@ class Decoder(nnx.Module):
         layout = {"positions": positions, "group": group, "branch": branch}
         key_bias = self._key_bias(positions)
         ropes, grow = self._ropes(positions, group), self._query_growth(positions)
-        look_back = self._look_back(group, branch)
+        cores = self._cores(group, branch)
 
         def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
             def apply(h: Array, layer: _Layer) -> Array:
                 core = partial(self._attend, **layout, grow=grow, key_bias=key_bias, window=layer.window)
-                core = core if kind == "attention" else look_back
+                core = cores.get(kind, core)
                 h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
                 return self.partition.constrain(h, ROWS)
 
@@ -137,9 +146,15 @@ class Decoder(nnx.Module):
         cache = Cache(*(self.partition.constrain(x, None, ROWS, TENSOR) for x in (keys, values)))
         if config.is_uniform:
             return cache
-        shape = (len(config.layers_of("convolution")), rows, length, config.hidden_size)
-        convolved = self.partition.constrain(jnp.zeros(shape, self.compute_dtype), None, ROWS)
-        return cache._replace(convolved=convolved)
+        others, delta = config.num_layers - stack[0], config.delta
+        shape = (others, rows, config.convolution_width - 1, config.convolved_channels)
+        cache = cache._replace(
+            convolved=self.partition.constrain(jnp.zeros(shape, self.compute_dtype), None, ROWS)
+        )
+        if delta is None:
+            return cache
+        shape = (others, rows, delta.num_value_heads, 1, delta.key_dim, delta.value_dim)
+        return cache._replace(states=self.partition.constrain(jnp.zeros(shape), None, ROWS, TENSOR))
 
     def decode(
         self,
@@ -150,11 +165,12 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "R S D"], Cache]:
         """Hidden states of further tokens of each row, which see the cached positions up to their own.
 
-        Positions are consecutive in a row and a later call may overwrite them, so prompts are padded on the
-        right and decoding starts at each row's own length. `group` is 0 at padding, so that rope scaling by
-        length does not count it.
+        Positions are consecutive in a row, so prompts are padded on the right and decoding starts at each
+        row's own length. `group` is 0 at padding: rope scaling by length does not count it, and what
+        recurrent layers keep leaves it out.
         """
-        ropes = self._ropes(positions, jnp.ones_like(positions) if group is None else group)
+        group = jnp.ones_like(positions) if group is None else group
+        ropes = self._ropes(positions, group)
         grow = self._query_growth(positions)
         rows = jnp.arange(tokens.shape[0])[:, None]
         slots = jnp.arange(cache.values.shape[3])[None, :]
@@ -170,12 +186,21 @@ class Decoder(nnx.Module):
 
         def convolution(cache: Cache, layer: _Layer, u: Array) -> tuple[list[Array], Cache]:
             assert cache.convolved is not None
-            convolved = cache.convolved.at[layer.index, rows, positions].set(u)
-            count = self.config.convolution_width
-            before = [take_slots(convolved[layer.index], positions - j) for j in range(1, count)]
-            return before, cache._replace(convolved=convolved)
+            before, last = look_back(cache.convolved[layer.index], u, group)
+            return before, cache._replace(convolved=cache.convolved.at[layer.index].set(last))
 
-        cores = {"attention": attention, "convolution": convolution}
+        def delta(cache: Cache, layer: _Layer, u: Array) -> tuple[list[Array], Callable]:
+            before, cache = convolution(cache, layer, u)
+
+            def run(*given: Array) -> tuple[Array, Cache]:
+                assert cache.states is not None
+                read, states = gated_delta(*given, chunks=chunks, states=cache.states[layer.index])
+                return read, cache._replace(states=cache.states.at[layer.index].set(states))
+
+            return before, run
+
+        chunks = continued(group)
+        cores = {"attention": attention, "convolution": convolution, "delta": delta}
 
         def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
             def apply(carry: tuple[Array, Cache], layer: _Layer) -> tuple[Array, Cache]:
@@ -209,12 +234,24 @@ class Decoder(nnx.Module):
             carry, _ = jax.lax.scan(body, carry, layers)
         return carry
 
-    def _look_back(self, group: Int[Array, "R T"], branch: Int[Array, "R T"]) -> Callable:
-        """What convolutions read of the positions before, within packed rows."""
+    def _cores(self, group: Int[Array, "R T"], branch: Int[Array, "R T"]) -> dict[str, Callable]:
+        """What layers read of the positions before them within packed rows, by kind; attention aside."""
         if self.config.is_uniform:
-            return lambda u: ([], None)
+            return {}
         slots = find_predecessors(group, branch, self.config.convolution_width - 1)
-        return lambda u: ([take_slots(u, each) for each in slots], None)
+
+        def before(u: Array) -> list[Array]:
+            return [take_slots(u, each) for each in slots]
+
+        if self.config.delta is None:
+            return {"convolution": lambda u: (before(u), None)}
+        chunks, delta = make_chunks(group, branch), self.config.delta
+        shape = (group.shape[0], delta.num_value_heads, 2, delta.key_dim, delta.value_dim)
+
+        def run(*given: Array) -> tuple[Array, None]:
+            return gated_delta(*given, chunks=chunks, states=jnp.zeros(shape))[0], None
+
+        return {"delta": lambda u: (before(u), run)}
 
     @property
     def _scoring(self) -> dict[str, Any]:

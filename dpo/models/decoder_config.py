@@ -34,16 +34,36 @@ class QueryGrowth:
 
 
 @dataclass(frozen=True)
+class DeltaRule:
+    """Sizes of linear attention by the gated delta rule; each key head serves several value heads."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+
+LayerKind = Literal["attention", "convolution", "delta"]
+"""What mixes the positions in a layer."""
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Everything that decides the computation. No defaults: `dpo.huggingface.families` states every value."""
 
     vocab_size: int
     hidden_size: int
     num_layers: int
-    layer_kinds: tuple[Literal["attention", "convolution"], ...]
-    """What mixes the positions in each layer."""
+    layer_kinds: tuple[LayerKind, ...]
     convolution_width: int
     """Positions that a convolution reads, its own included; 0 where there is none."""
+    delta: DeltaRule | None
+    """Of layers of kind `delta`."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -64,6 +84,8 @@ class DecoderConfig:
     it was turned to its position."""
     embedding_norm: bool
     """Whether the embedded tokens are normed before the first layer."""
+    gated_attention: bool
+    """Whether what is attended to is multiplied by sigmoid(g x) before the output projection."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -91,6 +113,11 @@ class DecoderConfig:
     def is_uniform(self) -> bool:
         """Whether all layers are attention, and one stack."""
         return set(self.layer_kinds) == {"attention"}
+
+    @property
+    def convolved_channels(self) -> int:
+        """Channels that the layers with convolutions convolve."""
+        return self.hidden_size if self.delta is None else self.delta.channels
 
     def layers_of(self, kind: str) -> tuple[int, ...]:
         """Numbers of the layers of a kind, in the order in which their parameters are stacked."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.linear import Linear
@@ -48,20 +48,20 @@ class Block(nnx.Module):
         return h, extra
 
 
-class ConvolutionBlock(nnx.Module):
-    """h += convolution(norm(h)); h += mlp(norm(h))."""
+class RecurrentBlock(nnx.Module):
+    """h += mixer(norm(h)); h += mlp(norm(h)), with something else than attention as the mixer."""
 
-    def __init__(self, make: LayerMaker):
+    def __init__(self, make: LayerMaker, mixer: Callable):
         D = make.config.hidden_size
         self.input_layernorm = make.norm(D)
-        self.conv = ShortConvolution(make)
+        self.mixer = mixer
         self.post_attention_layernorm = make.norm(D)
         self.mlp = make.mlp()
 
     def __call__(
         self, h: Float[Array, "R T D"], rope: Any, core: Callable
     ) -> tuple[Float[Array, "R T D"], Any]:
-        mixed, extra = self.conv(self.input_layernorm(h), core)
+        mixed, extra = self.mixer(self.input_layernorm(h), core)
         h = h + mixed
         return h + self.mlp(self.post_attention_layernorm(h)), extra
 
@@ -106,6 +106,7 @@ class Attention(nnx.Module):
         D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.head_dim = C
         self.q_proj = make.linear(D, H * C, config.qkv_bias)
+        self.g_proj = make.linear(D, H * C, config.qkv_bias) if config.gated_attention else None
         self.k_proj = make.linear(D, G * C, config.qkv_bias)
         self.v_proj = make.linear(D, G * C, config.qkv_bias)
         self.o_proj = make.linear(H * C, D, config.output_bias)
@@ -117,37 +118,87 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "R T D"], rope: Any, core: Callable
     ) -> tuple[Float[Array, "R T D"], Any]:
-        q = self.q_head_norm(self._heads(self.q_norm(self.q_proj(x))))
-        k = self.k_head_norm(self._heads(self.k_norm(self.k_proj(x))))
-        v = self._heads(self.v_proj(x))
+        q = self.q_head_norm(_heads(self.q_norm(self.q_proj(x)), self.head_dim))
+        k = self.k_head_norm(_heads(self.k_norm(self.k_proj(x)), self.head_dim))
+        v = _heads(self.v_proj(x), self.head_dim)
         q, k = self.q_turned_norm(self.place(q, rope)), self.k_turned_norm(self.place(k, rope))
         out, extra = core(q, k, v)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), extra
-
-    def _heads(self, x: Float[Array, "R T HC"]) -> Float[Array, "R T H C"]:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+        out = out.reshape(*x.shape[:2], -1)
+        return self.o_proj(out if self.g_proj is None else out * jax.nn.sigmoid(self.g_proj(x))), extra
 
 
-class ShortConvolution(nnx.Module):
-    """o(c x * Σ_j taps_j (b x * v x) j positions before), channel by channel (LFM2).
+class Convolution(nnx.Module):
+    """Σ_j taps_j (u j positions before), channel by channel, in float32.
 
-    `core` hands over what stands before each position in its own sequence, the nearest first.
+    `before` is what stands before each position in its own sequence, the nearest first.
     """
 
-    def __init__(self, make: LayerMaker):
-        D, width = make.config.hidden_size, make.config.convolution_width
-        self.b_proj, self.c_proj, self.x_proj = (make.linear(D, D, False) for _ in range(3))
-        self.o_proj = make.linear(D, D, False)
-        self.taps = nnx.Param(_INIT(make.rngs.params(), (D, 1, width), make.param_dtype))
+    def __init__(self, make: LayerMaker, channels: int):
+        shape = (channels, 1, make.config.convolution_width)
+        self.taps = nnx.Param(_INIT(make.rngs.params(), shape, make.param_dtype))
 
-    def __call__(self, x: Float[Array, "R T D"], core: Callable) -> tuple[Float[Array, "R T D"], Any]:
-        u = self.b_proj(x) * self.x_proj(x)
-        before, extra = core(u)
+    def __call__(self, u: Float[Array, "R T D"], before: list[Array]) -> Float32[Array, "R T D"]:
         taps = self.taps[...].astype(jnp.float32)[None, None, :, 0, ::-1]
         mixed = u.astype(jnp.float32) * taps[..., 0]
         for j, part in enumerate(before, start=1):
             mixed = mixed + part.astype(jnp.float32) * taps[..., j]
-        return self.o_proj(self.c_proj(x) * mixed.astype(x.dtype)), extra
+        return mixed
+
+
+class ShortConvolution(nnx.Module):
+    """o(c x * convolution(b x * v x)) (LFM2); `core` hands over what stands before each position."""
+
+    def __init__(self, make: LayerMaker):
+        D = make.config.hidden_size
+        self.b_proj, self.c_proj, self.x_proj = (make.linear(D, D, False) for _ in range(3))
+        self.o_proj = make.linear(D, D, False)
+        self.convolution = Convolution(make, D)
+
+    def __call__(self, x: Float[Array, "R T D"], core: Callable) -> tuple[Float[Array, "R T D"], Any]:
+        u = self.b_proj(x) * self.x_proj(x)
+        before, extra = core(u)
+        return self.o_proj(self.c_proj(x) * self.convolution(u, before).astype(x.dtype)), extra
+
+
+class GatedDeltaNet(nnx.Module):
+    """o(norm(delta rule of silu(convolution(q x, k x, v x))) * silu(z x)) (Yang et al. 2024; Qwen3-Next).
+
+    `core(u)` hands over what stands before each position, and the function that runs the delta rule.
+    """
+
+    def __init__(self, make: LayerMaker):
+        D, sizes = make.config.hidden_size, make.config.delta
+        assert sizes is not None
+        self.sizes, self.act_fn = sizes, make.activation()
+        keys, values = sizes.num_key_heads * sizes.key_dim, sizes.num_value_heads * sizes.value_dim
+        self.q_proj, self.k_proj = make.linear(D, keys, False), make.linear(D, keys, False)
+        self.v_proj, self.z_proj = make.linear(D, values, False), make.linear(D, values, False)
+        self.b_proj, self.a_proj = (make.linear(D, sizes.num_value_heads, False) for _ in range(2))
+        self.o_proj = make.linear(values, D, False)
+        self.convolution = Convolution(make, sizes.channels)
+        self.norm = RMSNorm(
+            sizes.value_dim, eps=make.config.norm_eps, offset=0.0, param_dtype=make.param_dtype
+        )
+        self.A_log = nnx.Param(jnp.zeros((sizes.num_value_heads,), make.param_dtype))
+        self.dt_bias = nnx.Param(jnp.ones((sizes.num_value_heads,), make.param_dtype))
+
+    def __call__(self, x: Float[Array, "R T D"], core: Callable) -> tuple[Float[Array, "R T D"], Any]:
+        sizes = self.sizes
+        u = jnp.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        before, run = core(u)
+        u = self.act_fn(self.convolution(u, before).astype(x.dtype)).astype(jnp.float32)
+        keys = sizes.num_key_heads * sizes.key_dim
+        q, k, v = jnp.split(u, [keys, 2 * keys], axis=-1)
+        q, k = (_unit(_heads(part, sizes.key_dim)) for part in (q, k))
+        serves = sizes.num_value_heads // sizes.num_key_heads
+        q, k = (jnp.repeat(part, serves, axis=2) for part in (q * sizes.key_dim**-0.5, k))
+        rate = jnp.exp(self.A_log[...].astype(jnp.float32))[None, None]
+        step = self.a_proj(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32)[None, None]
+        log_decay, beta = -rate * jax.nn.softplus(step), jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        read, extra = run(q, k, _heads(v, sizes.value_dim), log_decay, beta)
+        gate = jax.nn.silu(_heads(self.z_proj(x), sizes.value_dim).astype(jnp.float32))
+        out = (self.norm(read.astype(x.dtype)).astype(jnp.float32) * gate).astype(x.dtype)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), extra
 
 
 class GatedMLP(nnx.Module):
@@ -262,8 +313,10 @@ class LayerMaker:
     def mlp(self) -> GatedMLP | MLP:
         return GatedMLP(self) if self.config.gated_mlp else MLP(self)
 
-    def block(self, kind: str) -> Block | ParallelBlock | SharedParallelBlock | ConvolutionBlock:
-        return _BLOCKS[self.config.residual](self) if kind == "attention" else ConvolutionBlock(self)
+    def block(self, kind: str) -> Block | ParallelBlock | SharedParallelBlock | RecurrentBlock:
+        if kind == "attention":
+            return _BLOCKS[self.config.residual](self)
+        return RecurrentBlock(self, _MIXERS[kind](self))
 
 
 class LayersByKind(nnx.Module):
@@ -291,6 +344,15 @@ def _stack(make: LayerMaker, kind: str, num_layers: int) -> Any:
     return create(make.rngs)
 
 
+def _heads(x: Float[Array, "R T HC"], size: int) -> Float[Array, "R T H C"]:
+    return x.reshape(*x.shape[:2], -1, size)
+
+
+def _unit(x: Float32[Array, "R T H C"]) -> Float32[Array, "R T H C"]:
+    """Of length one, as the kernels of flash-linear-attention make it."""
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+
+
 def _identity(x: Array) -> Array:
     return x
 
@@ -313,4 +375,5 @@ _ACTIVATIONS: dict[str, Callable] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
+_MIXERS = {"convolution": ShortConvolution, "delta": GatedDeltaNet}
 _BLOCKS = {"sequential": Block, "parallel": ParallelBlock, "parallel_shared": SharedParallelBlock}

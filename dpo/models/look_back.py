@@ -36,6 +36,20 @@ def take_slots(x: Float[Array, "R T D"], slots: Int[Array, "R S"]) -> Float[Arra
     return jnp.where((slots >= 0)[:, :, None], taken, jnp.zeros((), x.dtype))
 
 
+def look_back(
+    last: Float[Array, "R W D"], x: Float[Array, "R S D"], group: Int[Array, "R S"]
+) -> tuple[list[Float[Array, "R S D"]], Float[Array, "R W D"]]:
+    """What stands 1 … W before each of a row's further tokens, and the last W of all; `group` 0 is padding.
+
+    Padding is at the end of a row: no token looks back over it.
+    """
+    width, length = last.shape[1], x.shape[1]
+    joined = jnp.concatenate([last, x.astype(last.dtype)], axis=1)
+    before = [joined[:, width - j : width - j + length] for j in range(1, width + 1)]
+    ends = (group != 0).sum(1)[:, None] + jnp.arange(width)[None, :]
+    return before, take_slots(joined, ends)
+
+
 def _shifted(x: Int[Array, "R T"]) -> Int[Array, "R T"]:
     """Of the slot before; -1 in front of the first."""
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

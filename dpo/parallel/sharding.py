@@ -48,13 +48,13 @@ class MeshSizes(NamedTuple):
 # layer axis) are not split. Adapters are small: they are split only where their linear's heads or units are.
 PARAMETER_RULES: Rules = (
     (
-        r"(q_proj|k_proj|v_proj|b_proj|c_proj|x_proj|gate_proj|up_proj)'?\]?.*lora_b",
+        r"([qkvgzabcx]_proj|gate_proj|up_proj)'?\]?.*lora_b",
         PartitionSpec(None, TENSOR),
     ),
     (r"(o|down)_proj.*lora_a", PartitionSpec(TENSOR, None)),
     (r"lora_", PartitionSpec()),
     (
-        r"(q_proj|k_proj|v_proj|b_proj|c_proj|x_proj|gate_proj|up_proj|qkv_proj|gate_up_proj)'?\]?.*kernel",
+        r"([qkvgzabcx]_proj|gate_proj|up_proj|qkv_proj|gate_up_proj)'?\]?.*kernel",
         PartitionSpec(FSDP, TENSOR),
     ),
     (r"(o|down)_proj.*kernel", PartitionSpec(TENSOR, FSDP)),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from dpo.models.decoder_config import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig, LayerKind
 from dpo.planning.chips import Chip, Topology, ring_bandwidth
 from dpo.planning.hlo import Program
 
@@ -45,12 +45,27 @@ class Times(NamedTuple):
 
 def forward_flops(config: DecoderConfig, work: Work) -> tuple[float, float]:
     """Operations of one forward pass that must be done: in attention, and in everything else."""
+    attending = len(config.layers_of("attention"))
+    weights = sum(_weights(config, kind) for kind in config.layer_kinds)
+    body = 2.0 * weights * work.tokens + 2.0 * config.vocab_size * config.hidden_size * work.scored
+    return 4.0 * config.num_heads * config.head_dim * attending * work.visible, body
+
+
+def _weights(config: DecoderConfig, kind: LayerKind) -> int:
+    """Multiplications a token in a layer beside attention's scores.
+
+    The delta rule reads its state for the key, adds to it, and reads it for the query.
+    """
     D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     mlp = (3 if config.gated_mlp else 2) * D * config.intermediate_size
-    attending, convolving = (len(config.layers_of(kind)) for kind in ("attention", "convolution"))
-    kernels = (2 * D * H * C + 2 * D * G * C + mlp) * attending + (4 * D * D + mlp) * convolving
-    body = 2.0 * kernels * work.tokens + 2.0 * config.vocab_size * D * work.scored
-    return 4.0 * H * C * attending * work.visible, body
+    if kind == "convolution":
+        return 4 * D * D + mlp
+    if kind == "attention":
+        return (2 + config.gated_attention) * D * H * C + 2 * D * G * C + mlp
+    assert config.delta is not None
+    delta, values = config.delta, config.delta.num_value_heads * config.delta.value_dim
+    projections = D * (delta.channels + 2 * values + 2 * delta.num_value_heads)
+    return projections + 3 * values * delta.key_dim + mlp
 
 
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:

@@ -88,7 +88,10 @@ def test_a_read_only_directory_is_named_before_anything_is_loaded(server, make_c
     config = make_config(path / "run")
     remount("ro")
     assert server.run(config) == 1
-    assert f"could not be written to {path / 'run'}: Read-only file system" in server.printed(config)
+    assert (
+        f"the lock could not be written to {path / 'run' / 'lock'}: Read-only file system"
+        in server.printed(config)
+    )
     assert "trained" not in server.printed(config)
 
 

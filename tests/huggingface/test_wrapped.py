@@ -86,6 +86,16 @@ CASES: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "head_dim": 8, "rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 2]}},
         "vision_config": _QWEN_SEEN,
     },
+    "qwen3_5": {
+        "text_config": {
+            **_TEXT,
+            "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 1], "partial_rotary_factor": 0.5},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 12, "linear_value_head_dim": 6},
+        },
+        "vision_config": {**_QWEN_SEEN, "num_position_embeddings": 16},
+    },
     "qwen3_vl": {
         "text_config": {**_TEXT, "rope_parameters": _SECTIONS},
         "vision_config": {**_QWEN_SEEN, "deepstack_visual_indexes": [0]},

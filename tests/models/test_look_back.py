@@ -118,9 +118,10 @@ def test_programs_of_a_pattern_do_not_grow_with_depth() -> None:
     assert length(4) == length(2)
 
 
-def test_no_neighbour_is_seen() -> None:
+@pytest.mark.parametrize("case", ["lfm2", "qwen3_5_text"])
+def test_no_neighbour_is_seen(case: str) -> None:
     """Two groups in a row: what one sequence may not see changes no bit of it."""
-    model = make("lfm2")
+    model = make(case)
     graphdef, params = nnx.split(model)
     hidden = jax.jit(lambda tokens, *layout: nnx.merge(graphdef, params).hidden(tokens, *layout))
     positions = np.asarray([[0, 1, 2, 3, 4, 3, 4, 0, 1, 0]])
