@@ -381,7 +381,8 @@ def test_evaluate_needs_no_run(settings: Path, tmp_path: Path, tiny_model_dir: P
     figures = json.loads(output.read_text())
     assert figures["rows"] == 5
     assert figures["ties"] == figures["pairs"] == 15
-    assert figures["accuracy"] == [0.5, 0.5, 0.5]
+    rate, low, high = figures["accuracy"]
+    assert (rate, low < rate < high) == (0.5, True)
     assert figures["beta"] == 0.1
 
 

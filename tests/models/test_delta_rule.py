@@ -14,7 +14,7 @@ from dpo.models.delta_rule import continued, gated_delta, make_chunks
 H, K, V = 2, 3, 4
 
 
-def alone(q, k, v, g, beta, state):
+def alone(state, q, k, v, g, beta):
     """One sequence in float64, token by token, as the paper writes it."""
     read = []
     for t in range(len(q)):
@@ -64,7 +64,7 @@ def test_every_sequence_reads_what_it_reads_alone(size: int) -> None:
     )
     for row, (_, _, sequences) in enumerate(rows):
         for slots in sequences:
-            expected, _ = alone(*(x[row, slots] for x in arrays), np.zeros((H, K, V)))
+            expected, _ = alone(np.zeros((H, K, V)), *(x[row, slots] for x in arrays))
             assert_allclose(read[row, np.asarray(slots)], expected, atol=2e-5)
 
 
@@ -79,7 +79,7 @@ def test_a_sequence_goes_on_from_its_state_and_padding_leaves_it(size: int) -> N
         q, k, v, g, beta, chunks=continued(real, size), states=jnp.asarray(start, jnp.float32)
     )
     for row, length in enumerate(lengths):
-        expected, state = alone(*(x[row, :length] for x in arrays), start[row, :, 0])
+        expected, state = alone(start[row, :, 0], *(x[row, :length] for x in arrays))
         assert_allclose(read[row, :length], expected, atol=2e-5)
         assert_allclose(states[row, :, 0], state, atol=2e-5)
 
