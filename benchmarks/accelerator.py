@@ -187,7 +187,8 @@ def check_steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             *("--data.train", str(options.inputs / "hh.jsonl"), "--training.batch_size", "2"),
             *("--training.steps", "10", "--optimizer.learning_rate", "1e-3"),
         ]
-        code, _, errors = _python(arguments, options.out, f"steps {kind}", 150, {"JAX_PLATFORMS": kind})
+        limit = 150 * (REHEARSAL_SLOWNESS if options.rehearse else 1)
+        code, _, errors = _python(arguments, options.out, f"steps {kind}", limit, {"JAX_PLATFORMS": kind})
         lines = (target / "metrics.jsonl").read_text().splitlines() if code == 0 else []
         rows = [row for row in map(json.loads, lines) if "grad_norm" in row]
         curves[kind] = curves_of(rows)

@@ -2,8 +2,9 @@
 # Gathers wheels for a machine with a GPU and no network, whose image has jax, torch and numpy for Python 3.12 already.
 #   bash benchmarks/accelerator_wheels.sh [FOLDER]
 # There, in the project's root:
-#   python3 -m pip install --no-index --no-deps --target site FOLDER/*.whl
-#   PYTHONPATH=site python3 -m benchmarks.accelerator --out results
+#   python3 -m venv --system-site-packages .gpu && .gpu/bin/python -m pip install --no-index --no-deps FOLDER/*.whl
+#   .gpu/bin/python -m benchmarks.accelerator --out results
+# (Not by PYTHONPATH: processes that read strangers' files are isolated, and see what is installed alone.)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-.wheels}

@@ -92,7 +92,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/reliability.md", "second one, {:g} s or more later", (interrupt.SAME_REQUEST,)),
     ("docs/reliability.md", "{:g} s later all the same where a compilation", (interrupt.SOON,)),
     ("docs/reliability.md", "or the eleventh after {} that were killed", (WORDS[starts.MOST_STARTS],)),
-    ("docs/reliability.md", "| Ctrl-C in another command | ends at once | {} |", (STOPPED_AT_ONCE.code,)),
+    ("docs/reliability.md", "where a compilation lets nothing through | {} |", (STOPPED_AT_ONCE.code,)),
     ("docs/design.md", "checked to 1e-4", (preflight.PREFLIGHT_TOLERANCE["bfloat16"],)),
     ("docs/watching.md", "every {} seconds", (WORDS[int(progress.PLAIN_INTERVAL)],)),
     ("docs/troubleshooting.md", "by {:g} times their spread", (watchdog.SPIKE_SPREADS,)),

@@ -15,7 +15,7 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 def run_on(platform: str, test: str) -> subprocess.CompletedProcess[str]:
     """One test of test_loop.py in a process of its own, on a platform."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "slow or not slow"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "slow or not slow"]
     command.append(f"tests/training/test_loop.py::{test}")
     environment = os.environ | {"JAX_PLATFORMS": platform, "XLA_FLAGS": DETERMINISTIC}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

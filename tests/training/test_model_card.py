@@ -154,7 +154,7 @@ def test_a_base_without_a_dtype_is_refused_before_weights_are_loaded(
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(export, "open_policy", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(export, "policy_to_write", lambda *_: pytest.fail("weights were loaded"))
     given = ExportConfig(run=str(tmp_path), dtype="base")
     with pytest.raises(ValueError, match=r"dtype None; allowed: float32, bfloat16, float16"):
         export_checkpoint(given, Config(model=ModelConfig(source=str(tmp_path))))
