@@ -14,8 +14,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import os
 import platform
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from dpo.outcomes import STOPPED, StopRequested, describe, outcome_of
@@ -39,8 +37,6 @@ def run() -> int:
 
     sys.stdout, sys.stderr = map(Guard, (sys.stdout, sys.stderr))  # to the end: of a traceback, too
     os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
-    if not names_own_code(sys.argv[1:]):
-        sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]  # importing it is refused
     return answer_signals() if sys.argv[1:2] and sys.argv[1] in LONG else end_at_once()
 
 
@@ -71,15 +67,6 @@ def end_at_once() -> int:
     except KeyboardInterrupt as error:  # before the command itself answers
         print(describe(" ".join(["dpo", *sys.argv[1:2]]), error), file=sys.stderr)
         return outcome_of(error).code
-
-
-def names_own_code(arguments: Sequence[str]) -> bool:
-    """Whether any of them may name the user's own code, `module:function`, which may need torch.
-
-    Nothing else does. Where it is installed, transformers would import it and all that goes with it, which
-    is a third of a start's CPU time.
-    """
-    return any(re.search(r"(^|=)[\w.]+:[A-Za-z_]\w*$", argument) for argument in arguments)
 
 
 def wants_huge_pages(kernel: Path = _KERNEL) -> bool:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dpo.__main__ import HUGE_PAGES, TUNABLES, names_own_code, wants_huge_pages
+from dpo.__main__ import HUGE_PAGES, TUNABLES, wants_huge_pages
 
 LIBC = platform.libc_ver()[0]
 
@@ -117,17 +117,15 @@ def test_ctrl_c_at_any_moment_of_the_first_second_ends_a_command_without_a_trace
         assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["train", "--model.source=embedded:smollm2-135m-instruct", "--data.train", "my/train.jsonl"], False),
-        (["train", "--objective.name=own.losses:mine"], True),
-        (["winrate", "--run", "runs/first", "--judge", "own:judge"], True),
-        (["winrate", "--judge", "endpoint", "--judge_url=http://localhost:8000/v1"], False),
-    ],
-)
-def test_torch_is_there_for_the_users_own_code_alone(arguments, named):
-    assert names_own_code(arguments) is named
+def test_a_command_and_the_report_after_it_run_as_they_are_started():
+    """What `run` does to the process before a command must not be in the way of any library's import."""
+    program = (
+        "import sys; from dpo import __main__ as main; "
+        "main.command = lambda: __import__('dpo.pages.report') and __import__('dpo.judging.match') and 7; "
+        "sys.argv = ['dpo', 'train']; sys.exit(main.run())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
 
 
 def test_a_start_imports_nothing_that_its_first_step_does_not_need():
@@ -135,8 +133,7 @@ def test_a_start_imports_nothing_that_its_first_step_does_not_need():
     program = (
         "import sys; from dpo import __main__ as main; main.command = lambda: 0; "
         "sys.argv = ['dpo', 'train']; main.run(); import dpo.training.loop; "
-        "print([name for name in ('torch', 'jax.experimental.pallas.ops.tpu') "
-        "if sys.modules.get(name)])"
+        "print([name for name in ('jax.experimental.pallas.ops.tpu',) if sys.modules.get(name)])"
     )
     environment = os.environ | {TUNABLES: HUGE_PAGES}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
