@@ -7,6 +7,8 @@ copies them into the package, so that an installed package brings them along.
 from __future__ import annotations
 
 import filecmp
+import os
+import sys
 import tomllib
 from functools import cache
 from importlib import metadata
@@ -22,6 +24,15 @@ PREFIX = "shipped:"
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "shipped"
 """Where `setup.py` puts `configs/` and `data/` in a wheel; a checkout has no such directory."""
+
+
+def own_python() -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a Python that finds this package, and no module of the working directory.
+
+    Both `python -c` and `python -m` look there first, and what lies in it may be anybody's.
+    """
+    paths = dict.fromkeys([*filter(None, sys.path), str(_PACKAGE.parent)])
+    return [sys.executable, "-P"], {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @cache

@@ -12,7 +12,6 @@ import json
 import os
 import selectors
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,6 +22,7 @@ from typing import Any
 from dpo.data.chunks import TokenJob, Untokenized
 from dpo.data.preferences import ReadSummary
 from dpo.data.sources import Part
+from dpo.distribution import own_python
 from dpo.outcomes import EnvironmentFailure
 
 PARALLEL_FROM = 4
@@ -119,15 +119,13 @@ class _Worker:
     """One process: a question, an answer."""
 
     def __init__(self) -> None:
+        python, environment = own_python()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from dpo.data.token_worker import main; main()"],
+            [*python, "-m", "dpo.data.token_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "TOKENIZERS_PARALLELISM": "false",  # the processes are as many as there are cores
-            },
+            # as many processes as there are cores
+            env=environment | {"TOKENIZERS_PARALLELISM": "false"},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpo.distribution import own_python
 from dpo.evaluation.choosing import Choice
 from dpo.outcomes import STOPPED, UserError
 
@@ -99,16 +99,15 @@ def run_trials(
     codes: dict[str, int] = {}
     for number, trial in enumerate(trials, start=1):
         log(f"sweep {number}/{len(trials)}: {trial.name}")
-        command = [sys.executable, "-m", "dpo", "train", *arguments, *trial.arguments]
-        codes[trial.name] = _run(command, stop_requested)
+        codes[trial.name] = _run(["-m", "dpo", "train", *arguments, *trial.arguments], stop_requested)
         if codes[trial.name] == STOPPED.code or stop_requested():
             break
     return codes
 
 
-def _run(command: Sequence[str], stop_requested: Callable[[], bool]) -> int:
-    """The exit code of a command, to which a request to stop is passed on."""
-    with _started(command) as process:
+def _run(arguments: Sequence[str], stop_requested: Callable[[], bool]) -> int:
+    """The exit code of a Python with these arguments, to which a request to stop is passed on."""
+    with _started(arguments) as process:
         asked = False
         while True:
             try:
@@ -120,9 +119,10 @@ def _run(command: Sequence[str], stop_requested: Callable[[], bool]) -> int:
 
 
 @contextmanager
-def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process of its own group, which gets no signal but ours, and does not outlive this."""
-    process = subprocess.Popen(command, process_group=0)
+    python, environment = own_python()
+    process = subprocess.Popen([*python, *arguments], env=environment, process_group=0)
     try:
         yield process
     finally:

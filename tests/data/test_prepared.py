@@ -334,8 +334,17 @@ def test_errors_of_several_processes_are_those_of_one(tmp_path, in_two_processes
     assert refusal(lambda: in_two_processes(source, on_error="skip")) == whole
 
 
+def test_the_processes_run_no_code_of_the_working_directory(tmp_path, in_two_processes, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", pairs(25))
+    for name in ("json", "numpy", "dpo", "zstandard"):
+        (tmp_path / f"{name}.py").write_text("open('was_run', 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    in_two_processes(source)
+    assert not (tmp_path / "was_run").exists()
+
+
 def test_a_process_that_is_lost_is_said(tmp_path, in_two_processes, monkeypatch):
-    monkeypatch.setattr(token_processes.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     source = write_rows(tmp_path / "rows.jsonl", pairs(25))
     with pytest.raises(EnvironmentFailure, match="a process that makes tokens ended with code 1"):
         in_two_processes(source)

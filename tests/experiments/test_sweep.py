@@ -57,7 +57,7 @@ def as_program(monkeypatch, text: str) -> None:
     monkeypatch.setattr(
         sweep.subprocess,
         "Popen",
-        lambda command, **how: popen([sys.executable, "-c", text, *command[4:]], **how),
+        lambda command, **how: popen([sys.executable, "-c", text, *command[5:]], **how),
     )
 
 
