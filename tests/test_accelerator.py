@@ -25,6 +25,10 @@ def inputs(tmp_path_factory) -> Path:
     return directory
 
 
+def rehearse(inputs: Path, out: Path, cell: str, *more: str) -> None:
+    accelerator.main(["--inputs", str(inputs), "--out", str(out), "--rehearse", "--only", cell, *more])
+
+
 def parse(inputs: Path, out: Path, *more: str):
     return accelerator.parse(["--inputs", str(inputs), "--out", str(out), "--rehearse", *more])
 
@@ -94,9 +98,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
     ],
 )
 def test_a_cell_is_measured_and_kept(name, cell, inputs, tmp_path):
-    accelerator.main(
-        ["--inputs", str(inputs), "--out", str(tmp_path), "--rehearse", "--only", cell, "--minutes", "9"]
-    )
+    rehearse(inputs, tmp_path, cell, "--minutes", "9")
     facts, *measured = lines(tmp_path)
     assert facts["versions"]["jax"]
     assert len(measured) == 1
@@ -153,17 +155,7 @@ def test_what_is_missing_is_said_at_the_start(inputs, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="names no card; --rehearse"):
         accelerator.main(["--inputs", str(inputs), "--out", str(tmp_path)])
     assert json.loads(capsys.readouterr().out)["missing"] == ["peft"]
-    accelerator.main(
-        [
-            "--inputs",
-            str(inputs),
-            "--out",
-            str(tmp_path),
-            "--rehearse",
-            "--only",
-            "trl llama 1b helpsteer3 LoRA",
-        ]
-    )
+    rehearse(inputs, tmp_path, "trl llama 1b helpsteer3 LoRA")
     assert lines(tmp_path)[-1] == {
         "cell": "trl llama 1b helpsteer3 LoRA",
         "left out": "not installed: peft",
@@ -171,19 +163,7 @@ def test_what_is_missing_is_said_at_the_start(inputs, tmp_path, monkeypatch, cap
 
 
 def test_cells_without_time_are_said_to_be_left_out(inputs, tmp_path):
-    accelerator.main(
-        [
-            "--inputs",
-            str(inputs),
-            "--out",
-            str(tmp_path),
-            "--rehearse",
-            "--only",
-            "ours llama",
-            "--minutes",
-            "0",
-        ]
-    )
+    rehearse(inputs, tmp_path, "ours llama", "--minutes", "0")
     _, *rest = lines(tmp_path)
     assert rest
     assert all(line["left out"] == "no time" for line in rest)

@@ -177,6 +177,8 @@ _BUFFERS = (
     r"\.attn\.(attention\.)?(masked_)?bias$",
     r"\.attention\.(masked_)?bias$",
 )
+_BESIDE = (r"\.rotary_emb\.inv_freq$", r"^mtp\.")
+"""A buffer, and what predicts several tokens at once, which transformers does not read either."""
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "model.", llama_family, LLAMA_RULES),
@@ -217,16 +219,8 @@ FAMILIES = {
         {"num_local_experts": (0,), "position_embedding_type": (None, "rope")},
     ),
     "lfm2": Family("Lfm2ForCausalLM", "model.", lfm2, LFM2_RULES, {"conv_bias": (False,)}),
-    "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM", "model.", qwen35, QWEN35_RULES, ignored=(r"\.rotary_emb\.inv_freq$", r"^mtp\.")
-    ),
-    "qwen3_next": Family(
-        "Qwen3NextForCausalLM",
-        "model.",
-        qwen3_next,
-        QWEN3_NEXT_RULES,
-        ignored=(r"\.rotary_emb\.inv_freq$", r"^mtp\."),
-    ),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", "model.", qwen35, QWEN35_RULES, ignored=_BESIDE),
+    "qwen3_next": Family("Qwen3NextForCausalLM", "model.", qwen3_next, QWEN3_NEXT_RULES, ignored=_BESIDE),
     "stablelm": Family("StableLmForCausalLM", "model.", stablelm, STABLELM_RULES),
     "gpt2": Family(
         "GPT2LMHeadModel",

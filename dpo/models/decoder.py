@@ -154,7 +154,7 @@ class Decoder(nnx.Module):
         if delta is None:
             return cache
         shape = (others, rows, delta.num_value_heads, 1, delta.key_dim, delta.value_dim)
-        return cache._replace(states=self.partition.constrain(jnp.zeros(shape), None, ROWS, TENSOR))
+        return cache._replace(states=jnp.zeros(shape))
 
     def decode(
         self,

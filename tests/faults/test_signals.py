@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,6 +151,13 @@ class Place(NamedTuple):
 
 
 MODEL = "MODEL"
+
+
+def of_model(words: Sequence[str], directory: Path) -> list[str]:
+    """A command's words with the model's directory in its place."""
+    return [word.replace(MODEL, str(directory)) for word in words]
+
+
 COMPARED = ("--policy", MODEL, "--opponent", MODEL, "--data", "eval.jsonl", "--limit", "2", "--output", "out")
 TRAINED = (
     *("--model.source", MODEL, "--data.train", "train.jsonl", "--training.steps", "1"),
@@ -188,7 +195,7 @@ PLACES = {
 def test_a_signal_ends_every_command_wherever_it_is(
     start: Start, tmp_path: Path, tiny_model_dir: Path, place: Place
 ) -> None:
-    words = [word.replace(MODEL, str(tiny_model_dir)) for word in place.command]
+    words = of_model(place.command, tiny_model_dir)
     process = start("-c", HELD_UP, place.module, place.function, *words)
     code, said = interrupted(process, tmp_path, place.number)
     assert code == place.code, said
@@ -201,7 +208,7 @@ def test_a_signal_ends_every_command_wherever_it_is(
 def test_a_signal_in_an_export_leaves_none_in_part(
     start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
 ) -> None:
-    words = [word.replace(MODEL, str(tiny_model_dir)) for word in TRAINED]
+    words = of_model(TRAINED, tiny_model_dir)
     finished(start("-m", "dpo", "train", *words, "--data.eval=null", "--run_dir=run"))
     export = ("export", "run", "--output=out")
     process = start("-c", HELD_UP, "dpo.huggingface.saving", "_save_weights", *export)
@@ -220,7 +227,7 @@ def test_a_signal_in_an_export_leaves_none_in_part(
 def test_a_signal_to_a_sweep_stops_its_run_and_it(
     start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
 ) -> None:
-    words = [word.replace(MODEL, str(tiny_model_dir)) for word in TRAINED]
+    words = of_model(TRAINED, tiny_model_dir)
     sweep = ("-m", "dpo", "sweep", *words, "--data.eval=eval.jsonl", "--sweep_dir=out")
     process = start(*sweep, "--over=objective.beta=[0.1,0.5]")
     lock = tmp_path / "out" / "beta=0.1" / "lock"
@@ -252,7 +259,7 @@ def test_a_signal_while_a_server_answers_ends_the_command(
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        words = [word.replace(MODEL, str(tiny_model_dir)) for word in COMPARED]
+        words = of_model(COMPARED, tiny_model_dir)
         address = f"--endpoint.base_url=http://127.0.0.1:{server.server_port}/v1"
         process = start("-m", "dpo", "winrate", *words, "--judge=endpoint", address, "--endpoint.model=m")
         code, said = interrupted(process, tmp_path, number)
