@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dpo.data.json_text import DECODER, DuplicateKeyError, begins_a_list, describe, list_rows
 from dpo.data.table_checks import check_arrow, check_card, check_groups, check_saved, prepare_folder
 from dpo.data.table_worker import ROWS
 from dpo.distribution import find_data
@@ -236,102 +236,19 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
 
 def _read_json(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     """One JSON list of rows; anything else is taken for JSON lines."""
-    if not _begins_a_list(path):
+    if not begins_a_list(path):
         yield from _read_json_lines(path, part)
         return
-    for number, row in enumerate(islice(_list_rows(path), part.offset, None), start=part.number):
+    for number, row in enumerate(
+        islice(list_rows(path, most=MAX_ROW_BYTES), part.offset, None), start=part.number
+    ):
         yield f"{path}:{number}", row
 
 
 def _json_starts(path: Path) -> Iterator[tuple[int, int]]:
-    if not _begins_a_list(path):
+    if not begins_a_list(path):
         return _line_starts(path)
-    return ((row, row + 1) for row, _ in enumerate(_list_rows(path)))
-
-
-def _begins_a_list(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(_WINDOW).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _list_rows(path: Path) -> Iterator[Any]:
-    """The values of a file that is one JSON list; of its text only what the next one needs is in memory."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = _Text(path, file)
-            text.skip("[")
-            mark = text.next()
-            while mark != "]":
-                yield text.value()
-                mark = text.next()
-                if mark != "]":
-                    text.skip(",")
-            text.skip("]")
-            if text.next():
-                raise text.wrong("Extra data", 0)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-class _Text:
-    """The text of a JSON file from one place on."""
-
-    def __init__(self, path: Path, file: io.TextIOBase) -> None:
-        self._path, self._file = path, file
-        self._text, self._at, self._before = "", 0, 0
-
-    def next(self) -> str:
-        """The next character that is no white space; empty at the end."""
-        while True:
-            self._at = _BLANK.match(self._text, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
-            if self._at < len(self._text) or not self._read_on():
-                return self._text[self._at : self._at + 1]
-
-    def skip(self, mark: str) -> None:
-        """Go behind a character that has to be the next one."""
-        if self.next() != mark:
-            raise self.wrong(f"Expecting {mark!r}", 0)
-        self._at += 1
-
-    def value(self) -> Any:
-        """The next value; where the text that was read ends in it, it is tried again with twice as much."""
-        while True:
-            self.next()
-            try:
-                found, end = _DECODER.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                ahead = error.pos - self._at
-                if not self._read_on():
-                    raise self.wrong(error.msg, ahead) from error
-                continue
-            except (ValueError, RecursionError) as error:
-                raise self.wrong(_describe(error), 0) from error
-            if end < len(self._text) or not self._read_on():
-                self._at = end
-                return found
-
-    def _read_on(self) -> bool:
-        """Whether there was more; what lies behind is let go."""
-        rest = len(self._text) - self._at
-        if rest > MAX_ROW_BYTES:
-            raise self.wrong(f"a row of more than {MAX_ROW_BYTES} characters", 0)
-        more = self._file.read(max(_WINDOW, rest))
-        self._before += self._at
-        self._text, self._at = self._text[self._at :] + more, 0
-        return bool(more)
-
-    def wrong(self, what: str, ahead: int) -> UserError:
-        """What is said of a place so many characters ahead."""
-        place = self._before + self._at + ahead + 1
-        return UserError(f"{self._path}: not JSON at character {place}: {what}; allowed is a list of rows")
-
-
-_WINDOW = 1 << 20
-"""Characters of a JSON list that are read at a time."""
-_BLANK = re.compile(r"[ \t\n\r]*")
+    return ((row, row + 1) for row, _ in enumerate(list_rows(path, most=MAX_ROW_BYTES)))
 
 
 def _each_row(count: int) -> Iterator[tuple[int, int]]:
@@ -340,37 +257,16 @@ def _each_row(count: int) -> Iterator[tuple[int, int]]:
 
 def _decode_json(line: bytes) -> Any:
     try:
-        return _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode())
+        return DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return MalformedRowError(
             "(row)", "invalid_unicode", f"byte {error.start} is not UTF-8; allowed is UTF-8"
         )
     except (ValueError, RecursionError) as error:
         at = f"not JSON at character {error.pos + 1}: " if isinstance(error, json.JSONDecodeError) else ""
-        reason = "duplicate_key" if isinstance(error, _TwiceError) else "invalid_json"
-        detail = f"{at}{_describe(error)}; allowed is one JSON object a line"
+        reason = "duplicate_key" if isinstance(error, DuplicateKeyError) else "invalid_json"
+        detail = f"{at}{describe(error)}; allowed is one JSON object a line"
         return MalformedRowError("(row)", reason, detail)
-
-
-def _describe(error: Exception) -> str:
-    return (error.msg if isinstance(error, json.JSONDecodeError) else str(error))[:160]
-
-
-class _TwiceError(ValueError):
-    """A name that an object has twice; without it the last value would count in silence."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _TwiceError(f"has {twice[:100]!r} twice in one object")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
-"""Made once: to make one takes longer than to decode a row."""
 
 
 def _read_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:

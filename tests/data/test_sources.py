@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.data import sources
+from dpo.data import json_text, sources
 from dpo.data.sources import Part, cut_every, read_rows
 from dpo.outcomes import UserError
 
@@ -34,7 +34,7 @@ def test_a_json_list_is_the_same_in_windows_of_any_size(folder, rows, window, as
     path = folder / "rows.json"
     text = "\ufeff\n " + json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + " \n"
     path.write_text(text, encoding="utf-8", newline="")
-    with patch.object(sources, "_WINDOW", max(window, 8)):
+    with patch.object(json_text, "_WINDOW", max(window, 8)):
         assert rows_of(path) == rows
         parts = cut_every(str(path), "train", rows=2)
         assert [row for part in parts for _, row in read_rows(str(path), "train", part)] == rows
@@ -58,7 +58,7 @@ def test_a_json_list_is_the_same_in_windows_of_any_size(folder, rows, window, as
 )
 @pytest.mark.parametrize("window", [8, 1 << 20])
 def test_what_is_wrong_in_a_json_list_is_said_with_its_place(tmp_path, monkeypatch, text, problem, window):
-    monkeypatch.setattr(sources, "_WINDOW", window)
+    monkeypatch.setattr(json_text, "_WINDOW", window)
     path = tmp_path / "rows.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"rows\.json") as refused:
@@ -79,7 +79,7 @@ def test_rows_of_a_json_list_come_before_its_end_is_read(tmp_path):
 
 def test_a_row_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(sources, "_WINDOW", 100)
+    monkeypatch.setattr(json_text, "_WINDOW", 100)
     path = tmp_path / "rows.json"
     path.write_text('[{"prompt": "' + "x" * 9000 + '"}]')
     with pytest.raises(UserError, match="a row of more than 1000 characters"):
