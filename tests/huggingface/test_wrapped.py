@@ -11,13 +11,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from lora_cases import merged
 from numpy.testing import assert_allclose, assert_array_equal
 from test_gguf_writing import VOCABULARY, small_tokenizer
 from tiny_model import byte_tokenizer
 from tiny_models import TOKENS, batch_arrays
-from torch_models import torch_logits
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from dpo.huggingface.carried import find_carried
@@ -28,6 +26,9 @@ from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import read_config, text_fields
 from dpo.huggingface.weight_names import SPELLINGS, find_spelling
 from dpo.parallel.sharding import make_mesh
+
+torch = pytest.importorskip("torch")
+from torch_models import torch_logits  # noqa: E402
 
 _TEXT = {
     "vocab_size": 89,
