@@ -141,10 +141,14 @@ def test_the_stages_of_a_start_are_functions_of_their_modules(module):
 
 @pytest.mark.ci
 def test_going_on_holds_one_state_and_an_export_none(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Arrays at their most, each part in a process of its own: a second state would double them."""
+    """Arrays at their most, each part in a process of its own.
+
+    On eight devices a state is 2.3 of 2.6 MB, so that a second one would make 1.9 times as many. The run that
+    goes on exports as well, and the one that is stopped does not: so small a model then has 1.09 to 1.11.
+    """
     options = argparse.Namespace(model=str(tiny_model_dir), length=512)
     first, then, export, _ = (peaks.ask(part, "full", str(tmp_path), options) for part in peaks.PARTS)
     assert first["arrays"] > 0
-    assert then["arrays"] <= 1.1 * first["arrays"]
+    assert then["arrays"] <= 1.25 * first["arrays"]
     assert export["arrays"] <= 0.1 * first["arrays"]
     assert min(each["host"] for each in (first, then, export)) > 0
