@@ -78,8 +78,9 @@ class _Text:
                 continue
             except (ValueError, RecursionError) as error:
                 raise self.wrong(describe(error), 0) from error
-            if end < len(self._text) or not self._read_on():
-                self._at = end
+            long = end - self._at
+            if end + _CUT < len(self._text) or not self._read_on():
+                self._at += long
                 return found
 
     def _read_on(self) -> bool:
@@ -100,6 +101,8 @@ class _Text:
 
 _WINDOW = 1 << 20
 """Characters of a JSON list that are read at a time."""
+_CUT = len("e+")
+"""Most characters of a number that can stand behind what is a number without them, as in 1e+ of 1e+14."""
 _BLANK = re.compile(r"[ \t\n\r]*")
 
 

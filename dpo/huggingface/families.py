@@ -265,6 +265,7 @@ WRAPPERS = {
 
 _CLASSIFIERS = {
     "gemma3_text": "Gemma3TextForSequenceClassification",
+    "qwen3_5_text": "Qwen3_5TextForSequenceClassification",
     **dict.fromkeys(("apertus", "ernie4_5", "granite", "granitemoehybrid", "lfm2", "nanochat")),
 }
 """Where the name is not the causal model's with another ending."""

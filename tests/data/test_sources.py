@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo.data import json_text, sources
@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
 
 
 @given(st.lists(JSON, max_size=5), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1, "\r\n\t "]))
+@example([-1e14, 1.5, 2e-7, 12345678], 10, False, None)  # numbers that a window ends in
 def test_a_json_list_is_the_same_in_windows_of_any_size(folder, rows, window, ascii_only, indent):
     path = folder / "rows.json"
     text = "\ufeff\n " + json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + " \n"
