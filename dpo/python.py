@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dpo.config import Config, DataConfig, MeshConfig, ModelConfig
+from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Message, read_prompt, read_turns
 from dpo.data.preferences import ReadSummary, fingerprint
 from dpo.data.rows import Preference, digest, parse_row
-from dpo.data.sources import MalformedRowError
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.data.tokenizer_calls import decode_ids

@@ -20,18 +20,17 @@ from dpo.config.commands import (
     WinrateConfig,
     heldout_settings,
 )
+from dpo.config.data import DataConfig
 from dpo.config.experiments import (
     DiffusionConfig,
     FrontierConfig,
 )
+from dpo.config.model import LoraConfig, ModelConfig
 from dpo.config.run import (
     Config,
-    DataConfig,
     DistributedConfig,
     IdentityKind,
-    LoraConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainingConfig,
 )

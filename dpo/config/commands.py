@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dpo.config.addresses import check_address
+from dpo.config.data import TemplateArguments, check_template_arguments
+from dpo.config.model import LoraConfig
 from dpo.config.ranges import check_range
-from dpo.config.run import Config, LoraConfig, TemplateArguments, check_template_arguments
+from dpo.config.run import Config
 from dpo.outcomes import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo.data.sources import MalformedRowError
+from dpo.data.malformed import MalformedRowError
 from dpo.data.values import finite, show
 
 Ranks = tuple[int, int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dpo.data.sources import MalformedRowError
+from dpo.data.malformed import MalformedRowError
 from dpo.data.values import show_names
 
 MEANING = frozenset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import (
     Prompt,
     Response,
@@ -17,7 +18,6 @@ from dpo.data.messages import (
     read_prompt,
     read_turns,
 )
-from dpo.data.sources import MalformedRowError
 
 
 def split_prompt(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo.data.sources import MalformedRowError
+from dpo.data.malformed import MalformedRowError
 from dpo.data.values import name_type, parse_json, read_any_text, read_json, read_text, show
 
 Message = Mapping[str, Any]

@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.conversations import same_prompt
 from dpo.data.layouts import LAYOUTS
+from dpo.data.malformed import MalformedRowError
 from dpo.data.rows import UNRANKED, Preference, digest, join_responses, parse_row, read_row
-from dpo.data.sources import MalformedRowError, Part, read_rows
+from dpo.data.sources import Part, read_rows
 from dpo.outcomes import UserError
 
 __all__ = [

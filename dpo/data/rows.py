@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 from dpo.data.columns import BY_COLUMNS, MEANING, Columns, RowReading
 from dpo.data.conversations import mentions, split_prompt, with_system
 from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
+from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Prompt, Response
-from dpo.data.sources import MalformedRowError
 from dpo.data.values import (
     as_object,
     is_empty,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import csv
 import gzip
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dpo.data.csv_rows import csv_rows
+from dpo.data.data_sets import fingerprint_data_set, open_data_set, row_without_nulls
 from dpo.data.json_text import DECODER, DuplicateKeyError, begins_a_list, describe, list_rows
-from dpo.data.table_checks import check_arrow, check_card, check_groups, check_saved, prepare_folder
+from dpo.data.malformed import MalformedRowError
+from dpo.data.table_checks import check_groups
 from dpo.data.table_worker import ROWS
 from dpo.distribution import find_data
 from dpo.outcomes import UserError
@@ -31,14 +32,6 @@ MAX_PART_BYTES = 1 << 28
 """Of JSON lines in one part but for its last line: a small compressed file has many long ones."""
 MAX_BLANK_LINES = 1 << 20
 """Blank lines behind each other; a small compressed file could have them without end."""
-
-
-class MalformedRowError(UserError):
-    """A row that cannot be read: which field, a short countable reason, and what is allowed."""
-
-    def __init__(self, field: str, reason: str, detail: str) -> None:
-        super().__init__(f"field '{field}': {detail} [{reason}]")
-        self.field, self.reason, self.detail = field, reason, detail
 
 
 class Part(NamedTuple):
@@ -157,13 +150,13 @@ def _open(source: str, split: str) -> _Source:
     looks_local = suffix in _READERS or path.is_absolute() or source.startswith((".", "~"))
     if looks_local and not path.is_dir():
         raise UserError(f"{source}: no such file or directory (the working directory is {Path.cwd()})")
-    data_set = cache(lambda: _open_data_set(source, split))
+    data_set = cache(lambda: open_data_set(source, split))
     return _Source(
         lambda part: _rows_of(data_set, source, part),
         lambda: _each_row(len(data_set())),
         lambda: len(data_set()),
         "rows",
-        lambda: _fingerprint_data_set(data_set()),
+        lambda: fingerprint_data_set(data_set()),
     )
 
 
@@ -173,35 +166,6 @@ def _fingerprint_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-class _Digest(io.RawIOBase):
-    """A file that keeps nothing of what is written but its SHA-256."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sha256 = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return len(data)
-
-
-def _fingerprint_data_set(data_set: Any) -> str:
-    """Of the columns as Arrow streams them, and of which rows are taken in which order."""
-    import pyarrow
-
-    digest = _Digest()
-    for table in (data_set.data.table, data_set._indices and data_set._indices.table):
-        if table is not None:
-            schema = table.schema.remove_metadata()
-            with pyarrow.ipc.new_stream(pyarrow.PythonFile(digest, "w"), schema) as stream:
-                for batch in table.to_batches():
-                    stream.write_batch(batch.replace_schema_metadata(None))
-    return digest.sha256.hexdigest()
 
 
 def _read_json_lines(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -289,7 +253,7 @@ def _each_batch(path: Path, file: Any, first: int) -> Iterator[Any]:
 def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
     """Rows of Arrow's batches but for the first ones."""
     for batch in batches:
-        yield from map(_row_without_nulls, batch.slice(min(skip, len(batch))).to_pylist())
+        yield from map(row_without_nulls, batch.slice(min(skip, len(batch))).to_pylist())
         skip = max(0, skip - len(batch))
 
 
@@ -312,59 +276,12 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _read_csv(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
-    for line, row in islice(_csv_rows(path), part.offset, None):
+    for line, row in islice(csv_rows(path, most=MAX_ROW_BYTES), part.offset, None):
         yield f"{path}:{line}", row
 
 
 def _csv_starts(path: Path) -> Iterator[tuple[int, int]]:
-    return ((row, line) for row, (line, _) in enumerate(_csv_rows(path)))
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of text with the lines that they begin on; "4" is no number here, "None" and "NA" are no nulls."""
-    csv.field_size_limit(MAX_ROW_BYTES)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = _RowLines(path, file)
-            rows = csv.reader(lines, strict=True)
-            names = next(rows, [])
-            if len(set(names)) < len(names):
-                raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
-            line = rows.line_num + 1
-            for row in rows:
-                lines.left = MAX_ROW_BYTES
-                if row:
-                    yield line, _named(names, row)
-                line = rows.line_num + 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV: {error}") from error
-
-
-class _RowLines:
-    """The lines of a CSV file, of which those of one row have a limit: a quote may open and never close."""
-
-    def __init__(self, path: Path, file: io.TextIOBase) -> None:
-        self._path, self._file = path, file
-        self.left = MAX_ROW_BYTES
-
-    def __iter__(self) -> _RowLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline(self.left + 1)
-        self.left -= len(line)
-        if self.left < 0:
-            raise UserError(f"{self._path}: a row of more than {MAX_ROW_BYTES} characters")
-        if not line:
-            raise StopIteration
-        return line
-
-
-def _named(names: list[str], row: list[str]) -> Any:
-    if len(row) != len(names):
-        detail = f"has {len(row)} values; allowed are {len(names)}, as many as the first line has names"
-        return MalformedRowError("(row)", "length_mismatch", detail)
-    return dict(zip(names, row, strict=True))
+    return ((row, line) for row, (line, _) in enumerate(csv_rows(path, most=MAX_ROW_BYTES)))
 
 
 def _read_table(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -376,7 +293,7 @@ def _table_starts(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _open_table(path: Path) -> Any:
-    return _open_data_set("arrow", "train", data_files=str(path), name=str(path))
+    return open_data_set("arrow", "train", data_files=str(path), name=str(path))
 
 
 _READERS: dict[
@@ -394,69 +311,4 @@ _READERS: dict[
 def _rows_of(open_it: Callable[[], Any], name: str, part: Part) -> Iterator[tuple[str, Any]]:
     rows = open_it()
     for number, row in enumerate(rows.skip(part.offset) if part.offset else rows, start=part.number):
-        yield f"{name}:{number}", _row_without_nulls(row)
-
-
-def _row_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The same below a row's columns: a column that is null is told from one that is not there."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    """A row of Arrow without the nulls in its objects: a struct has every key that any row's object has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _open_data_set(source: str, split: str, *, data_files: str | None = None, name: str | None = None) -> Any:
-    """Anything `datasets.load_dataset` opens, and what `save_to_disk` wrote."""
-    try:
-        return _find_data_set(source, split, data_files)
-    except Exception as error:  # of a library, about what a stranger wrote
-        if isinstance(error, UserError):
-            raise
-        what = f"{name or source} could not be opened as a data set (split {split!r})"
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _has_subset(repository: str, name: str, where: dict[str, Any]) -> bool:
-    """Whether a subset of this name is there, or in the cache when offline; else it is a folder's."""
-    import datasets
-
-    try:
-        datasets.load_dataset_builder(repository, name=name, **where)
-    except ValueError:
-        return False
-    return True
-
-
-def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
-    import datasets
-
-    if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "state.json").is_file():
-        check_saved(Path(source))
-        saved = datasets.load_from_disk(source)
-        if not isinstance(saved, datasets.DatasetDict):
-            return saved
-        if split not in saved:
-            raise UserError(f"no split {split!r}; allowed are {', '.join(map(str, saved))}")
-        return saved[split]
-    if data_files is not None:
-        check_arrow([Path(data_files)])
-        return datasets.load_dataset(source, split=split, data_files=data_files)
-    named, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
-    repository, _, subset = named.partition(":")
-    where: dict[str, Any] = {"revision": revision} if revision else {}
-    is_folder = Path(repository).is_dir()
-    if is_folder:
-        check_card(Path(repository))
-    if subset:
-        where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
-    if is_folder:
-        prepare_folder(Path(repository), where)
-    found = datasets.load_dataset(repository, split=split, **where)
-    if found.info.builder_name != "csv":
-        return found
-    text = datasets.Features({name: datasets.Value("string") for name in found.column_names})
-    return datasets.load_dataset(repository, split=split, **where, features=text, keep_default_na=False)
+        yield f"{name}:{number}", row_without_nulls(row)

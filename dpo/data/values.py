@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dpo.data.sources import MalformedRowError
+from dpo.data.malformed import MalformedRowError
 
 _LONGEST_SHOWN = 60
 _NO_NUMBER = ("", "nan", "na", "n/a", "none", "null")

@@ -13,11 +13,12 @@ import numpy as np
 from dpo.config import Config, DataConfig, WinrateConfig
 from dpo.config.sources import show_source, spellings
 from dpo.data.columns import RowReading
+from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import response_text
 from dpo.data.mixing import take
 from dpo.data.preferences import Preference, read_preferences
 from dpo.data.rows import read_prompt_row
-from dpo.data.sources import MalformedRowError, Part, read_rows
+from dpo.data.sources import Part, read_rows
 from dpo.data.tokenizer_calls import encode_texts
 from dpo.distribution import is_shipped
 from dpo.huggingface.tokenizer_files import load_tokenizer

@@ -117,64 +117,82 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
 
 
 def _train(given: Config, observe: Observe | None) -> RunResult:
+    """Take the run's directory, prepare what is trained, and train it unless it is finished already."""
     started = time.monotonic()
-    run_dir, settings = Path(given.run_dir), settings_fingerprint(given)
+    settings = settings_fingerprint(given)
     with ExitStack() as stack:
         # What there is to lose yet is nothing: a stop ends this at once.
         with stops_at_once():
             stands = _enter(stack, given, settings)
             if stands is not None:
-                return RunResult(run_dir, "already finished", stands)
+                return RunResult(Path(given.run_dir), "already finished", stands)
             run = prepare(given)
         stop_requested = shared_vote(stack.enter_context(stop_requests()), run.mesh)
+        return _fit(stack, run, _Start(given, settings, started), stop_requested, observe)
 
-        # Where the run goes on, if it was begun before.
-        checkpoints = stack.enter_context(checkpoints_of(run))
-        resume = resume_of(run, checkpoints, log=say)
-        _introduce(run)
-        program = program_of(run)
-        require_what_comes_later(run, program)
 
-        # The reference: from here on its log-probs are data.
-        scoring = make_scoring(run.config, run.policy, run.objective, run.mesh)
-        reference = choose_reference(run.config, run.policy, run.mesh)
-        stores = score_datasets(run, reference, scoring, stop_requested, log=say)
-        known = reference_identity(stores)
-        resume.require_same(known, log=say)
-        observe = observe or open_on_policy(run.config, run.policy, reference, run.heldout, run.mesh)
-        validation = validation_of(run, stores, log=say)
+class _Start(NamedTuple):
+    """What a start of a run begins with."""
 
-        # The state, which takes the place of the policy's parameters and is donated from step to step.
-        identity, probe = run.identity | known, probe_of(run, scoring)
-        state = _first_state(run, program, resume, checkpoints)
-        _compare_restored(resume, partial(probe, state), identity)
+    given: Config
+    """As it was asked for, before anything was chosen for this machine."""
+    settings: str
+    """The fingerprint of `given`."""
+    began: float
+    """Seconds of the monotonic clock."""
 
-        # All is compared that could have refused: from here on the directory is this start's.
-        begin(run, given, settings)
-        tracker = stack.enter_context(tracker_of(run, resume))
-        earlier = on_main(lambda: read_metrics(run.run_dir / METRICS_FILE))
-        saver = saver_of(run, checkpoints, identity, probe, earlier)
-        evaluate = evaluate_of(run, validation, scoring, tracker, stop_requested, observe)
 
-        # The steps.
-        record = record_of(run, tracker, program, checkpoints, earlier)
-        deadline = stack.enter_context(_step_deadline(run))
-        between = Between(record, deadline, saver, evaluate)
-        sums = _reference_sums(stores.get("train"), scoring.trained)
-        hooks = _make_hooks(run, record, between, stop_requested)
-        first = _first_hooks(run, state, sums, scoring) if resume.step == 0 else []
-        update = _make_update(run, program, sums, deadline)
-        state, step = _optimise(run, state, update, [*first, *hooks], between, first_step=resume.step)
+def _fit(
+    stack: ExitStack, run: Run, start: _Start, stop_requested: Asked, observe: Observe | None
+) -> RunResult:
+    """From what is prepared to an exported policy; what `stack` holds ends with the run."""
+    # Where the run goes on, if it was begun before.
+    checkpoints = stack.enter_context(checkpoints_of(run))
+    resume = resume_of(run, checkpoints, log=say)
+    _introduce(run)
+    program = program_of(run)
+    require_what_comes_later(run, program)
 
-        # What it came to.
-        if step < run.num_steps:
-            checkpoints.wait()
-            return RunResult(run.run_dir, "interrupted", {"step": step})
-        saver.save(step, state)
-        metrics = _evaluate_and_export(run, state, evaluate, stop_requested)
-        checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
-        summary = finish(run, reference, metrics, settings=settings, started=started, best=saver.best)
-        return RunResult(run.run_dir, "finished", summary)
+    # The reference: from here on its log-probs are data.
+    scoring = make_scoring(run.config, run.policy, run.objective, run.mesh)
+    reference = choose_reference(run.config, run.policy, run.mesh)
+    stores = score_datasets(run, reference, scoring, stop_requested, log=say)
+    known = reference_identity(stores)
+    resume.require_same(known, log=say)
+    observe = observe or open_on_policy(run.config, run.policy, reference, run.heldout, run.mesh)
+    validation = validation_of(run, stores, log=say)
+
+    # The state, which takes the place of the policy's parameters and is donated from step to step.
+    identity, probe = run.identity | known, probe_of(run, scoring)
+    state = _first_state(run, program, resume, checkpoints)
+    _compare_restored(resume, partial(probe, state), identity)
+
+    # All is compared that could have refused: from here on the directory is this start's.
+    begin(run, start.given, start.settings)
+    tracker = stack.enter_context(tracker_of(run, resume))
+    earlier = on_main(lambda: read_metrics(run.run_dir / METRICS_FILE))
+    saver = saver_of(run, checkpoints, identity, probe, earlier)
+    evaluate = evaluate_of(run, validation, scoring, tracker, stop_requested, observe)
+
+    # The steps.
+    record = record_of(run, tracker, program, checkpoints, earlier)
+    deadline = stack.enter_context(_step_deadline(run))
+    between = Between(record, deadline, saver, evaluate)
+    sums = _reference_sums(stores.get("train"), scoring.trained)
+    hooks = _make_hooks(run, record, between, stop_requested)
+    first = _first_hooks(run, state, sums, scoring) if resume.step == 0 else []
+    update = _make_update(run, program, sums, deadline)
+    state, step = _optimise(run, state, update, [*first, *hooks], between, first_step=resume.step)
+
+    # What it came to.
+    if step < run.num_steps:
+        checkpoints.wait()
+        return RunResult(run.run_dir, "interrupted", {"step": step})
+    saver.save(step, state)
+    metrics = _evaluate_and_export(run, state, evaluate, stop_requested)
+    checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
+    summary = finish(run, reference, metrics, settings=start.settings, started=start.began, best=saver.best)
+    return RunResult(run.run_dir, "finished", summary)
 
 
 def _enter(stack: ExitStack, given: Config, settings: str) -> RunSummary | None:

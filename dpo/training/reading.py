@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dpo.config import DataConfig
-from dpo.config.run import TemplateArguments
+from dpo.config.data import TemplateArguments
 from dpo.data.chunks import TokenJob
 from dpo.data.encoding import EndToken
 from dpo.data.mixing import Drawn, Share, Source, mix

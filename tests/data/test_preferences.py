@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.data.columns import BY_COLUMNS
+from dpo.data.malformed import MalformedRowError
 from dpo.data.preferences import (
     MAX_PROBLEMS,
     DataError,
@@ -21,7 +22,7 @@ from dpo.data.preferences import (
     read_part,
     read_preferences,
 )
-from dpo.data.sources import MalformedRowError, Part, cut, read_rows
+from dpo.data.sources import Part, cut, read_rows
 
 
 def turns(*contents: str) -> list[dict[str, str]]:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from dpo.data.columns import MEANING, RowReading
 from dpo.data.layouts import LAYOUTS, find_layout
+from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import answer_turns, as_turns
 from dpo.data.preferences import read_preferences
 from dpo.data.rows import read_row, row_reading
-from dpo.data.sources import MalformedRowError
 
 
 def say(*texts):

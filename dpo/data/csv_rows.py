@@ -1,0 +1,63 @@
+"""Rows of CSV files, as text, with the lines that they begin on."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpo.data.malformed import MalformedRowError
+from dpo.outcomes import UserError
+
+
+def csv_rows(path: Path, *, most: int) -> Iterator[tuple[int, Any]]:
+    """Rows of text with the lines that they begin on; "4" is no number here, "None" and "NA" are no nulls.
+
+    Raises:
+      UserError: when the file cannot be read, or a row has more than `most` characters.
+    """
+    csv.field_size_limit(most)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = _RowLines(path, file, most)
+            rows = csv.reader(lines, strict=True)
+            names = next(rows, [])
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
+            line = rows.line_num + 1
+            for row in rows:
+                lines.left = most
+                if row:
+                    yield line, _named(names, row)
+                line = rows.line_num + 1
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV: {error}") from error
+
+
+class _RowLines:
+    """The lines of a CSV file, of which those of one row have a limit: a quote may open and never close."""
+
+    def __init__(self, path: Path, file: io.TextIOBase, most: int) -> None:
+        self._path, self._file, self._most = path, file, most
+        self.left = most
+
+    def __iter__(self) -> _RowLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self.left + 1)
+        self.left -= len(line)
+        if self.left < 0:
+            raise UserError(f"{self._path}: a row of more than {self._most} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _named(names: list[str], row: list[str]) -> Any:
+    if len(row) != len(names):
+        detail = f"has {len(row)} values; allowed are {len(names)}, as many as the first line has names"
+        return MalformedRowError("(row)", "length_mismatch", detail)
+    return dict(zip(names, row, strict=True))
