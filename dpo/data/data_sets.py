@@ -55,12 +55,11 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     repository, _, subset = named.partition(":")
     where: dict[str, Any] = {"revision": revision} if revision else {}
     is_folder = Path(repository).is_dir()
-    if is_folder:
-        check_card(Path(repository))
+    listed = is_folder and check_card(Path(repository))
     if subset:
         where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
     if is_folder:
-        prepare_folder(Path(repository), where)
+        prepare_folder(Path(repository), where, listed=listed)
     found = datasets.load_dataset(repository, split=split, **where)
     if found.info.builder_name != "csv":
         return found

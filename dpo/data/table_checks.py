@@ -125,69 +125,92 @@ def _read_small(path: Path) -> str:
 # ---- folders that `datasets` reads ----
 
 
-def check_card(folder: Path) -> None:
-    """What a folder's README and .huggingface.yaml say of its data names files in it, and no place elsewhere.
+def check_card(folder: Path) -> bool:
+    """Whether a folder's README or .huggingface.yaml says which of its files are the data.
 
-    `datasets` would fetch what they name from the hub or a server, with the user's token.
+    Only files of the folder may be named: `datasets` would fetch others from the hub or a server, with the
+    user's token.
 
     Raises:
-      UserError: naming the pattern that leads out.
+      UserError: naming the pattern that leads out, and for values that take long to look through.
     """
+    listed = False
     for name in ("README.md", ".huggingface.yaml"):
         path = folder / name
-        if path.is_file():
-            for pattern in _patterns(_front_matter(path).get("configs")):
-                if not is_inside(pattern) or "://" in pattern or "::" in pattern:
-                    raise UserError(
-                        f"{path}: its data_files or data_dir name {pattern[:200]!r}; allowed are files of "
-                        "this folder (a data set of the hub is named by its id, in data.train or data.eval)"
-                    )
+        configs = _front_matter(path).get("configs") if path.is_file() else None
+        listed = listed or bool(configs)
+        for pattern in _patterns(configs):
+            if not is_inside(pattern) or "://" in pattern or "::" in pattern:
+                raise UserError(
+                    f"{path}: its data_files or data_dir name {pattern[:200]!r}; allowed are files of "
+                    "this folder (a data set of the hub is named by its id, in data.train or data.eval)"
+                )
+    return listed
 
 
 def _front_matter(path: Path) -> dict[Any, Any]:
     text = _read_small(path)
     if path.suffix == ".md":
         text = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
+    if len(text) > MAX_CARD:
+        raise UserError(f"{path}: says more than {MAX_CARD} characters of its data; allowed are as many")
     try:
         found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise UserError(f"{path}: what it says of the data is no YAML: {error}") from error
+    _require_few(found, path, 0, [_MAX_VALUES])
     return found if isinstance(found, dict) else {}
 
 
-def _patterns(value: Any, *, depth: int = 0) -> Iterable[str]:
+_MAX_VALUES = 20_000
+"""Values of a card; what an alias stands for is counted each time, as it is read each time."""
+_MAX_DEPTH = 20
+
+
+def _require_few(value: Any, path: Path, depth: int, left: list[int]) -> None:
+    left[0] -= 1
+    if left[0] < 0:
+        raise UserError(f"{path}: says more than {_MAX_VALUES} values, aliases counted; allowed are as many")
+    if depth > _MAX_DEPTH:
+        raise UserError(f"{path}: has values more than {_MAX_DEPTH} lists and objects deep")
+    inner = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (list, tuple, set))
+        else ()
+    )
+    for one in inner:
+        _require_few(one, path, depth + 1, left)
+
+
+def _patterns(value: Any) -> Iterable[str]:
     """All texts under `data_files`, `data_dir` or `path` of the configurations, in whatever they lie."""
-    if depth > 20:
-        raise UserError("configs of a data folder lie more than 20 lists and objects deep")
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            if name in ("data_files", "data_dir", "path"):
-                yield from _texts(inner, depth + 1)
-            else:
-                yield from _patterns(inner, depth=depth + 1)
+            yield from _texts(inner) if name in ("data_files", "data_dir", "path") else _patterns(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _patterns(inner, depth=depth + 1)
+            yield from _patterns(inner)
 
 
-def _texts(value: Any, depth: int) -> Iterable[str]:
-    if depth > 20:
-        raise UserError("configs of a data folder lie more than 20 lists and objects deep")
+def _texts(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             if name != "split":
-                yield from _texts(inner, depth + 1)
+                yield from _texts(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner, depth + 1)
+            yield from _texts(inner)
 
 
-def prepare_folder(folder: Path, where: Mapping[str, Any]) -> None:
+def prepare_folder(folder: Path, where: Mapping[str, Any], *, listed: bool) -> None:
     """Have a limited process make what `datasets` keeps of a folder, unless it is kept already.
 
-    `where` are further arguments of `load_dataset`, as JSON has them.
+    `where` are further arguments of `load_dataset`, as JSON has them; `listed` says that the folder itself
+    tells which of its files are the data (`check_card`).
 
     Raises:
       UserError: for other files than tables, files outside of the folder, and what the process ends at.
@@ -201,7 +224,7 @@ def prepare_folder(folder: Path, where: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: would be read as {builder.name}; allowed are {', '.join(TABLES)}")
     for path in files:
         _require_own(path, folder)
-    if not where and not _has_configs(folder):
+    if not where and not listed:
         _require_all(folder, {os.path.realpath(path) for path in files}, builder.name)
     check_arrow([path for path in files if path.suffix == ".arrow"])
     if os.path.isdir(builder.cache_dir):
@@ -211,12 +234,6 @@ def prepare_folder(folder: Path, where: Mapping[str, Any]) -> None:
     said = look(WORKER, {"kind": "folder", "load": load}, size=size, writes=BASE + FACTOR * size)
     if "error" in said:
         raise UserError(f"{folder}: could not be read: {said['error']}")
-
-
-def _has_configs(folder: Path) -> bool:
-    """Whether the folder says itself which of its files are the data."""
-    cards = (folder / "README.md", folder / ".huggingface.yaml")
-    return any(path.is_file() and _front_matter(path).get("configs") for path in cards)
 
 
 def _require_all(folder: Path, read: Collection[str], kind: str) -> None:

@@ -149,6 +149,29 @@ def test_a_folder_reads_no_place_but_itself(tmp_path, monkeypatch, pattern, form
     assert "allowed are files of this folder" in refusal(folder)
 
 
+NINE = "\n".join(
+    f"v{depth}: &v{depth} [{', '.join([f'*v{depth - 1}' if depth else 'x'] * 9)}]" for depth in range(12)
+)
+"""Values by aliases: nine of nine of nine, 9¹² in 700 bytes."""
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (f"{NINE}\nconfigs: [{{data_files: *v11}}]", "more than 20000 values"),
+        ("configs: &all [{data_files: *all}]", "20 lists and objects deep"),
+        ("configs: " + "[" * 30 + "]" * 30, "20 lists and objects deep"),
+        ("# " + "x" * (1 << 20), "characters of its data"),
+    ],
+    ids=["aliases", "of itself", "deep", "long"],
+)
+def test_a_card_that_takes_long_to_look_through_is_refused(tmp_path, monkeypatch, said, problem):
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("was opened"))
+    folder = make_folder(tmp_path)
+    (folder / "README.md").write_text(f"---\n{said}\n---\n")
+    assert problem in refusal(folder)
+
+
 def test_a_folder_whose_card_names_its_own_files_is_read(tmp_path):
     folder = make_folder(tmp_path, "data_files: [{split: train, path: 'tr*.jsonl'}]")
     assert len(read_preferences(folder).preferences) == 1
