@@ -191,10 +191,12 @@ def _render_counts(report: Report) -> Table:
     table.add_row("longer is better", _describe_longer(report["longer_is_better"]))
     if "overlap" in report:
         overlap = report["overlap"]
-        found = f"{overlap['same_prompt']} whole, {overlap['same_first_message']} by the first message"
-        found = f"{found}, of {overlap['heldout']}"
+        counts = (
+            f"{overlap['same_prompt']} whole, {overlap['same_first_message']} by the first message, "
+            f"of {overlap['heldout']}"
+        )
         style = "red" if overlap["same_prompt"] else ""
-        found = _with_places(found, overlap["examples"], overlap["same_prompt"])
+        found = _with_places(counts, overlap["examples"], overlap["same_prompt"])
         table.add_row("held-out prompts also trained on", found, style=style)
     return table
 

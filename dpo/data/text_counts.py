@@ -103,14 +103,6 @@ class TextCounts:
         }
 
 
-def prompt_overlap(preferences: Sequence[Preference], heldout: Sequence[Preference]) -> dict[str, Any]:
-    """Held-out preferences whose prompt is also trained on; see `TextCounts.overlap`."""
-    texts = TextCounts()
-    for preference in preferences:
-        texts.add(preference, with_first_messages=True)
-    return texts.overlap(heldout)
-
-
 def _digest(*texts: str) -> bytes:
     """Texts that differ, or are cut apart elsewhere, have others."""
     digest = hashlib.blake2b(digest_size=16)

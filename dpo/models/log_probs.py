@@ -58,26 +58,6 @@ def token_log_probs(
     return _token_log_probs(_Settings(chunk, softcap, keep_logits, rounds_backward), partition, arrays)
 
 
-def token_entropies(
-    hidden: Float[Array, "*R N D"],
-    embedding: Float[Array, "V D"],
-    *,
-    chunk: int,
-    softcap: float | None = None,
-    bias: Float[Array, " V"] | None = None,
-    partition: Partition = ONE_DEVICE,
-) -> Float32[Array, "*R N"]:
-    """−Σ_v p_v log p_v at each position, in nats. Carries no gradient."""
-
-    def reduce(logits: Array) -> Array:
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-
-    return reduce_logits(
-        reduce, hidden, embedding, chunk=chunk, softcap=softcap, bias=bias, partition=partition
-    )
-
-
 def reduce_logits(
     reduce: Callable[[Float32[Array, "M V"]], Float32[Array, " M"]],
     hidden: Float[Array, "*R N D"],

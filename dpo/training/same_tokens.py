@@ -15,10 +15,6 @@ from dpo.outcomes import UserError
 from dpo.training.datasets import require_embeddings
 from dpo.training.reading import Dataset, read_dataset
 
-_ARRAYS = (
-    *("prompt_tokens", "prompt_offsets", "response_tokens", "response_offsets", "row_offsets", "origin"),
-)
-
 
 def require_same_tokens(
     policy: tuple[str, PreTrainedTokenizerBase],

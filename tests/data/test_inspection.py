@@ -13,7 +13,7 @@ from dpo.data.inspection import (
     render_report,
 )
 from dpo.data.preferences import Preference, Problem, ReadPreferences
-from dpo.data.text_counts import TextCounts, prompt_overlap
+from dpo.data.text_counts import TextCounts
 from dpo.data.tokenization import tokenize
 from dpo.data.tokenized import make_dataset
 
@@ -65,7 +65,10 @@ def test_overlap_is_of_normalised_prompts():
         make("other?", "c", "d"),
         make("new", "c", "d"),
     ]
-    overlap = prompt_overlap(train, heldout)
+    texts = TextCounts()
+    for preference in train:
+        texts.add(preference, with_first_messages=True)
+    overlap = texts.overlap(heldout)
     assert (overlap["heldout"], overlap["same_prompt"], overlap["same_first_message"]) == (4, 2, 3)
 
 
