@@ -116,7 +116,7 @@ def write(preferences: Sequence[Preference], encoder: Encoder) -> list[_Written 
         return [_join_raw(preference) for preference in preferences]
     inputs = [_inputs(preference) for preference in preferences]
     found = iter(encoder.template.write([given for mine in inputs for given in mine]))
-    return [_texts([next(found) for _ in mine]) for mine in inputs]
+    return [_texts([next(found) for _ in mine], mine) for mine in inputs]
 
 
 def _inputs(preference: Preference) -> list[ChatInput]:
@@ -139,11 +139,14 @@ def _join_raw(preference: Preference) -> _Written | Drop:
     )
 
 
-def _texts(written: Sequence[Marked | Refusal]) -> _Written | Drop:
+def _texts(written: Sequence[Marked | Refusal], given: Sequence[ChatInput]) -> _Written | Drop:
     refusal = next((one for one in written if isinstance(one, Refusal)), None)
-    if refusal is not None:
-        return Drop("template_error", f"the chat template refuses the conversation: {refusal.reason}")
-    return [one for one in written if isinstance(one, Marked)]
+    if refusal is None:
+        return [one for one in written if isinstance(one, Marked)]
+    is_null = any(turn.get("content") is None for one in given for turn in one.messages)
+    null = " (a message's content is null, which this template joins as text)" if is_null else ""
+    said = f"the chat template refuses the conversation: {refusal.reason}{null}"
+    return Drop("template_error", f"{said}; another can be given by data.chat_template")
 
 
 def _find_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

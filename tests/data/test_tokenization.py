@@ -113,8 +113,24 @@ def test_a_template_that_refuses_a_conversation_is_counted(tokenizer):
     system = ({"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"})
     dataset = tokenize([make(system, "a", "b"), make("hi", "a", "b")], tokenizer)
     assert dataset.dropped == {"template_error": 1}
-    assert "no system role" in dataset.first_dropped["template_error"]
+    said = dataset.first_dropped["template_error"]
+    assert "no system role" in said
+    assert "data.chat_template" in said
+    assert "null" not in said
     assert dataset.origin.tolist() == [1]
+
+
+def test_a_template_that_takes_null_for_text_is_told_from_others(tokenizer):
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'][0] + ':' + turn['content'] + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    prompt = ({"role": "user", "content": "hi"}, call, {"role": "tool", "content": "it is there"})
+    dataset = tokenize([make(prompt, "a", "b"), make("hi", "a", "b")], tokenizer)
+    said = dataset.first_dropped["template_error"]
+    assert "content is null" in said
+    assert "data.chat_template" in said
 
 
 # prompt "<s>u:hi<e>\n<s>a:" has 10 tokens, a response of n characters n + 2
