@@ -83,6 +83,11 @@ class Loader:
             raise IndexError(f"step {step}; allowed are 0 to {self.num_steps - 1}")
         return self._order(step)
 
+    def rows_read(self) -> Int[np.ndarray, " n"]:
+        """Rows of the data set that any step has, in ascending order."""
+        read = np.unique(np.concatenate([self._order(step) for step in range(self.num_steps)]))
+        return read[read >= 0]
+
     def shape(self, step: int) -> Shape:
         """Static shape of one step's batch."""
         return self._plan.shapes[self._plan.shape_of_step[step]]
@@ -191,12 +196,13 @@ def evaluation_loader(
     dataset: TokenizedDataset,
     *,
     batch_size: int,
+    rows: Int[np.ndarray, " n"] | None = None,
     **packing: Unpack[Packing],
 ) -> Loader:
-    """Every row once, in order; the last batch is filled up with padding prompts of index -1."""
-
-    def order(step: int) -> Int[np.ndarray, " P"]:
-        rows = np.arange(step * batch_size, (step + 1) * batch_size)
-        return np.where(rows < len(dataset), rows, -1)
-
-    return Loader(dataset, order, num_steps=-(-len(dataset) // batch_size), **packing)
+    """Every row once, or these only; the last batch is filled up with padding prompts of index -1."""
+    chosen = np.arange(len(dataset)) if rows is None else rows
+    num_steps = -(-len(chosen) // batch_size)
+    padded = np.full(num_steps * batch_size, -1)
+    padded[: len(chosen)] = chosen
+    batches = padded.reshape(num_steps, batch_size)
+    return Loader(dataset, lambda step: batches[step], num_steps=num_steps, **packing)

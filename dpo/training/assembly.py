@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
 
 from dpo.parallel.distributed import is_main, shared_vote
 from dpo.runs import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY, Identity
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.datasets import as_trained, scoring_loader
+from dpo.training.datasets import Arrangement, as_trained, in_order, scoring_loader
 from dpo.training.identity import take_probe
 from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
@@ -81,7 +80,9 @@ def score_datasets(
     if reference is not run.policy:
         scoring = make_scoring(run.config, reference, run.objective, run.mesh)
 
-    def stores(names: Sequence[str], model: Policy, score: Score, **how: Any) -> dict[str, ReferenceStore]:
+    def stores(
+        names: Sequence[str], model: Policy, score: Score, arrangement: Arrangement | None = None
+    ) -> dict[str, ReferenceStore]:
         return score_reference(
             run.config,
             {name: dataset for name in names if (dataset := datasets[name]) is not None},
@@ -91,19 +92,19 @@ def score_datasets(
             needs=run.objective.reference_sums,
             log=log,
             copy_in=run.run_dir / REFERENCE_DIRECTORY,
-            **how,
+            arrangements={} if arrangement is None else {"train": arrangement},
         )
 
-    in_order = scoring.stored(reference.params)
-    if run.config.model.forward_dtype == "float32":
-        return stores(("train", "eval"), reference, in_order)
-    # New adapters change nothing, but round otherwise than the model without them: the policy itself scores.
-    other = run.config.model.reference is not None
-    model, with_it = (reference, scoring) if other else (run.policy, of_policy)
     config, tokens = run.config, run.dataset.tokens
-    arrangement = as_trained(config.data, config.training, tokens, run.mesh, run.loader)
-    trained = stores(("train",), model, with_it.trained(model.params), arrangement=arrangement)
-    return trained | stores(("eval",), reference, in_order)
+    score = scoring.stored(reference.params)
+    if config.model.forward_dtype == "float32":
+        read = in_order(config.data, tokens, run.mesh, rows=run.loader.rows_read())
+        return stores(("train", "eval"), reference, score, read)
+    # New adapters change nothing, but round otherwise than the model without them: the policy itself scores.
+    model, with_it = (run.policy, of_policy) if config.model.reference is None else (reference, scoring)
+    arrangement = as_trained(config.training, tokens, run.loader)
+    trained = stores(("train",), model, with_it.trained(model.params), arrangement)
+    return trained | stores(("eval",), reference, score)
 
 
 def validation_of(

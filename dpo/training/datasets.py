@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from dpo.config import DataConfig, TrainingConfig
 from dpo.data.batch import Batch
@@ -28,6 +29,7 @@ from dpo.parallel.sharding import (
     row_multiple,
 )
 from dpo.training.reading import Dataset
+from dpo.training.reference import SOME_ROWS
 
 EVALUATION_BATCH = 16
 """Prompts that are scored at a time where no gradient is taken, for each device that holds rows."""
@@ -125,33 +127,49 @@ def make_loader(
 
 
 def scoring_loader(
-    data: DataConfig, tokens: TokenizedDataset, mesh: Mesh, *, micro_batches: int = 1
+    data: DataConfig,
+    tokens: TokenizedDataset,
+    mesh: Mesh,
+    *,
+    rows: Int[np.ndarray, " n"] | None = None,
+    micro_batches: int = 1,
 ) -> Loader:
-    """Every row of a data set once, in order, where no gradient is taken: so many prompts a device."""
+    """Every row of a data set once, or these only, where no gradient is taken: so many prompts a device."""
     packing = _packing(data, mesh, micro_batches=micro_batches)
-    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH * row_multiple(mesh), **packing)
+    return evaluation_loader(tokens, batch_size=EVALUATION_BATCH * row_multiple(mesh), rows=rows, **packing)
 
 
 class Arrangement(NamedTuple):
     """The batches in which a reference scores a data set, and what its numbers depend on besides."""
 
     make_batches: Callable[[], Iterable[Batch]]
-    """Every row is in one at least; where it is in several the first counts."""
+    """Every row to be scored is in one at least; where it is in several the first counts."""
     make_probe: Callable[[], Batch]
     """Any of those that hold rows for the first time."""
     identity: dict[str, str]
+    num_rows: int
+    """How many rows are to be scored."""
 
 
-def in_order(data: DataConfig, tokens: TokenizedDataset, mesh: Mesh) -> Arrangement:
-    """A data set's rows in its order: float32 sums are the same in any batch, but for rounding."""
-    loader = scoring_loader(data, tokens, mesh)
-    return Arrangement(loader.batches, lambda: loader.batch(_same_random(loader.num_steps)), {})
-
-
-def as_trained(
-    data: DataConfig, training: TrainingConfig, tokens: TokenizedDataset, mesh: Mesh, loader: Loader
+def in_order(
+    data: DataConfig, tokens: TokenizedDataset, mesh: Mesh, rows: Int[np.ndarray, " n"] | None = None
 ) -> Arrangement:
-    """Every row in the batch that trains it first, and the rows that no step has in batches of their own.
+    """A data set's rows in its order: float32 sums are the same in any batch, but for rounding.
+
+    `rows` are those that are to be scored, in ascending order; all when not given.
+    """
+    some = None if rows is None or len(rows) == len(tokens) else rows
+    loader = scoring_loader(data, tokens, mesh, rows=some)
+    return Arrangement(
+        loader.batches,
+        lambda: loader.batch(_same_random(loader.num_steps)),
+        {} if some is None else {SOME_ROWS: hashlib.sha256(some.astype(np.int64).tobytes()).hexdigest()},
+        len(tokens) if some is None else len(some),
+    )
+
+
+def as_trained(training: TrainingConfig, tokens: TokenizedDataset, loader: Loader) -> Arrangement:
+    """Every row that a step has, in the batch that trains it first.
 
     In bfloat16 the same row has other sums in rows of another length, by more than a step changes them. The
     step's forward on the step's own batch has the same bits as the reference's, so a run starts at log-ratio
@@ -159,22 +177,12 @@ def as_trained(
     """
     first_epoch = min(loader.num_steps, -(-len(tokens) // training.batch_size))
 
-    def batches() -> Iterator[Batch]:
-        missing = np.ones(len(tokens), bool)
-        for batch in loader.batches(0, first_epoch):
-            missing[np.asarray(batch.index)] = False
-            yield batch
-        others = scoring_loader(data, tokens, mesh, micro_batches=training.micro_batches)
-        for step in range(others.num_steps):
-            index = others.indices(step)
-            if missing[index[index >= 0]].any():
-                yield others.batch(step)
-
     whole = max(1, min(loader.num_steps, len(tokens) // training.batch_size))  # no row of a later epoch
     return Arrangement(
-        batches,
+        lambda: loader.batches(0, first_epoch),
         lambda: loader.batch(_same_random(whole)),
         {"batches": _fingerprint_of_batches(loader, first_epoch, training.micro_batches)},
+        len(loader.rows_read()),
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from dpo.training.pieces import PIECES, Pieces, Score, read_pieces
 from dpo.training.progress import time_left
 
 FORMAT = 2
+SOME_ROWS = "rows"
+"""Part of the identity of a store that has only those rows of the data that a run reads."""
 RELATIVE_TOLERANCE = 1e-3
 ABSOLUTE_TOLERANCE = 1e-2
 PROGRESS_SECONDS = 15.0
@@ -83,8 +85,16 @@ class ReferenceStore:
         self.rows = rows
 
     def lookup(self, index: Int[np.ndarray, " P"]) -> dict[str, Float[np.ndarray, "P K"]]:
-        """Sums of the rows of a batch; 0 for absent responses and padding prompts (index −1)."""
+        """Sums of the rows of a batch; 0 for absent responses and padding prompts (index −1).
+
+        Raises:
+          LookupError: for a row that was not scored.
+        """
         rows = np.asarray(index)
+        for values in self.rows.values():
+            missing = rows[(rows >= 0) & np.isnan(values[np.maximum(rows, 0)]).all(axis=1)]
+            if missing.size:
+                raise LookupError(f"the reference has not scored the rows {missing.tolist()}")
         return {
             name: np.where(rows[:, None] >= 0, np.nan_to_num(values[np.maximum(rows, 0)], nan=0.0), 0)
             for name, values in self.rows.items()
@@ -99,6 +109,7 @@ def open_or_compute(
     make_batches: Callable[[], Iterable[Batch]],
     make_probe: Callable[[], Batch],
     num_rows: int,
+    num_scored: int,
     num_responses: int,
     locate: Locate,
     log: Callable[[str], None],
@@ -108,7 +119,8 @@ def open_or_compute(
 
     `copy_in` is a second directory, looked in first and given a copy: a run that is moved with it finds the
     same bits where there is no `directory`, or another one. Of several processes the main one reads and
-    writes.
+    writes. Of the data's `num_rows` the batches have `num_scored`; a store that has all of them, computed
+    before, serves as well.
 
     `identity` names all that determines the numbers: weights, tokenised data (ids, template, truncation),
     dtype and which sums. `make_batches()` yields the data set in order, `make_probe()` any of its batches.
@@ -116,22 +128,23 @@ def open_or_compute(
     Raises:
       ValueError: when a store is damaged, or its re-scored rows differ: it names the store and what to do.
     """
-    name, shape = _fingerprint(identity), (num_rows, num_responses)
-    copy = None if copy_in is None else copy_in / name
-    path = directory / name if copy is None or not copy.exists() else copy
-    if on_main(path.exists):
+    shape = (num_rows, num_responses)
+    found = on_main(lambda: _find(identity, [directory] if copy_in is None else [copy_in, directory]))
+    path, identity = (directory / _fingerprint(identity), identity) if found is None else found
+    if found is not None:
         store = ReferenceStore(_shared(lambda: _read(path, identity, shape), shape))
         probe = make_probe()
         _verify_rows(store, path, score, probe, locate)
         log(f"reference log-probs: opened {path}, {int((probe.index >= 0).sum())} of its rows re-scored")
     else:
-        log(f"reference log-probs: computing {num_rows} rows, once for this data and these weights")
+        counted = f"{num_rows} rows" if num_scored == num_rows else f"{num_scored} of {num_rows} rows"
+        log(f"reference log-probs: computing {counted}, once for this data and these weights")
         on_main(lambda: require_writable(directory, "reference log-probs"))
         beside = path.with_name(path.name + PIECES)
         pieces = Pieces(beside, shape, _shared(lambda: read_pieces(beside, shape), shape))
         if pieces.num_known:
             log(f"reference log-probs: {pieces.num_known} of these rows are there from a start before")
-        batches = with_progress(make_batches(), num_rows=num_rows, log=log)
+        batches = with_progress(make_batches(), num_rows=num_scored, log=log)
         with pieces.kept():
             rows = score_rows(
                 pieces.remembered(score),
@@ -143,9 +156,20 @@ def open_or_compute(
         store = ReferenceStore(_shared(lambda: _write(path, identity, rows), shape))
         pieces.remove()
         log(f"reference log-probs: stored in {path}")
-    if copy is not None:
-        on_main(lambda: _copy(path, copy))
+    if copy_in is not None:
+        on_main(lambda: _copy(path, copy_in / path.name))
     return store
+
+
+def _find(identity: dict[str, str], directories: Sequence[Path]) -> tuple[Path, dict[str, str]] | None:
+    """The store of this identity, or of the same with all rows, in the first directory that has either."""
+    whole = {name: value for name, value in identity.items() if name != SOME_ROWS}
+    for directory in directories:
+        for one in (identity, whole):
+            path = directory / _fingerprint(one)
+            if path.exists():
+                return path, one
+    return None
 
 
 def with_progress(

@@ -83,9 +83,9 @@ def score_reference(
     needs: frozenset[str],
     log: Callable[[str], None],
     copy_in: Path,
-    arrangement: Arrangement | None = None,
+    arrangements: Mapping[str, Arrangement],
 ) -> dict[str, ReferenceStore]:
-    """The reference's log-probs of several data sets, by their names."""
+    """The reference's log-probs of several data sets, by their names, as `arrangements` say or in order."""
     for dataset in datasets.values():  # rows that do not fit are found before anything is scored
         scoring_loader(config.data, dataset.tokens, mesh)
     return {
@@ -99,7 +99,7 @@ def score_reference(
             needs=needs,
             log=log,
             copy_in=copy_in,
-            arrangement=arrangement,
+            arrangement=arrangements.get(name),
         )
         for name, dataset in datasets.items()
     }
@@ -142,6 +142,7 @@ def open_reference(
         make_batches=arrangement.make_batches,
         make_probe=arrangement.make_probe,
         num_rows=len(dataset.tokens),
+        num_scored=arrangement.num_rows,
         num_responses=dataset.tokens.max_responses,
         locate=dataset.location,
         log=log,

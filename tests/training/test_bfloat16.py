@@ -8,13 +8,12 @@ from flax import nnx
 from numpy.testing import assert_array_equal
 from tiny_model import byte_tokenizer, tiny_config
 
-from dpo.config import DataConfig, MeshConfig, TrainingConfig
+from dpo.config import TrainingConfig
 from dpo.data.loader import training_loader
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.text_models import read_config
 from dpo.losses import make_objective
 from dpo.models.decoder import Decoder
-from dpo.parallel.sharding import make_mesh
 from dpo.training.datasets import as_trained
 from dpo.training.step import loss_and_gradient, make_eval_step, response_sums
 
@@ -38,17 +37,17 @@ def loader(num_steps: int = 5, num_rows: int = 10):
 
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_every_row_is_scored_in_the_batch_that_trains_it_first(num_steps):
-    """Ten rows, four a step: the third step is half of the second epoch; a short run leaves rows over."""
+    """Ten rows, four a step: the third step is half of the second epoch; a short run scores what it reads."""
     steps, rows = loader(num_steps), dataset()
-    scoring = as_trained(DataConfig(), TRAINING, rows, make_mesh(MeshConfig()), steps)
+    scoring = as_trained(TRAINING, rows, steps)
     batches = list(scoring.make_batches())
     trained = min(num_steps, 3)
     for step in range(trained):
         jax.tree.map(assert_array_equal, batches[step], steps.batch(step))
     indices = [np.asarray(batch.index) for batch in batches]
-    assert set(np.concatenate(indices).tolist()) - {-1} == set(range(10))
-    assert len(batches) == trained + (num_steps == 1)
-    others = as_trained(DataConfig(), TRAINING, rows, make_mesh(MeshConfig()), loader(2))
+    assert sorted(set(np.concatenate(indices).tolist()) - {-1}) == steps.rows_read().tolist()
+    assert (len(batches), scoring.num_rows) == ((3, 10) if num_steps == 5 else (1, 4))
+    others = as_trained(TRAINING, rows, loader(2))
     assert others.identity != scoring.identity
 
 

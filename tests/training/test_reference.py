@@ -7,7 +7,13 @@ from numpy.testing import assert_array_equal
 from dpo.data.batch import Batch
 from dpo.outcomes import StopRequested
 from dpo.training.pieces import Pieces, read_pieces
-from dpo.training.reference import fingerprint_parameters, open_or_compute, score_rows, with_progress
+from dpo.training.reference import (
+    SOME_ROWS,
+    fingerprint_parameters,
+    open_or_compute,
+    score_rows,
+    with_progress,
+)
 
 IDENTITY = {"weights": "w", "data": "d", "dtype": "float32"}
 TRUTH = np.array([[-1.0, -2.0], [-3.0, np.nan], [-5.0, -6.0]], np.float32)
@@ -36,6 +42,7 @@ def open_store(directory, *, score=score, identity=IDENTITY, log=lambda _: None)
         make_batches=lambda: batches,
         make_probe=lambda: batches[0],
         num_rows=3,
+        num_scored=3,
         num_responses=2,
         locate=lambda row: f"data.jsonl:{row + 1}",
         log=log,
@@ -45,6 +52,31 @@ def open_store(directory, *, score=score, identity=IDENTITY, log=lambda _: None)
 def test_lookup_returns_each_rows_log_probs_and_zero_where_there_is_none(tmp_path):
     store = open_store(tmp_path)
     assert_array_equal(store.lookup(np.array([2, 1, -1]))["logps"], [[-5, -6], [-3, 0], [0, 0]])
+
+
+def test_only_the_rows_that_are_read_are_scored_and_a_whole_store_serves_them_too(tmp_path):
+    some = IDENTITY | {SOME_ROWS: "of a short run"}
+
+    def open_some(directory, log):
+        batches = [batch_of([0, 2])]
+        given = {"make_batches": lambda: batches, "make_probe": lambda: batches[0], "log": log}
+        shape = {"num_rows": 3, "num_scored": 2, "num_responses": 2}
+        return open_or_compute(directory, some, score=score, locate=str, **shape, **given)
+
+    said: list[str] = []
+    store = open_some(tmp_path / "some", said.append)
+    assert "computing 2 of 3 rows" in said[0]
+    assert_array_equal(store.lookup(np.array([2, 0, -1]))["logps"], [[-5, -6], [-1, -2], [0, 0]])
+    with pytest.raises(LookupError, match=r"not scored the rows \[1\]"):
+        store.lookup(np.array([0, 1]))
+
+    open_store(tmp_path / "whole")
+    said.clear()
+    assert_array_equal(open_some(tmp_path / "whole", said.append).rows["logps"], TRUTH)
+    assert "opened" in said[0]
+    assert_array_equal(
+        open_store(tmp_path / "some").rows["logps"], TRUTH
+    )  # and the other way round it does not
 
 
 def test_a_store_is_computed_once(tmp_path):
