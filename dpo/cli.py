@@ -185,7 +185,7 @@ def diffusion(arguments: list[str]) -> int:
     config = read_settings(DiffusionConfig, "diffusion", arguments)
     from dpo.commands.experiments import run_diffusion
 
-    run_diffusion(config)
+    run_diffusion(config, arguments)
     return 0
 
 

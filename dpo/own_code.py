@@ -46,23 +46,30 @@ def require_own_word(name: str, *, setting: str, arguments: Sequence[str]) -> No
     """
     option = f"--{setting}"
     if not any(argument == option or argument.startswith(f"{option}=") for argument in arguments):
-        raise UserError(
-            f"{setting} is {name!r} in a settings file; a function's module is code that would run, so it "
-            f"has to be said on the command line: {option}={name}"
-        )
+        raise _in_a_file_alone(name, setting, f"{option}={name}")
 
 
-def require_own_word_for_objectives(terms: Sequence[Mapping[str, Any]], *, arguments: Sequence[str]) -> None:
+def require_own_word_for_objectives(
+    terms: Sequence[Mapping[str, Any]], *, arguments: Sequence[str], as_said: str = "--objective.name={}"
+) -> None:
     """Refuse an objective `module:function` that no option of the command line names, as a judge is refused.
 
     Raises:
-      ValueError: naming the objective and the option to say it with.
+      ValueError: naming the objective and the option to say it with, `as_said` with the name in it.
     """
     pairs = zip(arguments, [*arguments, ""][1:], strict=True)
     spoken = [f"{option} {value}" for option, value in pairs if option.startswith("--objective")]
     for name in (str(term.get("name")) for term in terms):
         if ":" in name and not any(name in words for words in spoken):
-            require_own_word(name, setting="objective.name", arguments=())
+            option = as_said.format(name)
+            raise _in_a_file_alone(name, option.strip("-").partition("=")[0], option)
+
+
+def _in_a_file_alone(name: str, setting: str, option: str) -> UserError:
+    return UserError(
+        f"{setting} is {name!r} in a settings file; a function's module is code that would run, so it "
+        f"has to be said on the command line: {option}"
+    )
 
 
 @contextmanager

@@ -133,16 +133,26 @@ def test_an_own_objective_is_made_on_the_users_word_and_its_runs_open_without_it
         reward_scale({"name": "registered_in_another_program"})
 
 
-@pytest.mark.parametrize("command", ["train", "inspect", "plan"])
+@pytest.mark.parametrize("command", ["train", "inspect", "plan", "diffusion", "frontier"])
 def test_a_settings_file_alone_does_not_run_an_objective(
     here: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = f"objective_in_a_file_of_{command}"
-    (here / f"{name}.py").write_text(HOSTILE)
-    (here / "run.yaml").write_text(json.dumps({"objective": {"name": f"{name}:f"}}))
+    function = f"objective_in_a_file_of_{command}:f"
+    (here / f"{function.removesuffix(':f')}.py").write_text(HOSTILE)
+    settings: dict[str, object] = {"objective": {"name": function}}
+    said = f"--objective.name={function}"
+    if command == "frontier":
+        (here / "rows.jsonl").write_text(json.dumps({"prompt": "Say A.", "chosen": "A", "rejected": "B"}))
+        settings = {"objectives": [function], "train": "rows.jsonl", "eval": "rows.jsonl"}
+        said = f"--objectives=[{function}]"
+    (here / "run.yaml").write_text(json.dumps(settings))
     assert main([command, "--config=run.yaml"]) == 2
-    assert f"--objective.name={name}:f" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not (here / "RAN").exists()
+    if command in ("diffusion", "frontier"):
+        assert main([command, "--config=run.yaml", said]) == 2
+        assert "has no attribute 'f'" in capsys.readouterr().err
+        assert (here / "RAN").exists(), "on the user's word it is imported"
 
 
 def test_the_word_may_be_given_in_any_spelling() -> None:
