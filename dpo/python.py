@@ -40,6 +40,7 @@ from dpo.runs import model_of
 from dpo.training.datasets import require_embeddings
 from dpo.training.policy import Policy, load_policy
 from dpo.training.reading import Dataset, tokenize_preferences
+from dpo.training.talk import as_trained
 
 Text = str | Sequence[Message]
 """A text, or the messages of a conversation: {"role": …, "content": …}."""
@@ -114,7 +115,12 @@ class LanguageModel:
         asked = [
             prompt if isinstance(prompt, str) else tuple(prompt) for prompt in _listed("prompts", prompts)
         ]
-        ids = tokenize_prompts(asked, tokenizer, template_kwargs=self._data.template_kwargs)
+        ids = tokenize_prompts(
+            asked,
+            tokenizer,
+            template_date=self._data.template_date,
+            template_kwargs=self._data.template_kwargs,
+        )
         require_known(ids, pretrained.model.config, source=self.source)
         drawn = generate(
             pretrained.model,
@@ -190,6 +196,8 @@ def load(
     given = replace(data or DataConfig(max_length=LONGEST), truncation="error")
     mesh, found = own_mesh(MeshConfig()), model_of(source)
     policy = load_policy(ModelConfig(source=found, compute_dtype=compute_dtype), mesh)
+    if data is not None:  # it talks, and ends, as they say; else as `dpo generate` has it
+        policy = policy._replace(pretrained=as_trained(policy.pretrained, given))
     return LanguageModel(source, policy, given, mesh)
 
 

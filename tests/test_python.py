@@ -65,6 +65,20 @@ def test_generating_is_a_function_of_prompt_and_seed(model: dpo.LanguageModel) -
     assert model.generate(["Say B."], max_new_tokens=6, temperature=1.0, min_p=None, seed=3) == drawn[1:]
 
 
+def test_another_template_is_that_of_what_is_generated_too(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prompt is the same text under a template that reads nothing of the first message."""
+    template = tmp_path / "template.jinja"
+    template.write_text("Always the same.{% for m in messages[1:] %} {{ m.content }}</s>{% endfor %}")
+    model = dpo.load(str(tiny_model_dir), data=DataConfig(chat_template=str(template)))
+    asked: list[list[int]] = []
+    monkeypatch.setattr("dpo.python.generate", lambda _, ids, **rules: asked.extend(ids) or [[]] * len(ids))
+    assert model.generate(["Say A.", "Describe the sea."]) == ["", ""]
+    assert asked[0] == asked[1]
+    assert model.pretrained.tokenizer.decode(asked[0]) == "Always the same."
+
+
 def test_implicit_rewards_of_equal_models_are_zero_and_scale_with_beta(
     model: dpo.LanguageModel, other: dpo.LanguageModel
 ) -> None:
