@@ -74,8 +74,11 @@ def find_cluster(given: Meeting, environment: Mapping[str, str]) -> Cluster | No
 
 
 def _complete(found: Cluster, given: Meeting, coordinator: str | None) -> Cluster | None:
-    """What was found, with the settings in the place of what was not; None for a single process."""
-    if found.found_in == "tpu":
+    """What was found, with the settings in its place where they say something; None for a single process.
+
+    On a Cloud TPU, where JAX finds out all, they say all of it or nothing.
+    """
+    if found.found_in == "tpu" and given.coordinator is given.num_processes is given.process_id is None:
         return found
     cluster = found._replace(
         coordinator=coordinator or found.coordinator,

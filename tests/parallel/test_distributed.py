@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from dpo.config import DistributedConfig
 from dpo.outcomes import HANG, NO_PROGRESS, PEER_LOST
+from dpo.parallel import cluster
 from dpo.parallel.cluster import Cluster, find_cluster
 from dpo.parallel.joining import bind_address
 
@@ -57,10 +58,10 @@ def test_slurm_meets_at_its_first_node():
 
 def test_open_mpi_4_says_where_it_was_started_and_5_on_one_host_only():
     uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
-    cluster = find(OPENMPI | uri)
-    assert cluster is not None
-    assert str(cluster.coordinator).startswith("10.96.0.1:")
-    assert cluster[1:] == (4, 3, "openmpi", 1)
+    found = find(OPENMPI | uri)
+    assert found is not None
+    assert str(found.coordinator).startswith("10.96.0.1:")
+    assert found[1:] == (4, 3, "openmpi", 1)
     local = find(OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
     assert local is not None
     assert str(local.coordinator).startswith("127.0.0.1:")
@@ -97,6 +98,16 @@ def test_settings_come_before_what_is_found():
         find({}, coordinator="here:1", num_processes=2, process_id=2)
     with pytest.raises(ValueError, match="cluster is slurm, but its variables are not"):
         find({}, cluster="slurm")
+
+
+def test_settings_come_before_what_jax_would_find_on_a_cloud_tpu(monkeypatch):
+    monkeypatch.setitem(cluster._LAUNCHERS, "tpu", lambda _: Cluster(None, None, None, "tpu"))
+    given = {"coordinator": "here:1", "num_processes": 8, "process_id": 7}
+    assert find({}) == Cluster(None, None, None, "tpu")
+    assert find({}, **given) == Cluster("here:1", 8, 7, "tpu")
+    assert find({}, num_processes=1) is None
+    with pytest.raises(ValueError, match=r"\(tpu\), but num_processes, process_id is not known"):
+        find({}, coordinator="here:1")
 
 
 def test_settings_hold_where_no_launcher_is_asked():
