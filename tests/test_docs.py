@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from dpo import cli
 from dpo.config import (
@@ -231,3 +232,80 @@ def test_every_promise_names_a_test_that_exists_and_is_not_skipped(page: str) ->
             assert name in tests, f"{page}: {file} has no {name}"
             marks = [ast.unparse(mark) for mark in tests[name].decorator_list]
             assert not [mark for mark in marks if re.match(r"pytest\.mark\.(skip\b|xfail)", mark)]
+
+
+class Selection(NamedTuple):
+    """What a pytest command on a page asks for."""
+
+    page: str
+    marker: str
+    files: tuple[str, ...]
+    keyword: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: -m {self.marker!r} {' '.join(self.files)} -k {self.keyword!r}"
+
+
+def selections() -> Iterator[Selection]:
+    """Every `pytest … FILE` of a page, over a line's end too."""
+    for page in PAGES:
+        text = re.sub(r"\s+", " ", re.sub(r" +#[^\n]*", " ", page.read_text(encoding="utf-8")))
+        for options, files, keyword in re.findall(
+            r"pytest ((?:-\w (?:\"[^\"]*\" |\w+ )?)*)((?:tests/[\w/]+\.py ?)+)(?:-k (\w+|\"[^\"]*\"))?", text
+        ):
+            marker = re.search(r"-m (\w+|\"[^\"]*\")", options)
+            asked = "not slow" if marker is None else marker[1].strip('"')
+            yield Selection(page.name, asked, tuple(files.split()), keyword.strip('"'))
+
+
+@pytest.mark.parametrize("selection", list(selections()), ids=str)
+def test_pytest_commands_select_tests_of_every_file(selection: Selection) -> None:
+    """Marks and names are read off the source; a keyword may also be in what a test is parametrised by."""
+    marker, keyword = Expression.compile(selection.marker), Expression.compile(selection.keyword or "test")
+    for file in selection.files:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        module = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+        of_all = [line for line in module if line.startswith("pytestmark")]
+        found = []
+        for test in tree.body:
+            if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+                marks = " ".join([*map(ast.unparse, test.decorator_list), *of_all])
+                slow = bool(re.search(r"pytest\.mark\.(slow|ci)\b", marks))
+                words = f"{test.name} {marks}"
+                if marker.evaluate(lambda mark, slow=slow, **_: slow and mark == "slow") and keyword.evaluate(
+                    lambda word, words=words, **_: word in words
+                ):
+                    found.append(test.name)
+        assert found, f"{file} has no such test"
+
+
+def test_there_are_pytest_commands() -> None:
+    assert len(list(selections())) >= 15
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    known = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        known |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert not set(re.findall(r"\btest_\w+", page.read_text(encoding="utf-8"))) - known
+
+
+def programs() -> Iterator[Command]:
+    """Every `python -m benchmarks…` and the like of a page, up to a line's end."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        yield from (
+            Command(page.name, found.split("#")[0].strip())
+            for found in re.findall(r"python -m ((?:benchmarks|tests|docs|data)\b[^`\n|;]*)", text)
+        )
+
+
+@pytest.mark.parametrize("command", list(programs()), ids=str)
+def test_programs_and_their_options_exist(command: Command) -> None:
+    name, *words = command.text.split()
+    path = ROOT / name.replace(".", "/")
+    sources = [path.with_suffix(".py")] if path.with_suffix(".py").is_file() else [path / "__main__.py"]
+    sources += sorted((ROOT / "benchmarks").glob("bench*.py")) if name == "benchmarks" else []
+    known = set(re.findall(r'"(--[\w-]+)"', "".join(source.read_text() for source in sources)))
+    assert not {word.partition("=")[0] for word in words if word.startswith("--")} - known

@@ -11,17 +11,21 @@ from pathlib import Path
 import pytest
 
 from dpo import help as short_help
-from dpo.config import Config, DistributedConfig, EndpointConfig
-from dpo.data import chunks, preferences, sources, templates
+from dpo import limited, terminal
+from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
+from dpo.data import chunks, preferences, sources, table_checks, table_worker, templates, token_processes
 from dpo.data.layouts import LAYOUTS
 from dpo.data.table_worker import BASE, FACTOR
 from dpo.evaluation import accuracy, statistics
-from dpo.huggingface import weights
+from dpo.huggingface import config_rules, foreign_json, licences, tokenizer_files, tokenizer_worker, weights
+from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS
 from dpo.judging import prompts, replies, server, winrate
 from dpo.losses import OBJECTIVES, plackett_luce
 from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
+from dpo.models import attention_blocked, attention_tiles
 from dpo.parallel import deadline
-from dpo.training import interrupt, preflight, progress, starts, watchdog
+from dpo.planning import chips
+from dpo.training import interrupt, on_policy, pieces, preflight, progress, starts, watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Config()
@@ -48,6 +52,55 @@ WORDS = dict(
 )
 WORDS |= {20: "twenty"}
 
+FRONTIER = FrontierConfig()
+LIMITED: list[tuple[str, tuple[object, ...]]] = [
+    (
+        "and four times the file's size of memory, {} s and one for each {} MB; rows",
+        (limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
+    ),
+    (
+        "| {} GiB of addresses and four times the files' size; {} s of CPU time and one for each {} MB |",
+        (limited.MEMORY >> 30, limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
+    ),
+    (
+        "rows of one part but for its last | {} MiB; {} MiB |",
+        (sources.MAX_ROW_BYTES >> 20, sources.MAX_PART_BYTES >> 20),
+    ),
+    ("blank lines behind each other | {:,} |", (sources.MAX_BLANK_LINES,)),
+    (
+        "{} MiB and {:,} times the file's size; {} MiB each {:,} rows",
+        (BASE >> 20, FACTOR, table_worker.BATCH >> 20, table_worker.ROWS),
+    ),
+    (
+        "| {:,} characters and twice those of its messages; {:g} s |",
+        (templates.LIMITS.characters, templates.LIMITS.seconds),
+    ),
+    (
+        "| {:g} s, {:g} ms a text and 1 s for each {:,} characters",
+        (templates.LIMITS.seconds, 1000 * templates.SECONDS_A_TEXT, templates.CHARACTERS_A_SECOND),
+    ),
+    ("all texts of a chunk | {} times as many", (templates.LIMITS.texts,)),
+    ("a tokenizer's rules may make a text | {} times |", (tokenizer_worker.MOST_GROWTH,)),
+    (
+        "a model's JSON files; `tokenizer.json`; README | {} MiB, {} lists deep; {} MiB; {} MiB |",
+        (
+            foreign_json.MAX_JSON_BYTES >> 20,
+            foreign_json.MAX_DEPTH,
+            tokenizer_files._LARGEST["tokenizer.json"] >> 20,
+            licences.MAX_README_BYTES >> 20,
+        ),
+    ),
+    (
+        "layers; width; header of safetensors | {:,}; 131,072; {} MB |",
+        (config_rules.MAX_LAYERS, weights.MAX_HEADER_BYTES // 10**6),
+    ),
+    ("a judge's reply | {} MiB,", (replies.MAX_BYTES >> 20,)),
+    (
+        "an error on the terminal | {} lines of {:,} characters |",
+        (terminal.MOST_LINES, terminal.LONGEST_LINE),
+    ),
+]
+"""Of docs/security.md, the table of limits above all."""
 SAID: list[tuple[str, str, tuple[object, ...]]] = [
     (
         "README.md",
@@ -58,9 +111,13 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/using.md", "ends with exit code {}; the same command then goes on", (STOPPED.code,)),
     ("CHANGELOG.md", "are read: {} layouts", (len(LAYOUTS),)),
     ("docs/data.md", "in chunks of {:,}", (chunks.CHUNK_ROWS,)),
+    ("docs/data.md", "from {} chunks on", (WORDS[token_processes.PARALLEL_FROM],)),
+    ("docs/data.md", "there are cores ({} at most)", (token_processes.MOST,)),
     ("docs/data.md", "Above `data.token_store_limit` gigabytes ({:g})", (DEFAULT.data.token_store_limit,)),
     ("docs/security.md", "a line is at most {} MiB", (sources.MAX_ROW_BYTES // 2**20,)),
     ("docs/security.md", "{} MiB and {:,} times the file's size;", (BASE >> 20, FACTOR)),
+    *(("docs/security.md", *row) for row in LIMITED),
+    ("docs/models.md", "lists the {})", (len(PRE_TOKENIZERS),)),
     ("docs/security.md", "{:,} characters and twice those", (DEFAULT.data.template_characters,)),
     ("docs/data.md", "`data.template_characters` (a million)", ()),
     ("docs/security.md", "header at most {} MB", (weights.MAX_HEADER_BYTES // 10**6,)),
@@ -75,6 +132,15 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ),
     ("docs/winrate.md", "{} in a row stop the command with the server's own", (WORDS[server.REFUSALS],)),
     ("docs/winrate.md", "{} questions in a row without an answer", (WORDS[server.GIVE_UP_AFTER],)),
+    ("docs/winrate.md", "that double, to a minute at most", (server.LONGEST_PAUSE / 60,)),
+    ("docs/winrate.md", "answers the first {} held-out prompts", (FRONTIER.prompts,)),
+    ("docs/winrate.md", "of the same {} samples a prompt", (FRONTIER.best_of,)),
+    ("docs/winrate.md", "at β ∈ {{{:g}, {:g}, {:g}, {:g}}}", tuple(FRONTIER.betas)),
+    (
+        "docs/results.md",
+        "{} steps of {} rankings at a learning rate of 6e-5",
+        (FRONTIER.steps, FRONTIER.batch_size),
+    ),
     ("docs/winrate.md", "says, up to an hour", (server.LONGEST_WAIT // 3600,)),
     ("docs/winrate.md", "with a warning above {:.0f}%", (100 * winrate.MOST_CUT,)),
     ("docs/winrate.md", "({:.0f}% of them are no longer", (100 * prompts.COVERED,)),
@@ -88,12 +154,19 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/winrate.md", "in {} bins from ½ to 1", (WORDS[accuracy.NUM_BINS],)),
     ("docs/scaling.md", "`distributed.heartbeat_timeout` ({:g} s)", (DistributedConfig().heartbeat_timeout,)),
     ("docs/scaling.md", "half an hour more, to be compiled", (deadline.COMPILE_SECONDS / 3600,)),
+    ("docs/reliability.md", "reach the disk every minute", (pieces.PIECE_SECONDS / 60,)),
     ("docs/reliability.md", "Signals within {:g} s of the first", (interrupt.SAME_REQUEST,)),
     ("docs/reliability.md", "second one, {:g} s or more later", (interrupt.SAME_REQUEST,)),
     ("docs/reliability.md", "{:g} s later all the same where a compilation", (interrupt.SOON,)),
     ("docs/reliability.md", "or the eleventh after {} that were killed", (WORDS[starts.MOST_STARTS],)),
     ("docs/reliability.md", "where a compilation lets nothing through | {} |", (STOPPED_AT_ONCE.code,)),
     ("docs/design.md", "checked to 1e-4", (preflight.PREFLIGHT_TOLERANCE["bfloat16"],)),
+    ("docs/performance.md", "with {}-slot blocks", (attention_blocked.BLOCK,)),
+    ("docs/performance.md", "a step of the loop computes {} tiles", (WORDS[attention_tiles.TILES],)),
+    ("docs/troubleshooting.md", "JAX reserves three quarters of the memory", (chips.FRACTION,)),
+    ("docs/troubleshooting.md", "{} says another part", (chips.FRACTIONS[0],)),
+    ("docs/troubleshooting.md", "({} rows a device at a time)", (on_policy.ROWS,)),
+    ("docs/troubleshooting.md", "has fallen by a nat a token", (watchdog.COLLAPSE_NATS,)),
     ("docs/watching.md", "every {} seconds", (WORDS[int(progress.PLAIN_INTERVAL)],)),
     ("docs/troubleshooting.md", "by {:g} times their spread", (watchdog.SPIKE_SPREADS,)),
     ("docs/troubleshooting.md", "After {} steps the loss is still", (watchdog.STUCK_AFTER,)),
@@ -112,6 +185,10 @@ EXACT = {
     "says, up to an hour": 1,
     "half an hour more, to be compiled": 0.5,
     "checked to 1e-4": 1e-4,
+    "that double, to a minute at most": 1,
+    "reach the disk every minute": 1,
+    "JAX reserves three quarters of the memory": 0.75,
+    "has fallen by a nat a token": 1,
 }
 """What rows say whose number is in words; the others are formatted."""
 
@@ -128,3 +205,4 @@ def test_the_steps_that_lengths_are_compared_over() -> None:
     assert watchdog.DRIFT_STEPS == 50
     assert watchdog.DRIFT_RATIO == 1.5
     assert preferences.MAX_PROBLEMS == 20
+    assert licences.MAX_README_BYTES == table_checks.MAX_CARD, "of a model and of a folder of data"
