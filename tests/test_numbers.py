@@ -21,8 +21,8 @@ from dpo.huggingface import config_rules, foreign_json, licences, tokenizer_file
 from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS
 from dpo.judging import prompts, replies, server, winrate
 from dpo.losses import OBJECTIVES, plackett_luce
-from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
 from dpo.models import attention_blocked, attention_tiles
+from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
 from dpo.parallel import deadline
 from dpo.planning import chips
 from dpo.training import interrupt, on_policy, pieces, preflight, progress, starts, watchdog
