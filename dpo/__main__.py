@@ -30,6 +30,7 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def run() -> int:
     """The command line in `sys.argv`; returns the exit code."""
     hold_signals()
+    open_closed_streams()
     if wants_huge_pages():
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -38,6 +39,18 @@ def run() -> int:
     sys.stdout, sys.stderr = map(Guard, (sys.stdout, sys.stderr))  # to the end: of a traceback, too
     os.environ.setdefault(NO_ADVICE, "1")  # before transformers is imported, which says that torch is missing
     return answer_signals() if sys.argv[1:2] and sys.argv[1] in LONG else end_at_once()
+
+
+def open_closed_streams() -> None:
+    """Streams that the caller closed (`dpo train >&-`) lead nowhere.
+
+    Otherwise the next files that are opened get their numbers, and libraries print into these.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is the closed one
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, os.fdopen(nowhere, "w" if number else "r"))
 
 
 def command() -> int:

@@ -8,10 +8,11 @@ in the same way. A last resort it is not: code of C libraries that writes to the
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -50,7 +51,11 @@ has no width and no use in a line; halves of pairs; tags. Joiners stay: scripts 
 
 
 class Guard:
-    """A text stream whose control characters show. What a progress bar begins its line with stays."""
+    """A text stream whose control characters show. What a progress bar begins its line with stays.
+
+    Once nobody takes what is written (a closed pipe, a lost terminal, a full disk), it goes nowhere: what is
+    said is never a reason to end.
+    """
 
     def __init__(self, stream: Any) -> None:
         self.rich_proxied_file = stream
@@ -58,13 +63,22 @@ class Guard:
 
     def write(self, text: str) -> int:
         stream = self.rich_proxied_file
-        if _OF_A_BAR.fullmatch(text):
-            return stream.write(text)
-        start = "\r" if text.startswith("\r") else ""
-        shown = start + show_controls(text[len(start) :])
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        try:
+            if _OF_A_BAR.fullmatch(text):
+                return stream.write(text)
+            start = "\r" if text.startswith("\r") else ""
+            shown = start + show_controls(text[len(start) :])
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        except OSError:
+            lead_nowhere(stream)
         return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.rich_proxied_file.flush()
+        except OSError:
+            lead_nowhere(self.rich_proxied_file)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -74,10 +88,25 @@ class Guard:
         return getattr(self.rich_proxied_file, name)
 
 
+def lead_nowhere(stream: Any) -> None:
+    """Let what is written to a stream from here on be dropped, and what waits in it."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+            stream.flush()
+        finally:
+            os.close(nowhere)
+
+
 class _ShownConsole(Console):
     def print(self, *objects: Any, **how: Any) -> None:
         """Rich would leave some control characters of a plain text out without a word."""
         super().print(*(show_controls(one) if isinstance(one, str) else one for one in objects), **how)
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program."""
+        lead_nowhere(self.file)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):

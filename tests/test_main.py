@@ -62,6 +62,13 @@ def test_the_command_does_not_ask_for_torch():
     assert "PyTorch" not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "| true", ">/dev/full"])
+def test_a_command_whose_output_nobody_takes_ends_as_it_would(closed):
+    command = f"set -o pipefail; {sys.executable} -m dpo --version {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 HELD = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test's worker may ignore

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import io
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
 from dpo import cli, terminal
+from dpo.commands import generate
 from dpo.commands.output import print_plain
+from dpo.config import GenerateConfig
 from dpo.outcomes import UserError
 from dpo.terminal import Guard, console, guarded_output, shortened, show_controls
 from dpo.training.progress import PlainLines, Terminal, say
@@ -147,3 +152,28 @@ def test_only_here_is_a_console_made_and_a_stream_written():
                 called = ast.unparse(node.func)
                 assert called not in ("Console", "rich.print", "rich.get_console"), f"{path}:{node.lineno}"
                 assert not called.startswith(("sys.__stdout__", "sys.__stderr__")), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_what_nobody_reads_any_more_is_dropped(sink, monkeypatch):
+    """A closed pipe, from the first line to the end of the interpreter, which flushes what is left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with guarded_output():
+            for text in ("one", "two\n", "x" * 100_000):
+                SINKS[sink](text)
+                sys.stdout.flush()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left")])
+def test_an_answer_ends_quietly_where_its_reader_has_gone(error, monkeypatch):
+    """As in `dpo generate MODEL PROMPT | head -1`; a full disk is said, since the answer was asked for."""
+    for name in ("dpo.huggingface.pretrained", "dpo.pages.chat", "dpo.training.program"):
+        monkeypatch.setitem(sys.modules, name, Mock(respond=lambda *_, **__: iter(["yes"])))
+    monkeypatch.setattr(generate, "_write", Mock(side_effect=error))
+    gone = isinstance(error, BrokenPipeError)
+    with contextlib.nullcontext() if gone else pytest.raises(OSError, match="No space left"):
+        generate.answer(GenerateConfig(model="/no/model"), "hello")

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from dpo.config import GenerateConfig
 from dpo.runs import model_of
-from dpo.terminal import unguarded
+from dpo.terminal import lead_nowhere, unguarded
 
 
 def answer(given: GenerateConfig, prompt: str | None) -> None:
@@ -37,12 +37,19 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
     messages = [{"role": "system", "content": given.system}, {"role": "user", "content": prompt}]
     whole = prompt if given.system is None else messages
     kwargs = given.template_kwargs
-    for piece in respond(pretrained, whole, sampling=sampling, seed=given.seed, template_kwargs=kwargs):
-        _write(piece)
-    _write("\n")
+    try:
+        for piece in respond(pretrained, whole, sampling=sampling, seed=given.seed, template_kwargs=kwargs):
+            _write(piece)
+        _write("\n")
+    except BrokenPipeError:  # as in `| head -1`: who has read enough is no error
+        lead_nowhere(unguarded(sys.stdout))
 
 
 def _write(piece: str) -> None:
-    """A terminal shows what would act on it; a file or a pipe gets the text as it is."""
+    """A terminal shows what would act on it; a file or a pipe gets the text as it is.
+
+    Raises:
+      OSError: where it can't be written, since it is what was asked for.
+    """
     stream = sys.stdout if sys.stdout.isatty() else unguarded(sys.stdout)
     print(piece, end="", file=stream, flush=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 
 import jax
 
-from dpo.outcomes import HANG, NO_PROGRESS
+from dpo.outcomes import HANG, NO_PROGRESS, Outcome
 
+_GOES_ON = "the same command goes on from the newest checkpoint"
+_TWICE = "the start before this one ended so too; allowed is a longer one"
 COMPILE_SECONDS = 1800.0
 """What a step of a new shape may take longer, since it is compiled."""
 
@@ -70,15 +72,23 @@ class Deadline:
                 self._changed.wait(left)
             if self._ended:
                 return
-        outcome, advice = HANG, "the same command goes on from the newest checkpoint"
-        if self._fruitless():
-            outcome, advice = NO_PROGRESS, "the start before this one ended so too; allowed is a longer one"
-        print(
-            f"dpo train: {outcome.begins}: process {jax.process_index()} of {jax.process_count()}: a step "
-            f"took longer than {self._timeout:g} s (distributed.step_timeout). Another process may hang or "
-            f"have gone; {advice}. Stacks of all threads:",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(outcome.code)
+        outcome = self._outcome()
+        try:
+            advice = {HANG: _GOES_ON, NO_PROGRESS: _TWICE}[outcome]
+            text = (
+                f"dpo train: {outcome.begins}: process {jax.process_index()} of {jax.process_count()}: a "
+                f"step took longer than {self._timeout:g} s (distributed.step_timeout). Another process may "
+                f"hang or have gone; {advice}. Stacks of all threads:\n"
+            )
+            with suppress(OSError):  # nobody may be reading any more
+                os.write(2, text.encode())
+            faulthandler.dump_traceback(2, all_threads=True)
+        finally:
+            os._exit(outcome.code)
+
+    def _outcome(self) -> Outcome:
+        """By which the process ends; as one that goes on where nothing can be written down of starts."""
+        try:
+            return NO_PROGRESS if self._fruitless() else HANG
+        except OSError:
+            return HANG

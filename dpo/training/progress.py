@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import statistics
 import sys
 from collections import deque
@@ -31,9 +29,8 @@ def printed(show: Callable[[], None]) -> bool:
     """Whether what `show` prints was taken; where it was not, standard output leads nowhere from then on."""
     try:
         show()
-    except (OSError, SystemExit):  # rich ends the program where a pipe is closed
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        terminal.lead_nowhere(sys.stdout)
         return False
     return True
 

@@ -261,7 +261,14 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, tmp_pat
     assert "goes on from there" in processes.text(0)
 
 
-@pytest.mark.parametrize(("fruitless", "outcome"), [(False, HANG), (True, NO_PROGRESS)])
+@pytest.mark.parametrize(
+    ("fruitless", "outcome"),
+    [
+        ("False", HANG),
+        ("True", NO_PROGRESS),
+        pytest.param("open('/no/such/run')", HANG, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_takes_too_long_ends_with_all_stacks(fruitless, outcome, tmp_path):
     program = (
         "import time\n"
