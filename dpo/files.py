@@ -15,8 +15,9 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import safetensors
 
@@ -77,6 +78,22 @@ def _without_renames(directory: Path, error: OSError) -> EnvironmentFailure:
     return EnvironmentFailure(
         f"the file system of {directory} can't rename a directory ({error.strerror}), by which all that is "
         f"written here gets its name once it is whole; {_WHERE_INSTEAD}"
+    )
+
+
+def require_same_file(what: str, file: IO[str], path: Path) -> None:
+    """That an open file still has its name: what is written to one that was deleted is lost without an error.
+
+    Raises:
+      WriteError: naming the file, or what of its directories is gone.
+    """
+    with writing(what, path), suppress(FileNotFoundError, NotADirectoryError):
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return
+    gone = next((parent for parent in reversed(path.parents) if not parent.exists()), path)
+    raise WriteError(
+        f"{what} could not be written to {path}: {gone} was deleted, renamed or replaced meanwhile; what "
+        "stood there is lost where it was deleted"
     )
 
 

@@ -45,6 +45,16 @@ def test_data_that_were_removed_or_changed_are_said_and_refuse_nothing(
     assert data.name in page
 
 
+def test_a_run_directory_that_is_gone_at_its_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(train, "check_settings", lambda *_: None)
+    monkeypatch.setattr(loop, "train", lambda _: loop.RunResult(run_dir, "finished", {}))
+    with pytest.raises(EnvironmentFailure, match=f"the run directory {run_dir} was deleted"):
+        train.train_and_report(Config(run_dir=str(run_dir)), judge=None, arguments=[])
+
+
 def test_the_data_report_is_known_by_what_it_was_made_from(
     run: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

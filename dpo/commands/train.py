@@ -50,6 +50,7 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
     check_settings(config, arguments)
     match = None if judge is None else match_after_training(config, judge, arguments)
     from dpo.pages.page import REPORT_TEMPLATE, require_template
+    from dpo.training.lock import standing
     from dpo.training.loop import train
 
     require_template(REPORT_TEMPLATE)
@@ -63,7 +64,8 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
         return result
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
-    _report(result.run_dir, config)
+    with standing(result.run_dir):
+        _report(result.run_dir, config)
     if match is not None:
         _measure(match, config, alone=is_alone())
     return result

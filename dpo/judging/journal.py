@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.files import without_locks, writing
+from dpo.files import require_same_file, without_locks, writing
 from dpo.outcomes import UserError
 
 Line = Mapping[str, Any]
@@ -42,6 +42,7 @@ class Journal:
         with writing("a line", self.path, note="the lines before it are kept"):
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
+        require_same_file("a line", self._file, self.path)
         self.lines[line["key"]] = line
 
     def _lock(self) -> None:

@@ -139,6 +139,8 @@ class Checkpoints:
         self.wait()
         if self.is_saved(step):
             return
+        if jax.process_index() == 0:
+            self._require_there(step)
         self._newest = step
         beside = self._directory / f"{step}{UNFINISHED}"
         try:
@@ -208,6 +210,15 @@ class Checkpoints:
                 (values,) = jax.tree.leaves(checkpointer.restore(self.path(step) / STATE, part))
                 found[index] = values if dtype is None else values.astype(dtype, copy=False)
         return jax.tree.unflatten(structure, found)
+
+    def _require_there(self, step: int) -> None:
+        """Orbax would make the directory anew, and what is left of the run would look like all of it."""
+        if not self._directory.is_dir():
+            raise WriteError(
+                f"the checkpoint of step {step} could not be written to {self.path(step)}: {self._directory} "
+                "was deleted or renamed while the run went on; the checkpoints in it are lost where it was "
+                "deleted"
+            )
 
     def _require_shapes(self, step: int, like: TrainState) -> None:
         saved, now = self.identity(step)["state"], _shapes(like)

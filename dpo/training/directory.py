@@ -18,6 +18,7 @@ from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, Identity, RunSummary, read_summary
 from dpo.training.identity import differences, require_same
+from dpo.training.lock import require_standing
 from dpo.training.memory import keep_choice
 from dpo.training.policy import Policy
 from dpo.training.preparation import Run, prepare
@@ -33,6 +34,7 @@ def begin(run: Run, given: Config, settings: str) -> None:
     """
     if not is_main():
         return
+    require_standing(run.run_dir)
     with writing("the settings", run.run_dir / CONFIG_FILE):  # what may differ is so for one start only
         start = replace(given, training=replace(given.training, allow_changed=[]))
         save_config(start, run.run_dir / CONFIG_FILE)
@@ -65,6 +67,7 @@ def finish(
         "versions": versions(),
     }
     if is_main():
+        require_standing(run.run_dir)
         text = json.dumps(summary, indent=1, sort_keys=True)
         replace_text(run.run_dir / SUMMARY_FILE, text, what="the summary")
     return summary

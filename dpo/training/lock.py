@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo.files import require_writable, without_locks, writing
-from dpo.outcomes import UserError
+from dpo.outcomes import BUG, ENVIRONMENT, USER, EnvironmentFailure, UserError, outcome_of, text_of
 from dpo.runs import LOCK_FILE
 
 
@@ -41,7 +41,42 @@ def exclusive(run_dir: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"{os.getpid()} of {socket.gethostname()}\n")
             file.flush()
+        with standing(run_dir):
+            yield
+
+
+@contextmanager
+def standing(run_dir: Path) -> Iterator[None]:
+    """Name the run directory where something fails because it was deleted or renamed meanwhile.
+
+    Raises:
+      EnvironmentFailure: in place of an error that has no other cause outside of the run.
+    """
+    try:
         yield
+    except Exception as error:
+        if outcome_of(error) in (USER, ENVIRONMENT, BUG):
+            require_standing(run_dir, cause=error)
+        raise
+
+
+def require_standing(run_dir: Path, *, cause: Exception | None = None) -> None:
+    """That a run directory is the one that this process has locked: by its lock, which nothing removes.
+
+    Raises:
+      EnvironmentFailure: saying what is lost.
+    """
+    try:
+        (run_dir / LOCK_FILE).stat()
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        said = "" if cause is None else f" ({text_of(cause)})"
+        raise EnvironmentFailure(
+            f"the run directory {run_dir} was deleted or renamed while the run went on: its settings, "
+            "metrics, checkpoints and export are lost where it was deleted; where it was renamed, give it "
+            f"its name again, and the same command goes on from the newest checkpoint{said}"
+        ) from cause or missing
+    except OSError:  # what can't be looked at now is not gone
+        pass
 
 
 def is_held(run_dir: Path) -> bool:

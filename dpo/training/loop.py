@@ -56,7 +56,7 @@ from dpo.training.export import export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
 from dpo.training.identity import reference_identity, settings_fingerprint
 from dpo.training.interrupt import StopRequested, stop_requests, stops_at_once
-from dpo.training.lock import exclusive
+from dpo.training.lock import exclusive, require_standing
 from dpo.training.metrics import Metrics
 from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.placement import place_batch
@@ -318,6 +318,7 @@ def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> No
     """The policy for Hugging Face, and where there are adapters, these for peft."""
     params, frozen = on_this_host((state.params, run.policy.frozen))
     if is_main():
+        require_standing(run.run_dir)
         policy = run.policy._replace(frozen=frozen)
         export = run.run_dir / EXPORT_DIRECTORY
         export_model(run.config, policy, params, export, num_steps=run.num_steps, metrics=metrics)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from dpo.data.batch import Batch
-from dpo.files import new_file
+from dpo.files import new_file, writing
 from dpo.outcomes import USER, outcome_of
 from dpo.parallel.distributed import is_main
 
@@ -97,7 +97,8 @@ class Pieces:
             return
         content = save({INDEX: index, **{name: values[index] for name, values in self._rows.items()}})
         path = self._directory / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        self._directory.mkdir(parents=True, exist_ok=True)
+        with writing("a piece of the reference log-probs", path):
+            self._directory.mkdir(parents=True, exist_ok=True)
         with new_file("a piece of the reference log-probs", path) as beside:
             beside.write_bytes(content)
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from dpo import terminal
-from dpo.files import replace_text, writing
+from dpo.files import replace_text, require_same_file, writing
 from dpo.runs import METRICS_FILE, read_metrics
 from dpo.training.progress import PlainLines, Silence, Terminal, printed
 from dpo.training.trackers import WRITERS, Writer, require_trackers
@@ -161,6 +161,7 @@ class JsonLines:
         with writing("the metrics", self._path, note="checkpoints before this are whole"):
             self._file.write(_json_line({"step": step, **metrics}))
             self._file.flush()
+        require_same_file("the metrics", self._file, self._path)
 
     def close(self) -> None:
         with writing("the metrics", self._path, note="checkpoints before this are whole"):

@@ -5,8 +5,9 @@ One JSON object a line comes in on standard input:
     config    a run's config.yaml, or a list of them to run one after the other
     log       file for what the runs print
     hooks     list of {"where", "count", "do"}: at the count-th (from 1) step, save, evaluation or export, do
-              "SIGTERM", "hang" (until a signal ends it), "lock" (nobody may write checkpoints any more) or
-              "fill" (a file beside the run takes the rest of its disk)
+              "SIGTERM", "hang" (until a signal ends it), "lock" (nobody may write checkpoints any more),
+              "fill" (a file beside the run takes the rest of its disk), "limit" (as `ulimit -f 0`: no file
+              may grow), "remove" or "rename" (the run directory)
     obey      true: give up root's right to write where permissions forbid it
     measure   file for memory, threads, open files and compilations, at some steps and after each run
     clock     "jumps": let the wall clock go back and forth
@@ -22,6 +23,8 @@ import ctypes
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import sys
 import threading
@@ -33,6 +36,7 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 (transformers loads late what is not named)
 
 from dpo.command_line import load_config
+from dpo.outcomes import describe, outcome_of
 from dpo.training import export, loop, program
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.reference import fingerprint_parameters
@@ -80,9 +84,12 @@ def run(command: dict) -> int:
                 measure.take(f"after {config.run_dir}")
             if code == 0:
                 write_digest(Path(config.run_dir))
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    except BaseException as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with open(command["log"], "a") as said:
+            traceback.print_exc(file=said)
+            print(describe("dpo train", error), file=said)
+        code = outcome_of(error).code
     sys.stdout.flush()
     sys.stderr.flush()
     return code
@@ -108,6 +115,13 @@ def fill(path: Path) -> None:
             pass
 
 
+def take_away(run_dir: Path, *, keep: bool) -> None:
+    """The run directory gets another name in the same instant, and goes where it is not to be kept."""
+    elsewhere = run_dir.rename(run_dir.with_name("elsewhere"))
+    if not keep:
+        shutil.rmtree(elsewhere)
+
+
 def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None:
     """Wrap what a run calls, so that things happen at an exact place."""
     counts: dict[str, int] = dict.fromkeys(("step", "save", "evaluation", "export"), 0)
@@ -125,6 +139,10 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
                     while any((run_dir / "checkpoints").glob("*.writing")):  # the save before
                         time.sleep(0.01)
                     (run_dir / "checkpoints").chmod(0o500)
+                elif hook["do"] == "limit":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+                elif hook["do"] in ("remove", "rename"):
+                    take_away(run_dir, keep=hook["do"] == "rename")
                 elif hook["do"] == "fill":
                     fill(run_dir.parent / "filler")
                 else:

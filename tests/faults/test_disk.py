@@ -5,6 +5,7 @@ A small tmpfs stands for the disk, so these need the right to mount one; they sk
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -105,4 +106,43 @@ def test_permission_that_is_lost_is_named_and_the_last_checkpoint_stays(
     assert whole_checkpoints(tmp_path / "run") == [2, 3]
     (tmp_path / "run" / "checkpoints").chmod(0o700)
     assert server.run(config, obey=True) == 0, server.printed(config)
+    assert outcome(config) == expected
+
+
+PHASES = [("step", 4), ("save", 3), ("evaluation", 1), ("evaluation", 3), ("export", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count"), PHASES, ids=[f"{where}-{count}" for where, count in PHASES])
+def test_a_limit_of_a_files_size_is_named_and_without_it_the_run_goes_on(
+    server, make_config, expected, tmp_path, where, count
+):
+    """As `ulimit -f` sets one: for metrics, a checkpoint, held-out log-probs and the export."""
+    config = make_config(tmp_path / "run")
+    assert server.run(config, hooks=[{"where": where, "count": count, "do": "limit"}]) == 1
+    said = server.printed(config)
+    assert "dpo train: error: the " in said
+    assert f"could not be written to {config.run_dir}" in said
+    assert "File too large" in said
+    assert whole_checkpoints(tmp_path / "run")
+    assert server.run(config) == 0, server.printed(config)
+    assert outcome(config) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count"), PHASES, ids=[f"{where}-{count}" for where, count in PHASES])
+@pytest.mark.parametrize("how", ["remove", "rename"])
+def test_a_run_directory_that_goes_away_is_named(server, make_config, expected, tmp_path, how, where, count):
+    config = make_config(tmp_path / "run")
+    assert server.run(config, hooks=[{"where": where, "count": count, "do": how}]) == 1
+    said = server.printed(config)
+    assert (
+        f"dpo train: error: the run directory {config.run_dir} was deleted or renamed while the run" in said
+    )
+    assert not (tmp_path / "run" / "summary.json").exists()
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    if how == "rename":
+        (tmp_path / "elsewhere").rename(tmp_path / "run")
+    assert server.run(config) == 0, server.printed(config)
+    assert ("resumed after step" in server.printed(config)) is (how == "rename")
     assert outcome(config) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_a_full_disk_is_named_also_where_closing_writes_what_is_left(tmp_path: P
         with pytest.raises(WriteError, match=rf"a line could not be written to {path}: No space left"):
             write()
     assert list(read_lines(path)) == ["a"]
+
+
+@pytest.mark.parametrize("how", [shutil.rmtree, lambda directory: directory.rename(directory.parent / "b")])
+def test_a_journal_that_goes_away_is_named_and_not_written_into_nothing(tmp_path: Path, how) -> None:
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"key": "a"})
+        how(tmp_path / "a")
+        with pytest.raises(
+            WriteError, match=rf"a line could not be written to {path}: {tmp_path}/a was deleted"
+        ):
+            journal.append({"key": "b"})
+        assert list(journal.lines) == ["a"]
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"no": "key"}'])

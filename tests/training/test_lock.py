@@ -5,7 +5,26 @@ import socket
 
 import pytest
 
+from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.training.lock import exclusive
+
+
+@pytest.mark.parametrize("error", [UserError("no run there"), FileNotFoundError(2, "No such"), KeyError("x")])
+def test_whatever_fails_because_the_run_directory_is_gone_names_it(tmp_path, error):
+    """By another cause it stays what it was: memory, another process, a run directory that is there."""
+
+    def fail(name, error, *, gone):
+        with exclusive(tmp_path / name):
+            if gone:
+                (tmp_path / name).rename(tmp_path / f"{name} elsewhere")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail("a", error, gone=False)
+    with pytest.raises(EnvironmentFailure, match=f"the run directory {tmp_path}/b was deleted or renamed"):
+        fail("b", error, gone=True)
+    with pytest.raises(MemoryError):
+        fail("c", MemoryError(), gone=True)
 
 
 def hold(run_dir, ready):

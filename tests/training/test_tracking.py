@@ -77,6 +77,21 @@ def test_a_full_disk_is_named_also_where_closing_writes_what_is_left(tmp_path: P
     assert trained_steps(tmp_path) == [0]
 
 
+def test_metrics_that_were_deleted_are_not_written_into_nothing(tmp_path: Path) -> None:
+    """Also where another file has got their name meanwhile."""
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, resume_step=0)
+    lines.write(0, {"loss": 1.0})
+    for _ in range(2):
+        path.unlink(missing_ok=True)
+        with pytest.raises(
+            WriteError, match=rf"the metrics could not be written to {path}: {path} was deleted"
+        ):
+            lines.write(1, {"loss": 1.0})
+        path.write_text("another's\n")
+    lines.close()
+
+
 def test_a_last_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     log_steps(tmp_path, range(3))
     path = tmp_path / "metrics.jsonl"
