@@ -21,7 +21,7 @@ def sweep_over(
     Raises:
       UserError: before the first run, for settings of any of them.
     """
-    from dpo.experiments.sweep import make_trials, run_trials
+    from dpo.experiments.sweep import Process, end_at_once, make_trials, run_trials
     from dpo.training.interrupt import stop_requests
 
     trials = make_trials(over, Path(directory))
@@ -30,8 +30,9 @@ def sweep_over(
         if configs[trial.name].data.eval is None:
             raise UserError(f"{trial.name}: data.eval is not set; a sweep chooses by held-out preferences")
         check_settings(configs[trial.name], [*arguments, *trial.arguments])
-    with stop_requests() as stop_requested:
-        codes = run_trials(trials, arguments, stop_requested, log=print_plain)
+    running: list[Process] = []
+    with stop_requests(last=lambda: end_at_once(running)) as stop_requested:
+        codes = run_trials(trials, arguments, stop_requested, log=print_plain, running=running)
         stopped = stop_requested() or len(codes) < len(trials)
     if stopped:
         print_plain("stopped; the same command goes on from there")

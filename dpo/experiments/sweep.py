@@ -9,7 +9,9 @@ that share its directory: a run that another process holds is passed by.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from dpo.outcomes import STOPPED, UserError
 
 RESULT_FILE = "sweep.json"
 _FORBIDDEN = ("run_dir",)
+
+
+Process = subprocess.Popen[bytes]
 
 
 class Trial(NamedTuple):
@@ -94,20 +99,25 @@ def run_trials(
     stop_requested: Callable[[], bool],
     *,
     log: Callable[[str], None],
+    running: list[Process],
 ) -> dict[str, int]:
-    """Exit codes of the runs by name, in order; a request to stop ends with the run that it stopped."""
+    """Exit codes of the runs by name, in order; a request to stop ends with the run that it stopped.
+
+    `running` has the process of the run that goes on at the moment, for whoever has to end it at once.
+    """
     codes: dict[str, int] = {}
     for number, trial in enumerate(trials, start=1):
         log(f"sweep {number}/{len(trials)}: {trial.name}")
-        codes[trial.name] = _run(["-m", "dpo", "train", *arguments, *trial.arguments], stop_requested)
+        command = ["-m", "dpo", "train", *arguments, *trial.arguments]
+        codes[trial.name] = _run(command, stop_requested, running)
         if codes[trial.name] == STOPPED.code or stop_requested():
             break
     return codes
 
 
-def _run(arguments: Sequence[str], stop_requested: Callable[[], bool]) -> int:
+def _run(arguments: Sequence[str], stop_requested: Callable[[], bool], running: list[Process]) -> int:
     """The exit code of a Python with these arguments, to which a request to stop is passed on."""
-    with _started(arguments) as process:
+    with _started(arguments, running) as process:
         asked = False
         while True:
             try:
@@ -119,16 +129,24 @@ def _run(arguments: Sequence[str], stop_requested: Callable[[], bool]) -> int:
 
 
 @contextmanager
-def _started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+def _started(arguments: Sequence[str], running: list[Process]) -> Iterator[Process]:
     """A process of its own group, which gets no signal but ours, and does not outlive this."""
     python, environment = own_python()
     process = subprocess.Popen([*python, *arguments], env=environment, process_group=0)
+    running.append(process)
     try:
         yield process
     finally:
+        end_at_once(running)
+        process.wait()
+        running.remove(process)
+
+
+def end_at_once(running: Sequence[Process]) -> None:
+    """Kill these processes and what they have started; what they had saved whole stays."""
+    for process in running:
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            os.killpg(process.pid, signal.SIGKILL)  # the leader of its group
 
 
 def as_result(choice: Choice, places: Mapping[str, Path], codes: Mapping[str, int]) -> dict[str, Any]:

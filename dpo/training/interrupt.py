@@ -28,8 +28,10 @@ NOTHING_LOST = "nothing was being saved; the same command goes on from what was"
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(*, last: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """While inside, `SIGNALS` make the given function return True; a second one ends the process.
+
+    `last` is what is done before it ends, as ending processes that this one has started.
 
     The second is answered by a thread that the signal itself wakes: it waits for no computation, and it works
     for the first process of a container, for which the kernel ignores a signal's default action. Ending
@@ -41,7 +43,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         nonlocal requested
         requested = True
 
-    with _answering(request, _end_at_the_second):
+    with _answering(request, partial(_end_at_the_second, last)):
         yield lambda: requested
 
 
@@ -153,11 +155,11 @@ def stoppable(
     return begin
 
 
-def _end_at_the_second(reader: int) -> None:
+def _end_at_the_second(last: Callable[[], None], reader: int) -> None:
     """Read the numbers of arriving signals until the pipe is closed, or end the process."""
     first: float | None = None
     while received := os.read(reader, 1):
-        first = _end_if_second(received[0], first)
+        first = _end_if_second(received[0], first, last)
 
 
 def _end_soon(error_of: Callable[[int], KeyboardInterrupt], reader: int) -> None:
@@ -174,13 +176,15 @@ def _end_soon(error_of: Callable[[int], KeyboardInterrupt], reader: int) -> None
         first = _end_if_second(received[0], first)
 
 
-def _end_if_second(number: int, first: float | None) -> float | None:
+def _end_if_second(number: int, first: float | None, last: Callable[[], None] = lambda: None) -> float | None:
     """When the first request came, with this signal; does not return from one that comes later."""
     if number not in SIGNALS:
         return first
     now = time.monotonic()
     if first is not None and now - first > SAME_REQUEST:
         name = signal.Signals(number).name
+        with suppress(OSError):
+            last()
         _leave(STOPPED_AT_ONCE.code, f"stopped at once by a second signal ({name}); whole checkpoints stay")
     return now if first is None else first
 

@@ -10,7 +10,7 @@ import pytest
 
 from dpo.cli import main
 from dpo.experiments import sweep
-from dpo.experiments.sweep import Trial, make_trials, run_trials
+from dpo.experiments.sweep import Trial, end_at_once, make_trials, run_trials
 
 
 def test_every_combination_is_a_run_named_by_what_differs(tmp_path):
@@ -68,7 +68,7 @@ def trial(name: str) -> Trial:
 def test_a_run_that_fails_does_not_end_the_sweep(monkeypatch):
     as_program(monkeypatch, "import sys; sys.exit(3 if sys.argv[-1] == 'bad' else 0)")
     said: list[str] = []
-    codes = run_trials([trial("bad"), trial("good")], ["x"], lambda: False, log=said.append)
+    codes = run_trials([trial("bad"), trial("good")], ["x"], lambda: False, log=said.append, running=[])
     assert codes == {"bad": 3, "good": 0}
     assert said == ["sweep 1/2: bad", "sweep 2/2: good"]
 
@@ -81,9 +81,41 @@ def test_a_stop_is_passed_on_and_ends_the_sweep(monkeypatch, tmp_path):
         f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)",
     )
     started = time.monotonic()
-    codes = run_trials([trial("one"), trial("two")], [], ready.exists, log=lambda _: None)
+    codes = run_trials([trial("one"), trial("two")], [], ready.exists, log=lambda _: None, running=[])
     assert codes == {"one": 75}
     assert time.monotonic() - started < 30
+
+
+def test_a_run_is_ended_at_once_with_what_it_has_started(monkeypatch, tmp_path):
+    """As by a second signal: a run that does not answer is not left behind, nor are its own processes."""
+    pids = tmp_path / "pids"
+    as_program(
+        monkeypatch,
+        "import os, signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "other = subprocess.Popen(['sleep', '600']); "
+        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{other.pid}}\\n'); time.sleep(600)",
+    )
+
+    def end() -> bool:
+        if pids.is_file() and pids.read_text().endswith("\n"):
+            end_at_once(running)
+        return False
+
+    running: list[sweep.Process] = []
+    assert run_trials([trial("one")], [], end, log=lambda _: None, running=running) == {"one": -9}
+    assert running == []
+    deadline = time.monotonic() + 10
+    while any(is_running(int(pid)) for pid in pids.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """A process that has ended may wait for somebody to ask for its code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_settings_of_any_run_are_refused_before_the_first(tmp_path, capsys, monkeypatch):

@@ -240,6 +240,45 @@ def test_a_signal_to_a_sweep_stops_its_run_and_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_second_signal_to_a_sweep_ends_its_run_too(
+    start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
+) -> None:
+    """The run is stopped, so that the first signal does nothing: it would be left behind."""
+    words = of_model(TRAINED, tiny_model_dir)
+    sweep = ("-m", "dpo", "sweep", *words, "--data.eval=eval.jsonl", "--sweep_dir=out")
+    process = start(*sweep, "--over=objective.beta=[0.1,0.5]")
+    lock = tmp_path / "out" / "beta=0.1" / "lock"
+    while not lock.is_file() or not lock.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(int(lock.read_text().split()[0]), signal.SIGSTOP)
+    process.send_signal(number)
+    code, said = interrupted(process, lock, number)
+    assert code == STOPPED_AT_ONCE.code, said
+    assert "stopped at once by a second signal" in said
+    assert "Traceback" not in said
+    assert not is_held(lock.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_second_signal_to_a_frontier_ends_it_at_once(
+    start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
+) -> None:
+    process = start(*frontier(tiny_model_dir))
+    while not (tmp_path / "asked").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    time.sleep(0.2)
+    code, said = interrupted(process, tmp_path, number)
+    assert code == STOPPED_AT_ONCE.code, said
+    assert "stopped at once by a second signal" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_while_a_server_answers_ends_the_command(
     start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
 ) -> None:

@@ -20,7 +20,7 @@ from dpo.training.interrupt import (
 WAITING = """
 import time
 from dpo.training.interrupt import stop_requests
-with stop_requests() as stop_requested:
+with stop_requests(last=lambda: print("last", flush=True)) as stop_requested:
     print("ready", flush=True)
     while not stop_requested():
         time.sleep(0.01)
@@ -58,7 +58,8 @@ def stop_twice(process: subprocess.Popen, pid: int, number: signal.Signals) -> t
     assert process.stdout.readline() == "asked\n"
     time.sleep(SAME_REQUEST + 0.1)
     os.kill(pid, number)
-    _, said = process.communicate(timeout=30)
+    printed, said = process.communicate(timeout=30)
+    assert printed == "last\n", "what is to be done before it ends"
     return process.returncode, said
 
 
