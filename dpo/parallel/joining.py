@@ -42,7 +42,7 @@ def joined(given: Meeting) -> Iterator[None]:
     _meet(cluster, given)
     last = is_main()
     try:
-        with listening():
+        with listening(given.heartbeat_timeout):
             yield
     except BaseException as error:
         failure = _cause_of(error)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +31,9 @@ ANSWER_SECONDS = 2.0
 LISTEN_SECONDS = 1.0
 """How often a process asks what the others have said."""
 ADVICE = "The same command goes on from the newest checkpoint, when all processes are started again."
+GIVEN_UP = 0.5
+"""Of `distributed.heartbeat_timeout`: the silence after which the others may have given a process up. They
+count from its last sign of life, which is up to half of that time before."""
 _SAID = "dpo/ended"
 """Where processes say by what they ended, in the service's table."""
 
@@ -48,12 +53,41 @@ def end_with_the_others() -> None:
     libc.signal(signal.SIGABRT, _answer_abort)
 
 
+class _Silence:
+    """Whether this process was stopped for so long that the others have given it up (SIGSTOP, a frozen host).
+
+    It finds them ended when it goes on, and where it is the coordinator its own service still answers.
+    """
+
+    def __init__(self) -> None:
+        self._limit, self._awake, self._longest = math.inf, 0.0, 0.0
+
+    def watch(self, limit: float) -> None:
+        """Count from now, in seconds."""
+        self._limit, self._awake, self._longest = limit, time.monotonic(), 0.0
+
+    def note(self) -> None:
+        """To be called by a thread every second or so."""
+        now = time.monotonic()
+        self._longest, self._awake = max(self._longest, now - self._awake), now
+
+    def was_too_long(self) -> bool:
+        """Whether it was, or is: whoever asks may be awake before the thread that notes it."""
+        return max(self._longest, time.monotonic() - self._awake) > self._limit
+
+
+_SILENCE = _Silence()
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _answer_abort(number: int) -> None:
     """Runs in the thread that called `abort()`; when it returns, the process is aborted after all."""
-    if _is_answered():
+    reason = "JAX's coordination service is gone, or has given a process up"
+    if _SILENCE.was_too_long():
+        reason = "this process was stopped for a time, and the others have given it up"
+    elif _is_answered():
         return
-    text = describe_loss("JAX's coordination service is gone, or has given a process up")
+    text = describe_loss(reason)
     os.write(2, f"dpo train: {PEER_LOST.begins}: {text}\n".encode())
     os._exit(PEER_LOST.code)
 
@@ -96,15 +130,17 @@ def heard_failure() -> BaseException | None:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def listening(heartbeat_timeout: float) -> Iterator[None]:
     """While inside, an error that another process says ends this one too, also where it waits for the other.
 
     It may wait in a collective, where no exception reaches it before the other's connections are closed.
     """
     ended = threading.Event()
+    _SILENCE.watch(GIVEN_UP * heartbeat_timeout)
 
     def listen() -> None:
         while not ended.wait(LISTEN_SECONDS):
+            _SILENCE.note()
             failure = heard_failure()
             if failure is not None and not ended.is_set():
                 os.write(2, f"{describe('dpo train', failure)}\n".encode())

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from loopback import Forks, Processes, environment_of
 from safetensors.numpy import load_file
 
 from dpo.outcomes import PEER_LOST
+from dpo.parallel import lost
 
 PLACES = ("start", "reference", "step", "save", "evaluation", "export")
 """What the run is doing when a process is lost, by what it has written; a random time is waited on top."""
@@ -93,7 +95,7 @@ def undisturbed(settings: Path, forks: Forks, name: str) -> tuple[list[int], str
 
 
 def lose_one(settings: Path, forks: Forks, number: int, how: signal.Signals) -> tuple[str, list[int], float]:
-    """Start two processes and lose one; where, what the codes were, and the seconds to the other's end."""
+    """Start two processes and lose one; where, codes of the other and of itself, seconds of the other."""
     name, generator = f"{how.name}-{number}", random.Random(f"{how.name} {number}")
     processes = Processes(2, 1, config_of(settings, name), settings, start=forks)
     victim, place = generator.randrange(2), PLACES[number % len(PLACES)]
@@ -103,11 +105,9 @@ def lose_one(settings: Path, forks: Forks, number: int, how: signal.Signals) -> 
         processes.all[victim].send_signal(how)
         start = time.monotonic()
         code = processes.all[1 - victim].wait(3600)
-        return (
-            f"{place}, process {victim}",
-            [code, processes.all[victim].poll() or 0],
-            time.monotonic() - start,
-        )
+        seconds = time.monotonic() - start
+        processes.all[victim].send_signal(signal.SIGCONT)  # it comes back when nobody waits for it any more
+        return f"{place}, process {victim}", [code, processes.all[victim].wait(3600)], seconds
     finally:
         processes.end()
         for i in range(2):
@@ -132,6 +132,27 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def test_an_abort_after_a_long_silence_is_a_lost_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the own coordination service still answers, and before or after the silence is noted."""
+    now, ends, silence = [0.0], [], lost._Silence()
+    monkeypatch.setattr(lost, "_SILENCE", silence)
+    monkeypatch.setattr(lost, "_is_answered", lambda: True)
+    monkeypatch.setattr(lost, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(lost, "os", SimpleNamespace(write=lambda *_: 0, _exit=ends.append))
+    lost._answer_abort(signal.SIGABRT)
+    silence.watch(5.0)
+    for now[0], noted, expected in (
+        (4.0, True, []),
+        (10.0, False, [75]),
+        (11.0, True, [75] * 2),
+        (12.0, True, [75] * 3),
+    ):
+        if noted:
+            silence.note()
+        lost._answer_abort(signal.SIGABRT)
+        assert ends == expected
+
+
 NUM_KILLS, NUM_STOPS = 60, 10
 OFTEN = 12
 """Kills that are tried with every change; the others when somebody asks (`-m slow`)."""
@@ -153,9 +174,10 @@ def test_a_lost_process_costs_nothing_but_time(how, number, settings, forks, who
     """The other ends within a minute by a code that launchers go on from; started again, the same bits."""
     place, codes, seconds = lose_one(settings, forks, number, how)
     with capsys.disabled():
-        print(f"{how.name}-{number} ({place}): the other ended {codes[0]} after {seconds:.1f} s", flush=True)
+        print(f"{how.name}-{number} ({place}): {codes}, the other after {seconds:.1f} s", flush=True)
     name = f"{how.name}-{number}"
     assert codes[0] in (0, PEER_LOST.code), said(settings, name)
+    assert codes[1] in ((-how,) if how is signal.SIGKILL else ()) + (0, PEER_LOST.code), said(settings, name)
     assert seconds < 60 * crowding(), said(settings, name)
     again, text = undisturbed(settings, forks, name)
     assert again == [0, 0], text
