@@ -29,6 +29,7 @@ class Packing(TypedDict, total=False):
     rows_multiple: int
     max_shapes: int
     long_rows: bool
+    steps_per_compilation: float | None
     own_rows: OwnRows | None
 
 
@@ -47,6 +48,7 @@ class Loader:
         rows_multiple: int = 1,
         max_shapes: int = 8,
         long_rows: bool = False,
+        steps_per_compilation: float | None = None,
         own_rows: OwnRows | None = None,
     ) -> None:
         """Plan the shapes of all steps. `order(step)` gives rows of the data set; -1 is a padding prompt."""
@@ -70,6 +72,7 @@ class Loader:
             rows_multiple=rows_multiple,
             max_shapes=max_shapes,
             long_rows=long_rows,
+            steps_per_compilation=steps_per_compilation,
         )
 
     @property

@@ -25,10 +25,10 @@ ATTENTION_TOKENS = 1024
 """Row length at which attention costs as much time as all matrix products of a token (135M model, CPU)."""
 PROJECTION_WEIGHT = 0.25
 """Cost of a scored token's output projection, in tokens through the layers (a quarter of a small model)."""
-STEPS_PER_COMPILATION = 4
-"""Another shape must save as much work as this many steps cost, since it is compiled once more."""
-LONG_STEPS_PER_COMPILATION = 1
-"""The same for long rows, which are for CPUs: a step takes longer there, and compiles sooner."""
+STEPS_PER_COMPILATION = 4.0
+"""Another shape must save as much work as this many steps cost, since it is compiled once more: on a CPU."""
+LONG_STEPS_PER_COMPILATION = 1.0
+"""The same for long rows: a step takes longer there, and compiles sooner."""
 _SAMPLE = 128
 """Steps that are laid out to compare row lengths."""
 
@@ -63,15 +63,19 @@ def plan_shapes(
     rows_multiple: int = 1,
     max_shapes: int = 8,
     long_rows: bool = False,
+    steps_per_compilation: float | None = None,
 ) -> Plan:
     """At most `max_shapes` shapes that hold every step with the least work.
 
-    R is a multiple of `micro_batches` times `rows_multiple` (the devices that rows are split over).
+    R is a multiple of `micro_batches` times `rows_multiple` (the devices that rows are split over). Another
+    shape must save as much work as `steps_per_compilation` steps cost; a CPU's number when not given.
     `long_rows` is followed unless rows are padded, split over devices, or have a given length.
     """
     lengths = _Lengths.of(steps)
     if long_rows and row_length is None and layout != "padded" and rows_multiple == 1:
-        return _plan_long_rows(steps, lengths, layout, micro_batches, max_shapes)
+        cost = steps_per_compilation or LONG_STEPS_PER_COMPILATION
+        return _plan_long_rows(steps, lengths, layout, micro_batches, max_shapes, cost)
+    cost = steps_per_compilation or STEPS_PER_COMPILATION
     if row_length is not None and row_length < lengths.sequence:
         raise UserError(
             f"data.row_length is {row_length}; allowed is at least {lengths.sequence}, the longest prompt "
@@ -84,27 +88,30 @@ def plan_shapes(
 
     def work(candidate: tuple[int, int]) -> float:
         rows = np.asarray([rows for rows, _ in _measure(sample, *candidate, layout, *parts)])
-        sizes = _choose(rows, max_shapes, len(steps) / len(sample))
+        sizes = _choose(rows, max_shapes, cost * len(sample) / len(steps))
         return float(np.asarray(sizes)[np.searchsorted(sizes, rows)].sum()) * _row_work(*candidate)
 
     T, N = min(candidates, key=work) if len(candidates) > 1 else candidates[0]
     rows, tokens = (np.asarray(column) for column in zip(*_measure(steps, T, N, layout, *parts), strict=True))
-    sizes = _choose(rows, max_shapes, 1.0)
+    sizes = _choose(rows, max_shapes, cost)
     shapes = tuple(Shape(size, T, N) for size in sizes)
     return Plan(shapes, np.searchsorted(sizes, rows), tokens, rows)
 
 
 def _plan_long_rows(
-    steps: Sequence[Step], lengths: _Lengths, layout: Layout, micro_batches: int, max_shapes: int
+    steps: Sequence[Step],
+    lengths: _Lengths,
+    layout: Layout,
+    micro_batches: int,
+    max_shapes: int,
+    steps_per_compilation: float,
 ) -> Plan:
     """One row a micro-batch, as long as the step needs; N is what the steps of each length need."""
     needs = [_measure_one_row(step, layout, micro_batches) for step in steps]
     tokens, length, scored = (np.asarray(column) for column in zip(*needs, strict=True))
     length = np.maximum(length, lengths.sequence)
     length = -(-length // 128) * 128
-    sizes = choose_sizes(
-        length, max_sizes=max_shapes, cost_of_one=LONG_STEPS_PER_COMPILATION * float(length.mean())
-    )
+    sizes = _choose(length, max_shapes, steps_per_compilation)
     shape_of_step = np.searchsorted(sizes, length)
     shapes = tuple(
         Shape(micro_batches, size, _round_up(int(scored[shape_of_step == i].max()), 64))
@@ -130,10 +137,9 @@ def _measure_one_row(step: Step, layout: Layout, micro_batches: int) -> tuple[in
     return sum(lengths), max(lengths), max(sum(piece.scored for piece in part) for part in pieces)
 
 
-def _choose(rows: Int[np.ndarray, " S"], max_shapes: int, weight: float) -> list[int]:
-    """Sizes of R for steps that each stand for `weight` steps."""
-    cost_of_one = STEPS_PER_COMPILATION * float(rows.mean()) / weight
-    return choose_sizes(rows, max_sizes=max_shapes, cost_of_one=cost_of_one)
+def _choose(needed: Int[np.ndarray, " S"], max_shapes: int, steps_per_compilation: float) -> list[int]:
+    cost_of_one = steps_per_compilation * float(needed.mean())
+    return choose_sizes(needed, max_sizes=max_shapes, cost_of_one=cost_of_one)
 
 
 def choose_sizes(needed: Int[np.ndarray, " S"], *, max_sizes: int, cost_of_one: float) -> list[int]:

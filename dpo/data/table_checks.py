@@ -173,14 +173,8 @@ def _require_few(value: Any, path: Path, depth: int, left: list[int]) -> None:
         raise UserError(f"{path}: says more than {_MAX_VALUES} values, aliases counted; allowed are as many")
     if depth > _MAX_DEPTH:
         raise UserError(f"{path}: has values more than {_MAX_DEPTH} lists and objects deep")
-    inner = (
-        value.values()
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, (list, tuple, set))
-        else ()
-    )
-    for one in inner:
+    inner = value.values() if isinstance(value, Mapping) else value
+    for one in inner if isinstance(value, (Mapping, list, tuple, set)) else ():
         _require_few(one, path, depth + 1, left)
 
 

@@ -25,11 +25,15 @@ FRACTION = 0.75
 """What it reserves where none is set; a program gets no more."""
 
 
+Platform = Literal["tpu", "gpu", "cpu"]
+"""What JAX calls a kind of device."""
+
+
 class Chip(NamedTuple):
     """One device, by its maker's figures."""
 
     name: str
-    platform: Literal["tpu", "gpu", "cpu"]
+    platform: Platform
     flops: float
     """Dense bfloat16 products, FLOP/s."""
     float32_flops: float

@@ -42,7 +42,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
     """
     objective, beta = make_objective(specification(config)), reward_scale(specification(config))
     mesh = make_mesh(config.mesh, target.devices)
-    workload = lengths(config, mesh, target.chip.platform == "cpu")
+    workload = lengths(config, mesh, target.chip.platform)
     traced, memory = trace_step(
         config, objective, decoder, beta=beta, mesh=mesh, workload=workload, target=target
     )

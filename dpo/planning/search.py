@@ -43,7 +43,7 @@ def choices_of(config: Config, target: Target, lengths: Lengths) -> Iterator[Cho
 
     def scored(micro_batches: int) -> int:
         training = replace(config.training, micro_batches=micro_batches)
-        shape = lengths(replace(config, training=training), mesh, target.chip.platform == "cpu").shape
+        shape = lengths(replace(config, training=training), mesh, target.chip.platform).shape
         return shape.rows * shape.scored // micro_batches // row_multiple(mesh)
 
     return candidates(config, scored)

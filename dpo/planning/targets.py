@@ -35,8 +35,8 @@ class Target(NamedTuple):
 
 
 def attention_on(target: Target, setting: Implementation) -> Implementation:
-    """The settings' attention, or the target's where its devices stand in for others."""
-    return setting if target.attention == "auto" else target.attention
+    """The settings' attention, or the target's where its devices stand in for others'."""
+    return setting if target.attention == "auto" or setting == "plain" else target.attention
 
 
 def open_target(topology: Topology, memory: float | None = None) -> Target:
@@ -64,7 +64,7 @@ def open_target(topology: Topology, memory: float | None = None) -> Target:
     how = f"no compiler for {chip.name} here: split as for it, compiled for CPU devices in its place"
     if num_devices > GPUS_A_HOST:
         how += f"; all as if in one host: the network between hosts of {GPUS_A_HOST} is not counted"
-    return Target(topology, chip, devices, "plain", how)
+    return Target(topology, chip, devices, "blocked", how)  # a loop over tiles, as `ranges` is
 
 
 def _tpu_devices(topology: Topology) -> list[Any]:

@@ -24,9 +24,10 @@ from dpo.outcomes import UserError
 from dpo.parallel.sharding import (
     row_multiple,
 )
+from dpo.planning.chips import Platform
 from dpo.planning.roofline import Work
 from dpo.runs import specification
-from dpo.training.datasets import fit_to_objective, make_loader
+from dpo.training.datasets import compilation, fit_to_objective, make_loader
 from dpo.training.program import count_steps
 from dpo.training.reading import read_dataset
 
@@ -43,8 +44,8 @@ class Workload(NamedTuple):
     """Words that say where the lengths of the sequences come from."""
 
 
-Lengths = Callable[[Config, Mesh, bool], Workload]
-"""The step's shapes on a mesh, with or without long rows."""
+Lengths = Callable[[Config, Mesh, Platform], Workload]
+"""The step's shapes on a mesh whose devices are, or stand for, those of a platform."""
 
 
 def read_decoder(source: str) -> DecoderConfig:
@@ -60,7 +61,7 @@ def read_hf_config(source: str) -> JsonObject:
 def assumed_lengths(*, prompt: int, response: int, responses: int) -> Lengths:
     """Every prompt and every response of the same length."""
 
-    def lengths(config: Config, mesh: Mesh, long_rows: bool) -> Workload:
+    def lengths(config: Config, mesh: Mesh, platform: Platform) -> Workload:
         P = config.training.batch_size
         plan = plan_shapes(
             [Step([prompt] * P, [[response] * responses] * P)],
@@ -68,7 +69,7 @@ def assumed_lengths(*, prompt: int, response: int, responses: int) -> Lengths:
             row_length=config.data.row_length,
             micro_batches=config.training.micro_batches,
             rows_multiple=row_multiple(mesh),
-            long_rows=long_rows,
+            **compilation(platform),
         )
         sequences = P * responses * (prompt + response)
         work = Work(
@@ -87,9 +88,14 @@ def assumed_lengths(*, prompt: int, response: int, responses: int) -> Lengths:
 def data_lengths(tokens: TokenizedDataset) -> Lengths:
     """The largest shape of a run over the data, and the mean work of its prompts."""
 
-    def lengths(config: Config, mesh: Mesh, long_rows: bool) -> Workload:
+    def lengths(config: Config, mesh: Mesh, platform: Platform) -> Workload:
         loader = make_loader(
-            config.data, config.training, tokens, mesh, num_steps=count_steps(config.training, len(tokens))
+            config.data,
+            config.training,
+            tokens,
+            mesh,
+            num_steps=count_steps(config.training, len(tokens)),
+            platform=platform,
         )
         P, report = config.training.batch_size, loader.report()
         responses = tokens.response_lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
@@ -113,16 +113,25 @@ def require_embeddings(dataset: Dataset, model: DecoderConfig, *, name: str) -> 
 
 
 def make_loader(
-    data: DataConfig, training: TrainingConfig, tokens: TokenizedDataset, mesh: Mesh, *, num_steps: int
+    data: DataConfig,
+    training: TrainingConfig,
+    tokens: TokenizedDataset,
+    mesh: Mesh,
+    *,
+    num_steps: int,
+    platform: str | None = None,
 ) -> Loader:
-    """The training batches: a function of (seed, step)."""
+    """The training batches: a function of (seed, step).
+
+    Their shapes suit a platform, the mesh's own when not given.
+    """
     return training_loader(
         tokens,
         batch_size=training.batch_size,
         num_steps=num_steps,
         seed=training.seed,
         shuffle=data.shuffle,
-        **_packing(data, mesh, micro_batches=training.micro_batches),
+        **_packing(data, mesh, micro_batches=training.micro_batches, platform=platform),
     )
 
 
@@ -196,12 +205,29 @@ def _fingerprint_of_batches(loader: Loader, num_steps: int, micro_batches: int) 
     return hashlib.sha256(repr((micro_batches, steps)).encode()).hexdigest()
 
 
-def _packing(data: DataConfig, mesh: Mesh, *, micro_batches: int = 1) -> Packing:
+class Compilation(TypedDict):
+    """What shapes are planned for; see `plan_shapes`."""
+
+    long_rows: bool
+    steps_per_compilation: float | None
+
+
+def compilation(platform: str) -> Compilation:
+    """What suits a platform: the rows that its attention likes, and how dear another shape is."""
+    steps = None if platform == "cpu" else STEPS_PER_COMPILATION
+    return {"long_rows": skips_blocks(platform), "steps_per_compilation": steps}
+
+
+STEPS_PER_COMPILATION = 100.0
+"""On accelerators, where a step takes a fraction of a second and compiling it half a minute."""
+
+
+def _packing(data: DataConfig, mesh: Mesh, *, micro_batches: int = 1, platform: str | None = None) -> Packing:
     return {
         "layout": data.layout,
         "row_length": data.row_length,
         "micro_batches": micro_batches,
         "rows_multiple": row_multiple(mesh),
         "own_rows": own_rows(mesh),
-        "long_rows": skips_blocks(Partition(mesh)),
+        **compilation(platform or Partition(mesh).platform),
     }

@@ -67,6 +67,9 @@ def test_another_shape_must_pay_for_its_compilation():
     odd_one = [*alike, Step([100] * 8, [[100, 100]] * 8)]
     assert len(plan_shapes(odd_one[-3:], layout="shared").shapes) == 1
     assert len(plan_shapes(odd_one, layout="shared", row_length=384).shapes) == 2
+    assert len(plan_shapes(odd_one, layout="shared", row_length=384, steps_per_compilation=100.0).shapes) == 1
+    assert len(plan_shapes(odd_one, layout="shared", long_rows=True).shapes) == 2
+    assert len(plan_shapes(odd_one, layout="shared", long_rows=True, steps_per_compilation=100.0).shapes) == 1
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])

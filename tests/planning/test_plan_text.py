@@ -70,7 +70,7 @@ def workload() -> Workload:
     prompt, response = (int(found) for found in re.findall(r"_tokens=(\d+)", COMMAND))
     config = load_config(ROOT / COMMAND.split()[2])
     mesh = make_mesh(replace(config.mesh, fsdp=8), jax.devices()[:8])
-    return assumed_lengths(prompt=prompt, response=response, responses=2)(config, mesh, False)
+    return assumed_lengths(prompt=prompt, response=response, responses=2)(config, mesh, "tpu")
 
 
 def test_the_printed_plan_is_what_its_numbers_print() -> None:

@@ -163,7 +163,7 @@ def test_candidates_fill_the_devices_and_divide_the_heads():
 
 def test_rows_are_a_multiple_of_the_devices_that_they_are_split_over():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
-    workload = LENGTHS(settings(), mesh, False)
+    workload = LENGTHS(settings(), mesh, "cpu")
     assert workload.shape.rows % 8 == 0
     assert workload.work.tokens == 16 * 40
     assert workload.work.sequence_tokens == 16 * 60
@@ -224,7 +224,7 @@ def test_what_an_objective_adds_to_the_data_is_planned(tmp_path, tiny_model_dir)
     )
     lengths = choose_lengths(config, prompt=None, response=None, responses=2)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert lengths(config, mesh, False).responses == 2
+    assert lengths(config, mesh, "cpu").responses == 2
 
 
 def test_a_tpu_without_its_compiler_says_how_to_install_it(monkeypatch):
@@ -293,7 +293,7 @@ def test_adapters_are_planned_as_adapters(monkeypatch):
             SMALL,
             beta=0.1,
             mesh=mesh,
-            workload=LENGTHS(config, mesh, False),
+            workload=LENGTHS(config, mesh, "cpu"),
             target=target(num_devices=1),
         )[1]
         for config in (settings(), adapted)
