@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("dpo", "beartype.beartype")
+install_import_hook("dpo", "checked.typechecked")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -161,9 +161,8 @@ def _make_one(spec: Specification, *, where: str) -> Objective:
         raise UserError(f"{where}: name is missing; allowed: {', '.join(OBJECTIVES)}")
     name = spec["name"]
     factory = _find_factory(name, where=where)
-    admitted = {
-        key: modifier for key, modifier in MODIFIERS.items() if key in _defaults(factory, name).admits
-    }
+    admits = _defaults(factory, name).admits
+    admitted = {key: modifier for key, modifier in MODIFIERS.items() if key in admits}
     values = checked(
         [factory, *admitted.values()], {k: v for k, v in spec.items() if k != "name"}, where=where
     )

@@ -24,6 +24,13 @@ def logits(model):
     return np.asarray(model.logits(hidden(model)))
 
 
+OFTEN = {("phi3", "dora"), ("gpt2", "lora")}
+EACH = [
+    pytest.param(*chosen, marks=() if chosen in OFTEN else pytest.mark.ci, id="-".join(chosen))
+    for chosen in COMBINATIONS
+]
+
+
 def save(directory, case, adapters, method, base: Path | str = "base"):
     return save_adapters(directory, adapters, method, bindings=bindings_of(case), base=str(base))
 
@@ -33,7 +40,7 @@ def load(directory, case):
     return load_adapters(opened, bindings_of(case)), opened.method
 
 
-@pytest.mark.parametrize(("case", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("case", "name"), EACH)
 def test_saved_adapters_read_back_equal(case, name, tmp_path):
     adapters = random_adapters(case, METHODS[name])
     found, method = load(save(tmp_path / "a", case, adapters, METHODS[name]), case)
@@ -56,7 +63,7 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     assert targets("llama", [one]) == [one]
 
 
-@pytest.mark.parametrize(("case", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("case", "name"), EACH)
 def test_an_adapter_directory_is_a_model_with_the_adapter_merged(case, name, tmp_path):
     base, method = write_checkpoint(tmp_path / "base", case), METHODS[name]
     adapters = random_adapters(case, method)

@@ -1,6 +1,8 @@
 """Every family computes what transformers computes, in every layout."""
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,13 @@ LAYOUT_CASES = [
     "lfm2",
 ]
 """One of every kind of positions and windows."""
+QUICK = {"llama", "gemma3_text", "gpt2", "mpt", "lfm2"}
+"""Rotary, windows, learned positions, ALiBi, convolutions: a family is a program, and is dear to compile."""
+
+
+def for_ci(cases: Iterable[str]) -> list[Any]:
+    """The cases as parameters; those that the quick suite leaves out are for CI."""
+    return [pytest.param(case, marks=() if case in QUICK else pytest.mark.ci) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def log_probs(model, hidden, targets):
     return np.asarray(out).reshape(targets.shape)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", for_ci(CASES))
 def test_logits_and_log_probs_are_transformers(case, tmp_path, oracles):
     model = load_case(tmp_path, case)
     hidden = model.hidden(*batch_arrays(TOKENS))
@@ -61,7 +70,7 @@ def test_logits_and_log_probs_are_transformers(case, tmp_path, oracles):
     assert_allclose(log_probs(model, hidden[:, :-1], TOKENS[:, 1:]), oracles[case]["log_probs"], atol=2e-4)
 
 
-@pytest.mark.parametrize("case", LAYOUT_CASES)
+@pytest.mark.parametrize("case", for_ci(LAYOUT_CASES))
 def test_a_shared_group_scores_as_its_separate_sequences(case, tmp_path, oracles):
     """Prompt of 12, then the oracle's own continuation as branch 2 behind a sibling that must not be seen."""
     model = load_case(tmp_path, case)
@@ -75,7 +84,7 @@ def test_a_shared_group_scores_as_its_separate_sequences(case, tmp_path, oracles
     assert_allclose(scored[0], oracles[case]["log_probs"][0][11:], atol=2e-4)
 
 
-@pytest.mark.parametrize("case", LAYOUT_CASES)
+@pytest.mark.parametrize("case", for_ci(LAYOUT_CASES))
 def test_cached_decoding_is_the_whole_forward_pass(case, tmp_path):
     model = load_case(tmp_path, case)
     tokens, positions, *layout = batch_arrays(TOKENS)
@@ -86,8 +95,9 @@ def test_cached_decoding_is_the_whole_forward_pass(case, tmp_path):
     assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-4)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.ci if c in LAYOUT_CASES else pytest.mark.slow) for c in CASES]
+)
 def test_greedy_decoding_is_transformers(case, tmp_path, oracles):
     model = load_case(tmp_path, case)
     # beyond the original length, rope scaling changes keys that are cached already: transformers recomputes

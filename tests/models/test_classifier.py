@@ -32,8 +32,10 @@ def test_scores_are_transformers(case, tmp_path):
     assert_allclose(scores(model, SEQUENCES), expected, atol=2e-4)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("case", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.ci if c in QUICK else pytest.mark.slow) for c in CLASSIFIERS],
+)
 def test_three_labels_are_those_of_torch(case, tmp_path):
     pytest.importorskip("torch")
     from torch_models import torch_scores

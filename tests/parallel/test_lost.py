@@ -154,7 +154,7 @@ def test_an_abort_after_a_long_silence_is_a_lost_process(monkeypatch: pytest.Mon
 
 
 NUM_KILLS, NUM_STOPS = 60, 10
-OFTEN = 12
+OFTEN = 4
 """Kills that are tried with every change; the others when somebody asks (`-m slow`)."""
 LOSSES = [
     *((signal.SIGKILL, number) for number in range(NUM_KILLS)),

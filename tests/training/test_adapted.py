@@ -143,7 +143,9 @@ def test_a_run_learns_and_its_merged_export_is_the_policy(finished):
     check_run(finished)
 
 
-@pytest.mark.parametrize("lora", KINDS)
+@pytest.mark.parametrize(
+    "lora", [pytest.param(*KINDS[0].values, id="dora, int8", marks=pytest.mark.ci), KINDS[1]]
+)
 def test_other_kinds_and_smaller_bases_do_too(config, lora, tmp_path):
     config = replace(config, run_dir=str(tmp_path), lora=lora)
     train(config)
@@ -204,6 +206,7 @@ def test_meshes_train_alike(config, lora, tmp_path, monkeypatch):
             assert_allclose(theirs[name], ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.ci
 def test_a_run_may_start_from_an_adapter_and_be_measured_against_it(finished, tmp_path):
     start = f"{finished.run_dir}/adapter"
     one_step = replace(finished, lora=LoraConfig(init=start), training={"steps": 1}, data={"eval": None})
@@ -288,6 +291,7 @@ def test_what_does_not_fit_adapters_is_refused_before_weights_are_read(config, m
         open_policy(replace(config, lora=LoraConfig(init=config.model.source)), mesh())
 
 
+@pytest.mark.ci
 def test_samples_of_adapters_are_measured_against_the_model_under_them(finished, tmp_path):
     training = {"steps": 2, "eval_every": 1, "eval_samples": 3, "eval_max_new_tokens": 4}
     config = replace(finished, run_dir=str(tmp_path), training=training, optimizer={"warmup_fraction": 0.5})
@@ -297,6 +301,7 @@ def test_samples_of_adapters_are_measured_against_the_model_under_them(finished,
     assert abs(last) > 1e-3
 
 
+@pytest.mark.ci
 def test_a_reference_may_move_to_the_adapters(config, tmp_path):
     """TR-DPO with α = 1 and period 1: the policy is its own reference whenever a step begins."""
     training = {"reference_every": 1, "reference_alpha": 1.0, "steps": 3}

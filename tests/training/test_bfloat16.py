@@ -18,6 +18,8 @@ from dpo.training.datasets import as_trained
 from dpo.training.step import loss_and_gradient, make_eval_step, response_sums
 
 TRAINING = TrainingConfig(batch_size=4, micro_batches=2)
+OFTEN = {("full", 1), ("none", 2)}
+"""What CI compares of saved values and parts of a batch."""
 
 
 def dataset(num_rows: int = 10):
@@ -51,9 +53,14 @@ def test_every_row_is_scored_in_the_batch_that_trains_it_first(num_steps):
     assert others.identity != scoring.identity
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize(
+    ("remat", "micro_batches"),
+    [
+        pytest.param(remat, parts, marks=pytest.mark.ci if (remat, parts) in OFTEN else pytest.mark.slow)
+        for remat in ("full", "dots", "none")
+        for parts in (1, 2)
+    ],
+)
 def test_the_reference_and_the_step_have_the_same_bits(remat, micro_batches):
     _, config = read_config(tiny_config(byte_tokenizer()))
     model = Decoder(config, rngs=nnx.Rngs(0), compute_dtype=jnp.dtype("bfloat16"), remat=remat)

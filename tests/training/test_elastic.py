@@ -67,9 +67,14 @@ def train_in_two_parts(config, first, second, monkeypatch):
     return results(on(config, second, "parts"))
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
-    ("first", "second"), [(ONE, (1, 8, 1)), ((1, 4, 2), (8, 1, 1)), ((2, 2, 2), ONE)], ids=str
+    ("first", "second"),
+    [
+        pytest.param(ONE, (1, 8, 1), marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), (8, 1, 1), marks=pytest.mark.ci),
+        pytest.param((2, 2, 2), ONE, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(first, second, config, monkeypatch):
     whole = on(config, ONE, "whole")

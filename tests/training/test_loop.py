@@ -142,9 +142,13 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
 
 
 EVALUATED = [
-    pytest.param([{"name": "dpo"}], id="dpo", marks=pytest.mark.ci),
-    pytest.param([{"name": "dpo", "wpo": True}], id="wpo", marks=pytest.mark.ci),
-    pytest.param([{"name": "dpo", "ld_alpha": 0.5}, {"name": "sft", "weight": 0.1}], id="ld_alpha and sft"),
+    pytest.param([{"name": "dpo"}], id="dpo", marks=pytest.mark.slow),
+    pytest.param([{"name": "dpo", "wpo": True}], id="wpo", marks=pytest.mark.slow),
+    pytest.param(
+        [{"name": "dpo", "ld_alpha": 0.5}, {"name": "sft", "weight": 0.1}],
+        id="ld_alpha and sft",
+        marks=pytest.mark.ci,
+    ),
 ]
 
 
@@ -162,6 +166,7 @@ def test_the_held_out_loss_of_the_training_rows_is_the_next_steps_loss(config, s
     assert summary["eval"]["loss"] == held[2]
 
 
+@pytest.mark.ci
 def test_evaluations_sample_the_policy_where_asked_for(config):
     """The reference is kept although training donates its parameters, so that KL grows from 0."""
     config = replace(config, training={"eval_samples": 3, "eval_max_new_tokens": 8})
@@ -173,6 +178,7 @@ def test_evaluations_sample_the_policy_where_asked_for(config):
     assert result.summary["eval"]["samples/kl"] == held[1]["eval/samples/kl"]
 
 
+@pytest.mark.ci
 def test_the_first_loss_is_the_log_of_the_number_of_orders(config):
     training = {"batch_size": 1, "steps": 1, "eval_every": None}
     config = replace(config, data={"max_train": 1, "eval": None}, training=training)
@@ -180,7 +186,9 @@ def test_the_first_loss_is_the_log_of_the_number_of_orders(config):
     assert_allclose(lines(config)[0]["loss"], np.log(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("padded", marks=pytest.mark.ci), "packed"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("padded", marks=pytest.mark.slow), pytest.param("packed", marks=pytest.mark.ci)]
+)
 def test_layouts_train_alike(config, finished, layout):
     other = replace(config, data={"layout": layout})
     train(other)
@@ -207,6 +215,7 @@ def test_meshes_train_alike(config, sizes, tmp_path, monkeypatch):
             assert_allclose(theirs[name], ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.ci
 def test_micro_batches_train_alike(config, finished):
     other = replace(config, training={"micro_batches": 2})
     train(other)
@@ -390,6 +399,7 @@ def test_a_foreign_reference_starts_off_the_initial_loss(config, tmp_path):
     assert lines(config)[0]["rewards/chosen"] != 0
 
 
+@pytest.mark.ci
 def test_a_reference_that_is_replaced_each_step_keeps_the_loss_at_its_start(config):
     """TR-DPO with α = 1 and period 1: the policy is its own reference whenever a step begins."""
     training = {"reference_every": 1, "reference_alpha": 1.0, "batch_size": 12, "eval_every": None}
@@ -432,13 +442,13 @@ def test_skipped_steps_are_counted_over_interruptions_and_the_checkpoint_is_name
 
 UNPAIRED_SPECS = [
     pytest.param({"name": "kto"}, id="kto"),
-    pytest.param({"name": "bco"}, id="bco", marks=pytest.mark.ci),
+    pytest.param({"name": "bco"}, id="bco", marks=pytest.mark.slow),
 ]
 MODIFIED = [
-    pytest.param({"name": "dpo", "ld_alpha": 0.5}, 1, id="ld_alpha, 1", marks=pytest.mark.ci),
-    pytest.param({"name": "dpo", "ld_alpha": 0.5}, 2, id="ld_alpha, 2", marks=pytest.mark.ci),
-    pytest.param({"name": "dpo", "wpo": True}, 1, id="wpo, 1", marks=pytest.mark.ci),
-    pytest.param({"name": "dpo", "wpo": True}, 2, id="wpo, 2"),
+    pytest.param({"name": "dpo", "ld_alpha": 0.5}, 1, id="ld_alpha, 1", marks=pytest.mark.slow),
+    pytest.param({"name": "dpo", "ld_alpha": 0.5}, 2, id="ld_alpha, 2", marks=pytest.mark.slow),
+    pytest.param({"name": "dpo", "wpo": True}, 1, id="wpo, 1", marks=pytest.mark.slow),
+    pytest.param({"name": "dpo", "wpo": True}, 2, id="wpo, 2", marks=pytest.mark.ci),
 ]
 """The held-out loss of ld_alpha is held against training above."""
 
@@ -489,6 +499,7 @@ def test_training_data_of_ties_alone_are_refused(config, tmp_path):
         train(replace(config, data={"train": str(path)}))
 
 
+@pytest.mark.ci
 def test_rows_without_a_pair_weigh_nothing_but_teach_where_something_learns_from_them(config, tmp_path):
     """With two ties among 12 pairs a step of all rows has DPO's loss at its start, not 12/14 of it."""
     rows = [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 1 + (i < 12)]} for i in range(14)]

@@ -290,6 +290,7 @@ def copied(interrupted, tmp_path):
     return dataclasses.replace(interrupted, run_dir=str(copy))
 
 
+@pytest.mark.ci
 def test_a_run_that_goes_on_keeps_its_choice(copied, monkeypatch):
     """Also where the process has grown in the meantime."""
     monkeypatch.setattr(memory, "other_bytes", lambda mesh: 2 * LIMITLESS * GIB)
@@ -314,6 +315,7 @@ def test_a_limit_below_the_state_is_refused_before_anything_is_compiled(config, 
         train(with_training(config, memory_limit=1e-6))
 
 
+@pytest.mark.ci
 def test_samples_of_the_policy_count_with_their_cache(tiny_model_dir):
     """At least keys and values of all rows that are drawn together, and nothing where none are drawn."""
     mesh = make_mesh(Config().mesh, jax.devices()[:1])

@@ -272,7 +272,11 @@ def test_rules_of_the_settings_change_the_layout_and_not_the_result(alone):
     assert_same(run(CASES["pairs"], mesh, rules=rules), alone("pairs"))
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((1, 8, 1), marks=pytest.mark.slow), pytest.param((2, 2, 2), marks=pytest.mark.ci)],
+    ids=str,
+)
 def test_sampling_on_a_mesh_draws_the_same_tokens(sizes):
     mesh = make_mesh(MESHES[sizes], jax.devices())
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -284,7 +288,11 @@ def test_sampling_on_a_mesh_draws_the_same_tokens(sizes):
     assert generate(model, prompts, **rules) == expected
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((1, 8, 1), marks=pytest.mark.slow), pytest.param((1, 4, 2), marks=pytest.mark.ci)],
+    ids=str,
+)
 def test_no_parameter_is_gathered_whole_and_no_logits_travel(sizes):
     """No array of a device has the shape of a whole parameter, and no collective that of logits."""
     mesh = make_mesh(MESHES[sizes], jax.devices())

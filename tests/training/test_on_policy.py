@@ -49,6 +49,7 @@ def test_the_reference_has_no_kl_from_itself_and_the_same_samples_every_time(on_
     np.testing.assert_array_equal(first.log_ratio, 0.0)
 
 
+@pytest.mark.ci
 def test_more_prompts_than_a_batch_are_all_scored(tiny_model_dir: Path, monkeypatch) -> None:
     monkeypatch.setattr("dpo.training.on_policy.ROWS", 2)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -59,6 +60,7 @@ def test_more_prompts_than_a_batch_are_all_scored(tiny_model_dir: Path, monkeypa
     np.testing.assert_allclose(logps, expected, atol=1e-4)
 
 
+@pytest.mark.ci
 def test_samples_are_drawn_in_batches_and_are_the_same(tiny_model_dir: Path, monkeypatch) -> None:
     """The cache of so many rows at a time is held, not that of all prompts."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -23,7 +23,7 @@ from dpo.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-DRAWS, OFTEN, STEPS = 300, 12, 6
+DRAWS, OFTEN, STEPS = 300, 3, 6
 TOLERANCE = 2e-4
 """Largest difference of a metric, relative to it where it is above one, between settings that only round."""
 MODIFIED: dict[str, Any] = {"ld_alpha": 0.5, "wpo": True}

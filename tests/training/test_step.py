@@ -69,8 +69,17 @@ def run(objective, batch, micro_batches):
     )
 
 
-@pytest.mark.parametrize("name", ["dpo", "plackett_luce"])
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [
+        ("dpo", 2),
+        ("plackett_luce", 4),
+        pytest.param("dpo", 8, marks=pytest.mark.ci),
+        pytest.param("plackett_luce", 8, marks=pytest.mark.ci),
+        pytest.param("dpo", 4, marks=pytest.mark.slow),
+        pytest.param("plackett_luce", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_accumulation_divides_once_by_the_global_count(batch, name, micro_batches):
     objective = make_objective({"name": name})
     loss, policy, gradient, _ = run(objective, batch, 1)
