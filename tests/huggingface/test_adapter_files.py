@@ -102,7 +102,7 @@ def torch_logits(model):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("case", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("case", "name"), EACH)
 def test_peft_computes_with_our_adapter_what_we_compute(case, name, peft, tmp_path):
     base, method = write_checkpoint(tmp_path / "base", case), METHODS[name]
     adapters = random_adapters(case, method)
@@ -130,7 +130,7 @@ def write_with_peft(peft, base, directory, **settings):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("case", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("case", "name"), EACH)
 def test_we_compute_with_pefts_adapter_what_peft_computes(case, name, peft, tmp_path):
     base = write_checkpoint(tmp_path / "base", case)
     settings = {"target_modules": "all-linear", **METHODS[name]._asdict()}
