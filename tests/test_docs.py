@@ -7,6 +7,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,8 @@ OTHER_OPTIONS = {
     "sweep_dir",
 }
 """Options of `dpo` that are no settings."""
+NEVER_RUN = r"pytest\.(mark\.(skip\b(?!if)|xfail)|skip\b)"
+"""What keeps a test from running or failing everywhere; `skipif` does so where something is missing."""
 MUTANTS = ROOT / "tests" / "mutants.py"
 OTHER_PROGRAMS = ("pytest", "pip", "XLA_FLAGS", "--xla_", "srun", "sbatch", "kubectl", "gcloud")
 
@@ -212,6 +215,11 @@ def test_the_design_says_what_every_dependency_is_for() -> None:
     assert {re.split(r"[\[<>=]", one)[0] for one in needed} <= named
 
 
+@cache
+def body_of(file: Path) -> list[ast.stmt]:
+    return ast.parse(file.read_text(encoding="utf-8")).body
+
+
 @pytest.mark.parametrize("page", ["design.md", "reliability.md", "security.md"])
 def test_every_promise_names_a_test_that_exists_and_is_not_skipped(page: str) -> None:
     """In the first table of the page; a test that is skipped only where something is missing counts."""
@@ -224,14 +232,13 @@ def test_every_promise_names_a_test_that_exists_and_is_not_skipped(page: str) ->
         named = re.findall(r"`([\w/]+\.py)::(\w+)`", row.split("|")[column])
         assert named, f"no test is named: {row}"
         for file, name in named:
-            tests = {
-                node.name: node
-                for node in ast.parse((ROOT / "tests" / file.removeprefix("tests/")).read_text()).body
-                if isinstance(node, ast.FunctionDef)
-            }
+            body = body_of(ROOT / "tests" / file.removeprefix("tests/"))
+            tests = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+            of_all = [ast.unparse(node) for node in body if isinstance(node, ast.Assign | ast.Expr)]
             assert name in tests, f"{page}: {file} has no {name}"
             marks = [ast.unparse(mark) for mark in tests[name].decorator_list]
-            assert not [mark for mark in marks if re.match(r"pytest\.mark\.(skip\b|xfail)", mark)]
+            assert not [mark for mark in marks if re.match(NEVER_RUN, mark)]
+            assert not [line for line in of_all if re.search(NEVER_RUN, line)], f"{file} is skipped whole"
 
 
 class Selection(NamedTuple):
@@ -263,11 +270,11 @@ def test_pytest_commands_select_tests_of_every_file(selection: Selection) -> Non
     """Marks and names are read off the source; a keyword may also be in what a test is parametrised by."""
     marker, keyword = Expression.compile(selection.marker), Expression.compile(selection.keyword or "test")
     for file in selection.files:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        module = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+        body = body_of(ROOT / file)
+        module = [ast.unparse(node) for node in body if isinstance(node, ast.Assign)]
         of_all = [line for line in module if line.startswith("pytestmark")]
         found = []
-        for test in tree.body:
+        for test in body:
             if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
                 marks = " ".join([*map(ast.unparse, test.decorator_list), *of_all])
                 slow = bool(re.search(r"pytest\.mark\.(slow|ci)\b", marks))

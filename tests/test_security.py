@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,11 +50,13 @@ Node = TypeVar("Node", bound=ast.AST)
 
 def nodes(*kinds: type[Node]) -> list[tuple[Path, Node]]:
     return [
-        (path, node)
-        for path, text in SOURCES.items()
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, kinds)
+        (path, node) for path, tree in trees().items() for node in ast.walk(tree) if isinstance(node, kinds)
     ]
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(text) for path, text in SOURCES.items()}
 
 
 def test_nothing_that_unpickles_is_imported():
@@ -95,6 +98,29 @@ def test_modules_are_imported_by_name_only_where_a_user_names_one():
     chosen = {(path, name) for path, name in found if name == "module"}
     assert chosen == {("dpo/own_code.py", "module")}
     assert all(re.match(r"""['"]|f['"]""", name) for path, name in found - chosen)
+
+
+def test_nothing_listens_but_jax_where_processes_meet():
+    servers = (
+        "http.server",
+        "socketserver",
+        "xmlrpc",
+        "wsgiref",
+        "flask",
+        "uvicorn",
+        "aiohttp",
+        "multiprocessing",
+    )
+    opening = {"bind", "listen", "start_server", "create_server", "serve_forever", "initialize"}
+    found = []
+    for path, node in nodes(ast.Import, ast.ImportFrom, ast.Call):
+        if isinstance(node, ast.Call):
+            opens = isinstance(node.func, ast.Attribute) and node.func.attr in opening
+            found += [(path, ast.unparse(node.func))] if opens else []
+        else:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found += [(path, name) for name in names if name.startswith(servers)]
+    assert found == [(Path("dpo/parallel/joining.py"), "jax.distributed.initialize")]
 
 
 def test_templates_of_others_are_rendered_by_the_process_of_their_own_only():

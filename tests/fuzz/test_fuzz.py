@@ -1,7 +1,9 @@
 """Every input is read or refused as declared (`python -m tests.fuzz` for many inputs)."""
 
+from pathlib import Path
+
 import pytest
-from fuzz_run import Target, run
+from fuzz_run import LONGEST_SECONDS, Target, run
 from fuzz_targets import targets
 
 
@@ -23,6 +25,13 @@ def test_every_seed_is_accepted(name):
     # raise_exception, and names that only a judge's template has; integers for weights
     refused = {"layouts": 2, "config.yaml": 1, "template": 2, "safetensors": 1}.get(name, 0)
     assert outcome.refused <= refused
+
+
+def test_the_page_says_how_many_inputs_the_quick_part_has():
+    counts = [target.quick for target in targets().values()]
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    assert f"the quick part: {min(counts)} to {max(counts)} inputs a reader" in page
+    assert f"Every input has {LONGEST_SECONDS:.0f} s" in page
 
 
 def test_a_crash_is_found():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from loopback import ROOT, Processes, environment_of
+from loopback import ROOT, Processes, environment_of, free_port
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file
 
@@ -121,6 +121,49 @@ def test_a_coordinator_on_the_loopback_listens_there_alone(monkeypatch):
     assert bind_address("[::1]:8476") == "[::1]:8476"
     assert bind_address("node007:8476") is None
     assert bind_address(None) is None
+
+
+LISTENING = """
+import os, sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from dpo.config import DistributedConfig
+from dpo.parallel.joining import joined
+
+def addresses():
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    mine = {os.readlink(link) for link in links if os.path.lexists(link)}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in open(f"/proc/net/{name}").readlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+
+coordinator, number = sys.argv[1], int(sys.argv[2])
+print("alone", *addresses())
+with joined(DistributedConfig(coordinator=coordinator, num_processes=2, process_id=number)):
+    multihost_utils.process_allgather(np.asarray(number))
+    print("joined", *addresses())
+"""
+
+
+@pytest.mark.slow
+def test_who_meets_on_the_loopback_listens_there_and_where_sums_are_taken(tmp_path):
+    """Process 0 at the coordinator's port, and each at one more, by which Gloo connects them."""
+    port = free_port()
+    environment = {**environment_of(1, tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LISTENING, f"127.0.0.1:{port}"]
+    both = [
+        subprocess.Popen([*command, str(number)], env=environment, stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    lines = [[line.split() for line in text.splitlines()] for text in said]
+    known = [{line[0]: line[1:] for line in mine if line[0] in ("alone", "joined")} for mine in lines]
+    assert [mine["alone"] for mine in known] == [[], []]
+    coordinator = [address for address in known[0]["joined"] if address.endswith(f":{port:04X}")]
+    assert [re.sub("^0+(FFFF0+)?", "", address.partition(":")[0]) for address in coordinator] == ["100007F"]
+    assert len(known[0]["joined"]) == 2
+    assert len(known[1]["joined"]) == 1
 
 
 # ---- processes ----

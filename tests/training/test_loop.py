@@ -360,6 +360,8 @@ def test_another_version_of_a_package_is_refused_unless_allowed(config, interrup
     with pytest.raises(ValueError, match=r'(?s)versions: jax: ".*" → "9".*--allow-changed versions$'):
         train(config)
     assert train(replace(config, training={"allow_changed": ["versions"]})).status == "finished"
+    monkeypatch.setattr(identity, "package_versions", lambda: {"jax": "10"})
+    assert train(config).status == "already finished", "nothing is computed any more"
 
 
 def test_a_restored_policy_that_scores_differently_is_refused(config, interrupted):
