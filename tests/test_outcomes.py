@@ -145,6 +145,25 @@ def test_the_table_of_several_processes_has_the_same_codes() -> None:
     ]
 
 
+ANSWERS = {
+    "plan": ("dpo.commands.plan.plan_step", False, "with {} where a step does not fit"),
+    "sweep": ("dpo.commands.sweep.sweep_over", False, "with {} where one of its runs failed"),
+    "watch": ("dpo.commands.report.watch_run", False, "with {} where the run is not finished"),
+}
+"""What a command calls, what that may give, and what the page says of the code."""
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_codes_that_answer_are_those_of_the_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, given, said = ANSWERS[name]
+    arguments = {"plan": [], "sweep": ["--over=objective.beta=[0.1]"], "watch": ["RUN"]}[name]
+    monkeypatch.setattr(called, lambda *_, **__: given)
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert f"`dpo {name}` {said.format(main([name, *arguments]))}" in page
+    monkeypatch.setattr(called, lambda *_, **__: True)
+    assert main([name, *arguments]) == 0
+
+
 SIGNALLED = """
 import os, signal, sys
 from dpo import __main__ as main, cli

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from dpo.command_line import load_config
+from dpo.huggingface.shapes import read_shape
 from dpo.parallel.sharding import make_mesh
 from dpo.planning.chips import CHIPS, GIB, Chip, parse_topology
 from dpo.planning.hlo import Collective, Program
@@ -111,3 +112,17 @@ def test_the_printed_plan_is_what_its_numbers_print() -> None:
             [float(n.replace(",", "")) for n in re.findall(r"\d[\d.,]*\d|\d", found)], rel=2e-4, abs=1e-3
         ), (line, found)
     assert len(rounded) <= 3, rounded
+
+
+def test_every_row_of_the_plans_has_a_command() -> None:
+    """Its model is one whose shape is known, its topology and mesh go with each other."""
+    table = (ROOT / "docs" / "scaling.md").read_text().split("## Plans")[1].split("## ")[0]
+    rows = re.findall(
+        r"^\| ([\w.-]+) \| (v\w+:[\dx]+) \| ((?:data|fsdp)[^|]+) \| (\d+) \|", table, re.MULTILINE
+    )
+    assert len(rows) == 11
+    for model, topology, mesh, parts in rows:
+        assert read_shape(f"shape:{model}")
+        sizes = [int(size) for size in re.findall(r"(?:data|fsdp|tensor) (\d+)", mesh)]
+        assert math.prod(sizes) == parse_topology(topology).num_devices
+        assert 256 % int(parts) == 0
