@@ -14,7 +14,15 @@ import jax
 from dpo.outcomes import PEER_LOST, PeerLostError, outcome_of, text_of
 from dpo.parallel.cluster import Cluster, Meeting, find_cluster
 from dpo.parallel.distributed import is_main
-from dpo.parallel.lost import describe_loss, end_with_the_others, heard_failure, listening, say_outcome
+from dpo.parallel.lost import (
+    describe_absence,
+    describe_loss,
+    end_with_the_others,
+    heard_failure,
+    listening,
+    meeting,
+    say_outcome,
+)
 
 LEAVE_SECONDS = 20
 """How long a process that has finished waits for the others to finish too."""
@@ -69,25 +77,24 @@ def _cause_of(error: BaseException) -> BaseException:
 def _meet(cluster: Cluster, given: Meeting) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # signals are ours (dpo.training.interrupt)
     end_with_the_others()
+    who = f"process {cluster.process_id} of {cluster.num_processes} ({cluster.found_in})"
+    absence = describe_absence(who, cluster.coordinator, given.start_timeout)
     try:
-        jax.distributed.initialize(
-            coordinator_address=cluster.coordinator,
-            num_processes=cluster.num_processes,
-            process_id=cluster.process_id,
-            local_device_ids=cluster.local_device,
-            cluster_detection_method=None if cluster.coordinator is None else "deactivate",
-            initialization_timeout=int(given.start_timeout),
-            heartbeat_timeout_seconds=int(given.heartbeat_timeout),
-            shutdown_timeout_seconds=LEAVE_SECONDS,
-            coordinator_bind_address=bind_address(cluster.coordinator),
-        )
+        with meeting(absence):
+            jax.distributed.initialize(
+                coordinator_address=cluster.coordinator,
+                num_processes=cluster.num_processes,
+                process_id=cluster.process_id,
+                local_device_ids=cluster.local_device,
+                cluster_detection_method=None if cluster.coordinator is None else "deactivate",
+                initialization_timeout=int(given.start_timeout),
+                heartbeat_timeout_seconds=int(given.heartbeat_timeout),
+                shutdown_timeout_seconds=LEAVE_SECONDS,
+                coordinator_bind_address=bind_address(cluster.coordinator),
+            )
     except jax.errors.JaxRuntimeError as error:
         atexit.register(_leave, PEER_LOST.code)
-        raise PeerLostError(
-            f"process {cluster.process_id} of {cluster.num_processes} ({cluster.found_in}) did not meet the "
-            f"others at {cluster.coordinator} within {given.start_timeout:g} s (distributed.start_timeout): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise PeerLostError(f"{absence} ({str(error).splitlines()[0]})") from error
 
 
 def bind_address(coordinator: str | None) -> str | None:

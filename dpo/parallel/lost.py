@@ -46,6 +46,27 @@ def describe_loss(reason: str) -> str:
     )
 
 
+def describe_absence(who: str, where: str | None, seconds: float) -> str:
+    """The message of a process that has waited in vain for another to come."""
+    return (
+        f"{who} did not meet the others at {where} within {seconds:g} s (distributed.start_timeout). {ADVICE}"
+    )
+
+
+_meeting: list[str] = []
+"""What an abort means while processes meet; nothing once they have."""
+
+
+@contextlib.contextmanager
+def meeting(text: str) -> Iterator[None]:
+    """While inside, an abort is one that `text` describes: JAX waits by itself, and gives up by `abort()`."""
+    _meeting.append(text)
+    try:
+        yield
+    finally:
+        _meeting.pop()
+
+
 def end_with_the_others() -> None:
     """From here on SIGABRT in this process is `_answer_abort`'s."""
     libc = ctypes.CDLL(None)
@@ -82,12 +103,13 @@ _SILENCE = _Silence()
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _answer_abort(number: int) -> None:
     """Runs in the thread that called `abort()`; when it returns, the process is aborted after all."""
-    reason = "JAX's coordination service is gone, or has given a process up"
-    if _SILENCE.was_too_long():
-        reason = "this process was stopped for a time, and the others have given it up"
-    elif _is_answered():
-        return
-    text = describe_loss(reason)
+    text = _meeting[-1] if _meeting else None
+    if text is None and _SILENCE.was_too_long():
+        text = describe_loss("this process was stopped for a time, and the others have given it up")
+    if text is None:
+        if _is_answered():
+            return
+        text = describe_loss("JAX's coordination service is gone, or has given a process up")
     os.write(2, f"dpo train: {PEER_LOST.begins}: {text}\n".encode())
     os._exit(PEER_LOST.code)
 

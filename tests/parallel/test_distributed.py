@@ -166,6 +166,35 @@ def test_who_meets_on_the_loopback_listens_there_and_where_sums_are_taken(tmp_pa
     assert len(known[1]["joined"]) == 1
 
 
+ALONE = """
+import sys
+from dpo.config import DistributedConfig
+from dpo.parallel.joining import joined
+given = {"coordinator": sys.argv[1], "num_processes": 2, "process_id": int(sys.argv[2]), "start_timeout": 2.0}
+with joined(DistributedConfig(**given)):
+    print("met somebody")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_waits_in_vain_says_that_it_did_not_meet_the_others(number, tmp_path):
+    """JAX aborts a process that nobody comes to; what it says before is ours, and so is its code."""
+    where = f"127.0.0.1:{free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, where, str(number)],
+        env={**environment_of(1, tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == PEER_LOST.code
+    begins = f"dpo train: {PEER_LOST.begins}: process {number} of 2 (settings) "
+    assert f"{begins}did not meet the others at {where} within 2 s (distributed.start_timeout)" in done.stderr
+    assert "met somebody" not in done.stdout
+
+
 # ---- processes ----
 
 
