@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.config import Config, save_config
 from dpo.data.token_store import TokenStore
 from dpo.files import (
     CHECKSUMS_FILE,
@@ -86,6 +87,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     replace_text(path, "new", what="a text")
     assert path.read_text() == "new"
     assert names(tmp_path) == ["a"]
+
+
+def test_settings_reach_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    called = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
+    save_config(Config(), tmp_path / "config.yaml")
+    assert called == ["fsync", "replace"]
 
 
 def test_damage_is_named(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from dpo.cli import main
 from dpo.config import Config, TrainingConfig, save_config
 from dpo.outcomes import STOPPED
-from dpo.pages.watch import run_state, total_steps, watch
+from dpo.pages.watch import SHOWN_PANELS, run_state, total_steps, watch
 from dpo.training.lock import exclusive
 
 
@@ -84,6 +85,21 @@ def test_once_draws_a_live_run_and_ends(run: tuple[Path, Config], capsys: pytest
         assert "running, step 3 of 12" in seen(run, once=True)[1]
         assert main(["watch", str(run[0]), "--once=true"]) == 0
     assert "Loss" in capsys.readouterr().out
+
+
+def test_the_page_names_the_curves_that_are_drawn() -> None:
+    words = {
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "ratios/chosen": "log-ratios",
+        "grad_norm": "gradient norm",
+        "samples/kl": "KL of own samples",
+        "tokens/s": "tokens/s",
+    }
+    page = " ".join((Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8").split())
+    listed = re.sub(r" \([^)]*\)", "", page.split("Curves: ")[1]).split(";")[0]
+    assert listed.split(", ") == [words[panel] for panel in SHOWN_PANELS]
 
 
 def test_a_run_without_steps_is_shown_as_such(tmp_path: Path) -> None:

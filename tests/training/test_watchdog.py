@@ -68,6 +68,14 @@ def test_a_spike_stands_out_from_the_spread_of_the_steps_before():
     assert loss_spike(history([*lines[:10], lines[-1] | {"loss": 8.0}])) is None  # too little to compare with
 
 
+@pytest.mark.parametrize(("usual", "least"), [(0.1, math.log(2)), (3.0, 3.0)])
+def test_a_spike_is_as_far_away_as_the_median_or_ln_2_whichever_is_larger(usual, least):
+    """As docs/troubleshooting.md says; without any spread nothing else is asked."""
+    lines = [line | {"loss": usual} for line in healthy(60)]
+    assert loss_spike(history([*lines, lines[-1] | {"loss": usual + 0.99 * least}])) is None
+    assert loss_spike(history([*lines, lines[-1] | {"loss": usual + 1.01 * least}])) is not None
+
+
 def test_a_loss_that_stays_at_ln_2_is_stuck():
     stuck = changed(healthy(RECENT), loss=math.log(2), rewards__margins=0.001)
     assert "0.6931" in str(loss_stuck(history(stuck)))
