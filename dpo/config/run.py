@@ -167,8 +167,8 @@ class DistributedConfig:
     """The launcher whose environment variables say which process this is: auto looks for one, none asks
     none, a name asks that one only."""
     coordinator: str | None = None
-    """Address of process 0, where all processes meet, as host:port; the launcher's or
-    JAX_COORDINATOR_ADDRESS when not given."""
+    """Address of process 0, where all processes meet, as host:port; JAX_COORDINATOR_ADDRESS, or else the
+    launcher's, when not given."""
     num_processes: int | None = None
     """Number of processes of the run; the launcher's when not given."""
     process_id: int | None = None

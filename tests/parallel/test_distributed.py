@@ -92,6 +92,9 @@ def test_settings_come_before_what_is_found():
     given = {"coordinator": "here:1", "num_processes": 8, "process_id": 7}
     assert find(SLURM, **given) == Cluster("here:1", 8, 7, "slurm")
     assert find({}, **given) == Cluster("here:1", 8, 7, "settings")
+    said = SLURM | {"JAX_COORDINATOR_ADDRESS": "there:2"}
+    assert find(said) == Cluster("there:2", 4, 2, "slurm")
+    assert find(said, **given) == Cluster("here:1", 8, 7, "slurm")
     with pytest.raises(ValueError, match="coordinator, process_id is not known"):
         find({}, num_processes=2)
     with pytest.raises(ValueError, match="process 2 of 2"):
