@@ -52,6 +52,36 @@ def test_the_results_have_its_figures() -> None:
     assert "falls by {:.1f} nats, of rejected ones by {:.1f}".format(*falls) in page
 
 
+AGREE = [
+    ("README.md", "77 of 83 for the policy", "docs/results.md", "77 wins, 0 ties, 6 losses"),
+    ("README.md", "8.4 nats of KL (7.5 to 9.2)", "docs/results.md", "nats a response | 8.4 (7.5 to 9.2) |"),
+    ("README.md", "took 11 CPU minutes", "docs/results.md", "11 CPU minutes in all"),
+    (
+        "README.md",
+        "8.9 times the tokens/s of TRL 1.16's",
+        "docs/performance.md",
+        "| 6 | **8.9** (8.9 to 8.9) |",
+    ),
+    ("README.md", "in 0.28 of its memory", "docs/performance.md", "| 1/3 | **0.28** (full 0.22) |"),
+    (
+        "docs/lora.md",
+        "0.843 (0.759 to 0.916), 1.041, −19.1",
+        "docs/performance.md",
+        "| 0.843 | 1.041 | −19.09, −29.50 |",
+    ),
+    ("docs/lora.md", "−19.1 and −29.5", "docs/results.md", "falls by 19.1 nats, of rejected ones by 29.5"),
+    ("docs/results.md", "12 steps of 4 rankings", "docs/winrate.md", "a dozen updates instead of thousands"),
+    ("docs/results.md", "an hour of two cores", "docs/winrate.md", "about an hour on two cores"),
+]
+"""What two pages say of one thing."""
+
+
+@pytest.mark.parametrize(("one", "said", "other", "same"), AGREE, ids=[said for _, said, _, _ in AGREE])
+def test_two_pages_say_the_same(one: str, said: str, other: str, same: str) -> None:
+    assert said in words(one)
+    assert same in words(other)
+
+
 @pytest.mark.parametrize("page", ["README.md", "configs/sentiment_pairs.yaml"])
 def test_the_front_door_says_the_same(page: str) -> None:
     text, (rate, low, high) = words(page), FIGURES["accuracy"]
