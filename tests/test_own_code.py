@@ -93,6 +93,7 @@ def test_a_settings_file_alone_does_not_run_a_module(
 
 
 OWN_OBJECTIVE = """
+from __future__ import annotations
 import jax
 from dpo.losses import Objective
 from dpo.losses.pairs import on_pairs
@@ -106,6 +107,15 @@ def needy(beta: float) -> Objective:
 
 def number() -> int:
     return 3
+
+def untyped(beta=0.1) -> Objective:
+    return margin(beta)
+
+def of_texts(kind: str = "x") -> Objective:
+    return margin()
+
+def of_nothing(beta: Unknown = 0.1) -> Objective:
+    return margin()
 """
 
 
@@ -129,6 +139,12 @@ def test_an_own_objective_is_made_on_the_users_word_and_its_runs_open_without_it
         make_objective({"name": "my_losses_here:needy"})
     with pytest.raises(ValueError, match="returns int; allowed"):
         make_objective({"name": "my_losses_here:number"})
+    with pytest.raises(ValueError, match="beta has no type; allowed: float, int"):
+        make_objective({"name": "my_losses_here:untyped"})
+    with pytest.raises(ValueError, match="kind has the type <class 'str'>; allowed"):
+        make_objective({"name": "my_losses_here:of_texts", "kind": "y"})
+    with pytest.raises(ValueError, match="name 'Unknown' is not defined, in the type of an argument"):
+        make_objective({"name": "my_losses_here:of_nothing"})
     with pytest.raises(ValueError, match="import the module that does"):
         reward_scale({"name": "registered_in_another_program"})
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from dpo.losses import listwise, pairwise, reference_free, unpaired, whole_batch
 from dpo.losses.divergences import Divergence, with_divergence
-from dpo.losses.parameters import NonNegative, Range, checked, suggestion
+from dpo.losses.parameters import NonNegative, Range, checked, require_types, suggestion
 from dpo.losses.scores import Objective, Scores
 from dpo.losses.weighting import with_policy_weights, with_tail_weight
 from dpo.outcomes import UserError
@@ -194,6 +194,8 @@ def _defaults(factory: Callable[..., Objective], name: str) -> Objective:
         raise UserError(
             f"objective {name}: {', '.join(needed)} has no default value; every argument needs one"
         )
+    if name not in _SHIPPED:
+        require_types(factory, where=f"objective {name}")
     made = factory()
     if not isinstance(made, Objective):
         raise UserError(f"objective {name}: it returns {type(made).__name__}; allowed: dpo.losses.Objective")

@@ -67,6 +67,27 @@ def parameters_of(factory: Callable[..., Any]) -> dict[str, Any]:
     return {name: hints[name] for name in inspect.signature(factory).parameters}
 
 
+def require_types(factory: Callable[..., Any], *, where: str) -> None:
+    """Refuse a factory of whose arguments one has no type, or one that no check knows.
+
+    Raises:
+      ValueError: naming the argument and what is allowed.
+    """
+    try:
+        hints = get_type_hints(factory, include_extras=True)
+    except NameError as error:
+        raise UserError(f"{where}: {error}, in the type of an argument") from error
+    for name in inspect.signature(factory).parameters:
+        try:
+            allowed_values(hints[name])
+        except (KeyError, TypeError) as error:
+            found = f"the type {hints[name]}" if name in hints else "no type"
+            raise UserError(
+                f"{where}: {name} has {found}; allowed: float, int, bool, a Literal, Annotated with a Range, "
+                f"or several of them, as in {name}: float = 0.1"
+            ) from error
+
+
 def allowed_values(hint: Any) -> str:
     """What a type with its range accepts, in words."""
     if get_origin(hint) is Annotated:
