@@ -10,7 +10,9 @@ import pytest
 from dpo.config import TrainingConfig
 from dpo.files import WriteError, require_writable
 from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, outcome_of
+from dpo.runs import LOCK_FILE
 from dpo.training import requirements
+from dpo.training.lock import exclusive
 from dpo.training.requirements import num_checkpoints, require_room, require_shared
 
 GB = 10**9
@@ -62,3 +64,13 @@ def test_a_directory_or_a_lock_that_another_host_has_of_its_own_is_refused(
     with (tmp_path / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         require_shared(tmp_path, seconds=0.0)
+
+
+def test_who_deletes_the_lock_lets_a_second_process_in(tmp_path: Path) -> None:
+    """As docs/troubleshooting.md warns: the lock is that of the file which is gone."""
+    with exclusive(tmp_path):
+        with pytest.raises(ValueError, match="in use by process"), exclusive(tmp_path):
+            pass
+        (tmp_path / LOCK_FILE).unlink()
+        with exclusive(tmp_path):
+            pass
