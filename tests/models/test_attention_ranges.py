@@ -1,6 +1,7 @@
 """The kernel for GPUs is the plain attention behind the same mask: interpreted here, and lowered for CUDA."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,8 @@ def test_only_blocks_with_a_visible_key_are_read():
     assert_array_equal(read, [1, 2, *[3, 4] * 4])
     mask = np.asarray(visible(**layout))[0].reshape(10, 64, 10, 64).any(axis=(1, 3))
     assert_array_equal(read, mask.sum(axis=1))
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"{read.sum()} of the {10 * 11 // 2} blocks on and below the diagonal" in page
 
 
 @pytest.mark.parametrize(
