@@ -103,12 +103,13 @@ _SILENCE = _Silence()
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _answer_abort(number: int) -> None:
     """Runs in the thread that called `abort()`; when it returns, the process is aborted after all."""
-    text = _meeting[-1] if _meeting else None
-    if text is None and _SILENCE.was_too_long():
+    if _meeting:
+        text = _meeting[-1]
+    elif _SILENCE.was_too_long():
         text = describe_loss("this process was stopped for a time, and the others have given it up")
-    if text is None:
-        if _is_answered():
-            return
+    elif _is_answered():
+        return
+    else:
         text = describe_loss("JAX's coordination service is gone, or has given a process up")
     os.write(2, f"dpo train: {PEER_LOST.begins}: {text}\n".encode())
     os._exit(PEER_LOST.code)
