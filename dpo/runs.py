@@ -128,7 +128,7 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
 
 
 def model_of(source: str) -> str:
-    """A model's source: of a run directory its export, of anything else itself.
+    """A model's source: of a run directory its export or its adapters, of anything else itself.
 
     Raises:
       ValueError: when the run has no export yet.
@@ -137,6 +137,8 @@ def model_of(source: str) -> str:
     if not (path / CONFIG_FILE).is_file() or (path / "config.json").is_file():
         return source
     if not (path / EXPORT_DIRECTORY / "config.json").is_file():
+        if (path / ADAPTER_DIRECTORY / "adapter_config.json").is_file():
+            return str(path / ADAPTER_DIRECTORY)
         raise UserError(
             f"{source} is a run without {EXPORT_DIRECTORY}/: it is not finished; allowed: wait for its end, "
             f"or write the newest checkpoint as a model with dpo export {source}"

@@ -60,4 +60,4 @@ def _conclude(
         runs = [(done[one.name], configs[one.name]) for one in choice.judged]
         print_plain(f"page        {write_comparison(runs, output=directory / 'comparison.html')}")
     print_plain(f"figures     {directory / RESULT_FILE}")
-    print_plain(f"policy      {done[choice.chosen.name] / 'export'}")
+    print_plain(f"policy      {done[choice.chosen.name] / configs[choice.chosen.name].policy_name}")

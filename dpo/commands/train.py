@@ -20,7 +20,6 @@ from dpo.runs import (
     CONFIG_FILE,
     DATA_FILE,
     EVALUATION_FILE,
-    EXPORT_DIRECTORY,
     HELDOUT_FILE,
     MADE_FROM,
     SUMMARY_FILE,
@@ -105,7 +104,7 @@ def _describe_data(run_dir: Path, config: Config) -> None:
 
     made_from = _digest(run_dir / CONFIG_FILE, run_dir / SUMMARY_FILE)
     if _was_made_from(run_dir / DATA_FILE) != made_from:
-        report, _ = report_data(config, load_tokenizer(run_dir / EXPORT_DIRECTORY))
+        report, _ = report_data(config, load_tokenizer(run_dir / config.policy_name))
         write_json(run_dir / DATA_FILE, {**report, MADE_FROM: made_from})
 
 

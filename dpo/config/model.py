@@ -82,6 +82,9 @@ class LoraConfig:
     base_name: str | None = field(default=None, metadata=marks(BESIDE))
     """The hub id or path that the written adapters name as their base; model.source when not given. peft
     opens neither a GGUF file nor embedded:NAME, so that these need another name."""
+    merged: bool = field(default=True, metadata=marks(BESIDE))
+    """Write the whole model with the adapters merged at the run's end too (export/), which is as large as the
+    base in float32; otherwise the adapters alone (adapter/)."""
     base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Dtype in which the frozen weights are held (with int8 the embeddings are bfloat16). Adapters are
     float32."""
@@ -101,7 +104,7 @@ class LoraConfig:
             "target_modules",
             "use_rslora",
             "use_dora",
-            *([] if self.is_on else ["base_dtype", "base_name"]),
+            *([] if self.is_on else ["base_dtype", "base_name", "merged"]),
         ]
         defaults = {item.name: item.default for item in fields(self)}
         for name in owned if self.rank is None else []:
@@ -111,7 +114,19 @@ class LoraConfig:
                     f"lora.{name} is {getattr(self, name)!r}, but {reason}; allowed where lora.rank is given"
                 )
 
+        if not self.merged and self.base_name is not None:
+            raise UserError(
+                f"lora.merged is false and lora.base_name is {self.base_name!r}; allowed is one of them, "
+                "because the run's only policy has to name the weights that it was trained on; afterwards "
+                "dpo export RUN --format adapter --base_name NAME writes it with another name"
+            )
+
     @property
     def is_on(self) -> bool:
         """Whether adapters are trained, and not the model."""
         return self.rank is not None or self.init is not None
+
+    @property
+    def is_all_there_is(self) -> bool:
+        """Whether a run leaves its adapters and no model."""
+        return self.is_on and not self.merged

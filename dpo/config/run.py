@@ -229,6 +229,11 @@ class Config:
                     "about held-out data"
                 )
 
+    @property
+    def policy_name(self) -> str:
+        """The directory in `run_dir` that holds the policy of a finished run."""
+        return "adapter" if self.lora.is_all_there_is else "export"
+
     def _data_name(self) -> str:
         """What data.train is called; of several sources the first three."""
         return "-".join(map(self._source_name, spellings(self.data.train)[:3]))

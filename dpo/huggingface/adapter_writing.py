@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from transformers import PreTrainedTokenizerBase
 
 from dpo.files import new_directory
 from dpo.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_adapter
 from dpo.huggingface.adapters import Adapter, module_names
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.foreign_json import JsonObject
+from dpo.huggingface.spellings import respell_tokenizer
 from dpo.huggingface.weight_names import SPELLINGS
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
@@ -28,6 +30,8 @@ def save_adapters(
     *,
     bindings: Sequence[Binding],
     base: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str | None = None,
 ) -> Path:
     """Write adapters as peft does, whole or not at all; an adapter that is there is replaced.
 
@@ -43,6 +47,11 @@ def save_adapters(
         (target / WEIGHTS_FILE).chmod(0o644)  # the library makes it readable by its owner only
         config = _describe(adapters, method, bindings, base)
         (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+            respell_tokenizer(target)
+        if card is not None:
+            (target / "README.md").write_text(card, encoding="utf-8")
     return directory
 
 

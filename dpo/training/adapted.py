@@ -7,8 +7,6 @@ the frozen weights are arguments of the step. The reference is the model without
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,6 @@ from jax.sharding import Mesh
 
 from dpo.config import Config, LoraConfig
 from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters
-from dpo.huggingface.adapter_writing import save_adapters
 from dpo.huggingface.adapters import (
     Adapter,
     add_adapters,
@@ -104,26 +101,10 @@ def model_to_write(policy: Policy, params: Params) -> Decoder:
     return model if policy.base is None else plain_model(model)
 
 
-def export_adapters(
-    policy: Policy, params: Params, directory: str | Path, *, config: Config, log: Callable[[str], None]
-) -> Path:
-    """Write the adapters of a policy as a directory that peft loads onto the base that it names.
-
-    Where that is no directory and no hub id, what peft can do with them instead is said.
-    """
-    model = policy.merge(params)
+def adapters_to_write(policy: Policy, params: Params) -> tuple[list[Adapter], Method, list[Binding]]:
+    """The adapters of a policy with these parameters, and the bindings of the whole model."""
     bindings = _bindings(policy.pretrained.config)
-    named = config.lora.base_name or config.model.source
-    path = Path(named).expanduser()
-    base = str(path.resolve()) if path.exists() else named
-    if path.is_file() or ":" in named:
-        known = policy.pretrained.hub_id
-        log(
-            f"adapters: their base is {named}, which peft does not open; lora.base_name, or dpo export RUN "
-            "--format adapter --base_name NAME, names one that it does"
-            + (f", such as {known}" if known else "")
-        )
-    return save_adapters(directory, *get_adapters(model, bindings), bindings=bindings, base=base)
+    return *get_adapters(policy.merge(params), bindings), bindings
 
 
 def starting_adapters(lora: LoraConfig, hf_config: JsonObject, *, seed: int) -> tuple[list[Adapter], Method]:

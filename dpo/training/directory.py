@@ -16,7 +16,7 @@ from dpo.config import Config, save_config
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
-from dpo.runs import CONFIG_FILE, EXPORT_DIRECTORY, SUMMARY_FILE, Identity, RunSummary, read_summary
+from dpo.runs import CONFIG_FILE, SUMMARY_FILE, Identity, RunSummary, read_summary
 from dpo.training.identity import differences, require_same
 from dpo.training.lock import require_standing
 from dpo.training.memory import keep_choice
@@ -60,7 +60,7 @@ def finish(
         "prompts": len(run.dataset.tokens),
         "eval": metrics,
         "best_checkpoint": best,
-        "export": str(run.run_dir / EXPORT_DIRECTORY),
+        "export": str(run.run_dir / run.config.policy_name),
         "memory": run.memory and run.memory.as_numbers(),
         "seconds": round(time.monotonic() - started, 1),
         "layout": run.loader.report(),

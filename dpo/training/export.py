@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
 from dpo.files import require_writable
+from dpo.huggingface.adapter_writing import save_adapters
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import text_fields
 from dpo.outcomes import UserError
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
-from dpo.training.adapted import export_adapters, model_to_write, policy_to_write
+from dpo.training.adapted import adapters_to_write, model_to_write, policy_to_write
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.model_card import count_parameters, model_card
+from dpo.training.model_card import adapter_card, count_parameters, model_card
 from dpo.training.policy import Policy
 from dpo.training.progress import say
 from dpo.training.step import Params
@@ -59,8 +61,9 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     if given.format == "adapter":
         name = given.base_name or config.lora.base_name
-        named = replace(config, lora=replace(config.lora, base_name=name))
-        return export_adapters(policy, params, output, config=named, log=say), step
+        named = replace(config, lora=replace(config.lora, base_name=name, merged=True))
+        metrics = heldout_metrics(given.run, step)
+        return export_adapters(named, policy, params, output, num_steps=step, metrics=metrics), step
     if given.format == "gguf":
         return _export_gguf(policy, params, output, dtype=dtype, name=Path(given.run).resolve().name), step
     metrics = heldout_metrics(given.run, step)
@@ -102,6 +105,49 @@ def export_model(
         dtype=written,
         model_card=card,
         carried=pretrained.carried,
+    )
+
+
+def export_adapters(
+    config: Config,
+    policy: Policy,
+    params: Params,
+    directory: Path,
+    *,
+    num_steps: int,
+    metrics: Mapping[str, float] | None,
+) -> Path:
+    """Write the adapters of a policy as a directory that peft loads onto the base that it names, with the
+    tokenizer, the chat template that was trained with, and a card.
+
+    Where the base is no directory and no hub id, what peft can do with them instead is said.
+    """
+    pretrained = policy.pretrained
+    adapters, method, bindings = adapters_to_write(policy, params)
+    named = config.lora.base_name or config.model.source
+    path = Path(named).expanduser()
+    if path.is_file() or ":" in named:
+        known = pretrained.hub_id
+        say(
+            f"adapters: their base is {named}, which peft does not open; lora.base_name, or dpo export RUN "
+            "--format adapter --base_name NAME, names one that it does"
+            + (f", such as {known}" if known else ", such as the directory of a converted base")
+        )
+    card = adapter_card(
+        config,
+        pretrained,
+        num_steps=num_steps,
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        metrics=metrics,
+    )
+    return save_adapters(
+        directory,
+        adapters,
+        method,
+        bindings=bindings,
+        base=str(path.resolve()) if path.exists() else named,
+        tokenizer=pretrained.tokenizer,
+        card=card,
     )
 
 

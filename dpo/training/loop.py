@@ -36,7 +36,6 @@ from dpo.runs import (
     read_metrics,
 )
 from dpo.training import rounding
-from dpo.training.adapted import export_adapters
 from dpo.training.announce import introduction
 from dpo.training.assembly import (
     checkpoints_of,
@@ -52,7 +51,7 @@ from dpo.training.assembly import (
 )
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.directory import begin, finish, may_stand, summary_of
-from dpo.training.export import export_model
+from dpo.training.export import export_adapters, export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
 from dpo.training.identity import reference_identity, settings_fingerprint
 from dpo.training.interrupt import StopRequested, stop_requests, stops_at_once
@@ -319,9 +318,10 @@ def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> No
     params, frozen = on_this_host((state.params, run.policy.frozen))
     if is_main():
         require_standing(run.run_dir)
-        policy = run.policy._replace(frozen=frozen)
-        export = run.run_dir / EXPORT_DIRECTORY
-        export_model(run.config, policy, params, export, num_steps=run.num_steps, metrics=metrics)
-        if run.config.lora.is_on:
-            directory = run.run_dir / ADAPTER_DIRECTORY
-            export_adapters(policy, params, directory, config=run.config, log=say)
+        policy, config = run.policy._replace(frozen=frozen), run.config
+        if not config.lora.is_all_there_is:
+            export = run.run_dir / EXPORT_DIRECTORY
+            export_model(config, policy, params, export, num_steps=run.num_steps, metrics=metrics)
+        if config.lora.is_on:
+            adapter = run.run_dir / ADAPTER_DIRECTORY
+            export_adapters(config, policy, params, adapter, num_steps=run.num_steps, metrics=metrics)

@@ -69,6 +69,42 @@ def model_card(
     )
 
 
+def adapter_card(
+    config: Config,
+    base: Pretrained,
+    *,
+    num_steps: int,
+    num_parameters: int,
+    metrics: Mapping[str, float] | None,
+) -> str:
+    """The same for adapters alone: for which base they are, and how they are put on it."""
+    name = config.lora.base_name or _base_name(config, base)
+    base_name = as_text(_base_name(config, base).rpartition("/")[2])
+    objectives = " + ".join(as_text(objective["name"]) for objective in objective_terms(config))
+    matter = _front_matter(config, base) | {"library_name": "peft"}
+    if config.lora.base_name is not None and "base_model" not in matter and not Path(name).exists():
+        matter["base_model"] = name
+    if "base_model" in matter:
+        matter["base_model_relation"] = "adapter"
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(matter, sort_keys=False).rstrip(),
+            "---",
+            "",
+            f"# {base_name}, {objectives}, adapters",
+            "",
+            f"{_adapters(config)} ({num_parameters / 1e6:.1f} M parameters, float32) for "
+            f"{as_text(_data(name))}, trained on preferences with `dpo`. They need that model.",
+            "",
+            *_how_to_load_adapters(),
+            *_how_it_was_made(config, base, num_steps, trained=_adapters(config)),
+            *_heldout(config, metrics),
+            *_settings(config),
+        ]
+    )
+
+
 def as_text(text: str) -> str:
     """A text from outside as Markdown that shows it: as it is where it is plain, else as a span of code.
 
@@ -132,14 +168,34 @@ def _how_to_load() -> list[str]:
     ]
 
 
-def _how_it_was_made(config: Config, base: Pretrained, num_steps: int) -> list[str]:
+def _how_to_load_adapters() -> list[str]:
+    return [
+        "## How to load them",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'base = AutoModelForCausalLM.from_pretrained("THE BASE MODEL")',
+        'model = PeftModel.from_pretrained(base, "THIS DIRECTORY OR HUB ID")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY OR HUB ID")',
+        "```",
+        "",
+        'or `dpo generate DIRECTORY "…"`.',
+        "",
+    ]
+
+
+def _how_it_was_made(
+    config: Config, base: Pretrained, num_steps: int, *, trained: str | None = None
+) -> list[str]:
     data, training, optimizer = config.data, config.training, config.optimizer
     rows = {
         "base model": _base_name(config, base),
         "loaded from": _data(config.model.source),
         "licence of the base": base.licence or "not stated where it was loaded from",
         "reference": _reference(config),
-        "trained": _trained(config),
+        "trained": trained or _trained(config),
         "objective": "; ".join(map(term_title, objective_terms(config))),
         "beta": f"{reward_scale(specification(config)):g}",
         "training data": _sources(data.train),
@@ -167,12 +223,14 @@ def _reference(config: Config) -> str:
 
 
 def _trained(config: Config) -> str:
+    return f"{_adapters(config)}, merged into the weights" if config.lora.is_on else "all weights"
+
+
+def _adapters(config: Config) -> str:
     lora = config.lora
-    if not lora.is_on:
-        return "all weights"
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
     start = f"of rank {lora.rank}" if lora.init is None else f"starting as {_data(lora.init)}"
-    return f"{kind} adapters {start}, merged into the weights"
+    return f"{kind} adapters {start}"
 
 
 def _data(source: str) -> str:

@@ -38,7 +38,11 @@ def require_what_comes_later(run: Run, program: Program) -> None:
             run.run_dir,
             num_checkpoints(run.config.training, run.num_steps),
             checkpoint=tree_bytes(program.state),
-            export=tree_bytes((run.policy.params, run.policy.frozen)),
+            export=tree_bytes(
+                run.policy.params
+                if run.config.lora.is_all_there_is
+                else (run.policy.params, run.policy.frozen)
+            ),
         )
         model_card(
             run.config,

@@ -30,10 +30,12 @@ from dpo.config import (
 )
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
+from dpo.huggingface.licences import read_front_matter
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
 from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
+from dpo.runs import model_of
 from dpo.training import export, preparation
 from dpo.training.adapted import open_policy
 from dpo.training.checkpoint import Checkpoints
@@ -183,10 +185,23 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeyp
 
 
 @pytest.mark.ci
-def test_micro_batches_train_alike(finished, tmp_path):
-    """Four prompts a step against two parts of two."""
-    other = replace(finished, run_dir=str(tmp_path), training={"micro_batches": 2})
-    train(other)
+def test_micro_batches_train_alike_and_adapters_alone_are_the_policy(finished, tmp_path):
+    """Four prompts a step against two parts of two, of a run that leaves no merged model."""
+    alone = {"rank": 4, "merged": False}
+    other = replace(finished, run_dir=str(tmp_path), training={"micro_batches": 2}, lora=alone)
+    summary = train(other).summary
+    assert not (tmp_path / "export").exists()
+    assert summary["export"] == model_of(str(tmp_path)) == str(tmp_path / "adapter")
+    check_run(other)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert read_front_matter(tmp_path / "adapter" / "README.md")["library_name"] == "peft"
+    for part in (
+        "LoRA adapters of rank 4 (0.",
+        "PeftModel.from_pretrained",
+        "| reference | the base model |",
+    ):
+        assert part in card, part
+    assert "(`rewards/accuracies`)" in card
     for ours, theirs in zip(lines(finished), lines(other), strict=True):
         for name in {"loss", "grad_norm", "logps/chosen"} & ours.keys():
             assert_allclose(theirs[name], ours[name], rtol=1e-3, err_msg=name)
