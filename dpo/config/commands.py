@@ -60,16 +60,15 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Held-out figures of a policy against its reference: accuracy, margins, calibration, baselines."""
+class HeldoutConfig:
+    """What the commands that measure a policy on held-out data share."""
 
     run: str | None = None
     """Run directory; its export, reference, held-out data and settings are used where nothing else is
     given."""
     policy: str | None = None
-    """The model to judge: directory, GGUF file or hub id; RUN/export when not given."""
-    reference: str | None = None
-    """The model it is compared with, named like the policy; the run's reference when not given."""
+    """The model to judge: directory, GGUF file or hub id; RUN/export when not given, or RUN/adapter where the
+    run left adapters alone."""
     data: list[Any] | str | None = None
     """The preferences: file, directory or hub id, or a list of them, named like data.eval; the run's
     held-out data when not given."""
@@ -91,6 +90,19 @@ class EvaluateConfig:
     template_kwargs: TemplateArguments | None = None
     """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
     given."""
+
+    def check_data(self) -> None:
+        """Refuse numbers and template arguments that nothing can be done with."""
+        check_range("limit", self.limit, low=1)
+        check_template_arguments("template_kwargs", self.template_kwargs or {})
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(HeldoutConfig):
+    """Held-out figures of a policy against its reference: accuracy, margins, calibration, baselines."""
+
+    reference: str | None = None
+    """The model it is compared with, named like the policy; the run's reference when not given."""
     beta: float | None = None
     """Factor from log-ratios to rewards; the run's, or else 0.1, when not given."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] | None = None
@@ -120,11 +132,10 @@ class EvaluateConfig:
             for name in ("policy", "reference", "data"):
                 if getattr(self, name) is None:
                     raise UserError(f"{name} is not given; allowed: --{name} SOURCE, or --run DIR of a run")
-        check_range("limit", self.limit, low=1)
+        self.check_data()
         check_range("beta", self.beta, above=0.0)
         check_range("max_length", self.max_length, low=2)
         check_range("seed", self.seed, low=0)
-        check_template_arguments("template_kwargs", self.template_kwargs or {})
 
 
 WeightDtype = Literal["float32", "bfloat16", "float16", "base"]
@@ -245,38 +256,15 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True)
-class WinrateConfig:
+class WinrateConfig(HeldoutConfig):
     """Measure how often a judge prefers the policy's responses to held-out prompts over an opponent's."""
 
-    run: str | None = None
-    """Run directory; its export, reference, held-out data and settings are used where nothing else is
-    given."""
-    policy: str | None = None
-    """The model to judge: directory, GGUF file or hub id; RUN/export when not given."""
-    opponent: str | None = None
-    """The model it plays against, or data:best or data:worst for the data's own responses; the run's
-    reference when not given."""
     data: list[Any] | str | None = None
     """The preferences whose prompts are answered: file, directory or hub id, or a list of them, named like
     data.eval; the run's held-out data when not given."""
-    split: str | None = None
-    """Split of a hub data set; the run's, or else test, when not given."""
-    limit: int | None = None
-    """Use the first so many rows only; all when not given."""
-    row_layout: str | None = None
-    """Layout of the rows, as data.row_layout names it; the run's, or else recognised by the columns, when
-    not given."""
-    columns: dict[str, str] | None = None
-    """Other names of the layout's columns, as data.columns has them; the run's, or else none, when not
-    given."""
-    ignore_columns: list[str] | None = None
-    """Columns not to read, as data.ignore_columns has them; the run's, or else none, when not given."""
-    chat_template: str | None = None
-    """File with the chat template (jinja2) of both models; the run's, or else each model's own, when not
-    given."""
-    template_kwargs: TemplateArguments | None = None
-    """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
-    given."""
+    opponent: str | None = None
+    """The model it plays against, or data:best or data:worst for the data's own responses; the run's
+    reference when not given."""
     judge: str | None = None
     """Who decides: endpoint, local:MODEL, reward_model:DIR, module:function, vader, or a control (first,
     longer). For the shipped data it is vader when not given; for other data it has to be given."""
@@ -322,11 +310,11 @@ class WinrateConfig:
                     raise UserError(f"{name} is not given; allowed: --{name} VALUE, or --run DIR of a run")
         if not self.temperatures:
             raise UserError("temperatures is []; allowed is one or more")
-        check_template_arguments("template_kwargs", self.template_kwargs or {})
+        self.check_data()
         check_template_arguments("judge_template_kwargs", self.judge_template_kwargs)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.0)
-        for name in ("limit", "samples", "max_new_tokens", "top_k", "batch_size"):
+        for name in ("samples", "max_new_tokens", "top_k", "batch_size"):
             check_range(name, getattr(self, name), low=1)
         check_range("top_p", self.top_p, above=0.0, high=1.0)
         check_range("min_p", self.min_p, low=0.0, high=1.0)
@@ -376,10 +364,11 @@ class GenerateConfig:
 def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
     """The settings of a run (or the defaults) with what was given on the command line in their place.
 
-    `lora` is kept where the reference is the model that the run had adapters on: it says how that is held.
+    `lora` is kept where the reference is the model that the run had adapters on, and the policy is written as
+    it was trained: it says how that is held. Adapters alone are read on their base in float32.
     """
     base = Config() if run is None else run
-    is_own_reference = given.reference is None and base.model.reference is None
+    is_held = given.reference is None and base.model.reference is None and not base.lora.is_all_there_is
     data = {
         "eval": given.data,
         "eval_split": given.split,
@@ -395,13 +384,13 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
         "template_kwargs": given.template_kwargs,
     }
     model = {
-        "source": given.policy or (None if given.run is None else str(Path(given.run) / "export")),
+        "source": given.policy or (None if given.run is None else str(Path(given.run) / base.policy_name)),
         "reference": given.reference or base.model.reference or base.lora.init or base.model.source,
         "compute_dtype": given.compute_dtype,
     }
     return replace(
         base,
-        lora=base.lora if is_own_reference else LoraConfig(),
+        lora=base.lora if is_held else LoraConfig(),
         data=replace(base.data, **{name: value for name, value in data.items() if value is not None}),
         model=replace(base.model, **{name: value for name, value in model.items() if value is not None}),
     )
