@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from dpo.commands.checks import check_heldout, load_run
 from dpo.commands.output import print_plain
 from dpo.config import Config, EvaluateConfig, WinrateConfig
+from dpo.config.commands import HeldoutConfig
 from dpo.config.sources import show_source
 from dpo.outcomes import UserError
 
@@ -39,13 +41,14 @@ def match_after_training(config: Config, judge: str, arguments: Sequence[str]) -
 def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     """Sample, judge, print the figures, and add them to the run's report."""
     config = check_heldout(comparison(given), run)
-    from dpo.judging.match import RESULT_FILE, play
+    from dpo.judging.match import play
+    from dpo.judging.results import VERDICTS_FILE
     from dpo.judging.winrate import figures_as_text, usage_as_text
     from dpo.training.program import enable_compilation_cache
 
     enable_compilation_cache()
     output = Path(given.output or Path(given.run or ".") / "winrate")
-    result = play(given, config, output=output, log=print_plain)
+    result, path = play(given, config, output=output, log=print_plain)
     print_plain(
         f"{result['policy']} against {result['opponent']} on {show_source(result['data'])}, "
         f"judge {result['settings']['judge']}"
@@ -55,7 +58,7 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
         print_plain(figures_as_text(figures))
     if "usage" in result:
         print_plain(usage_as_text(result["usage"]))
-    print_plain(f"all figures: {output / RESULT_FILE}; every verdict: {output / 'verdicts.jsonl'}")
+    print_plain(f"all figures: {path}; every verdict: {output / VERDICTS_FILE}")
     if run is not None and given.run is not None and given.output is None:
         from dpo.pages.report import write_report
 
@@ -64,16 +67,5 @@ def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
 
 def comparison(given: WinrateConfig) -> EvaluateConfig:
     """The part of a win-rate's settings that says what is compared on which data."""
-    return EvaluateConfig(
-        run=given.run,
-        policy=given.policy,
-        reference=given.opponent,
-        data=given.data,
-        split=given.split,
-        limit=given.limit,
-        row_layout=given.row_layout,
-        columns=given.columns,
-        ignore_columns=given.ignore_columns,
-        chat_template=given.chat_template,
-        template_kwargs=given.template_kwargs,
-    )
+    shared = {item.name: getattr(given, item.name) for item in fields(HeldoutConfig)}
+    return EvaluateConfig(reference=given.opponent, **shared)

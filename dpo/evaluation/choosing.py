@@ -13,11 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from dpo.data.preferences import Preference
-from dpo.evaluation.accuracy import accuracy, outcomes
+from dpo.evaluation.accuracy import accuracy
+from dpo.evaluation.common import Common, find_common
 from dpo.evaluation.heldout import Heldout
-from dpo.evaluation.rows import Rows, as_pairs, make_pairs
-from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.intervals import Interval
 from dpo.outcomes import UserError
 
@@ -53,7 +51,7 @@ class Choice(NamedTuple):
 
 
 def choose(policies: Mapping[str, Heldout], *, seed: int = 0) -> Choice:
-    """Order policies by accuracy on one half of the held-out prompts that all of them have.
+    """Order policies by accuracy on one half of the held-out prompts, on pairs that all of them order.
 
     Which half a prompt is in depends on its text alone. Of equal accuracies the first policy given is the
     better one.
@@ -61,64 +59,45 @@ def choose(policies: Mapping[str, Heldout], *, seed: int = 0) -> Choice:
     Raises:
       UserError: when fewer than four prompts are common to all, or a half has no pair.
     """
-    places = {name: {_key(p): i for i, p in enumerate(one.preferences)} for name, one in policies.items()}
-    common = sorted(set.intersection(*map(set, places.values())))
-    parts = {
-        name: _rows_at(policies[name].rows, [place[key] for key in common]) for name, place in places.items()
-    }
-    name, place = next(iter(places.items()))
-    choosing = _is_in_first_half([policies[name].preferences[place[key]] for key in common])
-    halves = {name: (rows.take(choosing), rows.take(~choosing)) for name, rows in parts.items()}
-    for half in next(iter(halves.values())):
-        if not len(make_pairs(half).row):
-            raise UserError("half of the held-out prompts has no pair of different rank; give more of them")
+    names, found = list(policies), find_common(list(policies.values()))
+    choosing = _is_in_first_half([] if found is None else found.prompts)
+    assert found is not None, "so few prompts would have been refused"
+    halves = found.take(choosing), found.take(~choosing)
+    if not all(len(half.pairs.row) for half in halves):
+        raise UserError("half of the held-out prompts has no pair of different rank; give more of them")
 
-    def accuracy_of(rows: Rows) -> Interval:
-        return accuracy(rows, make_pairs(rows), rows.log_ratio, seed=seed)
+    def accuracy_of(half: Common, policy: int) -> Interval:
+        rows = half.rows[policy]
+        return accuracy(rows, half.pairs, rows.log_ratio, seed=seed)
 
-    figures = {name: accuracy_of(first) for name, (first, _) in halves.items()}
-    order = sorted(figures, key=lambda name: -figures[name].estimate)
-    best, rest = halves[order[0]]
+    figures = [accuracy_of(halves[0], policy) for policy in range(len(names))]
+    order = sorted(range(len(names)), key=lambda policy: -figures[policy].estimate)
     judged = [
         Judged(
-            name,
-            figures[name],
-            accuracy_of(halves[name][1]),
-            _difference(best, halves[name][0], seed=seed) if place else None,
+            names[policy],
+            figures[policy],
+            accuracy_of(halves[1], policy),
+            halves[0].difference(order[0], policy, seed=seed) if place else None,
         )
-        for place, name in enumerate(order)
+        for place, policy in enumerate(order)
     ]
-    return Choice(tuple(judged), (len(np.unique(best.prompts)), len(np.unique(rest.prompts))))
-
-
-def _key(preference: Preference) -> str:
-    return repr((preference.prompt, preference.responses, preference.ranks))
+    return Choice(tuple(judged), (len(set(halves[0].prompts)), len(set(halves[1].prompts))))
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _rows_at(rows: Rows, places: list[int]) -> Rows:
-    return as_pairs(Rows(*(array[places] for array in rows)))
-
-
-def _is_in_first_half(preferences: list[Preference]) -> Bool[np.ndarray, " n"]:
+def _is_in_first_half(prompts: list[str]) -> Bool[np.ndarray, " n"]:
     """Whether each is of the half that chooses: all rows of a prompt are in one half."""
-    digests = [_digest(repr(p.prompt)) for p in preferences]
-    prompts = sorted(set(digests))
-    if len(prompts) < _FEWEST:
+    digests = list(map(_digest, prompts))
+    found = sorted(set(digests))
+    if len(found) < _FEWEST:
         raise UserError(
-            f"{len(prompts)} held-out prompts are common to all runs; allowed to choose by are {_FEWEST} at "
+            f"{len(found)} held-out prompts are common to all runs; allowed to choose by are {_FEWEST} at "
             "least, and hundreds are needed to tell runs apart"
         )
-    return np.isin(digests, prompts[: len(prompts) // 2])
+    return np.isin(digests, found[: len(found) // 2])
 
 
 _FEWEST = 4
-
-
-def _difference(best: Rows, other: Rows, *, seed: int) -> Interval:
-    pairs = make_pairs(best)
-    gained = outcomes(pairs.gap(best.log_ratio)) - outcomes(pairs.gap(other.log_ratio))
-    return cluster_bootstrap(gained, best.prompts[pairs.row], weights=pairs.weight, seed=seed)

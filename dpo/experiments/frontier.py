@@ -343,7 +343,7 @@ def temperatures(
         compared = EvaluateConfig(
             policy=source, reference=given.opponent, data=given.eval, limit=given.prompts
         )
-        result = play(settings, heldout_settings(compared, None), output=directory, log=log)
+        result, _ = play(settings, heldout_settings(compared, None), output=directory, log=log)
         win_rates = {t: figures["win_rate"] for t, figures in result["temperatures"].items()}
         beta = None if name == "reference" else given.temperature_beta
         found.append({"policy": name, "beta": beta, "win_rates": win_rates})

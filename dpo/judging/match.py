@@ -19,7 +19,6 @@ import numpy as np
 from dpo.config import Config, WinrateConfig
 from dpo.data.messages import response_text
 from dpo.data.preferences import Preference
-from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.figures import (
@@ -33,13 +32,12 @@ from dpo.judging.kinds import find_kind, open_judge
 from dpo.judging.local_judge import sequence_log_probs
 from dpo.judging.match_figures import Pair, describe_cut, describe_temperature, describe_usage
 from dpo.judging.prompts import choose_judge, prompt_key, read_prompts, with_length
+from dpo.judging.results import VERDICTS_FILE, write_result
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.models.drawing import SamplingConfig
 from dpo.training.reading import given_chat_template
 from dpo.training.talk import as_trained
 
-RESULT_FILE = "winrate.json"
-VERDICTS_FILE = "verdicts.jsonl"
 DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
 """Opponents that are responses of the data: their place in the row, best first."""
 ORDERS = ("policy_first", "opponent_first")
@@ -50,8 +48,11 @@ RESULT_SETTINGS += ("row_layout", "columns", "ignore_columns", "chat_template", 
 _LOG_EVERY = 50
 
 
-def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> MatchResult:
-    """Win-rate figures of `config.model.source` against `config.model.reference` on `config.data.eval`."""
+def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tuple[MatchResult, Path]:
+    """Win-rate figures of `config.model.source` against `config.model.reference` on `config.data.eval`.
+
+    Returns them, and the file that holds them.
+    """
     assert config.model.reference is not None
     given = replace(given, judge=choose_judge(given.judge, config.data.eval))
     given = replace(given, judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs)
@@ -91,9 +92,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> Mat
         result["temperatures"][str(temperature)]["cut"] = describe_cut(mine, given)
     if given.judge is not None and find_kind(given.judge)[0].is_paid:
         result["usage"] = describe_usage(given, [line for both in verdicts for line in both])
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    replace_text(output / RESULT_FILE, text, what="the win-rate")
-    return result
+    return result, write_result(output, result)
 
 
 def make_pairs(

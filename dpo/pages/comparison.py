@@ -6,36 +6,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
-
-from markupsafe import Markup
 
 from dpo.config import Config
-from dpo.evaluation.accuracy import describe, outcomes
-from dpo.evaluation.figures import HeldoutFigures
-from dpo.evaluation.heldout import Heldout, load_heldout
-from dpo.evaluation.rows import as_pairs, make_pairs
-from dpo.evaluation.statistics import cluster_bootstrap
-from dpo.intervals import Interval
+from dpo.evaluation.accuracy import describe
+from dpo.evaluation.common import Common, find_common, have_same_preferences
+from dpo.evaluation.heldout import load_heldout
 from dpo.losses import reward_scale
 from dpo.pages import plots
+from dpo.pages.comparison_table import ComparedRun, compare, draw_verdicts, kinds
 from dpo.pages.curves import OWN_SCALE, add_log_ratios, draw_runs
-from dpo.pages.page import percent, percents, render, with_interval, write_page
-from dpo.pages.report import describe_steps, require_metrics
-from dpo.pages.report_match import ShownMatch, read_match
+from dpo.pages.page import render, write_page
+from dpo.pages.report import require_metrics
+from dpo.pages.report_match import kind_of_match, read_matches
 from dpo.runs import HELDOUT_FILE, METRICS_FILE, flat_settings, objective_title, read_metrics, specification
-
-
-class ComparedRun(NamedTuple):
-    """What a run left."""
-
-    name: str
-    path: Path
-    config: Config
-    metrics: list[dict[str, int | float]]
-    heldout: Heldout | None
-    figures: HeldoutFigures | None
-    match: ShownMatch | None
 
 
 def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str | Path | None = None) -> Path:
@@ -49,22 +32,6 @@ def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str |
     return write_page(path, render("comparison.html.jinja", _gather(read)))
 
 
-def accuracy_difference(run: Heldout, other: Heldout) -> Interval | None:
-    """Accuracy of `run` minus that of `other` on the same pairs: paired, so much tighter than two intervals.
-
-    None where the held-out preferences are not the same.
-    """
-    said, said_too = (
-        [(p.prompt, p.responses, p.ranks) for p in heldout.preferences] for heldout in (run, other)
-    )
-    if said != said_too:
-        return None
-    ours, theirs = as_pairs(run.rows), as_pairs(other.rows)
-    pairs = make_pairs(ours)
-    gained = outcomes(pairs.gap(ours.log_ratio)) - outcomes(pairs.gap(theirs.log_ratio))
-    return cluster_bootstrap(gained, ours.prompts[pairs.row], weights=pairs.weight)
-
-
 def _read(name: str, path: Path, config: Config) -> ComparedRun:
     require_metrics(path)
     beta = reward_scale(specification(config))
@@ -76,7 +43,7 @@ def _read(name: str, path: Path, config: Config) -> ComparedRun:
         add_log_ratios(read_metrics(path / METRICS_FILE), beta=beta),
         heldout,
         None if heldout is None else describe(heldout.rows, beta=beta),
-        read_match(path, config),
+        {kind_of_match(match): match for match in read_matches(path, config)},
     )
 
 
@@ -91,12 +58,14 @@ def _common_folder(runs: Sequence[tuple[str | Path, Config]]) -> Path:
 
 
 def _gather(runs: Sequence[ComparedRun]) -> dict[str, object]:
-    rows = _table(runs)
+    first, *rest = runs
+    shared = _find_shared(runs)
+    gains = [_find_shared([run, first]) for run in rest]
     return {
         "title": f"{len(runs)} runs",
         "subtitle": " · ".join(dict.fromkeys(objective_title(run.config) for run in runs)),
-        "verdict_plots": _verdict_plots(runs),
-        "rows": rows,
+        "verdict_plots": draw_verdicts(runs, shared),
+        "rows": compare(runs, shared, gains),
         "runs": [
             {
                 "name": run.name,
@@ -105,7 +74,7 @@ def _gather(runs: Sequence[ComparedRun]) -> dict[str, object]:
             }
             for index, run in enumerate(runs)
         ],
-        "notes": _notes(runs, rows),
+        "notes": _notes(runs, shared, gains),
         "curves": draw_runs(
             {run.name: run.metrics for run in runs},
             left_out=() if _has_one_scale(runs) else OWN_SCALE,
@@ -114,134 +83,53 @@ def _gather(runs: Sequence[ComparedRun]) -> dict[str, object]:
     }
 
 
+def _find_shared(runs: Sequence[ComparedRun]) -> Common | None:
+    """What the runs' held-out preferences have in common; None where nothing, or a run has none."""
+    heldouts = [run.heldout for run in runs if run.heldout is not None]
+    return find_common(heldouts) if len(heldouts) == len(runs) else None
+
+
 def _has_one_scale(runs: Sequence[ComparedRun]) -> bool:
     """Whether losses and δ of all runs are in the same units: one objective with one β."""
     return len({repr(specification(run.config)) for run in runs}) == 1
 
 
-GAIN = "accuracy minus the first run's"
-ROWS = (
-    "objective",
-    "win-rate",
-    "at equal lengths",
-    "held-out accuracy",
-    GAIN,
-    "log-ratio of better responses, nats",
-    "log-ratio of worse responses, nats",
-    "KL, nats",
-    "steps",
-)
-"""What has one scale in all runs; δ, loss and calibration are in units of a run's own β and objective."""
-
-
-def _table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
-    """What a row is, and a cell for each run; rows that are empty throughout are left out."""
-    columns = [_cells(run, runs[0]) for run in runs]
-    return [(name, list(cells)) for name, *cells in zip(ROWS, *columns, strict=True) if any(cells)]
-
-
-def _cells(run: ComparedRun, first: ComparedRun) -> list[str]:
-    win_rate, controlled, kl = _match_cells(run.match)
-    objective, steps = objective_title(run.config), describe_steps(run.metrics)
-    return [objective, win_rate, controlled, *_heldout_cells(run, first), kl, steps]
-
-
-def _heldout_cells(run: ComparedRun, first: ComparedRun) -> list[str]:
-    """Accuracy, what it is more than the first run's, and the log-ratios of both sides."""
-    if run.figures is None or run.heldout is None:
-        return ["", "", "", ""]
-    difference, ratios = None, run.figures["log_ratio"]
-    if run is not first and first.heldout is not None:
-        difference = accuracy_difference(run.heldout, first.heldout)
-    return [
-        _rate(run.figures["accuracy"]),
-        "" if difference is None else with_interval(difference),
-        *(with_interval(ratios[side], 2) if side in ratios else "" for side in ("chosen", "rejected")),
-    ]
-
-
-def _match_cells(match: ShownMatch | None) -> tuple[str, str, str]:
-    """Win-rate, the same at equal lengths, and KL on the policy's own samples."""
-    if match is None:
-        return "", "", ""
-    controlled, kl = match["controlled"], match["kl"]
-    return (
-        f"{_rate(match['figures']['win_rate'])} over the {match['opponent']}"
-        + (f"; cut off: {match['cut']}" if match["cut"] else ""),
-        "" if controlled is None else _rate(controlled),
-        "" if kl is None else with_interval(kl[1], 1),
-    )
-
-
-def _rate(interval: Sequence[float]) -> str:
-    return f"{percent(interval[0])} ({percents(interval)})"
-
-
-def _verdict_plots(runs: Sequence[ComparedRun]) -> list[Markup]:
-    """Win-rate and accuracy of all runs that have them, with their intervals."""
-    found = {
-        "Win-rate, 95% intervals": [
-            (run.name, run.match["figures"]["win_rate"], index)
-            for index, run in enumerate(runs)
-            if run.match is not None
-        ],
-        "Held-out accuracy, 95% intervals": [
-            (run.name, run.figures["accuracy"], index)
-            for index, run in enumerate(runs)
-            if run.figures is not None
-        ],
-    }
-    drawn = [
-        Markup(
-            plots.intervals(
-                title,
-                [(name, interval) for name, interval, _ in rows],
-                level=0.5,
-                colours=[index for _, _, index in rows],
-            )
-        )
-        for title, rows in found.items()
-        if rows
-    ]
-    return [*drawn, *_against_kl(runs)]
-
-
-def _against_kl(runs: Sequence[ComparedRun]) -> list[Markup]:
-    """What each run wins against how far it went for it: the upper left is better (DPO's Figure 2)."""
-    placed = [
-        (run.name, run.match["kl"][1], run.match["figures"]["win_rate"], index)
-        for index, run in enumerate(runs)
-        if run.match is not None and run.match["kl"] is not None
-    ]
-    return [Markup(plots.against("Win-rate against KL", "KL, nats", placed, level=0.5))] if placed else []
-
-
-def _notes(runs: Sequence[ComparedRun], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
+def _notes(runs: Sequence[ComparedRun], shared: Common | None, gains: Sequence[Common | None]) -> list[str]:
     """What a reader has to know before comparing columns."""
     notes = [
         "Intervals are 95%, by bootstrap over prompts. “Accuracy minus the first run's” is the paired "
         "difference on the same pairs: it says more than two intervals that overlap."
-        if any(name == GAIN for name, _ in rows)
+        if any(gains)
         else "Intervals are 95%, by bootstrap over prompts."
     ]
-    apart = [
-        run.name
-        for run in runs[1:]
-        if run.heldout is not None
-        and runs[0].heldout is not None
-        and accuracy_difference(run.heldout, runs[0].heldout) is None
-    ]
+    scored = [run for run in runs if run.heldout is not None]
+    apart = [run.name for run in scored[1:] if not _same_preferences(scored[0], run)]
     if apart:
-        notes.append(f"Held-out preferences other than the first run's: {', '.join(apart)}.")
+        notes.append(
+            f"Held-out preferences other than those of {scored[0].name}: {', '.join(apart)}. "
+            + (
+                f"Compared is what all have in common: {len(shared.pairs.row)} pairs of "
+                f"{len(set(shared.prompts))} prompts."
+                if shared is not None
+                else "There is no pair that all of them have."
+            )
+        )
     if not _has_one_scale(runs):
         notes.append(
             "Losses, margins δ and gradient norms are in units of each run's own objective and β: they are "
             "in the runs' own reports and not on one axis here; log-ratios and KL are in nats everywhere."
         )
-    judges = {f"{run.match['judge']}, temperature {run.match['temperature']}" for run in runs if run.match}
-    if len(judges) > 1:
-        notes.append(f"Win-rates are not of one kind: {'; '.join(sorted(judges))}.")
+    if len(kinds(runs)) > 1:
+        notes.append(
+            "Win-rates of different judges, opponents, prompts or temperatures each have a row of their own."
+        )
     return notes
+
+
+def _same_preferences(run: ComparedRun, other: ComparedRun) -> bool:
+    assert run.heldout is not None
+    assert other.heldout is not None
+    return have_same_preferences([run.heldout, other.heldout])
 
 
 def differing_settings(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:

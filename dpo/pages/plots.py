@@ -123,6 +123,19 @@ def against(
         return _svg(figure, title)
 
 
+def paths(title: str, label: str, lines: Sequence[tuple[Sequence[tuple[float, float]], int]]) -> str:
+    """Points (across, up) joined in their order, the last of them marked; each line with its colour."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(4.2, 2.4)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+        for points, index in lines:
+            across, up = zip(*points, strict=True)
+            axes.plot(across, up, color=SERIES[index % len(SERIES)], linewidth=1)
+            axes.plot(across[-1:], up[-1:], "o", color=SERIES[index % len(SERIES)], markersize=6)
+        return _svg(figure, title)
+
+
 def histogram(title: str, values: Float[np.ndarray, " m"], label: str) -> str:
     """Counts of values; what is below zero in the second colour."""
     with matplotlib.rc_context(_STYLE):

@@ -27,7 +27,7 @@ from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import REPORT_TEMPLATE, percent, percents, render, with_interval, write_page
-from dpo.pages.report_match import read_match
+from dpo.pages.report_match import read_matches
 from dpo.pages.report_pairs import LEGEND, describe_extremes
 from dpo.runs import (
     CONFIG_FILE,
@@ -77,7 +77,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
     summary = read_summary(run_dir)
     metrics = read_metrics(run_dir / METRICS_FILE)
     beta = reward_scale(specification(config))
-    match = read_match(run_dir, config)
+    matches = read_matches(run_dir, config)
     data = _data_rows(run_dir / DATA_FILE)
     again = ["--config", f"{run_dir}/{CONFIG_FILE}", "--run_dir", f"{run_dir}_again"]
     names = [str(term["name"]) for term in objective_terms(config)]
@@ -89,12 +89,12 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
         "finished": summary is not None,
         "figures": None,
         "lost": None,
-        "match": match,
+        "matches": matches,
         "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir), *_judge_to_name(config)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),
         "data_rows": [row for row in data if row[1] not in NOTHING],
         "data_none": [name for name, value in data if value in NOTHING],
-        "commands": commands + ([] if match is None else [match["command"]]),
+        "commands": commands + [match["command"] for match in matches],
         "settings": (run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
         "versions": (summary or {}).get("versions") or versions(),
         "versions_are_the_runs": "versions" in (summary or {}),

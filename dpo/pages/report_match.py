@@ -11,11 +11,12 @@ from typing import Literal, TypedDict, cast
 from markupsafe import Markup
 
 from dpo.config import Config
+from dpo.config.sources import show_source
 from dpo.judging.figures import Estimate, MatchResult, VerdictLine, WinrateFigures
 from dpo.judging.journal import read_lines
 from dpo.judging.judges import JudgeIdentity
 from dpo.judging.kinds import find_kind
-from dpo.judging.match import RESULT_FILE
+from dpo.judging.results import VERDICTS_FILE, read_results
 from dpo.judging.winrate import cut_as_text, warnings_of
 from dpo.outcomes import UserError
 from dpo.pages import plots
@@ -54,6 +55,8 @@ class ShownMatch(TypedDict):
     """What a page shows of a win-rate."""
 
     opponent: str
+    data: str | None
+    """Where the prompts are not the run's held-out ones, whose."""
     judge: str
     temperature: str
     """The one whose figures are shown; `rows` has them all."""
@@ -72,24 +75,26 @@ class ShownMatch(TypedDict):
     """What gives these figures again."""
 
 
-def read_match(run_dir: Path, config: Config) -> ShownMatch | None:
-    """What a page shows of the run's win-rate; None where there is none."""
-    path = run_dir / WINRATE_DIRECTORY / RESULT_FILE
-    if not path.is_file():
-        return None
-    result: MatchResult = json.loads(path.read_text(encoding="utf-8"))
+def read_matches(run_dir: Path, config: Config) -> list[ShownMatch]:
+    """What a page shows of the run's win-rates: one for each judge, opponent and data set, in their order."""
+    found = read_results(run_dir / WINRATE_DIRECTORY)
+    return [_read_match(run_dir, config, path, result) for path, result in found.items()]
+
+
+def _read_match(run_dir: Path, config: Config, path: Path, result: MatchResult) -> ShownMatch:
     by_temperature = result["temperatures"]
     main = "1.0" if "1.0" in by_temperature else next(iter(by_temperature))
     figures = by_temperature[main]
     if "verdicts" not in figures:
         raise UserError(f"{path} is of an older version; run dpo winrate again (nothing is sampled anew)")
     opponent = opponent_name(result["opponent"], config)
-    pairs = _pairs(path.with_name("verdicts.jsonl"), figures["verdicts"], opponent)
+    pairs = _pairs(path, figures["verdicts"], opponent)
     shown = pairs[:NUM_SAMPLES]
     lost = [pair for pair in pairs[NUM_SAMPLES:] if _lead(pair) < 0]
     controlled = figures["length_controlled"]
     return {
         "opponent": opponent,
+        "data": None if result["data"] == config.data.eval else show_source(result["data"]),
         "judge": judge_name(result["judge"]),
         "temperature": main,
         "figures": figures,
@@ -107,6 +112,13 @@ def read_match(run_dir: Path, config: Config) -> ShownMatch | None:
         "lost": sorted(lost, key=_lead)[:NUM_LOST],
         "command": command(run_dir, result, config),
     }
+
+
+def kind_of_match(match: ShownMatch) -> str:
+    """What has to be the same for two win-rates to be compared, in words."""
+    words = f"over the {match['opponent']}, judge {match['judge']}"
+    words += f", prompts of {match['data']}" if match["data"] else ""
+    return words if match["temperature"] == "1.0" else f"{words}, temperature {match['temperature']}"
 
 
 def _lead(pair: ShownPair) -> float:
@@ -196,16 +208,17 @@ def _rate(interval: Sequence[float]) -> str:
 
 
 def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[ShownPair]:
-    """Both responses to every prompt, in the order of the data, with what the judge said of them.
+    """Both responses to every prompt, in the order of the data, with what the judge of this file said.
 
     Raises:
-      ValueError: where the file lacks a verdict, or a line is damaged.
+      ValueError: where the file of verdicts lacks one, or a line is damaged.
     """
     wanted = {key for both in keys for key in both}
-    lines = read_lines(path) if path.is_file() else {}
+    journal = path.with_name(VERDICTS_FILE)
+    lines = read_lines(journal) if journal.is_file() else {}
     if wanted - lines.keys():
         raise UserError(
-            f"{path} lacks {len(wanted - lines.keys())} of the verdicts that {RESULT_FILE} counts; run dpo "
+            f"{journal} lacks {len(wanted - lines.keys())} of the verdicts that {path.name} counts; run dpo "
             "winrate again, or delete the directory"
         )
     found = cast("dict[str, VerdictLine]", lines)

@@ -50,8 +50,8 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def result_of(directory: Path, temperature: str = "1.0") -> dict:
-    return json.loads((directory / "winrate.json").read_text())["temperatures"][temperature]
+def result_of(directory: Path, temperature: str = "1.0", *, name: str = "winrate") -> dict:
+    return json.loads((directory / f"{name}.json").read_text())["temperatures"][temperature]
 
 
 def test_a_model_against_itself(
@@ -89,9 +89,10 @@ def test_a_model_against_itself(
     assert main([*command, "--judge=longer", "--samples=3", "--temperatures=[0,1]"]) == 0
     assert before == ((out / "winrate.json").read_bytes(), (out / "verdicts.jsonl").read_bytes())
 
-    # another judge sees the same samples
+    # another judge sees the same samples, and its figures are beside those of the first
     assert main([*command, "--judge=first", "--samples=3", "--kl=false"]) == 0
-    figures = result_of(out)
+    assert (out / "winrate.json").read_bytes() == before[0]
+    figures = result_of(out, name="winrate-first")
     assert figures["win_rate"] == pytest.approx([0.5, 0.170, 0.830], abs=1e-3)
     assert figures["judge"]["says_first"] == 1.0
     assert "it decides by position" in capsys.readouterr().out
@@ -101,10 +102,13 @@ def test_against_the_datas_own_responses(command: list[str], tmp_path: Path, mon
     """The opponent is the best (or worst) response of the row; a reward of one's own is the judge."""
     (tmp_path / "my_own_reward.py").write_text("def yes(prompt, response): return 'yes' in response\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for opponent, part in (("data:best", 0.0), ("data:worst", 0.5)):
+    for opponent, part, name in (
+        ("data:best", 0.0, "winrate"),
+        ("data:worst", 0.5, "winrate-my_own_reward-yes-data-worst"),
+    ):
         arguments = [*command, f"--opponent={opponent}", "--judge=my_own_reward:yes"]
         assert main(arguments) == 0
-        figures = result_of(tmp_path / "out")
+        figures = result_of(tmp_path / "out", name=name)
         assert figures["win_rate"][0] == part
         assert figures["reward"]["reward, opponent"][0] == (opponent == "data:best")
         assert "log_ratio" not in figures

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,23 @@ from safetensors.numpy import load_file, save_file
 from dpo.cli import main
 from dpo.config import Config, OptimizerConfig, save_config
 from dpo.evaluation.accuracy import describe
-from dpo.evaluation.heldout import load_heldout
-from dpo.pages.comparison import accuracy_difference, differing_settings, write_comparison
+from dpo.evaluation.common import find_common
+from dpo.evaluation.heldout import Heldout, load_heldout
+from dpo.intervals import Interval
+from dpo.pages import plots
+from dpo.pages.comparison import differing_settings, write_comparison
+from dpo.pages.report import write_report
+
+
+def accuracy_difference(run: Heldout, other: Heldout) -> Interval | None:
+    common = find_common([run, other])
+    return None if common is None else common.difference(0, 1)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures without what is in them but their titles: drawing them takes seconds."""
+    monkeypatch.setattr(plots, "_svg", lambda _, title: f"<svg><title>{html.escape(title)}</title></svg>")
 
 
 @pytest.fixture
@@ -58,6 +75,7 @@ def test_the_difference_is_paired(runs) -> None:
     assert accuracy_difference(ours, ours) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> None:
     path, config = runs[1]
     rows = [json.loads(line) for line in Path(config.data.eval).read_text().splitlines()]
@@ -66,10 +84,13 @@ def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> 
     config = replace(config, data=replace(config.data, eval=str(other)))
     assert accuracy_difference(load_heldout(path, config), load_heldout(*runs[0])) is None
     ours = load_heldout(*runs[0])
-    tied = ours._replace(preferences=[row._replace(ranks=(0, 0)) for row in ours.preferences])
+    tied = ours._replace(
+        rows=ours.rows._replace(ranks=np.zeros_like(ours.rows.ranks)),
+        preferences=[row._replace(ranks=(0, 0)) for row in ours.preferences],
+    )
     assert accuracy_difference(tied, ours) is None, "the same texts, of which none is better"
     shown = Page(write_comparison([runs[0], (path, config)]).read_text()).text
-    assert "Held-out preferences other than the first run's: second" in shown
+    assert "Held-out preferences other than those of run<b>: second. There is no pair that all" in shown
     assert "paired difference" not in shown, "there is no such row"
     assert "paired difference" in Page(write_comparison(runs).read_text()).text
 
@@ -81,6 +102,7 @@ def test_only_settings_that_differ_are_listed() -> None:
     assert differing_settings([one, one]) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_takes_one_run_or_several(
     runs, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -101,6 +123,7 @@ def test_chromium_shows_it(runs, tmp_path: Path) -> None:
     assert open_in_chromium(page, tmp_path / "page.png") == []
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("beta", "shown"), [(None, True), (0.5, False)])
 def test_what_is_in_units_of_each_runs_own_is_not_on_one_axis(runs, tmp_path: Path, beta, shown) -> None:
     (first, config), (second, other) = runs
@@ -112,3 +135,60 @@ def test_what_is_in_units_of_each_runs_own_is_not_on_one_axis(runs, tmp_path: Pa
     assert "Accuracy over steps" in text
     words = " ".join(Page(text).text.split())
     assert words.index("win-rate") < words.index("held-out accuracy") < words.index("log-ratio of better")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_on_rankings_and_one_on_their_pairs_are_compared(runs, tmp_path: Path) -> None:
+    """On the pairs that both have; by τ and the best found, which the pairs' run knows from all pairs."""
+    rows = [
+        {"prompt": f"p{i}", "responses": [f"{i} good", f"{i} middling", f"{i} bad"], "ranks": [1, 2, 3]}
+        for i in range(20)
+    ]
+    data = tmp_path / "rankings.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compared = []
+    for (path, config), expand, values in zip(
+        runs, ("ranking", "all_pairs"), ([3.0, 2, 1], [2.0, 3, 1]), strict=True
+    ):
+        places = [(0, 1, 2)] if expand == "ranking" else [(0, 1), (0, 2), (1, 2)]
+        policy = np.array([[values[place] for place in row] for row in places * 20])
+        numbers = {
+            "policy": policy,
+            "reference": np.zeros_like(policy),
+            "present": np.ones(policy.shape, bool),
+            "lengths": np.full(policy.shape, 5),
+            "ranks": np.tile(np.arange(policy.shape[1]), (len(policy), 1)),
+            "origin": np.arange(len(policy)),
+        }
+        save_file(numbers, path / "heldout.safetensors")
+        compared.append((path, replace(config, data=replace(config.data, eval=str(data), expand=expand))))
+    shown = " ".join(Page(write_comparison(compared, output=tmp_path / "page.html").read_text()).text.split())
+    assert "Compared is what all have in common: 60 pairs of 20 prompts." in shown
+    assert "accuracy minus the first run's-0.333 (-0.333 to -0.333)" in shown
+    assert re.search(r"Kendall's τ1.000 \(.*?\)0.333 \(", shown)
+    assert re.search(r"best one found \(chance 33.3%\)100.0% \(.*?\)0.0% \(", shown)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_second_judge_has_a_row_and_a_picture_of_its_own(runs, tmp_path: Path) -> None:
+    first = runs[0][0] / "winrate" / "winrate.json"
+    result = json.loads(first.read_text())
+    result["judge"] = {"judge": "local", "model": "judging-model"}
+    result["settings"]["judge"] = "local:judging-model"
+    for figures in result["temperatures"].values():
+        figures["win_rate"] = [0.25, 0.2, 0.3]
+        del figures["reward"]
+    first.with_name("winrate-judging-model.json").write_text(json.dumps(result))
+    text = write_comparison(runs, output=tmp_path / "page.html").read_text()
+    shown = " ".join(Page(text).text.split())
+    assert re.search(
+        r"win-rate over the reference, judge local judging-model.*?25.0% \(20.0% to 30.0%\)", shown
+    )
+    assert "judge reward vader" in shown
+    assert "each have a row of their own" in shown
+    assert text.count("<title>Win-rate against KL") == 2
+    assert text.count("<title>Mean reward against KL") == 1
+    page = write_report(*runs[0], output=tmp_path / "report.html").read_text()
+    assert page.count("Win-rate over the reference, judge ") == 2
+    assert page.index("judge reward vader") < page.index("judge local judging-model")
+    assert "--judge=local:judging-model" in page

@@ -1,0 +1,62 @@
+"""The figures of matches in one directory: each judge's, opponent's and data set's in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from dpo.files import replace_text
+from dpo.judging.figures import MatchResult
+from dpo.outcomes import UserError
+
+RESULT_FILE = "winrate.json"
+"""Of the first match; a second one is beside it, as winrate-JUDGE.json."""
+VERDICTS_FILE = "verdicts.jsonl"
+"""Of all matches of the directory; a verdict's key says which judge's it is."""
+
+
+def read_results(directory: Path) -> dict[Path, MatchResult]:
+    """All matches that were measured there, the first one first.
+
+    Raises:
+      ValueError: naming a file that is damaged.
+    """
+    paths = sorted(directory.glob("winrate*.json"), key=lambda path: (path.name != RESULT_FILE, path.name))
+    return {path: _read(path) for path in paths}
+
+
+def write_result(directory: Path, result: MatchResult) -> Path:
+    """Write a match's figures over its own of before, and beside those of any other judge or opponent."""
+    path = _place(directory, result)
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    replace_text(path, text, what="the win-rate")
+    return path
+
+
+def _read(path: Path) -> MatchResult:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; delete it, and run dpo winrate again") from error
+
+
+def _place(directory: Path, result: MatchResult) -> Path:
+    found = read_results(directory)
+    for path, kept in found.items():
+        if _compared(kept) == _compared(result):
+            return path
+    if not found:
+        return directory / RESULT_FILE
+    first = next(iter(found.values()))
+    words = [str(result["settings"]["judge"])]
+    words += [result["opponent"]] if result["opponent"] != first["opponent"] else []
+    words += ["other-data"] if result["data"] != first["data"] else []
+    name = "-".join(["winrate", *(re.sub(r"[^\w.]+", "-", Path(word).name).strip("-") for word in words)])
+    numbers = ["", *(f"-{number}" for number in range(2, len(found) + 2))]
+    return next(path for end in numbers if (path := directory / f"{name}{end}.json") not in found)
+
+
+def _compared(result: MatchResult) -> tuple[object, ...]:
+    """What tells one match from another: a measurement of the same with other settings takes its place."""
+    return result["policy"], result["opponent"], result["data"], result["judge"]
