@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpo.config import Config
+from dpo.config.run import ObjectiveSettings
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.common import Common, find_common, have_same_preferences
 from dpo.evaluation.heldout import load_heldout
-from dpo.losses import reward_scale
+from dpo.losses import default_values, reward_scale
 from dpo.pages import plots
 from dpo.pages.comparison_table import ComparedRun, compare, draw_verdicts, kinds
 from dpo.pages.curves import OWN_SCALE, add_log_ratios, draw_runs
@@ -27,9 +28,24 @@ def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str |
     Raises:
       ValueError: for a directory that no run has written to.
     """
-    read = [_read(name, Path(run), config) for name, (run, config) in zip(_names(runs), runs, strict=True)]
+    read = [
+        _read(name, Path(run), _with_betas(config))
+        for name, (run, config) in zip(_names(runs), runs, strict=True)
+    ]
     path = Path(output or _common_folder(runs) / "comparison.html")
     return write_page(path, render("comparison.html.jinja", _gather(read)))
+
+
+def _with_betas(config: Config) -> Config:
+    """The settings with the β that an objective has where none is given: "dpo" is "dpo (beta 0.1)"."""
+
+    def filled(term: ObjectiveSettings) -> ObjectiveSettings:
+        beta = default_values(term["name"]).get("beta")
+        return term if beta is None else {"name": term["name"], "beta": beta} | term
+
+    return replace(
+        config, objective=filled(config.objective), objectives=[filled(term) for term in config.objectives]
+    )
 
 
 def _read(name: str, path: Path, config: Config) -> ComparedRun:

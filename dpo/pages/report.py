@@ -27,7 +27,7 @@ from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import REPORT_TEMPLATE, percent, percents, render, with_interval, write_page
-from dpo.pages.report_match import read_matches
+from dpo.pages.report_match import all_warnings, read_matches
 from dpo.pages.report_pairs import LEGEND, describe_extremes
 from dpo.runs import (
     CONFIG_FILE,
@@ -90,6 +90,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
         "figures": None,
         "lost": None,
         "matches": matches,
+        "warnings": all_warnings(matches) if matches else [],
         "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir), *_judge_to_name(config)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),
         "data_rows": [row for row in data if row[1] not in NOTHING],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, cast
@@ -107,7 +108,7 @@ def _read_match(run_dir: Path, config: Config, path: Path, result: MatchResult) 
         ],
         "temperatures": list(by_temperature),
         "rows": _rows(list(by_temperature.values()), opponent),
-        "plot": _plot(opponent, main, by_temperature),
+        "plot": _plot(result, opponent, main),
         "samples": shown,
         "lost": sorted(lost, key=_lead)[:NUM_LOST],
         "command": command(run_dir, result, config),
@@ -119,6 +120,13 @@ def kind_of_match(match: ShownMatch) -> str:
     words = f"over the {match['opponent']}, judge {match['judge']}"
     words += f", prompts of {match['data']}" if match["data"] else ""
     return words if match["temperature"] == "1.0" else f"{words}, temperature {match['temperature']}"
+
+
+def all_warnings(matches: Sequence[ShownMatch]) -> list[str]:
+    """What a reader has to know of the matches; what is said of all of them is said once."""
+    shared = [text for text in matches[0]["warnings"] if all(text in m["warnings"] for m in matches)]
+    own = [f"judge {m['judge']}, {text}" for m in matches for text in m["warnings"] if text not in shared]
+    return [*shared, *own]
 
 
 def _lead(pair: ShownPair) -> float:
@@ -155,13 +163,16 @@ def command(run_dir: Path, result: MatchResult, config: Config) -> str:
     return shlex.join(["dpo", "winrate", "--run", str(run_dir), *options])
 
 
-def _plot(opponent: str, main: str, by_temperature: dict[str, WinrateFigures]) -> Markup:
+def _plot(result: MatchResult, opponent: str, main: str) -> Markup:
+    by_temperature = result["temperatures"]
     figures = by_temperature[main]
     rows = [(f"temperature {main}", figures["win_rate"])]
     if figures["length_controlled"] is not None:
         rows.append(("the same at equal lengths", figures["length_controlled"]["win_rate"]))
     rows += [(f"temperature {t}", by_temperature[t]["win_rate"]) for t in by_temperature if t != main]
-    return Markup(plots.intervals(f"Win-rate over the {opponent}, 95% intervals", rows, level=0.5))
+    judge = textwrap.shorten(f"judge {judge_name(result['judge'])}", 70)
+    title = f"Win-rate over the {opponent}, 95% intervals\n{judge}"
+    return Markup(plots.intervals(title, rows, level=0.5))
 
 
 def _rows(columns: Sequence[WinrateFigures], opponent: str) -> list[tuple[str, list[str]]]:

@@ -124,7 +124,7 @@ def test_chromium_shows_it(runs, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("beta", "shown"), [(None, True), (0.5, False)])
+@pytest.mark.parametrize(("beta", "shown"), [(None, True), (0.1, True), (0.5, False)])
 def test_what_is_in_units_of_each_runs_own_is_not_on_one_axis(runs, tmp_path: Path, beta, shown) -> None:
     (first, config), (second, other) = runs
     if beta is not None:
@@ -190,5 +190,6 @@ def test_a_second_judge_has_a_row_and_a_picture_of_its_own(runs, tmp_path: Path)
     assert text.count("<title>Mean reward against KL") == 1
     page = write_report(*runs[0], output=tmp_path / "report.html").read_text()
     assert page.count("Win-rate over the reference, judge ") == 2
+    assert page.count("<title>Win-rate over the reference, 95% intervals\njudge ") == 2
     assert page.index("judge reward vader") < page.index("judge local judging-model")
     assert "--judge=local:judging-model" in page
