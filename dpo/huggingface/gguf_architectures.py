@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from dpo.huggingface.foreign_json import JsonObject
-from dpo.huggingface.gguf_changes import INTERLEAVED, OFFSET_NORMS, TURNED_CONV1D, UNGROUPED, Change
+from dpo.huggingface.gguf_changes import INTERLEAVED, OFFSET_NORMS, SQUEEZED, TURNED_CONV1D, UNGROUPED, Change
 from dpo.huggingface.gguf_metadata import GgufMetadata, published
 from dpo.outcomes import UserError
 
@@ -257,6 +257,20 @@ def _hunyuan(file: GgufMetadata) -> JsonObject:
     return _rms(file, "hunyuan_v1_dense", hidden_act="silu", attention_bias=False)
 
 
+def _lfm2(file: GgufMetadata) -> JsonObject:
+    kv_heads, layers = file.find("attention.head_count_kv"), file.num_layers
+    by_layer = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
+    return {
+        **_common(file, "lfm2"),
+        "norm_eps": file.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(file),
+        "layer_types": ["full_attention" if heads else "conv" for heads in by_layer],
+        "conv_L_cache": file.count("shortconv.l_cache"),
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
 def _granite(file: GgufMetadata) -> JsonObject:
     config = _rms(file, "granite", hidden_act="silu", attention_bias=file.has("blk.0.attn_q.bias"))
     return {
@@ -291,6 +305,7 @@ ARCHITECTURES = {
     "ernie4_5": Architecture(_ARCH.ERNIE4_5, _ernie),
     "seed_oss": Architecture(_ARCH.SEED_OSS, _seed_oss),
     "olmo2": Architecture(_ARCH.OLMO2, _olmo2),
+    "lfm2": Architecture(_ARCH.LFM2, _lfm2, SQUEEZED),
     "hunyuan-dense": Architecture(_ARCH.HUNYUAN_DENSE, _hunyuan),
 }
 """llama.cpp's architectures that are read and written."""

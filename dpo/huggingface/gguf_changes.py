@@ -10,6 +10,15 @@ import numpy as np
 
 Heads = tuple[int, int]
 """Query heads, and key/value heads."""
+Shape = tuple[int, ...]
+
+
+def _same(shape: Shape) -> Shape:
+    return shape
+
+
+def _turned(shape: Shape) -> Shape:
+    return shape[::-1]
 
 
 class Change(NamedTuple):
@@ -21,8 +30,10 @@ class Change(NamedTuple):
     """Hugging Face's values from the file's."""
     convert: Callable[[str, np.ndarray, Heads], np.ndarray]
     """The file's values from Hugging Face's."""
-    is_transpose: bool = False
-    """Whether shapes are turned too."""
+    restore_shape: Callable[[Shape], Shape] = _same
+    """Hugging Face's shape from the file's."""
+    convert_shape: Callable[[Shape], Shape] = _same
+    """The file's shape from Hugging Face's."""
 
 
 def kind_of(file_name: str) -> str:
@@ -75,8 +86,17 @@ TURNED_CONV1D = Change(
     lambda kind: kind in ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight"),
     lambda kind, tensor, heads: tensor.T,
     lambda kind, tensor, heads: tensor.T,
-    is_transpose=True,
+    restore_shape=_turned,
+    convert_shape=_turned,
 )
 """GPT-2's Conv1D is [in, out]."""
+SQUEEZED = Change(
+    lambda kind: kind == "shortconv.conv.weight",
+    lambda kind, tensor, heads: tensor[:, None, :],
+    lambda kind, tensor, heads: tensor[:, 0, :],
+    lambda shape: (shape[0], 1, *shape[1:]),
+    lambda shape: (shape[0], *shape[2:]),
+)
+"""A convolution of each channel by itself has no second dimension."""
 UNGROUPED = Change(_is_falcon_qkv, _regroup, _ungroup)
 """Falcon keeps a key/value head with its queries; llama.cpp puts all queries first, keys, values."""

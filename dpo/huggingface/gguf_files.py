@@ -104,8 +104,9 @@ class GgufFile(GgufMetadata):
     def shape(self, tensor: GgufTensor) -> tuple[int, ...]:
         """A tensor's shape as Hugging Face has it."""
         change = self._table.change
-        is_turned = change is not None and change.is_transpose and change.applies(kind_of(tensor.name))
-        return tensor.shape[::-1] if is_turned else tensor.shape
+        if change is None or not change.applies(kind_of(tensor.name)):
+            return tensor.shape
+        return change.restore_shape(tensor.shape)
 
 
 class _Part(NamedTuple):

@@ -78,8 +78,12 @@ class GgufMetadata:
 
     @property
     def num_heads(self) -> tuple[int, int]:
-        """Query heads, and key/value heads."""
+        """Query heads, and key/value heads; layers that do not attend have 0 of these."""
         heads = self.count("attention.head_count")
+        found = self.find("attention.head_count_kv", heads)
+        attending = [each for each in found if each != 0] if isinstance(found, list) else []
+        if attending and all(type(each) is int and each == max(attending[0], 1) for each in attending):
+            return heads, attending[0]
         return heads, self.count("attention.head_count_kv", heads)
 
 

@@ -47,6 +47,9 @@ GGUF_DTYPES = {
 
 _FILE_TYPES = {name: getattr(gguf.LlamaFileType, f"MOSTLY_{name.upper()}", 0) for name in GGUF_DTYPES}
 
+_IN_FLOAT32 = ("norm.weight", "position_embd.weight", "shortconv.conv.weight")
+"""Tensors of two dimensions that llama.cpp multiplies by nothing, or wants as they are."""
+
 _WRITTEN_AS = {
     "mistral": ("llama", "mistral"),
     "gemma3_text": ("gemma3", "gemma3_text"),
@@ -144,12 +147,12 @@ def _file_tensors(
             parts.setdefault(own, []).append((binding, index))
     found = {}
     for own, made_of in parts.items():
-        shape = made_of[0][0].shape
-        turned = table.change is not None and table.change.is_transpose and table.change.applies(kind_of(own))
-        shape = shape[::-1] if turned else shape
+        shape, change = made_of[0][0].shape, table.change
+        if change is not None and change.applies(kind_of(own)):
+            shape = change.convert_shape(shape)
         shape = shape if len(made_of) == 1 else (len(made_of), *shape)
-        is_matrix = len(shape) == 2 and not own.endswith("norm.weight")
-        stored = kind if is_matrix and not own.startswith("position_embd") else Kind.F32
+        is_matrix = len(shape) == 2 and not own.endswith(_IN_FLOAT32)
+        stored = kind if is_matrix else Kind.F32
         found[own] = (shape, _require_blocks(own, shape, stored), made_of)
     return found
 
@@ -218,13 +221,14 @@ def _sizes(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
         "block_count": config.num_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
+        "attention.head_count_kv": _kv_heads(config),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         f"attention.layer_norm_{'rms_' if is_rms else ''}epsilon": float(config.norm_eps),
         "attention.sliding_window": None if window == NO_WINDOW else window,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
+        "shortconv.l_cache": max(config.convolution_width, 1) if hf_config["model_type"] == "lfm2" else None,
         "use_parallel_residual": config.residual != "sequential"
         if hf_config["model_type"] == "stablelm"
         else None,
@@ -235,6 +239,13 @@ def _sizes(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
         **(_rotation(config, hf_config) if config.ropes else {}),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _kv_heads(config: DecoderConfig) -> int | list[int]:
+    """One number, or one a layer with 0 for those that do not attend."""
+    if config.is_uniform:
+        return config.num_kv_heads
+    return [config.num_kv_heads if kind == "attention" else 0 for kind in config.layer_kinds]
 
 
 def _rotation(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:

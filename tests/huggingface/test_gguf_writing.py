@@ -51,6 +51,11 @@ NEWER = {
     "ernie4_5": {**_LLAMA, "tie_word_embeddings": True},
     "seed_oss": {**_LLAMA, "attention_out_bias": False},
     "olmo2": {**_LLAMA},
+    "lfm2": {
+        **_LLAMA,
+        **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-6},
+        **{"conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
+    },
     "hunyuan_v1_dense": {
         **_LLAMA,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
