@@ -34,8 +34,7 @@ from dpo.models.look_back import find_predecessors, look_back, take_slots
 from dpo.models.patterns import Run, find_runs
 from dpo.models.precision import precision_of
 from dpo.models.rotary import cos_sin
-from dpo.outcomes import UserError
-from dpo.parallel.partition import AXES, DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
+from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 
 Remat = Literal["none", "dots", "full"]
 
@@ -78,11 +77,6 @@ class Decoder(nnx.Module):
             softcap=config.attention_softcap,
             has_key_bias=config.alibi is not None,
         )
-        if config.delta is not None and partition.is_split:
-            raise UserError(
-                "layers of linear attention (gated delta rule) are computed on one device so far, and the "
-                f"mesh has {partition.size(tuple(AXES))}; allowed: mesh sizes of 1"
-            )
         self.attention: Implementation = attention
         make = LayerMaker(config, rngs, self.compute_dtype, jnp.dtype(param_dtype))
         self.embed_tokens = make.embedding(config.vocab_size)

@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dpo.models.look_back import find_predecessors
 from dpo.models.precision import precision_of
+from dpo.models.triangular import solve_unit_lower
 
 CHUNK = 64
 """Slots of a chunk: products within chunks grow with it, and steps of the scan over chunks become fewer."""
@@ -45,7 +45,7 @@ class Chunks(NamedTuple):
 
 def make_chunks(group: Int[Array, "R T"], branch: Int[Array, "R T"], size: int = CHUNK) -> Chunks:
     """Chunks of packed rows, whose states are the running sequence's and the prompt's."""
-    size = min(size, group.shape[1])
+    size = _chunk_size(size, group.shape[1])
     slot = jnp.broadcast_to(jnp.arange(group.shape[1])[None, :], group.shape)
     before = find_predecessors(group, branch, 1)[0]
     begins = (before < 0) | (before != slot - 1)  # a first response runs on from its prompt
@@ -66,7 +66,7 @@ def make_chunks(group: Int[Array, "R T"], branch: Int[Array, "R T"], size: int =
 
 def continued(group: Int[Array, "R S"], size: int = CHUNK) -> Chunks:
     """Chunks of one sequence a row that goes on from one state; `group` is 0 at padding, which leaves it."""
-    size = min(size, group.shape[1])
+    size = _chunk_size(size, group.shape[1])
     group = _chunked(group, size)
     real = (group != 0)[..., None]
     return Chunks(sees=_sees(group, jnp.zeros_like(group)), origin=real, last=_last(real))
@@ -97,12 +97,13 @@ def gated_delta(
     size, length, width = chunks.sees.shape[-1], q.shape[1], v.shape[-1]
     q, k, v, g, beta = (_by_head(x, size) for x in (q, k, v, log_decay[..., None], beta[..., None]))
     sees = chunks.sees[:, :, None]
-    total = jnp.matmul(sees.astype(jnp.float32), g, precision=jax.lax.Precision.HIGHEST)
-    decay = jnp.exp(jnp.where(sees, total - total.swapaxes(-1, -2), -jnp.inf))
-    into, turned = jnp.exp(total), k.swapaxes(-1, -2)
+    coarse, fine = _sums(g, chunks.sees)
+    between = (coarse - coarse.swapaxes(-1, -2)) + (fine - fine.swapaxes(-1, -2))
+    decay = jnp.exp(jnp.where(sees, between, -jnp.inf))
+    into, turned = jnp.exp(coarse + fine), k.swapaxes(-1, -2)
     system = beta * decay * product(k, turned)
     known = beta * jnp.concatenate([v, into * k], axis=-1)
-    solved = solve_triangular(system, known, lower=True, unit_diagonal=True)
+    solved = solve_unit_lower(system, known)
     each = _Each(
         values=solved[..., :width],
         writes=_beside(solved[..., width:], chunks.origin),
@@ -122,6 +123,21 @@ def gated_delta(
     states, read = jax.lax.scan(step, states, each)
     read = read.transpose(1, 0, 3, 2, 4).reshape(read.shape[1], -1, *read.shape[2:3], width)
     return read[:, :length], states
+
+
+def _sums(
+    g: Float32[Array, "N R H c 1"], sees: Bool[Array, "N R c c"]
+) -> tuple[Float32[Array, "N R H c 1"], Float32[Array, "N R H c 1"]]:
+    """Log-decays summed from the chunk's begin, in two parts whose differences keep a short sum's digits.
+
+    A sum of -200 is known to 1e-5 in float32, and so would be the decay between two neighbours. The first
+    part is of multiples of 1/2048, whose sums and differences are exact. Below -128 a decay is 0.
+    """
+    g = jnp.maximum(g, -128.0)
+    coarse = jax.lax.stop_gradient(jnp.round(g * 2048) / 2048)
+    parts = jnp.concatenate([coarse, g - coarse], axis=-1)
+    sums = jnp.matmul(sees[:, :, None].astype(jnp.float32), parts, precision=jax.lax.Precision.HIGHEST)
+    return sums[..., :1], sums[..., 1:]
 
 
 class _Each(NamedTuple):
@@ -159,6 +175,11 @@ def _mix(into: Float32[Array, "N R H c 1"], chunks: Chunks) -> Float32[Array, "N
     decayed = jnp.take_along_axis(into, at[:, :, None, :, None], axis=3)
     stays = jnp.eye(at.shape[-1])[None, None, None]
     return jnp.where((chunks.last >= 0)[:, :, None, :, None], decayed * came, stays)
+
+
+def _chunk_size(size: int, length: int) -> int:
+    """A power of two, and no larger than rows of this length fill."""
+    return min(size, 1 << (length - 1).bit_length())
 
 
 def _chunked(x: Array, size: int) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
-from tiny_models import TOKENS, case_config, load_case, write_checkpoint
+from tiny_models import TOKENS, load_case, write_checkpoint
 
 from dpo.huggingface.binding import bind
 from dpo.huggingface.opening import open_checkpoint
@@ -21,13 +21,13 @@ from dpo.huggingface.text_models import read_config
 from dpo.models.decoder import Decoder
 from dpo.models.log_probs import token_log_probs
 from dpo.models.sampling import SamplingConfig, generate
-from dpo.outcomes import UserError
-from dpo.parallel.partition import Partition
-from dpo.parallel.sharding import MeshSizes, make_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CASES = ["lfm2", "lfm2-adjusted", "qwen3_5_text", "qwen3_next"]
+BETWEEN = {"qwen3_5_text": 5e-5}
+"""Largest difference of gradients between layouts where it is more than 1e-5 of the largest entry: an ulp of
+the embeddings moves this case's by 1e-5 to 2e-5."""
 PROMPT, RESPONSES = TOKENS[0, :7], (TOKENS[0, 7:18], TOKENS[1, 7:8], TOKENS[1, 12:21])
 WEIGHTS = (1.0, -0.5, 0.25)
 """Of the responses' log-probs in the loss."""
@@ -121,8 +121,7 @@ def test_all_layouts_have_transformers_log_probs_and_gradients(case: str, tmp_pa
     family, _ = read_config(checkpoint.config)
     graphdef, params = nnx.split(model)
     own: dict[str, dict[str, np.ndarray]] = {}
-    # Chunks cut other layouts at other tokens, and norms of what the delta rule reads enlarge rounding.
-    between = 1e-4 if model.config.delta else 1e-5
+    between = BETWEEN.get(case, 1e-5)
     for name, (arrays, sources) in layouts().items():
         (_, log_probs), found = loss_of(graphdef, arrays, sources)(params)
         for ours, theirs in zip(log_probs, expected, strict=True):
@@ -154,10 +153,3 @@ def test_prompts_of_different_lengths_decode_as_alone(case: str, tmp_path: Path)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     assert together == alone
-
-
-def test_linear_attention_on_several_devices_is_refused() -> None:
-    _, config = read_config(case_config("qwen3_5_text"))
-    partition = Partition(make_mesh(MeshSizes(data=8, fsdp=1, tensor=1)))
-    with pytest.raises(UserError, match="the mesh has 8; allowed: mesh sizes of 1"):
-        Decoder(config, rngs=nnx.Rngs(0), partition=partition)

@@ -1,6 +1,7 @@
 """The whole training program on meshes of eight virtual devices against one device."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
-from transformers import Lfm2Config, LlamaConfig
+from transformers import Lfm2Config, LlamaConfig, Qwen3_5TextConfig
 
 from dpo.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.loader import training_loader
@@ -47,10 +48,12 @@ class Case(NamedTuple):
     adapters: Method | None = None
     """None: all weights are trained."""
     layer_types: tuple[str, ...] = ()
-    """Of a model with convolutions; Llama without."""
+    """Of a model with convolutions or linear attention; Llama without."""
+    steps: int = STEPS
 
 
 RAGGED = (2, 4, 3, 1)
+DELTA = ("linear_attention", "full_attention", "linear_attention")
 CASES = {
     "pairs": Case({"name": "dpo", "beta": 0.3}),
     "ragged rankings": Case({"name": "plackett_luce", "beta": 0.3}, responses=RAGGED),
@@ -69,6 +72,12 @@ CASES = {
     "shared, in two parts": Case({"name": "dpo", "ld_alpha": 0.5}, "shared", 2),
     "across prompts, in two parts": Case({"name": "aot", "beta": 0.3}, "shared", 2),
     "convolutions": Case({"name": "dpo", "beta": 0.3}, layer_types=("conv", "full_attention", "conv")),
+    # Norms of what the delta rule reads enlarge rounding: an ulp of the embeddings moves parameters by 1e-5
+    # of their largest in two steps.
+    "delta rule": Case({"name": "dpo", "beta": 0.3}, layer_types=DELTA, steps=2),
+    "delta rule, packed adapters in two parts": Case(
+        {"name": "dpo", "beta": 0.3}, "packed", 2, adapters=Method(), layer_types=DELTA, steps=2
+    ),
     "moving mean": Case({"name": "bco", "beta": 0.3}, "packed", 1),
     "own likelihood": Case({"name": "sft"}, "shared", 2),
     "weighted by collisions": Case({"name": "dpo", "wpo": True}),
@@ -92,8 +101,7 @@ def make_decoder(
     adapters: Method | None = None,
     layer_types: tuple[str, ...] = (),
 ):
-    own = {"layer_types": list(layer_types), "block_auto_adjust_ff_dim": False} if layer_types else {}
-    hf_config = (Lfm2Config if layer_types else LlamaConfig)(
+    hf_config = configuration(layer_types)(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -102,7 +110,6 @@ def make_decoder(
         num_key_value_heads=kv_heads,
         tie_word_embeddings=True,
         pad_token_id=2,
-        **own,
     )
     model = Decoder(
         decoder_config(hf_config), rngs=nnx.Rngs(0), remat="full", attention=attention, partition=partition
@@ -116,6 +123,17 @@ def make_decoder(
     return model
 
 
+def configuration(layer_types):
+    """A class of configurations, with its own sizes of layers that do not attend."""
+    if "conv" in layer_types:
+        return partial(Lfm2Config, layer_types=list(layer_types), block_auto_adjust_ff_dim=False)
+    if "linear_attention" not in layer_types:
+        return LlamaConfig
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
+    dims = {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    return partial(Qwen3_5TextConfig, layer_types=list(layer_types), **heads, **dims)
+
+
 class Outcome(NamedTuple):
     sums: np.ndarray
     """Log-probs of the first batch before training."""
@@ -125,7 +143,7 @@ class Outcome(NamedTuple):
 
 
 def run(case, mesh, *, attention: Implementation = "auto", rules=None, kv_heads=2):
-    """Ten steps on a mesh."""
+    """A case's steps on a mesh."""
     mesh_config = MeshConfig(rules=rules or {})
     config = Config(
         model=ModelConfig(log_prob_chunk=16),
@@ -137,7 +155,7 @@ def run(case, mesh, *, attention: Implementation = "auto", rules=None, kv_heads=
     loader = training_loader(
         data,
         batch_size=PROMPTS,
-        num_steps=STEPS,
+        num_steps=case.steps,
         layout=case.layout,
         micro_batches=case.micro_batches,
         rows_multiple=row_multiple(mesh),
@@ -163,7 +181,7 @@ def run(case, mesh, *, attention: Implementation = "auto", rules=None, kv_heads=
         graphdef=graphdef,
         params=params,
         mesh=mesh,
-        num_steps=STEPS,
+        num_steps=case.steps,
     )
     score = make_eval_step(graphdef, chunk=16, needs=objective.reference_sums, mesh=mesh)
     reference = [score(params, frozen, place_batch(mesh, loader.batch(step))) for step in range(2)]
@@ -172,7 +190,7 @@ def run(case, mesh, *, attention: Implementation = "auto", rules=None, kv_heads=
     sums = [{name: np.asarray(x) + noise[i] for name, x in mine.items()} for i, mine in enumerate(reference)]
     state = jax.jit(program.init, out_shardings=program.sharding)(params)
     metrics = []
-    for step in range(STEPS):
+    for step in range(case.steps):
         batch = place_batch(mesh, loader.batch(step))
         state, found = program.step(state, frozen, batch, sums[step % 2])
         metrics.append({name: float(value) for name, value in found.items()})
