@@ -132,7 +132,7 @@ class DataError(UserError):
         if num_malformed > len(problems):
             lines.append(f"  and {num_malformed - len(problems)} more")
         lines.append(
-            "Correct them, or set on_error to skip, which leaves malformed rows out and counts them."
+            "Correct them, or set data.on_error to skip, which leaves malformed rows out and counts them."
         )
         super().__init__("\n".join(lines))
 
