@@ -138,5 +138,5 @@ def test_a_second_process_on_the_run_directory_is_refused(server, make_config, t
 
     config = make_config(tmp_path / "run")
     with exclusive(tmp_path / "run"):
-        assert server.run(config) == 1
+        assert server.run(config) == 2, server.printed(config)
     assert f"is in use by process {os.getpid()}" in server.printed(config)
