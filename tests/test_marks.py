@@ -21,13 +21,14 @@ def test_what_decides_no_number_is_as_it_was_before_there_were_marks():
         *WHEN,
         *("training.max_skipped", "training.memory_limit", "training.resume", "training.allow_changed"),
         *("training.trackers", "data.token_store", "data.token_store_limit"),
-        *("data.template_characters", "lora.base_name"),
+        *("data.template_characters", "lora.base_name", "lora.merged"),
     }
     assert set(marked(Config, PLACE)) == {
         *("model.source", "model.reference", "lora.init", "data.train", "data.eval", "data.chat_template"),
     }
     assert set(marked(Config, OFF_THE_CARD)) == set(marked(Config, BESIDE)) - {
-        *("training.max_skipped", "training.memory_limit", "data.template_characters", "lora.base_name"),
+        *("training.max_skipped", "training.memory_limit", "data.template_characters"),
+        *("lora.base_name", "lora.merged"),
     }
 
 
