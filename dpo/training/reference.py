@@ -130,7 +130,9 @@ def open_or_compute(
     """
     shape = (num_rows, num_responses)
     found = on_main(lambda: _find(identity, [directory] if copy_in is None else [copy_in, directory]))
-    path, identity = (directory / _fingerprint(identity), identity) if found is None else found
+    path, identity = (
+        (directory / _fingerprint(identity), identity) if found is None else (Path(found[0]), found[1])
+    )
     if found is not None:
         store = ReferenceStore(_shared(lambda: _read(path, identity, shape), shape))
         probe = make_probe()
@@ -161,14 +163,17 @@ def open_or_compute(
     return store
 
 
-def _find(identity: dict[str, str], directories: Sequence[Path]) -> tuple[Path, dict[str, str]] | None:
-    """The store of this identity, or of the same with all rows, in the first directory that has either."""
+def _find(identity: dict[str, str], directories: Sequence[Path]) -> tuple[str, dict[str, str]] | None:
+    """The store of this identity, or of the same with all rows, in the first directory that has either.
+
+    Its place is a text, which passes from process to process as JSON.
+    """
     whole = {name: value for name, value in identity.items() if name != SOME_ROWS}
     for directory in directories:
         for one in (identity, whole):
             path = directory / _fingerprint(one)
             if path.exists():
-                return path, one
+                return str(path), one
     return None
 
 
