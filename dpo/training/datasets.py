@@ -136,15 +136,10 @@ def make_loader(
 
 
 def scoring_loader(
-    data: DataConfig,
-    tokens: TokenizedDataset,
-    mesh: Mesh,
-    *,
-    rows: Int[np.ndarray, " n"] | None = None,
-    micro_batches: int = 1,
+    data: DataConfig, tokens: TokenizedDataset, mesh: Mesh, *, rows: Int[np.ndarray, " n"] | None = None
 ) -> Loader:
     """Every row of a data set once, or these only, where no gradient is taken: so many prompts a device."""
-    packing = _packing(data, mesh, micro_batches=micro_batches)
+    packing = _packing(data, mesh)
     return evaluation_loader(tokens, batch_size=EVALUATION_BATCH * row_multiple(mesh), rows=rows, **packing)
 
 
