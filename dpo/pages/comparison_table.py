@@ -17,7 +17,7 @@ from dpo.evaluation.heldout import Heldout
 from dpo.evaluation.ranking import rankings
 from dpo.pages import plots
 from dpo.pages.curves import points
-from dpo.pages.page import percent, percents, with_interval
+from dpo.pages.page import percent, percent_with_interval, with_interval
 from dpo.pages.report import describe_steps
 from dpo.pages.report_match import ShownMatch
 from dpo.runs import objective_title
@@ -203,4 +203,4 @@ def _kl(run: ComparedRun) -> str:
 
 
 def _rate(interval: Estimate | None) -> str:
-    return "" if interval is None else f"{percent(interval[0])} ({percents(interval)})"
+    return "" if interval is None else percent_with_interval(interval)

@@ -73,6 +73,11 @@ def percents(interval: Sequence[float]) -> str:
     return f"{percent(interval[1])} to {percent(interval[2])}"
 
 
+def percent_with_interval(interval: Sequence[float]) -> str:
+    """A rate and the ends of its interval."""
+    return f"{percent(interval[0])} ({percents(interval)})"
+
+
 def with_interval(interval: Sequence[float], digits: int = 3) -> str:
     """Estimate and ends."""
     estimate, low, high = interval

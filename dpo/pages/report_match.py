@@ -21,7 +21,7 @@ from dpo.judging.results import VERDICTS_FILE, read_results
 from dpo.judging.winrate import cut_as_text, warnings_of
 from dpo.outcomes import UserError
 from dpo.pages import plots
-from dpo.pages.page import percent, percents, prompt_text, with_interval
+from dpo.pages.page import percent, percent_with_interval, prompt_text, with_interval
 from dpo.runs import WINRATE_DIRECTORY
 
 NUM_SAMPLES = 6
@@ -180,7 +180,7 @@ def _rows(columns: Sequence[WinrateFigures], opponent: str) -> list[tuple[str, l
 
     def controlled(figures: WinrateFigures) -> str:
         found = figures["length_controlled"]
-        return "" if found is None else _rate(found["win_rate"])
+        return "" if found is None else percent_with_interval(found["win_rate"])
 
     def from_group(group: Literal["reward", "log_ratio"], place: int, digits: int) -> Cell:
         def cell(figures: WinrateFigures) -> str:
@@ -197,7 +197,7 @@ def _rows(columns: Sequence[WinrateFigures], opponent: str) -> list[tuple[str, l
         return cell
 
     rows: dict[str, Cell] = {
-        "win-rate": lambda figures: _rate(figures["win_rate"]),
+        "win-rate": lambda figures: percent_with_interval(figures["win_rate"]),
         "at equal lengths": controlled,
         "wins, ties, losses": lambda figures: f"{figures['wins']}, {figures['ties']}, {figures['losses']}",
         "ties that flip with the order": lambda figures: str(figures["ties_flipped"]),
@@ -212,10 +212,6 @@ def _rows(columns: Sequence[WinrateFigures], opponent: str) -> list[tuple[str, l
     }
     table = [(name, [cell(figures) for figures in columns]) for name, cell in rows.items()]
     return [(name, cells) for name, cells in table if any(cells)]
-
-
-def _rate(interval: Sequence[float]) -> str:
-    return f"{percent(interval[0])} ({percents(interval)})"
 
 
 def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[ShownPair]:
