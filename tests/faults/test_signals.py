@@ -222,14 +222,19 @@ def test_a_signal_in_an_export_leaves_none_in_part(
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
+def sweep_of_two(model: Path) -> tuple[str, ...]:
+    """The words of a sweep of two runs, beta=0.1 first."""
+    words = of_model(TRAINED, model)
+    sweep = ("-m", "dpo", "sweep", *words, "--data.eval=eval.jsonl", "--sweep_dir=out")
+    return (*sweep, "--over=objective.beta=[0.1,0.5]")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_to_a_sweep_stops_its_run_and_it(
     start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
 ) -> None:
-    words = of_model(TRAINED, tiny_model_dir)
-    sweep = ("-m", "dpo", "sweep", *words, "--data.eval=eval.jsonl", "--sweep_dir=out")
-    process = start(*sweep, "--over=objective.beta=[0.1,0.5]")
+    process = start(*sweep_of_two(tiny_model_dir))
     lock = tmp_path / "out" / "beta=0.1" / "lock"
     code, said = interrupted(process, lock, number)
     assert code == STOPPED.code, said
@@ -244,9 +249,7 @@ def test_a_second_signal_to_a_sweep_ends_its_run_too(
     start: Start, tmp_path: Path, tiny_model_dir: Path, number: signal.Signals
 ) -> None:
     """The run is stopped, so that the first signal does nothing: it would be left behind."""
-    words = of_model(TRAINED, tiny_model_dir)
-    sweep = ("-m", "dpo", "sweep", *words, "--data.eval=eval.jsonl", "--sweep_dir=out")
-    process = start(*sweep, "--over=objective.beta=[0.1,0.5]")
+    process = start(*sweep_of_two(tiny_model_dir))
     lock = tmp_path / "out" / "beta=0.1" / "lock"
     while not lock.is_file() or not lock.read_text():
         assert process.poll() is None, process.communicate()
