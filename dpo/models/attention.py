@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
 from dpo.models.attention_fast import attend_cudnn, attend_splash
-from dpo.models.attention_ranges import attend_ranges
 from dpo.models.precision import precision_of
 from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
@@ -168,6 +167,8 @@ def _ranges_on_device(
     q: Array, k: Array, v: Array, *layout: Array, scale: float, softcap: float | None, platform: str
 ) -> Array:
     """`ranges` over the rows and heads of one device; `layout` as `visible` takes it."""
+    from dpo.models.attention_ranges import attend_ranges  # imports Pallas, which no CPU needs
+
     names = ("positions", "group", "branch", "window")
     where = dict(zip(names, layout, strict=False))
     return attend_ranges(q, k, v, **where, scale=scale, softcap=softcap, interpret=platform != "gpu")

@@ -13,15 +13,21 @@ from dpo.losses.scores import MISMATCHED, Scores
 
 Metrics = dict[str, Float[Array, ""]]
 
+RESOLUTION = 2
+"""Roundings of a pair's log-probs within which δ counts as zero: in float32 1.4e-4 nats for two responses of
+300."""
+
 
 def preference_metrics(scores: Scores, beta: float) -> Metrics:
     """Means over the batch. `chosen` is every response of rank 0, `rejected` every other.
 
     rewards/* are β (log π − log ρ), rewards/margins and rewards/accuracies are over all strictly ordered
-    pairs of a prompt, so that for K = 2 they are TRL's, but for a δ of exactly zero: it counts one half, as
-    in all our figures, and nothing in TRL's. Responses of another prompt (rank `MISMATCHED`) are left out. A
-    mean over nothing is NaN: of pairs, where every prompt has one labelled response, or of chosen ones,
-    where a batch has none.
+    pairs of a prompt, so that for K = 2 they are TRL's, but for a δ of zero: it counts one half, as in all
+    our figures, and nothing in TRL's. Zero is what the log-probs' precision cannot tell from it: at the start
+    policy and reference are one model, whose log-probs of one response differ in their last digits from one
+    shape of a batch to another. Responses of another prompt (rank `MISMATCHED`) are left out. A mean over
+    nothing is NaN: of pairs, where every prompt has one labelled response, or of chosen ones, where a batch
+    has none.
     """
     rewards = beta * jax.lax.stop_gradient(scores.log_ratio)
     own = scores.present & (scores.ranks != MISMATCHED)
@@ -32,13 +38,22 @@ def preference_metrics(scores: Scores, beta: float) -> Metrics:
     return {
         "rewards/chosen": _mean(rewards, best),
         "rewards/rejected": _mean(rewards, rest),
-        "rewards/accuracies": _mean((jnp.sign(margins) + 1) / 2, above),
+        "rewards/accuracies": _mean((_sign(scores) + 1) / 2, above),
         "rewards/margins": _mean(margins, above),
         "logps/chosen": _mean(policy, best),
         "logps/rejected": _mean(policy, rest),
         "lengths/chosen": _mean(scores.lengths.astype(jnp.float32), best),
         "lengths/rejected": _mean(scores.lengths.astype(jnp.float32), rest),
     }
+
+
+def _sign(scores: Scores) -> Float[Array, "B K K"]:
+    """Of δ, the log-ratio of a prompt's response minus another's: -1, 0 or 1; 0 within `RESOLUTION`."""
+    ratio, policy = jax.lax.stop_gradient((scores.log_ratio, scores.policy))
+    size = jnp.abs(policy)
+    finest = RESOLUTION * jnp.finfo(policy.dtype).eps * (size[:, :, None] + size[:, None, :])
+    gap = ratio[:, :, None] - ratio[:, None, :]
+    return jnp.where(jnp.abs(gap) <= finest, 0.0, jnp.sign(gap))
 
 
 def as_numbers(metrics: Metrics) -> dict[str, float]:
