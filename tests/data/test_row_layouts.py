@@ -165,6 +165,45 @@ def test_numbered_columns_count_as_their_names_do():
         read({**row, "preference": 0})
 
 
+@pytest.mark.parametrize(
+    "names", [("response_0", "response_1"), ("response_1", "response_2"), ("answer_a", "answer_b")]
+)
+def test_two_columns_of_one_kind_are_the_sides(names):
+    row = {"prompt": ASK, names[0]: BAD, names[1]: GOOD}
+    assert read({**row, "winner": names[1]}).preference.responses == (GOOD, BAD)
+    with pytest.raises(MalformedRowError, match="needs"):
+        read(row, layout="sides")
+    with pytest.raises(MalformedRowError, match=r"response_a.* \+ response_b"):
+        read({"prompt": ASK, "response_a": BAD, "answer_b": GOOD, "winner": "a"}, layout="sides")
+
+
+@pytest.mark.parametrize(("labels", "first"), [(1, BAD), (0, GOOD)])
+def test_a_label_of_one_is_for_the_first_answer_of_shp(labels, first):
+    assert read({**PAIRS["shp"], "labels": labels}).preference.responses[0] == first
+
+
+@pytest.mark.parametrize(("better", "first"), [(0, BAD), (1, GOOD)])
+def test_safe_rlhf_counts_its_responses_from_zero(better, first):
+    assert read({**PAIRS["safe_rlhf"], "better_response_id": better}).preference.responses[0] == first
+
+
+def test_a_battle_of_one_turn_may_be_plain_text():
+    row = {**PAIRS["arena_flags"], "prompt": ASK, "response_a": GOOD, "response_b": '["a", "list"]'}
+    found = read(row).preference
+    assert (text_of(found.prompt), found.responses) == (ASK, (GOOD, '["a", "list"]'))
+
+
+def test_a_ranking_needs_ranks_or_scores():
+    row = {"prompt": ASK, "responses": [BAD, GOOD]}
+    assert read({**row, "scores": [1, 2.5]}).preference.responses == (GOOD, BAD)
+    with pytest.raises(MalformedRowError, match=r"'ranks' \(1 is best\) or 'scores'"):
+        read(row, layout="ranking")
+
+
+def test_one_score_of_a_pair_alone_says_nothing():
+    assert read({**PAIRS["pair"], "score_chosen": 2}).preference.scores is None
+
+
 @pytest.mark.parametrize(("strength", "first"), [(-3, BAD), (-1, BAD), (1, GOOD), ("3", GOOD)])
 def test_a_strength_below_zero_is_for_the_first(strength, first):
     assert read({**PAIRS["helpsteer3"], "overall_preference": strength}).preference.responses[0] == first
