@@ -92,6 +92,7 @@ SHORT_ROWS = ("--row-length", "1024")
 CUDNN = ("--attention", "cudnn", *SHORT_ROWS)
 PLAIN = ("--attention", "plain", *SHORT_ROWS)
 LORA = ("--lora-rank", "16")
+HALF = ("--first-moment", "bfloat16")
 
 CELLS = (
     Cell("attention: ranges, cudnn and plain", ("-m", "benchmarks.check_attention"), 90),
@@ -110,6 +111,7 @@ CELLS = (
     Cell("ours qwen3 0.6b ultrafeedback", ours(QWEN, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
     Cell("trl qwen3 0.6b ultrafeedback", trl(QWEN, "ultrafeedback", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024 remat full", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *FULL), 120),
+    Cell("ours llama 1b fixed1024 half moment", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *HALF), 120),
     Cell("ours lfm2 350m ultrafeedback", ours(LFM2, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
     Cell("trl lfm2 350m ultrafeedback", trl(LFM2, "ultrafeedback", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024 plain", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *PLAIN), 150),

@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dora", action="store_true", help="adapters are DoRA's")
     parser.add_argument("--base-dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--attention", default="auto", help="as model.attention")
+    parser.add_argument("--first-moment", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--profile", action="store_true", help="the device's share of the time, of steps not waited for"
     )
@@ -109,7 +110,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         shuffle=False,
     )
     training = TrainingConfig(batch_size=options.batch, micro_batches=options.micro_batches)
-    optimizer_config = OptimizerConfig(learning_rate=5e-7, schedule="constant", warmup_fraction=0.0)
+    optimizer_config = OptimizerConfig(
+        learning_rate=5e-7, schedule="constant", warmup_fraction=0.0, first_moment=options.first_moment
+    )
 
     mesh = make_mesh(MeshConfig())
     lora = LoraConfig(rank=options.lora_rank, use_dora=options.dora, base_dtype=options.base_dtype)

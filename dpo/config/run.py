@@ -39,6 +39,9 @@ class OptimizerConfig:
     """Adam's decay of the running mean of squared gradients."""
     epsilon: float = 1e-8
     """Adam's constant in the denominator, added to the root of the mean squared gradient."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """Precision of Adam's running mean of gradients: bfloat16 takes two bytes a trained parameter instead of
+    four, and rounds the mean to two or three digits in every step."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all weights but norms and biases."""
     max_grad_norm: float | None = 1.0

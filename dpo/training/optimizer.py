@@ -51,6 +51,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
+        mu_dtype=config.first_moment,
         weight_decay=config.weight_decay,
         mask=_decayed,
     )

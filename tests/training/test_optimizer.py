@@ -62,3 +62,19 @@ def test_clipping_bounds_the_global_norm_that_adam_sees():
         {"a": jnp.array([3.0]), "b": jnp.array([4.0])}, optimizer.init(params), params
     )
     assert_allclose([updates["a"][0], updates["b"][0]], [-0.6 / 1.6, -0.8 / 1.8], rtol=1e-6)
+
+
+def test_the_first_moment_may_be_kept_in_half_the_bytes():
+    """Only the running mean of gradients: a bfloat16 mean of squares would stop growing within 256 steps."""
+    params = {"kernel": jnp.linspace(-1, 1, 64).reshape(8, 8)}
+    updates: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(first_moment=dtype, max_grad_norm=None)
+        optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+        state = optimizer.init(params)
+        for step in range(1, 4):
+            gradient = {"kernel": jnp.sin(step * params["kernel"]) + 2}
+            updates[dtype], state = optimizer.update(gradient, state, params)
+        assert optax.tree.get(state, "mu")["kernel"].dtype == dtype
+        assert optax.tree.get(state, "nu")["kernel"].dtype == "float32"
+    assert_allclose(updates["bfloat16"]["kernel"], updates["float32"]["kernel"], rtol=1e-2)
