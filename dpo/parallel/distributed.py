@@ -43,13 +43,14 @@ def on_main(function: Callable[[], Any]) -> Any:
 
     Raises:
       what it raised there; on the others an error of the same cause, with its text.
+      TypeError: where it gives what JSON does not hold (a path, an array, keys that are no texts).
     """
     if is_alone():
         return function()
     answer, failure = b"", None
     if is_main():
         try:
-            answer = json.dumps({"value": function()}, default=lambda _: None).encode()
+            answer = json.dumps({"value": _checked_json(function())}).encode()
         except (Exception, KeyboardInterrupt) as error:
             answer, failure = _as_bytes(error), error
     size = int(from_main(np.asarray(len(answer))))
@@ -60,6 +61,19 @@ def on_main(function: Callable[[], Any]) -> Any:
     if "cause" in shared:
         raise _from_json(shared, process=0)
     return shared["value"]
+
+
+def _checked_json(value: Any) -> Any:
+    """The same value, which JSON gives back but for tuples as lists; `json` makes texts of other keys."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"key {key!r} is no text, and passes from process to process as JSON")
+            _checked_json(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _checked_json(one)
+    return value
 
 
 def _as_bytes(error: BaseException) -> bytes:

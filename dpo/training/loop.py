@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -197,10 +197,14 @@ def _fit(
 def _enter(stack: ExitStack, given: Config, settings: str) -> RunSummary | None:
     """Take the run's directory for this start; its summary where it is finished and that may stand."""
     run_dir = Path(given.run_dir)
+
+    def enter(held: Callable[[Path], AbstractContextManager[None]]) -> None:
+        stack.enter_context(held(run_dir))
+
     stack.enter_context(joined(given.distributed))
-    on_main(lambda: stack.enter_context(exclusive(run_dir)))
+    on_main(partial(enter, exclusive))
     require_shared(run_dir)
-    on_main(lambda: stack.enter_context(counted_start(run_dir)))
+    on_main(partial(enter, counted_start))
     summary = on_main(lambda: summary_of(run_dir, settings))
     return summary if summary is not None and may_stand(given, summary, log=say) else None
 

@@ -201,7 +201,12 @@ def with_progress(
 def _shared(get: Callable[[], Rows], shape: tuple[int, int]) -> Rows:
     """The main process's rows on every process."""
     found: Rows = {}
-    names = on_main(lambda: found.update(get()) or sorted(found))
+
+    def names_here() -> list[str]:
+        found.update(get())
+        return sorted(found)
+
+    names = on_main(names_here)
     return from_main({name: found.get(name, np.zeros(shape, np.float32)) for name in names})
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dpo.config import DistributedConfig
 from dpo.outcomes import HANG, NO_PROGRESS, PEER_LOST
-from dpo.parallel import cluster
+from dpo.parallel import cluster, distributed
 from dpo.parallel.cluster import Cluster, find_cluster
 from dpo.parallel.joining import bind_address
 
@@ -196,6 +196,19 @@ def test_who_waits_in_vain_says_that_it_did_not_meet_the_others(number, tmp_path
     begins = f"dpo train: {PEER_LOST.begins}: process {number} of 2 (settings) "
     assert f"{begins}did not meet the others at {where} within 2 s (distributed.start_timeout)" in done.stderr
     assert "met somebody" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "given", [{1: "a"}, [{"b": {2: "c"}}], {"path": Path()}, {"set": {1}}, np.float32(1)]
+)
+def test_the_main_process_passes_on_plain_json_or_says_what_is_none(given, monkeypatch):
+    monkeypatch.setattr(distributed, "is_alone", lambda: False)
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    monkeypatch.setattr(distributed, "from_main", lambda arrays: arrays)
+    plain = {"a": [1, "b", None, {"c": 0.5}]}
+    assert distributed.on_main(lambda: (plain, [])) == [plain, []]
+    with pytest.raises(TypeError, match="JSON"):
+        distributed.on_main(lambda: given)
 
 
 # ---- processes ----
