@@ -34,6 +34,8 @@ from dpo.outcomes import UserError
 
 MAX_PIECE_BYTES = 16 * 2**20
 """Large tensors are written in runs of rows of about this size."""
+SHARD_BYTES = 5 * 10**9
+"""Weights up to this size are one file; more are several."""
 
 
 def save_pretrained(
@@ -44,7 +46,7 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase | None,
     generation_config: JsonObject | None = None,
     dtype: Any = None,
-    max_shard_size: int = 5 * 10**9,
+    max_shard_size: int = SHARD_BYTES,
     model_card: str | None = None,
     carried: Carried | None = None,
 ) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import socket
 import time
@@ -12,10 +13,11 @@ from typing import Any
 import jax
 
 from dpo.config import TrainingConfig
+from dpo.huggingface.saving import SHARD_BYTES
 from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.parallel.distributed import from_all, is_alone, is_main, on_main
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, LOCK_FILE
-from dpo.training.lock import is_held
+from dpo.training.lock import is_held, standing
 from dpo.training.model_card import model_card
 from dpo.training.preparation import Run
 from dpo.training.program import Program
@@ -34,19 +36,18 @@ def require_what_comes_later(run: Run, program: Program) -> None:
     """
 
     def look() -> None:
-        require_room(
-            run.run_dir,
-            num_checkpoints(run.config.training, run.num_steps),
-            checkpoint=tree_bytes(program.state),
-            export=tree_bytes(
-                run.policy.params
-                if run.config.lora.is_all_there_is
-                else (run.policy.params, run.policy.frozen)
-            ),
-        )
+        policy = run.policy
+        exported = policy.params if run.config.lora.is_all_there_is else (policy.params, policy.frozen)
+        with standing(run.run_dir):
+            require_room(
+                run.run_dir,
+                num_checkpoints(run.config.training, run.num_steps),
+                checkpoint=tree_bytes(program.state),
+                export=tree_bytes(exported),
+            )
         model_card(
             run.config,
-            run.policy.pretrained,
+            policy.pretrained,
             num_steps=run.num_steps,
             num_parameters=0,
             dtype="float32",
@@ -63,14 +64,21 @@ def require_room(
     checkpoint: int,
     export: int,
     free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    largest: Callable[[], int] = lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[0],
 ) -> None:
-    """Room for so many checkpoints and the export, each of so many bytes.
+    """Room for so many checkpoints and the export, each of so many bytes, whose weights may be one file.
 
     What checkpoints and exports of an earlier start take counts as room.
 
     Raises:
       EnvironmentFailure: with the figures.
     """
+    limit, file = largest(), min(export, SHARD_BYTES)
+    if limit != resource.RLIM_INFINITY and limit < file:
+        raise EnvironmentFailure(
+            f"a file of this process may have {limit / 1e9:.2f} GB (ulimit -f), and the export's weights are "
+            f"a file of {file / 1e9:.2f} GB; allowed: a larger limit, as `ulimit -f unlimited` sets it"
+        )
     needed = count * checkpoint + export + SMALL_FILES
     directories = (CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, ADAPTER_DIRECTORY)
     there = free(run_dir) + sum(held_bytes(run_dir / name) for name in directories)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import resource
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +16,8 @@ from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, outcome_of
 from dpo.runs import LOCK_FILE
 from dpo.training import requirements
 from dpo.training.lock import exclusive
+from dpo.training.preparation import Run
+from dpo.training.program import Program
 from dpo.training.requirements import num_checkpoints, require_room, require_shared
 
 GB = 10**9
@@ -24,6 +29,37 @@ def test_a_disk_without_room_is_named_with_the_figures(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match=said) as refused:
         require_room(tmp_path, 3, checkpoint=3 * GB, export=GB, free=lambda _: 9 * GB)
     assert outcome_of(refused.value) is ENVIRONMENT
+
+
+def test_a_limit_of_a_files_size_below_the_exports_weights_is_named_with_both(tmp_path: Path) -> None:
+    """As `ulimit -f` sets one; weights of more than a shard's size are several files."""
+
+    def look(largest: int, export: int = 2 * GB) -> None:
+        room = {"checkpoint": 3 * GB, "free": lambda _: 100 * GB}
+        require_room(tmp_path, 1, export=export, largest=lambda: largest, **room)
+
+    for limit in (resource.RLIM_INFINITY, 2 * GB):
+        look(limit)
+    look(5 * GB, export=50 * GB)
+    for limit, export, figures in (
+        (2 * GB - 1, 2 * GB, r"may have 2\.00 GB \(ulimit -f\), .* a file of 2\.00 GB"),
+        (GB, 50 * GB, r"may have 1\.00 GB \(ulimit -f\), .* a file of 5\.00 GB"),
+        (0, GB, r"may have 0\.00 GB"),
+    ):
+        with pytest.raises(EnvironmentFailure, match=figures):
+            look(limit, export)
+
+
+def test_a_directory_that_goes_away_before_room_is_looked_for_is_named(tmp_path: Path) -> None:
+    """A parent is removed while the policy is loaded: `shutil.disk_usage` has no place to ask then."""
+    run_dir = tmp_path / "parent" / "run"
+    run_dir.mkdir(parents=True)
+    shutil.rmtree(run_dir.parent)
+    program = Mock(spec=Program, state=[])
+    config = Mock(training=TrainingConfig())
+    run = Mock(spec=Run, run_dir=run_dir, num_steps=1, config=config, policy=Mock(params=[]))
+    with pytest.raises(EnvironmentFailure, match=f"the run directory {run_dir} was deleted or renamed"):
+        requirements.require_what_comes_later(run, program)
 
 
 def test_what_an_earlier_start_saved_counts_as_room(tmp_path: Path) -> None:
