@@ -31,17 +31,52 @@ from dpo.config import (
     WinrateConfig,
 )
 from dpo.distribution import version
-from dpo.outcomes import BUG, STOPPED, USER, UserError, describe, outcome_of
-from dpo.terminal import guarded_output, shortened
+from dpo.outcomes import (
+    BUG,
+    ENVIRONMENT,
+    STOPPED,
+    USER,
+    EnvironmentFailure,
+    UserError,
+    describe,
+    outcome_of,
+)
+from dpo.terminal import guarded_output, shortened, unprinted
 
+PRODUCT_IS_PRINTED = ("evaluate", "generate", "inspect", "plan", "watch")
+"""Commands of which what they print is what they are asked for, as it is of any command's --help."""
 FAILED = 1
 """Exit code of a plan that does not fit, and of a sweep of which a run failed; what was given is right."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    name = given[0] if given and given[0] in COMMANDS else None
     with guarded_output():
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        try:
+            code = _run(given)
+        except SystemExit as end:  # after --help, and after settings that are wrong
+            raise SystemExit(_once_printed(name, end.code, wanted=True)) from None
+        return _once_printed(name, code, wanted=name is None or name in PRODUCT_IS_PRINTED)
+
+
+def _once_printed(name: str | None, code: Any, *, wanted: bool) -> Any:
+    """The exit code of a command with regard to whether what it printed was taken; where it was not, says so.
+
+    Who reads no further (a closed pipe, a lost terminal) misses nothing; a full disk is an error where what
+    is printed was asked for.
+    """
+    failure = unprinted()
+    if failure is None:
+        return code
+    command = "dpo" if name is None else f"dpo {name}"
+    text = f"standard output could not be written: {failure.strerror or failure}"
+    if wanted and code == 0:
+        print(describe(command, EnvironmentFailure(text)), file=sys.stderr)
+        return ENVIRONMENT.code
+    print(f"{command}: warning: {text}", file=sys.stderr)
+    return code
 
 
 def _run(arguments: list[str]) -> int:

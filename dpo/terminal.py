@@ -8,8 +8,10 @@ in the same way. A last resort it is not: code of C libraries that writes to the
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -50,35 +52,55 @@ _ACTS = re.compile(
 has no width and no use in a line; halves of pairs; tags. Joiners stay: scripts and emoji need them."""
 
 
-class Guard:
-    """A text stream whose control characters show. What a progress bar begins its line with stays.
+class Sink:
+    """A text stream that never fails. Once nobody takes what is written, it goes nowhere.
 
-    Once nobody takes what is written (a closed pipe, a lost terminal, a full disk), it goes nowhere: what is
-    said is never a reason to end.
+    What is said is never a reason to end. `failure` is why the first of it was not taken, where somebody may
+    miss it: a disk that is full, no reader that has gone (a closed pipe, a lost terminal).
     """
 
     def __init__(self, stream: Any) -> None:
-        self.rich_proxied_file = stream
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if self.failure is None and not reader_has_gone(self.stream, error):
+            self.failure = error
+        lead_nowhere(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class Guard:
+    """A text stream whose control characters show. What a progress bar begins its line with stays."""
+
+    def __init__(self, stream: Any) -> None:
+        self.rich_proxied_file = Sink(stream)
         """By this name Rich finds the stream itself; `console` guards what it prints."""
 
     def write(self, text: str) -> int:
         stream = self.rich_proxied_file
-        try:
-            if _OF_A_BAR.fullmatch(text):
-                return stream.write(text)
-            start = "\r" if text.startswith("\r") else ""
-            shown = start + show_controls(text[len(start) :])
-            encoding = getattr(stream, "encoding", None) or "utf-8"
-            stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
-        except OSError:
-            lead_nowhere(stream)
+        if _OF_A_BAR.fullmatch(text):
+            return stream.write(text)
+        start = "\r" if text.startswith("\r") else ""
+        shown = start + show_controls(text[len(start) :])
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.rich_proxied_file.flush()
-        except OSError:
-            lead_nowhere(self.rich_proxied_file)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -86,6 +108,16 @@ class Guard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
+
+
+def reader_has_gone(stream: Any, error: OSError) -> bool:
+    """Whether who was to take what a stream says has gone: a closed pipe, a lost terminal."""
+    if error.errno in (errno.EPIPE, errno.ECONNRESET):
+        return True
+    try:
+        return error.errno == errno.EIO and not stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def lead_nowhere(stream: Any) -> None:
@@ -100,13 +132,21 @@ def lead_nowhere(stream: Any) -> None:
 
 
 class _ShownConsole(Console):
+    @property
+    def file(self) -> Any:
+        """The stream below all guards; Rich looks below one only, and its own is on top of a live bar."""
+        stream = self._file or (sys.stderr if self.stderr else sys.stdout)
+        while (below := getattr(stream, "rich_proxied_file", None)) is not None:
+            stream = below
+        return stream if isinstance(stream, Sink) else Sink(stream)
+
+    @file.setter
+    def file(self, new_file: Any) -> None:
+        self._file = new_file
+
     def print(self, *objects: Any, **how: Any) -> None:
         """Rich would leave some control characters of a plain text out without a word."""
         super().print(*(show_controls(one) if isinstance(one, str) else one for one in objects), **how)
-
-    def on_broken_pipe(self) -> None:
-        """Rich would end the program."""
-        lead_nowhere(self.file)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -119,6 +159,11 @@ class _ShownConsole(Console):
 def console(**settings: Any) -> Console:
     """Rich's console, which shows the control characters of whatever it prints."""
     return _ShownConsole(**settings)
+
+
+def print_plain(text: str) -> None:
+    """Lines to standard output as they are, without markup; control characters show as symbols."""
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -134,7 +179,15 @@ def guarded_output() -> Iterator[None]:
 
 def unguarded(stream: Any) -> Any:
     """The stream behind the guard: for what is no terminal and wants the text as it is."""
-    return stream.rich_proxied_file if isinstance(stream, Guard) else stream
+    return stream.rich_proxied_file.stream if isinstance(stream, Guard) else stream
+
+
+def unprinted() -> OSError | None:
+    """Why standard output was not taken, where somebody may miss what was printed."""
+    if not isinstance(sys.stdout, Guard):
+        return None
+    sys.stdout.flush()
+    return sys.stdout.failure
 
 
 def shortened(text: str) -> str:

@@ -62,11 +62,16 @@ def test_the_command_does_not_ask_for_torch():
     assert "PyTorch" not in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "| true", ">/dev/full"])
-def test_a_command_whose_output_nobody_takes_ends_as_it_would(closed):
-    command = f"set -o pipefail; {sys.executable} -m dpo --version {closed}"
+NO_ROOM = "dpo: error: standard output could not be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "said"), [("<&- >&- 2>&-", 0, ""), ("| true", 0, ""), (">/dev/full", 1, NO_ROOM)]
+)
+def test_a_command_whose_output_nobody_takes_ends_as_it_would_and_a_full_disk_is_said(where, code, said):
+    command = f"set -o pipefail; {sys.executable} -m dpo --version {where}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 HELD = """

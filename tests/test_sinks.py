@@ -21,13 +21,13 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from dpo.commands.output import print_plain, write_json
+from dpo.commands.output import write_json
 from dpo.evaluation.rows_table import Line, write_lines
 from dpo.huggingface.foreign_json import show
 from dpo.judging.journal import Journal, read_lines
 from dpo.outcomes import UserError, describe
 from dpo.pages.page import make_environment
-from dpo.terminal import guarded_output, shortened, show_controls
+from dpo.terminal import guarded_output, print_plain, shortened, show_controls
 from dpo.training.model_card import as_text
 from dpo.training.progress import say
 

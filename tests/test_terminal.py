@@ -19,10 +19,10 @@ from rich.text import Text
 
 from dpo import cli, terminal
 from dpo.commands import generate
-from dpo.commands.output import print_plain
 from dpo.config import GenerateConfig
+from dpo.files import WriteError
 from dpo.outcomes import UserError
-from dpo.terminal import Guard, console, guarded_output, shortened, show_controls
+from dpo.terminal import Guard, console, guarded_output, print_plain, shortened, show_controls
 from dpo.training.progress import PlainLines, Terminal, say
 from dpo.training.tracking import Tracker
 
@@ -100,6 +100,8 @@ def test_one_hostile_text_through_every_sink(name, monkeypatch):
     out.flush()
     written = out.buffer.getvalue().decode("utf-8")
     if name == "a bar":
+        assert "\x1b[2K" in written, "Rich's own commands act"
+        assert "␛[2K" not in written
         assert "\x1b]0" not in written
         assert "\x1b[2J" not in written
         assert not any(mark in written for mark in "\x07\x9b\u202e\u2066\u2028\ufeff")
@@ -168,12 +170,71 @@ def test_what_nobody_reads_any_more_is_dropped(sink, monkeypatch):
                 sys.stdout.flush()
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left")])
-def test_an_answer_ends_quietly_where_its_reader_has_gone(error, monkeypatch):
+class Refusing(io.StringIO):
+    """Standard output that gives an error, now or when it is flushed at the end."""
+
+    def __init__(self, number: int, *, late: bool) -> None:
+        super().__init__()
+        self._error, self._late = OSError(number, os.strerror(number)), late
+
+    def write(self, text: str) -> int:
+        if not self._late:
+            raise self._error
+        return len(text)
+
+    def flush(self) -> None:
+        raise self._error
+
+
+def ends(command: str, out: Refusing, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit code of a command line whose standard output is `out`."""
+    with monkeypatch.context() as within:
+        within.setattr(sys, "stdout", out)
+        try:
+            return cli.main(command.split())
+        except SystemExit as end:
+            return end.code
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "--help", "watch --help"])
+def test_what_was_asked_for_and_could_not_be_printed_is_an_error(command, monkeypatch, capsys):
+    """Of commands that write files it is a warning; who reads no further misses nothing."""
+    wanted = command in cli.PRODUCT_IS_PRINTED or "--help" in command
+    begins = f"{'error' if wanted else 'warning'}: standard output could not be written: "
+    ways = (print, print_plain, lambda text: console().print(Text(text)))
+    for show in ways if command in cli.COMMANDS else ways[:1]:
+        if command in cli.COMMANDS:
+            monkeypatch.setitem(cli.COMMANDS, command, lambda _, show=show: show("figures") or 0)
+        for late in (False, True):
+            assert ends(command, Refusing(errno.EPIPE, late=late), monkeypatch) == 0
+            assert capsys.readouterr().err == ""
+            for number in (errno.ENOSPC, errno.EDQUOT):
+                assert ends(command, Refusing(number, late=late), monkeypatch) == (1 if wanted else 0)
+                assert begins + os.strerror(number) in capsys.readouterr().err
+
+
+def test_a_bar_at_a_terminal_that_is_lost_is_drawn_no_more_and_fails_in_no_thread(capsys):
+    """Rich draws it anew from a thread of its own, whose error would be a traceback."""
+    primary, replica = os.openpty()
+    with os.fdopen(replica, "w") as stream:
+        out = console(file=stream, force_terminal=True, width=80)
+        bar = Terminal(out, total_steps=2, first_step=0, clock=lambda: 0.0)
+        os.close(primary)
+        bar.update(0, {"loss": 1.0})
+        bar._bar.refresh()
+        bar.message("still going on")
+        bar.close()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), WriteError("No space left")])
+@pytest.mark.parametrize("prompt", ["hello", None])
+def test_an_answer_ends_quietly_where_its_reader_has_gone(error, prompt, monkeypatch):
     """As in `dpo generate MODEL PROMPT | head -1`; a full disk is said, since the answer was asked for."""
     for name in ("dpo.huggingface.pretrained", "dpo.pages.chat", "dpo.training.program"):
-        monkeypatch.setitem(sys.modules, name, Mock(respond=lambda *_, **__: iter(["yes"])))
+        said = {"respond": lambda *_, **__: iter(["yes"]), "converse": lambda *_, write, **__: write("yes")}
+        monkeypatch.setitem(sys.modules, name, Mock(**said))
     monkeypatch.setattr(generate, "_write", Mock(side_effect=error))
     gone = isinstance(error, BrokenPipeError)
     with contextlib.nullcontext() if gone else pytest.raises(OSError, match="No space left"):
-        generate.answer(GenerateConfig(model="/no/model"), "hello")
+        generate.answer(GenerateConfig(model="/no/model"), prompt)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo.commands.checks import check_heldout, load_run
-from dpo.commands.output import print_plain, write_json
+from dpo.commands.output import write_json
 from dpo.config import Config, EvaluateConfig
 from dpo.config.sources import show_source
+from dpo.terminal import print_plain
 
 if TYPE_CHECKING:
     from dpo.evaluation.figures import HeldoutFigures

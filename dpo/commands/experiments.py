@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpo.commands.checks import require_file
-from dpo.commands.output import print_plain
 from dpo.config import DiffusionConfig, FrontierConfig
+from dpo.terminal import print_plain
 
 
 def measure_frontier(given: FrontierConfig, arguments: Sequence[str]) -> bool:

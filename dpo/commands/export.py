@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dpo.commands.checks import load_run
-from dpo.commands.output import print_plain
 from dpo.config import ExportConfig
+from dpo.terminal import print_plain
 
 
 def export_run(given: ExportConfig) -> None:

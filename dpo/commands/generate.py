@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from typing import Any
 
 from dpo.config import GenerateConfig
+from dpo.files import WriteError
 from dpo.runs import model_of
 from dpo.terminal import lead_nowhere, unguarded
 
@@ -23,22 +25,17 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
     names = [field.name for field in fields(SamplingConfig)]
     sampling = SamplingConfig(**{name: getattr(given, name) for name in names})
     pretrained = load_pretrained(model_of(given.model), compute_dtype=jnp.dtype(given.compute_dtype))
-    if prompt is None:
-        converse(
-            pretrained,
-            system=given.system,
-            sampling=sampling,
-            seed=given.seed,
-            read=lambda: input("> "),
-            write=_write,
-            template_kwargs=given.template_kwargs,
-        )
-        return
-    messages = [{"role": "system", "content": given.system}, {"role": "user", "content": prompt}]
-    whole = prompt if given.system is None else messages
-    kwargs = given.template_kwargs
+    asked: dict[str, Any] = {
+        "sampling": sampling,
+        "seed": given.seed,
+        "template_kwargs": given.template_kwargs,
+    }
     try:
-        for piece in respond(pretrained, whole, sampling=sampling, seed=given.seed, template_kwargs=kwargs):
+        if prompt is None:
+            converse(pretrained, system=given.system, read=lambda: input("> "), write=_write, **asked)
+            return
+        messages = [{"role": "system", "content": given.system}, {"role": "user", "content": prompt}]
+        for piece in respond(pretrained, prompt if given.system is None else messages, **asked):
             _write(piece)
         _write("\n")
     except BrokenPipeError:  # as in `| head -1`: who has read enough is no error
@@ -49,7 +46,14 @@ def _write(piece: str) -> None:
     """A terminal shows what would act on it; a file or a pipe gets the text as it is.
 
     Raises:
-      OSError: where it can't be written, since it is what was asked for.
+      BrokenPipeError: where nobody reads any more, so that no more needs to be drawn.
+      WriteError: where it can't be written, since it is what was asked for.
     """
     stream = sys.stdout if sys.stdout.isatty() else unguarded(sys.stdout)
-    print(piece, end="", file=stream, flush=True)
+    try:
+        print(piece, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        lead_nowhere(stream)  # what waits in it would fail once more at the end
+        raise WriteError(f"standard output could not be written: {error.strerror or error}") from error

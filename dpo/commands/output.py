@@ -1,4 +1,4 @@
-"""What every command says and writes: plain lines, and figures as JSON."""
+"""What commands write besides a run: figures as JSON."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo.files import replace_text
-from dpo.terminal import console
-
-
-def print_plain(text: str) -> None:
-    """Lines to standard output as they are, without markup; control characters show as symbols.
-
-    A reader that has gone (`dpo report RUN | head`) is no error.
-    """
-    from dpo.training.progress import printed
-
-    printed(lambda: console().print(text, markup=False, highlight=False, soft_wrap=True))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo.commands.output import print_plain, write_json
+from dpo.commands.output import write_json
 from dpo.config import Config, PlanConfig
 from dpo.own_code import require_own_word_for_objectives
 from dpo.runs import objective_terms
+from dpo.terminal import print_plain
 
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo.commands.checks import load_run
-from dpo.commands.output import print_plain
 from dpo.config import ReportConfig, WatchConfig
+from dpo.terminal import print_plain
 
 
 def report_runs(given: ReportConfig, directories: Sequence[str]) -> None:

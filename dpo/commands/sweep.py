@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo.commands.checks import check_settings
-from dpo.commands.output import print_plain, write_json
+from dpo.commands.output import write_json
 from dpo.config import Config
 from dpo.outcomes import UserError
+from dpo.terminal import print_plain
 
 
 def sweep_over(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dpo.commands.checks import check_settings
 from dpo.commands.evaluate import beta_of, describe_heldout
 from dpo.commands.inspect import report_data
-from dpo.commands.output import print_plain, write_json
+from dpo.commands.output import write_json
 from dpo.commands.winrate import match_after_training, measure_winrate
 from dpo.config import Config, EvaluateConfig, WinrateConfig, heldout_settings
 from dpo.outcomes import EnvironmentFailure, UserError
@@ -25,6 +25,7 @@ from dpo.runs import (
     SUMMARY_FILE,
     TOKENS_FILE,
 )
+from dpo.terminal import print_plain
 
 if TYPE_CHECKING:
     from dpo.training.loop import RunResult

@@ -7,11 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from dpo.commands.checks import check_heldout, load_run
-from dpo.commands.output import print_plain
 from dpo.config import Config, EvaluateConfig, WinrateConfig
 from dpo.config.commands import HeldoutConfig
 from dpo.config.sources import show_source
 from dpo.outcomes import UserError
+from dpo.terminal import print_plain
 
 
 def play_match(given: WinrateConfig, arguments: Sequence[str]) -> None:

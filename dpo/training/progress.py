@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -25,20 +24,10 @@ PLAIN_INTERVAL = 10.0
 """Seconds between plain progress lines, where there is no terminal."""
 
 
-def printed(show: Callable[[], None]) -> bool:
-    """Whether what `show` prints was taken; where it was not, standard output leads nowhere from then on."""
-    try:
-        show()
-    except OSError:
-        terminal.lead_nowhere(sys.stdout)
-        return False
-    return True
-
-
 def say(text: str) -> None:
     """Print a line before there is anything to track; of several processes the main one speaks."""
     if is_main():
-        printed(lambda: terminal.console().print(text, markup=False, highlight=False, soft_wrap=True))
+        terminal.print_plain(text)
 
 
 class TimeLeft:

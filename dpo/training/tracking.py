@@ -24,7 +24,7 @@ from rich.console import Console
 from dpo import terminal
 from dpo.files import replace_text, require_same_file, writing
 from dpo.runs import METRICS_FILE, read_metrics
-from dpo.training.progress import PlainLines, Silence, Terminal, printed
+from dpo.training.progress import PlainLines, Silence, Terminal
 from dpo.training.trackers import WRITERS, Writer, require_trackers
 
 CLOSE_SECONDS = 60
@@ -43,23 +43,18 @@ class Tracker:
         values = {name: float(value) for name, value in metrics.items()}
         for writer in self._writers:
             writer.write(step, values)
-        self._show(lambda: self._progress.update(step, values))
+        self._progress.update(step, values)
         for writer in self._writers:
             if isinstance(writer, Apart) and (failure := writer.failure()):
                 self.message(failure)
 
     def message(self, text: str) -> None:
         """Print a line of text without disturbing the progress display."""
-        self._show(lambda: self._progress.message(text))
+        self._progress.message(text)
 
     def close(self) -> None:
         """End the display; writers are closed by who opened them."""
-        self._show(self._progress.close)
-
-    def _show(self, show: Callable[[], None]) -> None:
-        """Once nobody reads what is shown (a closed pipe, a lost terminal), the run goes on in silence."""
-        if not printed(show):
-            self._progress = Silence()
+        self._progress.close()
 
 
 @contextlib.contextmanager
