@@ -56,6 +56,8 @@ class Columns:
 
     def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
         values = _rename(row, reading)
+        named = dict(reading.columns).get("prompt", "prompt")
+        self.prompt_is_null = row.get(named, "") is None and "prompt" not in reading.ignored
         self._ignored = {name: values.pop(name) for name in reading.ignored if name in values}
         self._values = values
         self._items = {theirs: ours for ours, theirs in reading.columns}

@@ -27,7 +27,7 @@ from dpo.data.columns import BY_COLUMNS, MEANING, Columns, RowReading
 from dpo.data.conversations import mentions, split_prompt, with_system
 from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
 from dpo.data.malformed import MalformedRowError
-from dpo.data.messages import Prompt, Response
+from dpo.data.messages import Prompt, Response, is_human_assistant
 from dpo.data.values import (
     as_object,
     is_empty,
@@ -145,6 +145,11 @@ def read_prompt_row(row: Any, *, location: str, source: str, reading: RowReading
     return _read_columns(columns, _PROMPT_ALONE, location, source)._replace(responses=(), ranks=())
 
 
+_NO_GUESS = (
+    "and what the responses begin with alike is not taken for it; allowed is text or messages, or "
+    "data.ignore_columns [prompt] where the responses begin with the prompt"
+)
+
 _PROMPT_ALONE = RowLayout("prompt", lambda row: Answers({"(response)": "-"}, (0,)))
 """A response that is taken off again stands in for those that are not there."""
 
@@ -163,6 +168,13 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
     prompt, responses = split_prompt(
         found and found[0], answers.responses, strip=found is not None and found[1]
     )
+    if (
+        found is None
+        and columns.prompt_is_null
+        and isinstance(prompt, str)
+        and not is_human_assistant(prompt)
+    ):
+        raise MalformedRowError("prompt", "null", f"found null, {_NO_GUESS}")
     for name in ("system", "system_prompt"):
         if not is_empty(columns.get(name)):
             prompt = with_system(prompt, read_text(columns[name], name), name)

@@ -311,6 +311,36 @@ def test_a_prompt_is_never_guessed_beside_a_column_that_has_it():
     assert read(row).preference.prompt == "The answer is"
 
 
+def test_a_prompt_that_is_null_is_not_guessed():
+    """Some rows of a table may lack it; the words that two answers begin with alike are no prompt."""
+    row = {"prompt": None, "chosen": "The answer is Nile.", "rejected": "The answer is Moon."}
+    with pytest.raises(MalformedRowError, match="found null") as caught:
+        read(row)
+    assert (caught.value.field, caught.value.reason) == ("prompt", "null")
+    with pytest.raises(MalformedRowError, match="found null"):
+        read({**row, "ask": None}, columns=(("prompt", "ask"),))
+    assert read(row, ignored=frozenset({"prompt"})).preference.prompt == "The answer is"
+    shared = {"prompt": None, "chosen": say(ASK, GOOD), "rejected": say(ASK, BAD)}
+    assert text_of(read(shared).preference.prompt) == ASK
+    told = {
+        name: f"\n\nHuman: {ASK}\n\nAssistant: {text}" for name, text in (("chosen", GOOD), ("rejected", BAD))
+    }
+    assert read({"prompt": None, **told}).preference.responses == (GOOD, BAD)
+
+
+def test_an_empty_column_of_another_name_is_no_prompt_and_an_empty_prompt_is_refused():
+    row = {"query": "", "input": ASK, "chosen": GOOD, "rejected": BAD}
+    assert read(row).preference.prompt == ASK
+    with pytest.raises(MalformedRowError, match="nothing but white space"):
+        read({**PAIRS["pair"], "prompt": "", "question": ASK})
+
+
+def test_columns_of_no_layout_are_refused_with_those_of_the_usual_ones():
+    with pytest.raises(MalformedRowError, match=r"pair: chosen rejected; ranking: responses") as caught:
+        read({"text": ASK, "good": GOOD})
+    assert "nectar" not in str(caught.value)
+
+
 def test_columns_that_nobody_reads_are_named():
     assert read({**PAIRS["pair"], "id": 3, "model": "m", "nothing": None, "blank": ""}).unused == (
         "id",
