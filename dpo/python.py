@@ -120,6 +120,7 @@ class LanguageModel:
             tokenizer,
             template_date=self._data.template_date,
             template_kwargs=self._data.template_kwargs,
+            template_characters=self._data.template_characters,
         )
         require_known(ids, pretrained.model.config, source=self.source)
         drawn = generate(

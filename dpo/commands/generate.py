@@ -29,6 +29,7 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
         "sampling": sampling,
         "seed": given.seed,
         "template_kwargs": given.template_kwargs,
+        "template_characters": given.template_characters,
     }
     try:
         if prompt is None:

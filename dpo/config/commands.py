@@ -91,8 +91,13 @@ class HeldoutConfig:
     """Arguments of the chat template, such as {enable_thinking: false}; the run's, or else none, when not
     given."""
 
+    template_characters: int | None = None
+    """Characters that a template may write for a text, as data.template_characters has it; the run's, or
+    else 1,000,000, when not given."""
+
     def check_data(self) -> None:
         """Refuse numbers and template arguments that nothing can be done with."""
+        check_range("template_characters", self.template_characters, low=1000)
         check_range("limit", self.limit, low=1)
         check_template_arguments("template_kwargs", self.template_kwargs or {})
 
@@ -331,6 +336,9 @@ class GenerateConfig:
     """System message before the prompt; the chat template's own when not given."""
     template_kwargs: TemplateArguments = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}."""
+    template_characters: int = 1_000_000
+    """Characters that the chat template may write for a text, beside twice those of its messages; a
+    template that writes more is refused, and raising this says that it is trusted."""
     max_new_tokens: int = 256
     """Longest response, in tokens."""
     temperature: float = 0.7
@@ -359,6 +367,7 @@ class GenerateConfig:
         check_range("repetition_penalty", self.repetition_penalty, above=0.0)
         check_range("seed", self.seed, low=0, high=2**32 - 1)
         check_template_arguments("template_kwargs", self.template_kwargs)
+        check_range("template_characters", self.template_characters, low=1000)
 
 
 def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
@@ -382,6 +391,7 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
         "ignore_columns": given.ignore_columns,
         "chat_template": given.chat_template,
         "template_kwargs": given.template_kwargs,
+        "template_characters": given.template_characters,
     }
     model = {
         "source": given.policy or (None if given.run is None else str(Path(given.run) / base.policy_name)),

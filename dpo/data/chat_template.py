@@ -14,7 +14,7 @@ from dpo.data.messages import Message, message_text
 from dpo.data.templates import LIMITS, Marked, Refusal, SandboxedTemplate
 from dpo.outcomes import UserError
 
-SETTING = "data.template_characters"
+SETTING = "data.template_characters (template_characters in dpo evaluate, winrate and generate)"
 PROBE = "Zwölf Boxkämpfer jagen Viktor"
 _MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 

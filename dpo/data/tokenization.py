@@ -143,6 +143,7 @@ def tokenize_prompts(
     chat_template: str | None = None,
     template_date: str = TEMPLATE_DATE,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
     contexts: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> list[list[int]]:
     """Token ids of prompts up to where the response begins, as `tokenize` gives them.
@@ -152,7 +153,9 @@ def tokenize_prompts(
     Raises:
       ValueError: for a conversation where there is no chat template, or one that the template refuses.
     """
-    encoder = make_encoder(tokenizer, "template", chat_template, template_date, template_kwargs)
+    encoder = make_encoder(
+        tokenizer, "template", chat_template, template_date, template_kwargs, template_characters
+    )
     contexts = contexts or [None] * len(prompts)
     alone = [
         _alone(given, (), number, context)
@@ -172,6 +175,7 @@ def tokenize_answers(
     chat_template: str | None = None,
     template_date: str = TEMPLATE_DATE,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
 ) -> list[list[int]]:
     """Token ids of prompts with one response each, the assistant's turn closed: what a reward model reads.
 
@@ -180,7 +184,9 @@ def tokenize_answers(
     Raises:
       ValueError: for a conversation where there is no chat template, or one that the template refuses.
     """
-    encoder = make_encoder(tokenizer, "template", chat_template, template_date, template_kwargs)
+    encoder = make_encoder(
+        tokenizer, "template", chat_template, template_date, template_kwargs, template_characters
+    )
     pairs = [
         _alone(given, (text,), number, None)
         for number, (given, text) in enumerate(zip(prompts, responses, strict=True), start=1)

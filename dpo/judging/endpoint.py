@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import httpx2 as httpx
 
 from dpo.config import EndpointConfig, WinrateConfig
+from dpo.data.templates import LIMITS
 from dpo.files import WriteError, writing
 from dpo.huggingface.embedded import cache_directory
 from dpo.judging.background import in_background
@@ -153,7 +154,8 @@ def open_endpoint(given: WinrateConfig, source: str, log: Log) -> EndpointJudge:
     """The judge that the settings under `endpoint` describe."""
     del source
     cache = Path(given.endpoint.cache or cache_directory() / "judge").expanduser()
-    template = Template(given.template or default_template("endpoint"))
+    characters = given.template_characters or LIMITS.characters
+    template = Template(given.template or default_template("endpoint"), characters=characters)
     return EndpointJudge(given.endpoint, template, cache=cache, log=log)
 
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, Required, TypedDict,
 
 from dpo.config import WinrateConfig
 from dpo.data.messages import response_text
-from dpo.data.templates import SandboxedTemplate, read_template
+from dpo.data.templates import LIMITS, SandboxedTemplate, read_template
 from dpo.judging.rewards import REWARDS, Prompt, Reward
 from dpo.outcomes import UserError
 from dpo.own_code import import_function
@@ -236,13 +236,17 @@ class Template:
     is put in as text and never run as a template.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, characters: int = LIMITS.characters) -> None:
         if not Path(path).is_file():
             raise UserError(f"template is {str(path)!r}: there is no such file (in {Path.cwd()})")
         text = read_template(path, name="template")
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         try:
-            self._template = SandboxedTemplate(text, name=f"template {path}", dialect="judge")
+            limits = LIMITS._replace(characters=characters)
+            what = f"template {path}"
+            self._template = SandboxedTemplate(
+                text, name=what, dialect="judge", limits=limits, setting="template_characters"
+            )
             self.render(Question("?", "one", "two"))
         except ValueError as error:
             raise UserError(f"{error}; it may use messages, first, second and mark") from error

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
+from dpo.data.templates import LIMITS
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.data.tokenizer_calls import encode_texts
@@ -40,11 +41,12 @@ class LocalJudge:
         identity: str,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
         template_kwargs: Mapping[str, Any] | None = None,
+        template_characters: int = LIMITS.characters,
     ) -> None:
         """`identity` stands for the weights at `source`, which are loaded with the first question."""
         self._config = ModelConfig(source=source, compute_dtype=compute_dtype)
         self._template, self._weights = template, identity
-        self._template_kwargs = template_kwargs
+        self._template_kwargs, self._template_characters = template_kwargs, template_characters
 
     @property
     def identity(self) -> JudgeIdentity:
@@ -73,7 +75,12 @@ class LocalJudge:
         if [len(ids) for ids in letters] != [1, 1] or letters[0] == letters[1]:
             raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]
-        prompts = tokenize_prompts(messages, tokenizer, template_kwargs=self._template_kwargs)
+        prompts = tokenize_prompts(
+            messages,
+            tokenizer,
+            template_kwargs=self._template_kwargs,
+            template_characters=self._template_characters,
+        )
         require_known([*prompts, *letters], policy.pretrained.model.config, source=self._config.source)
         for index, (a, b) in score_texts(policy, prompts, [letters] * len(prompts), mesh=mesh):
             yield index, verdict_of_log_probs(float(a), float(b))
@@ -135,7 +142,8 @@ def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
                 f"judge {given.judge!r}: {architectures[0]} is a reward model; allowed here are causal "
                 f"language models (a reward model is the judge reward_model:{source})"
             )
-    template = Template(given.template or default_template("local"))
+    characters = given.template_characters or LIMITS.characters
+    template = Template(given.template or default_template("local"), characters=characters)
     identity = model_identity(source)
     return LocalJudge(
         source,
@@ -143,4 +151,5 @@ def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
         identity=identity,
         compute_dtype=given.compute_dtype,
         template_kwargs=given.judge_template_kwargs,
+        template_characters=characters,
     )

@@ -55,7 +55,11 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
     """
     assert config.model.reference is not None
     given = replace(given, judge=choose_judge(given.judge, config.data.eval))
-    given = replace(given, judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs)
+    given = replace(
+        given,
+        judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs,
+        template_characters=config.data.template_characters,
+    )
     judge = open_judge(given, log)
     if isinstance(judge, EndpointJudge) and not (output / VERDICTS_FILE).exists():
         judge.require_usable()
@@ -120,6 +124,7 @@ def make_pairs(
             chat_template=chat_template,
             template_date=config.data.template_date,
             template_kwargs=config.data.template_kwargs,
+            template_characters=config.data.template_characters,
             log=log,
         )
 

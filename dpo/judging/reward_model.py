@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from dpo.config import WinrateConfig
+from dpo.data.templates import LIMITS
 from dpo.data.tokenization import tokenize_answers
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import count_labels, load_classifier
@@ -33,6 +34,7 @@ class RewardModelJudge:
         compute_dtype: str = "float32",
         batch_size: int = 16,
         template_kwargs: Mapping[str, Any] | None = None,
+        template_characters: int = LIMITS.characters,
     ) -> None:
         """`identity` stands for the weights at `source`, which are loaded with the first question.
 
@@ -46,7 +48,7 @@ class RewardModelJudge:
             )
         self._source, self._weights = source, identity
         self._compute_dtype, self._batch_size = compute_dtype, batch_size
-        self._template_kwargs = template_kwargs
+        self._template_kwargs, self._template_characters = template_kwargs, template_characters
 
     @property
     def identity(self) -> JudgeIdentity:
@@ -91,7 +93,11 @@ class RewardModelJudge:
         checkpoint = open_checkpoint(self._source)
         model = load_classifier(checkpoint, compute_dtype=jnp.dtype(self._compute_dtype))
         sequences = tokenize_answers(
-            prompts, responses, checkpoint.tokenizer(), template_kwargs=self._template_kwargs
+            prompts,
+            responses,
+            checkpoint.tokenizer(),
+            template_kwargs=self._template_kwargs,
+            template_characters=self._template_characters,
         )
         require_known(sequences, model.config, source=self._source)
         scored = classify(model, sequences, batch_size=self._batch_size)
@@ -108,4 +114,5 @@ def open_reward_model(given: WinrateConfig, source: str, log: Log) -> RewardMode
         identity=model_identity(source),
         compute_dtype=given.compute_dtype,
         template_kwargs=given.judge_template_kwargs,
+        template_characters=given.template_characters or LIMITS.characters,
     )

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.data.templates import TEMPLATE_DATE
+from dpo.data.templates import LIMITS, TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenizer_calls import decode_ids
 from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
@@ -74,6 +74,7 @@ def sample_responses(
     chat_template: str | None = None,
     template_date: str = TEMPLATE_DATE,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
     log: Callable[[str], None],
 ) -> list[Sample]:
     """A response for every request. The model is loaded only where the journal lacks one."""
@@ -95,6 +96,7 @@ def sample_responses(
             chat_template=chat_template,
             template_date=template_date,
             template_kwargs=template_kwargs,
+            template_characters=template_characters,
             contexts=[requests[i].context for i in missing],
         )
         require_known(prompts, pretrained.model.config, source=player.source)

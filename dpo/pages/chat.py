@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo.data.messages import Message
+from dpo.data.templates import LIMITS
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenizer_calls import decode_ids
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
@@ -26,10 +27,13 @@ def respond(
     sampling: SamplingConfig,
     seed: int,
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
 ) -> Iterator[str]:
     """The response in pieces of whole characters, each as soon as it is drawn."""
     tokenizer, stop = pretrained.tokenizer, stop_tokens(pretrained)
-    (ids,) = tokenize_prompts([prompt], tokenizer, template_kwargs=template_kwargs)
+    (ids,) = tokenize_prompts(
+        [prompt], tokenizer, template_kwargs=template_kwargs, template_characters=template_characters
+    )
     require_known([ids], pretrained.model.config, source=pretrained.source)
     drawn: list[int] = []
     shown = ""
@@ -53,6 +57,7 @@ def converse(
     read: Callable[[], str],
     write: Callable[[str], None],
     template_kwargs: Mapping[str, Any] | None = None,
+    template_characters: int = LIMITS.characters,
 ) -> None:
     """Answer line after line, each with all before it, until `read` raises EOFError.
 
@@ -75,6 +80,7 @@ def converse(
             sampling=sampling,
             seed=_seed_of(seed, turn),
             template_kwargs=template_kwargs,
+            template_characters=template_characters,
         ):
             pieces.append(piece)
             write(piece)

@@ -178,4 +178,5 @@ def prompt_ids(config: Config, prompts: Sequence[Any], policy: Policy, count: in
         chat_template=given_chat_template(config.data),
         template_date=config.data.template_date,
         template_kwargs=config.data.template_kwargs,
+        template_characters=config.data.template_characters,
     )

@@ -32,7 +32,7 @@ def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:
     if template != tokenizer.chat_template:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
-    end = None if data.end_token == "none" else find_end_of_turn(tokenizer, data.template_date)
+    end = None if data.end_token == "none" else find_end_of_turn(tokenizer, data)
     known = pretrained.generation_config or {
         name: pretrained.config[name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -70,12 +70,18 @@ def _literal(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else repr(value)
 
 
-def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, template_date: str) -> int | None:
+def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> int | None:
     """The first special token that the tokenizer's chat template puts after an answer; None without one."""
     if tokenizer.chat_template is None:
         return None
     questions, answers = ["Hello", "Hello"], ["Good morning", "42"]
-    first, second = tokenize_answers(questions, answers, tokenizer, template_date=template_date)
+    first, second = tokenize_answers(
+        questions,
+        answers,
+        tokenizer,
+        template_date=data.template_date,
+        template_characters=data.template_characters,
+    )
     pairs = zip(reversed(first), reversed(second), strict=False)
     after = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

@@ -101,12 +101,12 @@ def test_arguments_of_the_template_go_with_it(source: Path, tmp_path: Path) -> N
 
 def test_without_a_template_nothing_changes(source: Path) -> None:
     given = open_shapes(source)
-    assert find_end_of_turn(given.tokenizer, "2026-01-01") is None
+    assert find_end_of_turn(given.tokenizer, DataConfig()) is None
     assert as_trained(given, DataConfig(train="x.jsonl")).generation_config == given.generation_config
 
 
 def test_a_turn_ends_with_the_first_special_token_behind_it() -> None:
     tokenizer = byte_tokenizer()
-    assert find_end_of_turn(tokenizer, "2026-01-01") == tokenizer.eos_token_id
+    assert find_end_of_turn(tokenizer, DataConfig()) == tokenizer.eos_token_id
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
-    assert find_end_of_turn(tokenizer, "2026-01-01") is None
+    assert find_end_of_turn(tokenizer, DataConfig()) is None
