@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
-from dpo.files import require_writable
+from dpo.files import CHECKSUMS_FILE, require_writable, unlisted_files
 from dpo.huggingface.adapter_writing import save_adapters
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
 from dpo.huggingface.opening import open_checkpoint
@@ -44,6 +44,8 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     directory = Path(given.run) / CHECKPOINTS_DIRECTORY
     if not directory.is_dir():
         raise UserError(f"{directory} is not there: {given.run} has no checkpoint")
+    if given.output is not None:
+        _require_replaceable(Path(given.output), config)
     dtype = choose_dtype(given.dtype, config.model.source)
     if given.format == "gguf":
         dtype = _GGUF_NAMES.get(dtype, dtype)
@@ -205,6 +207,29 @@ def heldout_metrics(run_dir: str | Path, step: int) -> dict[str, float] | None:
         if name.startswith("eval/")
     }
     return found or None
+
+
+def _require_replaceable(output: Path, config: Config) -> None:
+    """An output that was named takes the place of an earlier export, and of nothing else.
+
+    Raises:
+      UserError: for anything that it would delete, while nothing is read yet.
+    """
+    model, there = config.model, output.exists()
+    for name, source in (("model.source", model.source), ("model.reference", model.reference)):
+        path = Path(source or "").expanduser()
+        if source and there and path.exists() and output.samefile(path):
+            raise UserError(f"output is {output}, which is {name} of the run; allowed: another place")
+    if output.is_file() and output.suffix != ".gguf":
+        raise UserError(f"output is {output}, which is a file; allowed: a directory")
+    if output.is_dir() and any(output.iterdir()):
+        whole = (output / CHECKSUMS_FILE).is_file()
+        others = unlisted_files(output) if whole else [f"{CHECKSUMS_FILE}: is not there"]
+        if others or output.suffix == ".gguf":
+            raise UserError(
+                f"output is {output}, which holds what no export wrote ({'; '.join(others[:3])}) and would "
+                "be deleted; allowed: a new or empty directory, or an earlier export"
+            )
 
 
 def _choose_step(checkpoints: Checkpoints, directory: Path, step: int | None) -> int:

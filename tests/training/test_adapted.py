@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ from dpo.config import (
 )
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
+from dpo.files import write_checksums
 from dpo.huggingface.licences import read_front_matter
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
@@ -284,6 +286,36 @@ def test_a_gguf_file_is_the_merged_policy(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "open_checkpoint", lambda _: SimpleNamespace(config={"model_type": "mpt"}))
     with pytest.raises(ValueError, match="model_type mpt is not written as a GGUF file"):
         export_checkpoint(given, finished)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(config, tmp_path, monkeypatch, kind):
+    """What stands where it is to be written would be deleted; it is looked at before weights are read."""
+    monkeypatch.setattr(export, "policy_to_write", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(export, "Checkpoints", Mock(side_effect=InterruptedError("weights are next")))
+    run, mine, made = tmp_path / "run", tmp_path / "mine", tmp_path / "made"
+    config = replace(config, run_dir=str(run), lora=LoraConfig(rank=2))
+    for directory in (run / "checkpoints", mine, made):
+        directory.mkdir(parents=True)
+
+    def ask(output: Path) -> None:
+        export_checkpoint(ExportConfig(run=str(run), output=str(output), format=kind), config)
+
+    (made / "adapter_config.json").touch()
+    write_checksums(made)
+    for allowed in (tmp_path / "new", mine, made):
+        with pytest.raises(InterruptedError):
+            ask(allowed)
+    for place, name in ((mine, "config.json"), (made, "notes.txt")):
+        (place / name).touch()
+        with pytest.raises(ValueError, match=r"holds what no export wrote .* and would be deleted"):
+            ask(place)
+    with pytest.raises(ValueError, match="which is a file"):
+        ask(mine / "config.json")
+    with pytest.raises(ValueError, match=r"which is model\.source of the run"):
+        ask(Path(config.model.source))
+    assert (mine / "config.json").exists()
+    assert (made / "notes.txt").exists()
 
 
 def test_a_run_without_adapters_has_none_to_export(config):
