@@ -30,6 +30,7 @@ from dpo.config import (
     WatchConfig,
     WinrateConfig,
 )
+from dpo.config.home import at_home
 from dpo.distribution import version
 from dpo.outcomes import (
     BUG,
@@ -162,7 +163,7 @@ def report(arguments: list[str]) -> int:
     given = build(ReportConfig, values, parser)
     from dpo.commands.report import report_runs
 
-    report_runs(given, values.run)
+    report_runs(given, at_home(values.run))
     return 0
 
 
@@ -186,7 +187,7 @@ def sweep(arguments: list[str]) -> int:
     from dpo.commands.sweep import sweep_over
 
     read = partial(read_train_settings, parser=train_parser())
-    ended = sweep_over(values.over, values.sweep_dir, of_each, read)
+    ended = sweep_over(values.over, at_home(values.sweep_dir), of_each, read)
     return STOPPED.code if ended is None else 0 if ended else FAILED
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo import config
+from dpo import cli, config
 from dpo.cli import read_train_settings
 from dpo.command_line import load_config
+from dpo.commands import report, sweep
 from dpo.config import (
     Config,
     DataConfig,
@@ -186,6 +187,17 @@ def test_the_home_directory_is_found_in_settings_made_in_python(monkeypatch, tmp
     assert found.model.source == "a~/b"
     assert at_home(["~/x", ("~/y", 1), None]) == [f"{tmp_path}/x", (f"{tmp_path}/y", 1), None]
     assert at_home(found) == found
+    assert at_home(["~", "~x", "~~/x"]) == [str(tmp_path), "~x", "~~/x"], "no directory is called ~"
+
+
+def test_the_home_directory_is_found_in_what_is_no_setting_of_a_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = []
+    monkeypatch.setattr(sweep, "sweep_over", lambda over, directory, *_: given.append(directory) or True)
+    monkeypatch.setattr(report, "report_runs", lambda _, runs: given.append(runs))
+    assert cli.main(["sweep", "--over=objective.beta=[0.1]", "--sweep_dir=~/sweep"]) == 0
+    assert cli.main(["report", "~/run", "other"]) == 0
+    assert given == [f"{tmp_path}/sweep", [f"{tmp_path}/run", "other"]]
 
 
 def test_nothing_overrides_what_the_environment_says():

@@ -8,10 +8,15 @@ from typing import Any
 
 
 def at_home(value: Any) -> Any:
-    """Settings with the home directory in place of `~/` at the start of a text, in groups and lists too."""
+    """Settings with the home directory in place of `~/` at the start of a text, in groups and lists too.
+
+    A text that is `~` alone is that directory: as the name of a directory it would be one that is called so.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         found = {field.name: at_home(getattr(value, field.name)) for field in fields(value)}
         return replace(value, **found)
     if isinstance(value, list | tuple):
         return type(value)(map(at_home, value))
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return os.path.expanduser(value)
+    return value
