@@ -44,8 +44,8 @@ _STOPPING = {
     403: "see endpoint.api_key_env",
     404: "see endpoint.base_url or endpoint.model",
 }
-_NO_CREDIT = "insufficient_quota"
-"""What some services say of an empty account, with a status 429 that no wait changes."""
+_NO_CREDIT = b"insufficient_quota"
+"""What some services say of an empty account beside their message, with a 429 that no wait changes."""
 
 
 class Server:
@@ -135,7 +135,8 @@ class Server:
 
     def _read(self, received: Received) -> Completion | Verdict | str:
         status, said = received.status, self._key.cut_from(server_message(received.content))
-        if status in _STOPPING or 300 <= status < 400 or (status == 429 and _NO_CREDIT in said):
+        has_no_credit = status == 429 and _NO_CREDIT in received.content
+        if status in _STOPPING or 300 <= status < 400 or has_no_credit:
             way_out = _STOPPING.get(402 if status == 429 else status, "see endpoint.base_url")
             raise _error_of(status)(f"{self._url} answered {status} {said!r}; {way_out}. {_KEPT}")
         if status in _PASSING or status >= 500:

@@ -385,6 +385,7 @@ def test_ctrl_c_ends_at_once_while_a_server_is_silent(server: Server, make_judge
     [
         (402, b'{"error": {"message": "pay first"}}'),
         (429, b'{"error": {"message": "pay first: insufficient_quota"}}'),
+        (429, b'{"error": {"message": "You must pay first", "type": "insufficient_quota", "param": null}}'),
     ],
 )
 def test_without_credit_it_stops_and_the_rest_is_asked_after_paying(
@@ -393,7 +394,7 @@ def test_without_credit_it_stops_and_the_rest_is_asked_after_paying(
     broke = Response(status=status, body=content)
     server.script = lambda number, body: Response() if number <= 2 else broke
     given = []
-    with pytest.raises(EnvironmentFailure, match=rf"answered {status} 'pay first.*same command asks again"):
+    with pytest.raises(EnvironmentFailure, match=rf"answered {status} '.*pay first.*same command asks again"):
         given.extend(make_judge().ask(questions(5)))
     assert len(server.requests) == 3
     server.script = lambda number, body: Response()
