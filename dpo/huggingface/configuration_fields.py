@@ -22,6 +22,7 @@ def neutral(hf: PreTrainedConfig, max_positions: int, **choices: Any) -> Decoder
         "num_layers": layers,
         "layer_kinds": ("attention",) * layers,
         "convolution_width": 0,
+        "convolution_bias": False,
         "delta": None,
         "num_heads": heads,
         "num_kv_heads": heads,
@@ -31,7 +32,7 @@ def neutral(hf: PreTrainedConfig, max_positions: int, **choices: Any) -> Decoder
         "post_norm": False,
         "qk_norm": "none",
         "embedding_norm": False,
-        "gated_attention": False,
+        "gated_attention": "none",
         "position_offset": 0,
         "max_positions": max_positions,
         "alibi": None,
@@ -56,8 +57,14 @@ def head_dim_of(hf: PreTrainedConfig) -> int:
 
 
 def rope_of(hf: PreTrainedConfig, parameters: JsonObject, head_dim: int) -> Rope:
-    """The rotation that a configuration's rotary parameters describe."""
+    """The rotation that a configuration's rotary parameters describe, to the family's own code."""
+    if parameters["rope_type"] == "default" and hf.model_type not in _TURN_IN_PART:
+        parameters = {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
     return make_rope(parameters, head_dim, hf.max_position_embeddings)
+
+
+_TURN_IN_PART = ("phi3", "qwen3_5_text", "qwen3_next", "stablelm", "gpt_neox")
+"""Families that read which share of a head turns where nothing is scaled; others turn all of it."""
 
 
 def act(name: str) -> Activation:

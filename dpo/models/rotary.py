@@ -53,7 +53,8 @@ def make_rope(parameters: dict, head_dim: int, max_positions: int) -> Rope:
     rope_type = parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise UserError(f"rope_type is {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
-    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    share = parameters.get("partial_rotary_factor", 1.0)
+    dim = head_dim if rope_type == "proportional" else int(head_dim * share)
     try:
         return ROPE_TYPES[rope_type](parameters, dim, max_positions)
     except KeyError as error:
@@ -124,10 +125,17 @@ def _linear(parameters: dict, dim: int, max_positions: int) -> Rope:
     return Rope(_floats(_inv_freq(parameters["rope_theta"], dim) / np.float32(parameters["factor"])))
 
 
+def _proportional(parameters: dict, dim: int, max_positions: int) -> Rope:
+    """Some of the frequencies of a head that turns whole; its other channels do not turn (Gemma 4)."""
+    turning = int(parameters.get("partial_rotary_factor", 1.0) * dim // 2)
+    inv_freq = _inv_freq(parameters["rope_theta"], dim) / np.float32(parameters.get("factor") or 1.0)
+    return Rope(_floats(np.where(np.arange(dim // 2) < turning, inv_freq, np.float32(0.0))))
+
+
 def _dynamic(parameters: dict, dim: int, max_positions: int) -> Rope:
+    """Beyond the configured length whatever the original one is said to be, as transformers counts it."""
     theta, factor = parameters["rope_theta"], parameters["factor"]
-    length = parameters.get("original_max_position_embeddings") or max_positions
-    return Rope(_floats(_inv_freq(theta, dim)), dynamic=(theta, factor), original_length=length)
+    return Rope(_floats(_inv_freq(theta, dim)), dynamic=(theta, factor), original_length=max_positions)
 
 
 def _llama3(parameters: dict, dim: int, max_positions: int) -> Rope:
@@ -185,6 +193,7 @@ def _longrope(parameters: dict, dim: int, max_positions: int) -> Rope:
 ROPE_TYPES = {
     "default": _default,
     "linear": _linear,
+    "proportional": _proportional,
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,

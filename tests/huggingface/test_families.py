@@ -156,6 +156,19 @@ def test_an_unsupported_value_is_named_with_what_is_supported():
         read_config({**case_config("llama"), "quantization_config": {"bits": 4}})
 
 
+def test_a_rotation_is_what_the_familys_own_code_makes_of_it():
+    """transformers' Llama reads no share of a head where nothing is scaled, and no original length."""
+
+    def ropes(**changes):
+        parameters = {"rope_type": "default", "rope_theta": 1e4, **changes}
+        return read_config({**case_config("llama"), "rope_parameters": parameters})[1].ropes
+
+    assert ropes(partial_rotary_factor=0.5) == ropes()
+    assert len(ropes(rope_type="proportional", partial_rotary_factor=0.5)[0].inv_freq) == 4
+    scaled = {"rope_type": "dynamic", "factor": 2.0}
+    assert ropes(**scaled, original_max_position_embeddings=12) == ropes(**scaled)
+
+
 def test_alibi_slopes_are_a_geometric_sequence():
     assert_allclose(alibi_slopes(8), [2.0**-h for h in range(1, 9)])
     assert_allclose(alibi_slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])
