@@ -240,6 +240,37 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "lfm2-attention": {**_SIZES, "block_auto_adjust_ff_dim": False},
+    "lfm2-biases": {
+        **_SIZES,
+        **{"num_hidden_layers": 2, "conv_bias": True, "conv_L_cache": 2, "head_dim": 10},
+        "layer_types": ["full_attention", "conv"],
+    },
+    "lfm3": {
+        **_SIZES,
+        **{"num_hidden_layers": 6, "conv_L_cache": 5, "head_dim": 12, "sliding_window": 6},
+        "layer_types": ["conv", "sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e5,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    },
+    "lfm3-plain": {
+        **_SIZES,
+        **{"num_hidden_layers": 4, "conv_L_cache": 2, "head_dim": 8, "sliding_window": None},
+        **{"use_sandwich_norm": False, "use_attention_gate": False, "conv_bias": True},
+        **{"attention_bias": True, "tie_word_embeddings": False},
+        "layer_types": ["full_attention", "conv", "conv", "full_attention"],
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    },
+    "lfm3-attention": {
+        **_SIZES,
+        **{"head_dim": 12, "sliding_window": 7, "attention_bias": True},
+        "layer_types": _LOCAL_GLOBAL,
+    },
     "qwen3_5_text": {
         **_SIZES,
         **_DELTA,

@@ -79,6 +79,7 @@ CONFIG: dict[str, Rule] = {
     **_rules(optional(whole(1, MAX_LAYERS)), "decoder_sparse_step", "full_attention_interval"),
     "mlp_only_layers": optional(list_of(whole(0, MAX_LAYERS), MAX_LAYERS)),
     **_rules(flag, "conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"),
+    **_rules(flag, "use_sandwich_norm", "use_attention_gate"),
     "full_attn_idxs": optional(list_of(whole(0, MAX_LAYERS), MAX_LAYERS)),
     **_rules(optional(text), "position_embedding_type"),
     **_rules(optional(flag), "use_sliding_window", "use_bidirectional_attention", "use_cache"),

@@ -33,6 +33,7 @@ from dpo.huggingface.llama_configurations import (
     granite_hybrid,
     hunyuan,
     lfm2,
+    lfm3,
     llama_family,
     ministral,
     ministral3,
@@ -60,6 +61,7 @@ from dpo.huggingface.weight_names import (
     HEAD_NORM_RULES,
     HUNYUAN_RULES,
     LFM2_RULES,
+    LFM3_RULES,
     LLAMA_RULES,
     MPT_RULES,
     NANOCHAT_RULES,
@@ -218,7 +220,8 @@ FAMILIES = {
         GRANITE_HYBRID_RULES,
         {"num_local_experts": (0,), "position_embedding_type": (None, "rope")},
     ),
-    "lfm2": Family("Lfm2ForCausalLM", "model.", lfm2, LFM2_RULES, {"conv_bias": (False,)}),
+    "lfm2": Family("Lfm2ForCausalLM", "model.", lfm2, LFM2_RULES),
+    "lfm3": Family("Lfm3ForCausalLM", "model.", lfm3, LFM3_RULES),
     "qwen3_5_text": Family("Qwen3_5ForCausalLM", "model.", qwen35, QWEN35_RULES, ignored=_BESIDE),
     "qwen3_next": Family("Qwen3NextForCausalLM", "model.", qwen3_next, QWEN3_NEXT_RULES, ignored=_BESIDE),
     "stablelm": Family("StableLmForCausalLM", "model.", stablelm, STABLELM_RULES),
@@ -266,6 +269,6 @@ WRAPPERS = {
 _CLASSIFIERS = {
     "gemma3_text": "Gemma3TextForSequenceClassification",
     "qwen3_5_text": "Qwen3_5TextForSequenceClassification",
-    **dict.fromkeys(("apertus", "ernie4_5", "granite", "granitemoehybrid", "lfm2", "nanochat")),
+    **dict.fromkeys(("apertus", "ernie4_5", "granite", "granitemoehybrid", "lfm2", "lfm3", "nanochat")),
 }
 """Where the name is not the causal model's with another ending."""

@@ -18,6 +18,7 @@ from dpo.huggingface.configuration_fields import (
     rope_of,
     uniform_windows,
 )
+from dpo.models.attention import NO_WINDOW
 from dpo.models.decoder_config import DecoderConfig, DeltaRule, LayerKind, QueryGrowth
 from dpo.models.rotary import Rope, no_rope, reversed_rope
 from dpo.outcomes import UserError
@@ -32,6 +33,8 @@ class _TypedRopes(TypedDict):
 
 def _llama(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
     """RMS norms, rotary positions, grouped queries, gated MLP; `choices` are where a family differs."""
+    if "norm_eps" not in choices:
+        choices["norm_eps"] = hf.rms_norm_eps
     if "ropes" not in choices:
         choices["ropes"] = (rope_of(hf, hf.rope_parameters, head_dim_of(hf)),)
     fields: dict[str, Any] = {
@@ -39,7 +42,6 @@ def _llama(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
         "intermediate_size": hf.intermediate_size,
         "gated_mlp": True,
         "norm": "rms",
-        "norm_eps": hf.rms_norm_eps,
         "position": "rotary",
         "qkv_bias": False,
         "output_bias": False,
@@ -112,10 +114,10 @@ def gemma3(hf: PreTrainedConfig) -> DecoderConfig:
 
 def _typed_ropes(hf: PreTrainedConfig) -> _TypedRopes:
     """A rotation for each type of layer."""
-    kinds, head_dim = ("full_attention", "sliding_attention"), head_dim_of(hf)
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if kind in hf.layer_types]
     return {
-        "ropes": tuple(rope_of(hf, hf.rope_parameters[kind], head_dim) for kind in kinds),
-        "layer_rope": tuple(kinds.index(kind) for kind in hf.layer_types),
+        "ropes": tuple(rope_of(hf, hf.rope_parameters[kind], head_dim_of(hf)) for kind in kinds),
+        "layer_rope": tuple(kinds.index(kind) if kind in kinds else 0 for kind in hf.layer_types),
     }
 
 
@@ -265,23 +267,36 @@ def apertus(hf: PreTrainedConfig) -> DecoderConfig:
 def lfm2(hf: PreTrainedConfig) -> DecoderConfig:
     """Layers of attention among layers of gated short convolutions; norms of heads."""
     layers = _kinds(hf, {"full_attention": "attention", "conv": "convolution"})
-    return neutral(
+    return _lfm(hf, layers, intermediate_size=_lfm2_intermediate_size(hf))
+
+
+def lfm3(hf: PreTrainedConfig) -> DecoderConfig:
+    """LFM2 with windows, a rotation for each type of layer, gates of heads, and norms of outputs."""
+    attending: dict[str, LayerKind] = dict.fromkeys(("full_attention", "sliding_attention"), "attention")
+    return _lfm(
         hf,
-        hf.max_position_embeddings,
+        _kinds(hf, attending | {"conv": "convolution"}),
+        **biases(hf),
+        **_typed_ropes(hf),
+        post_norm=hf.use_sandwich_norm,
+        gated_attention="head" if hf.use_attention_gate else "none",
+        windows=tuple(
+            hf.sliding_window if kind == "sliding_attention" else NO_WINDOW for kind in hf.layer_types
+        ),
+    )
+
+
+def _lfm(hf: PreTrainedConfig, layers: tuple[LayerKind, ...], **choices: Any) -> DecoderConfig:
+    has_convolutions = "convolution" in layers
+    return _llama(
+        hf,
         layer_kinds=layers,
-        convolution_width=hf.conv_L_cache if "convolution" in layers else 0,
-        num_kv_heads=hf.num_key_value_heads,
-        intermediate_size=_lfm2_intermediate_size(hf),
+        convolution_width=hf.conv_L_cache if has_convolutions else 0,
+        convolution_bias=has_convolutions and hf.conv_bias,
         activation="silu",
-        gated_mlp=True,
-        norm="rms",
         norm_eps=hf.norm_eps,
-        position="rotary",
-        ropes=(rope_of(hf, hf.rope_parameters, head_dim_of(hf)),),
         qk_norm="head",
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
+        **choices,
     )
 
 
@@ -317,7 +332,7 @@ def qwen35(hf: PreTrainedConfig) -> DecoderConfig:
         **biases(hf),
         norm="rms_offset",
         qk_norm="head",
-        gated_attention=True,
+        gated_attention="channel",
     )
 
 

@@ -82,7 +82,14 @@ _PATTERNS: Mapping[str, Callable[[list[bool]], int | str | None]] = {
 def _both_ropes(model_type: str, parsed: PreTrainedConfig) -> JsonObject:
     """Rotary parameters under both names; nothing where there are none."""
     parameters = getattr(parsed, "rope_parameters", None)
-    return _older_rope(model_type, parameters) | {"rope_parameters": parameters} if parameters else {}
+    if not parameters:
+        return {}
+    older = {} if model_type in _NEWER else _older_rope(model_type, parameters)
+    return older | {"rope_parameters": parameters}
+
+
+_NEWER = ("lfm3",)
+"""Models that transformers 4 does not have, and whose rotations it has no names for."""
 
 
 def _older_rope(model_type: str, parameters: JsonObject) -> JsonObject:

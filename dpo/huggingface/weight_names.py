@@ -212,13 +212,32 @@ _LFM2_CONVOLUTION = (
     Rule(("layers.mixer.o_proj",), _LAYER + "conv.out_proj"),
     Rule(("layers.mixer.convolution",), _LAYER + "conv.conv"),
 )
+_LFM_ENDS = _rules("", embed_tokens="model.embed_tokens", norm="model.embedding_norm", lm_head="lm_head")
 LFM2_RULES = (
-    *_rules("", embed_tokens="model.embed_tokens", norm="model.embedding_norm", lm_head="lm_head"),
+    *_LFM_ENDS,
     *_LFM2_ATTENTION,
     *_of_kind("attention", _LFM2_ATTENTION),
     *_of_kind("convolution", _LFM2_CONVOLUTION),
 )
 """A model of attention alone has one stack, under no kind's name."""
+_LFM3_ATTENTION = (
+    *_LFM2_LAYERS,
+    *_PROJECTIONS,
+    *HEAD_NORM_RULES,
+    *_rules(_LAYER + "self_attn.", g_proj="g_proj"),
+    *_rules(_LAYER, attention_output_norm="post_operator_norm", mlp_output_norm="post_ffn_norm"),
+)
+_LFM3_CONVOLUTION = (
+    *_LFM2_CONVOLUTION,
+    Rule(("layers.mixer_output_norm",), _LAYER + "post_operator_norm"),
+    *_rules(_LAYER, mlp_output_norm="post_ffn_norm"),
+)
+LFM3_RULES = (
+    *_LFM_ENDS,
+    *_LFM3_ATTENTION,
+    *_of_kind("attention", _LFM3_ATTENTION),
+    *_of_kind("convolution", _LFM3_CONVOLUTION),
+)
 
 
 def _split_queries_gates(tensor: np.ndarray, config: DecoderConfig) -> Sequence[np.ndarray]:

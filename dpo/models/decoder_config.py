@@ -62,6 +62,8 @@ class DecoderConfig:
     layer_kinds: tuple[LayerKind, ...]
     convolution_width: int
     """Positions that a convolution reads, its own included; 0 where there is none."""
+    convolution_bias: bool
+    """Of gated short convolutions, and of the projections around them."""
     delta: DeltaRule | None
     """Of layers of kind `delta`."""
     num_heads: int
@@ -84,8 +86,9 @@ class DecoderConfig:
     it was turned to its position."""
     embedding_norm: bool
     """Whether the embedded tokens are normed before the first layer."""
-    gated_attention: bool
-    """Whether what is attended to is multiplied by sigmoid(g x) before the output projection."""
+    gated_attention: Literal["none", "channel", "head"]
+    """Whether what is attended to is multiplied by sigmoid(g x) before the output projection, and whether g
+    has a number for each channel or one for each head."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool

@@ -49,21 +49,26 @@ class Block(nnx.Module):
 
 
 class RecurrentBlock(nnx.Module):
-    """h += mixer(norm(h)); h += mlp(norm(h)), with something else than attention as the mixer."""
+    """h += mixer(norm(h)); h += mlp(norm(h)), with something else than attention as the mixer.
+
+    Outputs are normed too where a family does that.
+    """
 
     def __init__(self, make: LayerMaker, mixer: Callable):
-        D = make.config.hidden_size
+        config, D = make.config, make.config.hidden_size
         self.input_layernorm = make.norm(D)
         self.mixer = mixer
+        self.mixer_output_norm = make.norm(D) if config.post_norm else _identity
         self.post_attention_layernorm = make.norm(D)
         self.mlp = make.mlp()
+        self.mlp_output_norm = make.norm(D) if config.post_norm else _identity
 
     def __call__(
         self, h: Float[Array, "R T D"], rope: Any, core: Callable
     ) -> tuple[Float[Array, "R T D"], Any]:
         mixed, extra = self.mixer(self.input_layernorm(h), core)
-        h = h + mixed
-        return h + self.mlp(self.post_attention_layernorm(h)), extra
+        h = h + self.mixer_output_norm(mixed)
+        return h + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(h))), extra
 
 
 class ParallelBlock(nnx.Module):
@@ -106,7 +111,9 @@ class Attention(nnx.Module):
         D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.head_dim = C
         self.q_proj = make.linear(D, H * C, config.qkv_bias)
-        self.g_proj = make.linear(D, H * C, config.qkv_bias) if config.gated_attention else None
+        gates = {"none": 0, "channel": H * C, "head": H}[config.gated_attention]
+        has_bias = config.qkv_bias and config.gated_attention == "channel"
+        self.g_proj = make.linear(D, gates, has_bias) if gates else None
         self.k_proj = make.linear(D, G * C, config.qkv_bias)
         self.v_proj = make.linear(D, G * C, config.qkv_bias)
         self.o_proj = make.linear(H * C, D, config.output_bias)
@@ -124,7 +131,10 @@ class Attention(nnx.Module):
         q, k = self.q_turned_norm(self.place(q, rope)), self.k_turned_norm(self.place(k, rope))
         out, extra = core(q, k, v)
         out = out.reshape(*x.shape[:2], -1)
-        return self.o_proj(out if self.g_proj is None else out * jax.nn.sigmoid(self.g_proj(x))), extra
+        if self.g_proj is not None:
+            gate = jax.nn.sigmoid(self.g_proj(x))
+            out = out * jnp.repeat(gate, out.shape[-1] // gate.shape[-1], axis=-1)
+        return self.o_proj(out), extra
 
 
 class Convolution(nnx.Module):
@@ -136,22 +146,24 @@ class Convolution(nnx.Module):
     def __init__(self, make: LayerMaker, channels: int):
         shape = (channels, 1, make.config.convolution_width)
         self.taps = nnx.Param(_INIT(make.rngs.params(), shape, make.param_dtype))
+        has_bias = make.config.convolution_bias
+        self.bias = nnx.Param(jnp.zeros((channels,), make.param_dtype)) if has_bias else None
 
     def __call__(self, u: Float[Array, "R T D"], before: list[Array]) -> Float32[Array, "R T D"]:
         taps = self.taps[...].astype(jnp.float32)[None, None, :, 0, ::-1]
         mixed = u.astype(jnp.float32) * taps[..., 0]
         for j, part in enumerate(before, start=1):
             mixed = mixed + part.astype(jnp.float32) * taps[..., j]
-        return mixed
+        return mixed if self.bias is None else mixed + lead(self.bias[...].astype(jnp.float32), 3)
 
 
 class ShortConvolution(nnx.Module):
     """o(c x * convolution(b x * v x)) (LFM2); `core` hands over what stands before each position."""
 
     def __init__(self, make: LayerMaker):
-        D = make.config.hidden_size
-        self.b_proj, self.c_proj, self.x_proj = (make.linear(D, D, False) for _ in range(3))
-        self.o_proj = make.linear(D, D, False)
+        D, has_bias = make.config.hidden_size, make.config.convolution_bias
+        self.b_proj, self.c_proj, self.x_proj = (make.linear(D, D, has_bias) for _ in range(3))
+        self.o_proj = make.linear(D, D, has_bias)
         self.convolution = Convolution(make, D)
 
     def __call__(self, x: Float[Array, "R T D"], core: Callable) -> tuple[Float[Array, "R T D"], Any]:

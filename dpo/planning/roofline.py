@@ -61,7 +61,8 @@ def _weights(config: DecoderConfig, kind: LayerKind) -> int:
     if kind == "convolution":
         return 4 * D * D + mlp
     if kind == "attention":
-        return (2 + config.gated_attention) * D * H * C + 2 * D * G * C + mlp
+        gates = {"none": 0, "channel": H * C, "head": H}[config.gated_attention]
+        return D * (2 * H * C + 2 * G * C + gates) + mlp
     assert config.delta is not None
     delta, values = config.delta, config.delta.num_value_heads * config.delta.value_dim
     projections = D * (delta.channels + 2 * values + 2 * delta.num_value_heads)

@@ -66,6 +66,9 @@ MLX_READS = {
 }
 """Of its `ModelArgs`, fields that it ends without, or has a default of its own for; the rotary ones apart."""
 
+NEWER = ("lfm3",)
+"""Of transformers 5 alone: the older names of a rotation are not written."""
+
 
 @cache
 def written(case: str) -> dict[str, Any]:
@@ -111,7 +114,7 @@ def check_rope_parameters(case: str) -> None:
 
 def check_older_rope(case: str) -> None:
     config, expected = written(case), rope(case)
-    if not expected:
+    if not expected or config["model_type"] in NEWER:
         return
     assert config["rope_theta"] == expected["rope_theta"]
     scaling, kind = config["rope_scaling"], expected["rope_type"]
@@ -131,7 +134,7 @@ def check_older_rope(case: str) -> None:
 
 def check_partial_rotation(case: str) -> None:
     share = rope(case).get("partial_rotary_factor")
-    if share is not None:
+    if share is not None and written(case)["model_type"] not in NEWER:
         assert written(case)["partial_rotary_factor"] == share
     if written(case)["model_type"] == "gpt_neox":
         assert written(case)["rotary_pct"] == (1.0 if share is None else share)
@@ -140,7 +143,7 @@ def check_partial_rotation(case: str) -> None:
 
 def check_local_rope(case: str) -> None:
     local = (getattr(parsed(case), "rope_parameters", None) or {}).get("sliding_attention")
-    if local is not None:
+    if local is not None and written(case)["model_type"] not in NEWER:
         assert written(case)["rope_local_base_freq"] == local["rope_theta"]
 
 

@@ -24,7 +24,7 @@ from dpo.models.sampling import SamplingConfig, generate
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-CASES = ["lfm2", "lfm2-adjusted", "qwen3_5_text", "qwen3_next"]
+CASES = ["lfm2", "lfm2-adjusted", "lfm3", "qwen3_5_text", "qwen3_next"]
 BETWEEN = {"qwen3_5_text": 5e-5}
 """Largest difference of gradients between layouts where it is more than 1e-5 of the largest entry: an ulp of
 the embeddings moves this case's by 1e-5 to 2e-5."""
