@@ -12,7 +12,15 @@ import gguf
 import numpy as np
 
 from dpo.huggingface.foreign_json import JsonObject
-from dpo.huggingface.gguf_changes import INTERLEAVED, OFFSET_NORMS, SQUEEZED, TURNED_CONV1D, UNGROUPED, Change
+from dpo.huggingface.gguf_changes import (
+    DELTA_RULE,
+    INTERLEAVED,
+    OFFSET_NORMS,
+    SQUEEZED,
+    TURNED_CONV1D,
+    UNGROUPED,
+    Change,
+)
 from dpo.huggingface.gguf_metadata import GgufMetadata, published
 from dpo.outcomes import UserError
 
@@ -170,7 +178,7 @@ def _rope(file: GgufMetadata) -> JsonObject:
     head_dim = file.count("attention.key_length", file.count("embedding_length") // file.num_heads[0])
     turned = file.count("rope.dimension_count", head_dim)
     common: JsonObject = {"rope_theta": file.number("rope.freq_base", 10000.0)}
-    if file.architecture in ("phi3", "stablelm"):
+    if file.architecture in ("phi3", "stablelm", "qwen35"):
         common["partial_rotary_factor"] = turned / head_dim
     if file.has("rope_factors_long.weight"):
         factors = {
@@ -271,6 +279,38 @@ def _lfm2(file: GgufMetadata) -> JsonObject:
     }
 
 
+def _qwen35(file: GgufMetadata) -> JsonObject:
+    ahead = file.find("nextn_predict_layers", 0)
+    if ahead != 0:
+        raise UserError(
+            f"{file.path}: qwen35.nextn_predict_layers is {ahead!r}; supported are files without layers that "
+            "predict several tokens"
+        )
+    every, layers = file.count("full_attention_interval", 4), file.num_layers  # llama.cpp: 4
+    attends = [(layer + 1) % every == 0 for layer in range(layers)]
+    recurrent = file.fields.get("qwen35.attention.recurrent_layers")
+    if isinstance(recurrent, list):
+        attends = [not each for each in recurrent]
+    heads, (keys, values) = file.count("ssm.state_size"), file.heads("delta")
+    if file.count("ssm.inner_size") != heads * values:
+        raise UserError(
+            f"{file.path}: qwen35.ssm.inner_size is {file.count('ssm.inner_size')}; supported: "
+            f"ssm.state_size times ssm.time_step_rank, {heads * values}"
+        )
+    return _rms(
+        file,
+        "qwen3_5_text",
+        hidden_act="silu",
+        attention_bias=False,
+        layer_types=["full_attention" if each else "linear_attention" for each in attends],
+        linear_conv_kernel_dim=file.count("ssm.conv_kernel"),
+        linear_num_key_heads=keys,
+        linear_num_value_heads=values,
+        linear_key_head_dim=heads,
+        linear_value_head_dim=heads,
+    )
+
+
 def _granite(file: GgufMetadata) -> JsonObject:
     config = _rms(file, "granite", hidden_act="silu", attention_bias=file.has("blk.0.attn_q.bias"))
     return {
@@ -306,6 +346,7 @@ ARCHITECTURES = {
     "seed_oss": Architecture(_ARCH.SEED_OSS, _seed_oss),
     "olmo2": Architecture(_ARCH.OLMO2, _olmo2),
     "lfm2": Architecture(_ARCH.LFM2, _lfm2, SQUEEZED),
+    "qwen35": Architecture(_ARCH.QWEN35, _qwen35, DELTA_RULE),
     "hunyuan-dense": Architecture(_ARCH.HUNYUAN_DENSE, _hunyuan),
 }
 """llama.cpp's architectures that are read and written."""

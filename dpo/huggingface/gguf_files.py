@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.gguf_architectures import ARCHITECTURES, ROPE_TENSORS
-from dpo.huggingface.gguf_changes import kind_of
+from dpo.huggingface.gguf_changes import file_name, kind_of
 from dpo.huggingface.gguf_metadata import GgufMetadata
 from dpo.huggingface.gguf_reader import GgufTensor
 from dpo.huggingface.gguf_tokenizer import end_tokens, make_tokenizer
@@ -64,8 +64,7 @@ class GgufFile(GgufMetadata):
         used = set(ROPE_TENSORS) | ({"output.weight"} if self.is_tied else set())
         for name in names:
             stacked = re.fullmatch(r"(.*)\.norms\.(\d+)\.weight", name)  # StableLM: one norm a head
-            whole = f"{stacked[1]}.weight" if stacked else name
-            own = name_map.get_name(whole, try_suffixes=(".weight", ".bias"))
+            own = file_name(name_map, name)
             if own in self.container.tensors:
                 found[name] = _Part(self.container.tensors[own], int(stacked[2]) if stacked else None)
                 used.add(own)
@@ -94,7 +93,7 @@ class GgufFile(GgufMetadata):
             return self.container.read(tensor, rows)
         values = self.container.read(tensor)
         try:
-            return change.restore(kind, values, self.num_heads)[rows]
+            return change.restore(kind, values, self.heads(change.heads))[rows]
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{self.path}: tensor {tensor.name} of shape {list(tensor.shape)} does not fit the number of "
@@ -103,10 +102,10 @@ class GgufFile(GgufMetadata):
 
     def shape(self, tensor: GgufTensor) -> tuple[int, ...]:
         """A tensor's shape as Hugging Face has it."""
-        change = self._table.change
-        if change is None or not change.applies(kind_of(tensor.name)):
+        change, kind = self._table.change, kind_of(tensor.name)
+        if change is None or not change.applies(kind):
             return tensor.shape
-        return change.restore_shape(tensor.shape)
+        return change.restore_shape(kind, tensor.shape)
 
 
 class _Part(NamedTuple):

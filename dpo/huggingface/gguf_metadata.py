@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,6 +75,12 @@ class GgufMetadata:
                 f"{self.path}: {self.architecture}.block_count is {layers}; it has {tensors} tensors"
             )
         return layers
+
+    def heads(self, of: Literal["attention", "delta"]) -> tuple[int, int]:
+        """Query heads and key/value heads, or key heads and value heads of the delta rule."""
+        if of == "attention":
+            return self.num_heads
+        return self.count("ssm.group_count"), self.count("ssm.time_step_rank")
 
     @property
     def num_heads(self) -> tuple[int, int]:

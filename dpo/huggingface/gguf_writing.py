@@ -6,7 +6,6 @@ What a file cannot say is refused: before it takes its name it is read again, an
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -22,11 +21,11 @@ from dpo.huggingface.binding import Binding, bind
 from dpo.huggingface.families import decoder_config, find_family
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.gguf_architectures import ARCHITECTURES, Architecture
-from dpo.huggingface.gguf_changes import kind_of
+from dpo.huggingface.gguf_changes import Heads, file_name, kind_of
 from dpo.huggingface.gguf_files import GgufFile
+from dpo.huggingface.gguf_sizes import rope_tensors, size_fields
 from dpo.huggingface.gguf_vocabulary import vocabulary_fields
 from dpo.huggingface.saving import flatten, hf_tensor
-from dpo.models.attention import NO_WINDOW
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
@@ -47,7 +46,7 @@ GGUF_DTYPES = {
 
 _FILE_TYPES = {name: getattr(gguf.LlamaFileType, f"MOSTLY_{name.upper()}", 0) for name in GGUF_DTYPES}
 
-_IN_FLOAT32 = ("norm.weight", "position_embd.weight", "shortconv.conv.weight")
+_IN_FLOAT32 = ("norm.weight", "position_embd.weight", "shortconv.conv.weight", "ssm_conv1d.weight")
 """Tensors of two dimensions that llama.cpp multiplies by nothing, or wants as they are."""
 
 _WRITTEN_AS = {
@@ -55,6 +54,7 @@ _WRITTEN_AS = {
     "gemma3_text": ("gemma3", "gemma3_text"),
     "granitemoehybrid": ("granite", "granite"),
     "hunyuan_v1_dense": ("hunyuan-dense", "hunyuan_v1_dense"),
+    "qwen3_5_text": ("qwen35", "qwen3_5_text"),
 }
 """`model_type` → llama.cpp's architecture, and the family whose weight names it has; others are their own."""
 
@@ -85,7 +85,7 @@ def save_gguf(
     named = _file_tensors(table, bindings, model.config, GGUF_DTYPES[dtype])
     metadata = {
         **_general(architecture, dtype, name, licence),
-        **{f"{architecture}.{key}": value for key, value in _sizes(model.config, hf_config).items()},
+        **{f"{architecture}.{key}": value for key, value in size_fields(model.config, hf_config).items()},
         **vocabulary_fields(
             tokenizer, architecture, generation_config or {}, vocab_size=model.config.vocab_size
         ),
@@ -94,7 +94,7 @@ def save_gguf(
         writer = gguf.GGUFWriter(target, architecture)
         for key, value in metadata.items():
             _add_field(writer, key, value)
-        ropes = _rope_tensors(model.config, hf_config)
+        ropes = rope_tensors(model.config, hf_config)
         for own, values in ropes.items():
             writer.add_tensor_info(own, values.shape, values.dtype, values.nbytes)
         for own, (shape, kind, _) in named.items():
@@ -104,7 +104,7 @@ def save_gguf(
         writer.write_ti_data_to_file()
         for values in ropes.values():
             writer.write_tensor_data(values)
-        heads = (model.config.num_heads, model.config.num_kv_heads)
+        heads = _heads(table, model.config)
         for own, (_, kind, parts) in named.items():
             values = _values(table, own, parts, leaves, heads)
             writer.write_tensor_data(_encoded(values, kind))
@@ -121,7 +121,7 @@ def find_architecture(model_type: str) -> tuple[str, str]:
     """
     architecture, names = _WRITTEN_AS.get(model_type, (model_type, model_type))
     if architecture not in ARCHITECTURES:
-        allowed = sorted({*ARCHITECTURES, *_WRITTEN_AS} - {"gemma3", "hunyuan-dense"})
+        allowed = sorted({*ARCHITECTURES, *_WRITTEN_AS} - {"gemma3", "hunyuan-dense", "qwen35"})
         raise UserError(
             f"model_type {model_type} is not written as a GGUF file; supported: {', '.join(allowed)}"
         )
@@ -140,8 +140,7 @@ def _file_tensors(
     parts: dict[str, _Parts] = {}
     for binding in bindings:
         for index, name in enumerate(binding.names):
-            whole = re.sub(r"\.norms\.\d+\.weight$", ".weight", name)
-            own = name_map.get_name(whole, try_suffixes=(".weight", ".bias"))
+            own = file_name(name_map, name)
             if own is None:
                 raise UserError(f"a GGUF file of {gguf.MODEL_ARCH_NAMES[table.names]} has no tensor {name}")
             parts.setdefault(own, []).append((binding, index))
@@ -149,7 +148,7 @@ def _file_tensors(
     for own, made_of in parts.items():
         shape, change = made_of[0][0].shape, table.change
         if change is not None and change.applies(kind_of(own)):
-            shape = change.convert_shape(shape)
+            shape = change.convert_shape(kind_of(own), shape)
         shape = shape if len(made_of) == 1 else (len(made_of), *shape)
         is_matrix = len(shape) == 2 and not own.endswith(_IN_FLOAT32)
         stored = kind if is_matrix else Kind.F32
@@ -189,6 +188,13 @@ def _values(
     return np.ascontiguousarray(changed)
 
 
+def _heads(table: Architecture, config: DecoderConfig) -> Heads:
+    """What a conversion that moves heads counts."""
+    if table.change is None or table.change.heads == "attention" or config.delta is None:
+        return config.num_heads, config.num_kv_heads
+    return config.delta.num_key_heads, config.delta.num_value_heads
+
+
 def _encoded(values: np.ndarray, kind: Kind) -> np.ndarray:
     if kind == Kind.F32:
         return values
@@ -207,90 +213,6 @@ def _general(architecture: str, dtype: str, name: str | None, licence: str | Non
     return found | {
         key: value for key, value in (("general.name", name), ("general.license", licence)) if value
     }
-
-
-def _sizes(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
-    """Numbers under the architecture's name."""
-    is_rms = config.norm.startswith("rms")
-    window = min(config.windows)
-    has_granite_scales = hf_config["model_type"].startswith("granite")
-    found: JsonObject = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_positions,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": _kv_heads(config),
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        f"attention.layer_norm_{'rms_' if is_rms else ''}epsilon": float(config.norm_eps),
-        "attention.sliding_window": None if window == NO_WINDOW else window,
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-        "shortconv.l_cache": max(config.convolution_width, 1) if hf_config["model_type"] == "lfm2" else None,
-        "use_parallel_residual": config.residual != "sequential"
-        if hf_config["model_type"] == "stablelm"
-        else None,
-        "attention.scale": config.attention_scale if has_granite_scales else None,
-        "embedding_scale": config.embedding_scale if has_granite_scales else None,
-        "residual_scale": config.residual_scale if has_granite_scales else None,
-        "logit_scale": 1 / config.logit_scale if has_granite_scales else None,
-        **(_rotation(config, hf_config) if config.ropes else {}),
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _kv_heads(config: DecoderConfig) -> int | list[int]:
-    """One number, or one a layer with 0 for those that do not attend."""
-    if config.is_uniform:
-        return config.num_kv_heads
-    return [config.num_kv_heads if kind == "attention" else 0 for kind in config.layer_kinds]
-
-
-def _rotation(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
-    """Base, channels that turn, and scaling by a rule; Llama 3's and LongRoPE's divisors are tensors."""
-    rope = _rope_parameters(hf_config)
-    local = rope.get("sliding_attention")
-    rope = rope.get("full_attention", rope)
-    theta = float(rope["rope_theta"])
-    if rope.get("alpha"):  # Hunyuan's stretch of the base, which the file has once and for all
-        theta *= rope["alpha"] ** (config.head_dim / (config.head_dim - 2))
-    found: JsonObject = {
-        "rope.freq_base": theta,
-        "rope.dimension_count": 2 * len(config.ropes[0].inv_freq),
-        "rope.freq_base_swa": None if local is None else float(local["rope_theta"]),
-    }
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "longrope":
-        found["rope.scaling.attn_factor"] = float(config.ropes[0].attention_factor)
-    original = rope.get("original_max_position_embeddings")
-    if kind in ("yarn", "longrope", "llama3") and original:
-        found["rope.scaling.original_context_length"] = int(original)
-    return found
-
-
-def _rope_parameters(hf_config: JsonObject) -> JsonObject:
-    return CONFIG_MAPPING[hf_config["model_type"]].from_dict(hf_config).rope_parameters
-
-
-def _rope_tensors(config: DecoderConfig, hf_config: JsonObject) -> dict[str, np.ndarray]:
-    """Divisors of the frequencies."""
-    if not config.ropes:
-        return {}
-    rope = _rope_parameters(hf_config)
-    if rope.get("rope_type") == "longrope":
-        return {
-            f"rope_factors_{kind}.weight": np.asarray(rope[f"{kind}_factor"], np.float32)
-            for kind in ("long", "short")
-        }
-    if rope.get("rope_type") == "llama3":
-        n = len(config.ropes[0].inv_freq)
-        plain = 1 / rope["rope_theta"] ** (np.arange(0, 2 * n, 2) / (2 * n))
-        return {"rope_freqs.weight": (plain / np.asarray(config.ropes[0].inv_freq)).astype(np.float32)}
-    return {}
 
 
 def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

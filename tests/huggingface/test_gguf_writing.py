@@ -1,5 +1,6 @@
 """A written GGUF file is the model again: for this project to the bit, and for llama.cpp to rounding."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from ask_llama_cpp import ask_llama_cpp, run_llama_cpp
 from flax import nnx
 from gguf_checkpoints import BEYOND, CASES
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from tiny_model import CHAT_TEMPLATE, byte_tokenizer
 from tiny_models import batch_arrays, write_checkpoint
 from tokenizer_corpus import TEXTS
@@ -55,6 +57,13 @@ NEWER = {
         **_LLAMA,
         **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-6},
         **{"conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True},
+    },
+    "qwen3_5_text": {
+        **_LLAMA,
+        **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "tie_word_embeddings": True},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
     "hunyuan_v1_dense": {
         **_LLAMA,
@@ -112,9 +121,44 @@ def test_a_written_file_is_the_same_model(case, tmp_path):
     again = load_decoder(open_checkpoint(path))
     first, second = parameters(model), parameters(again)
     assert list(first) == list(second)
-    for name, values in first.items():  # Gemma's files hold 1 + scale
-        tolerance = 1e-6 if case.startswith("gemma") and name.endswith("scale") else 0
+    rounded = {"gemma": "scale", "qwen3_5": ("scale", "A_log")}
+    for name, values in first.items():  # files hold 1 + scale, and -exp(A_log)
+        is_rounded = any(case.startswith(each) and name.endswith(rounded[each]) for each in rounded)
+        tolerance = 1e-6 if is_rounded else 0
         assert_allclose(second[name], values, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_linear_attention_is_stored_as_llama_cpp_reads_it(tmp_path):
+    """Value head k * 3 + j, of key head k, is at j * 2 + k; what else differs is a formula."""
+    path = written("qwen3_5_text", tmp_path)[1]
+    container = GgufFile(path).container
+    assert container.fields["qwen35.full_attention_interval"] == 2
+    assert container.fields["qwen35.rope.dimension_sections"] == [2, 1, 1, 0]
+    source = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
+    theirs = {name.removeprefix("model.layers.0."): values for name, values in source.items()}
+
+    def stored(name):
+        return container.read(container.tensors[f"blk.0.{name}"])
+
+    before = 2 * 2 * 8
+    qkv, conv = theirs["linear_attn.in_proj_qkv.weight"], theirs["linear_attn.conv1d.weight"][:, 0]
+    assert_array_equal(stored("attn_qkv.weight")[:before], qkv[:before])
+    assert_array_equal(stored("ssm_conv1d.weight")[:before], conv[:before])
+    for key, j in itertools.product(range(2), range(3)):
+        own, other = j * 2 + key, key * 3 + j
+        here, there = slice(own * 8, own * 8 + 8), slice(other * 8, other * 8 + 8)
+        assert_array_equal(stored("attn_qkv.weight")[before:][here], qkv[before:][there])
+        assert_array_equal(stored("ssm_conv1d.weight")[before:][here], conv[before:][there])
+        assert_array_equal(stored("attn_gate.weight")[here], theirs["linear_attn.in_proj_z.weight"][there])
+        out = theirs["linear_attn.out_proj.weight"]
+        assert_array_equal(stored("ssm_out.weight")[:, here], out[:, there])
+        for name, values in (("alpha", "in_proj_a"), ("beta", "in_proj_b")):
+            row = theirs[f"linear_attn.{values}.weight"][other]
+            assert_array_equal(stored(f"ssm_{name}.weight")[own], row)
+        assert_array_equal(stored("ssm_dt.bias")[own], theirs["linear_attn.dt_bias"][other])
+        assert_allclose(stored("ssm_a")[own], -np.exp(theirs["linear_attn.A_log"][other]), rtol=1e-6)
+    assert_array_equal(stored("attn_norm.weight"), 1 + theirs["input_layernorm.weight"])
+    assert_array_equal(stored("ssm_norm.weight"), theirs["linear_attn.norm.weight"])
 
 
 @pytest.mark.parametrize("dtype", GGUF_DTYPES)
@@ -184,6 +228,20 @@ def test_what_a_file_cannot_say_is_refused(tmp_path):
     refused(message, tmp_path, "granite", softcap=3.0)
     message = r"blocks of 32 numbers, and rows of blk.0.ffn_down.weight have 40"
     refused(message, tmp_path, "llama", dtype="q8_0", intermediate_size=40)
+
+
+@pytest.mark.slow
+def test_what_a_file_of_layers_that_recur_cannot_say_is_refused(tmp_path):
+    refused(
+        "llama.cpp computes the delta rule where they are equal",
+        tmp_path,
+        "qwen3_5_text",
+        linear_key_head_dim=4,
+    )
+    types = ["linear_attention", "full_attention", "full_attention"]
+    message = r"cannot say this configuration:\n  layer_kinds is"
+    refused(message, tmp_path, "qwen3_5_text", layer_types=types)
+    refused(r"cannot say this configuration:\n  convolution_bias", tmp_path, "lfm2", conv_bias=True)
 
 
 @pytest.mark.slow
