@@ -272,10 +272,10 @@ def lfm2(hf: PreTrainedConfig) -> DecoderConfig:
 
 def lfm3(hf: PreTrainedConfig) -> DecoderConfig:
     """LFM2 with windows, a rotation for each type of layer, gates of heads, and norms of outputs."""
-    attending: dict[str, LayerKind] = dict.fromkeys(("full_attention", "sliding_attention"), "attention")
+    kinds: dict[str, LayerKind] = {"full_attention": "attention", "sliding_attention": "attention"}
     return _lfm(
         hf,
-        _kinds(hf, attending | {"conv": "convolution"}),
+        _kinds(hf, {**kinds, "conv": "convolution"}),
         **biases(hf),
         **_typed_ropes(hf),
         post_norm=hf.use_sandwich_norm,
