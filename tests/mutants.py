@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
     "losses/bradley_terry.py": "bradley_terry",
-    "losses/divergences.py": "formulas golden laws",
+    "losses/divergences.py": "divergences theory",
     "losses/pairs.py": "pairs formulas golden weighting",
     "losses/pairwise.py": "formulas golden laws",
     "losses/listwise.py": "listwise formulas golden laws",
