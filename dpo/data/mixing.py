@@ -17,6 +17,9 @@ from dpo.data.preferences import Preference, digest, fingerprint
 from dpo.data.tokenized import RowsOf, TokenizedDataset
 from dpo.outcomes import UserError
 
+NOT_DRAWN = "not_drawn"
+"""The reason of rows that a mixture leaves, beside those for which rows are left out."""
+
 
 class Share(NamedTuple):
     """How much of a source is wanted."""
@@ -125,11 +128,12 @@ def take(shares: Sequence[Share], sources: Sequence[Sequence[Preference]]) -> li
 def _part(source: Source, wanted: int, settings: dict[str, list[str]]) -> TokenizedPart:
     tokens = source.tokens
     taken = draw(source, wanted)
+    left = len(taken) - int(taken.sum())
     return TokenizedPart(
         RowsOf(tokens, taken),
         tokens.origin[taken],
         source.num_preferences,
-        tokens.dropped,
+        tokens.dropped | ({NOT_DRAWN: left} if left else {}),
         tokens.first_dropped,
         tokens.num_truncated,
         [],

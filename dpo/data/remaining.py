@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from dpo.data.mixing import NOT_DRAWN
 from dpo.data.preferences import TIED_PAIR, ReadSummary
 from dpo.data.tokenized import TokenizedDataset
 
@@ -28,6 +29,7 @@ _SETTINGS = {
     "ambiguous_format": "data.row_layout",
 }
 """What changes how many are left out for a reason; rows of other reasons are to be corrected."""
+_ON_PURPOSE = ("no_pair", NOT_DRAWN)
 
 
 def left_out(read: ReadSummary, tokens: TokenizedDataset) -> dict[str, int]:
@@ -48,11 +50,12 @@ def remarks(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
 def warnings(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
     """A warning where more than MANY of the preferences are left out, naming reasons and settings.
 
-    Rows without a pair (`no_pair`) are not counted: their data say so.
+    Rows without a pair (`no_pair`) do not count as such, their data say so, nor do rows that the weights of
+    several sources leave (`not_drawn`); both are among the preferences that there are.
     """
-    reasons = {reason: count for reason, count in left_out(read, tokens).items() if reason != "no_pair"}
-    missing = sum(reasons.values())
-    whole = len(tokens) + missing
+    counts = left_out(read, tokens)
+    reasons = {reason: count for reason, count in counts.items() if reason not in _ON_PURPOSE}
+    missing, whole = sum(reasons.values()), len(tokens) + sum(counts.values())
     if missing <= MANY * whole:
         return []
     named = [f"{count} {reason}{_help(reason)}" for reason, count in reasons.items()]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import Config
 from dpo.config.sources import show_source
 from dpo.data.preferences import Preference
+from dpo.data.remaining import left_out
 from dpo.evaluation.rows import Rows, check_finite
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
@@ -76,7 +77,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
         "origin": tokens.origin,
     }
     preferences = read_texts(config.data, heldout=True).preferences
-    return _with_texts(numbers, preferences, {**dataset.read.skipped, **tokens.dropped})
+    return _with_texts(numbers, preferences, left_out(dataset.read, tokens))
 
 
 def load_heldout(run_dir: str | Path, config: Config) -> Heldout:

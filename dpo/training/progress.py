@@ -31,7 +31,12 @@ def say(text: str) -> None:
 
 
 class TimeLeft:
-    """Time left, from the median of the last steps, which the first one's compilation does not disturb."""
+    """Time left, from the median of the last steps, which compilation does not disturb.
+
+    Of a few steps any may have compiled a program, so that the shortest of them says more than the median.
+    """
+
+    FEW = 6
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self._total = total_steps
@@ -40,14 +45,15 @@ class TimeLeft:
         self._durations: deque[float] = deque(maxlen=20)
 
     def after(self, step: int) -> str:
-        """Call once a training step; h:mm:ss, or nothing before two steps were seen."""
+        """Call once a training step; h:mm:ss, or nothing before three steps were seen."""
         now = self._clock()
         if self._last is not None and step > self._last[0]:
             self._durations.append((now - self._last[1]) / (step - self._last[0]))
         self._last = (step, now)
-        if not self._durations:
+        if len(self._durations) < 2:
             return ""
-        return time_left(statistics.median(self._durations) * max(self._total - step - 1, 0))
+        typical = min if len(self._durations) < self.FEW else statistics.median
+        return time_left(typical(self._durations) * max(self._total - step - 1, 0))
 
 
 def time_left(seconds: float) -> str:

@@ -38,6 +38,7 @@ def test_three_to_one_is_three_to_one_with_no_row_twice():
         ]
     )
     assert [one.drawn for one in drawn] == [90, 30, 30, 30, 30]
+    assert dataset.dropped == {"not_drawn": 120}
     found = tokens_of(dataset)
     assert len(found) == len(set(found)) == 210
     assert [sum(1000 * k <= token < 1000 * k + 60 for token in found) for k in range(1, 5)] == [30] * 4

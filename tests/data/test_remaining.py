@@ -1,3 +1,5 @@
+import dataclasses
+
 from toy_tokenizer import make_tokenizer
 
 from dpo.data.inspection import inspect_dataset
@@ -33,6 +35,15 @@ def test_many_that_are_left_out_are_a_warning_with_reasons_and_settings():
     assert warning.endswith(", 1 empty")
     found, tokens = read(*[1] * 7, 30, 30, skipped={"empty": 1})
     assert inspect_dataset(found, tokens)["warnings"] == [warning]
+
+
+def test_what_a_mixture_does_not_draw_is_counted_and_is_no_warning():
+    found, tokens = read_summary(*[1] * 7, 30)
+    tokens = dataclasses.replace(tokens, dropped=tokens.dropped | {"not_drawn": 12, "no_pair": 5})
+    assert left_out(found, tokens) == {"not_drawn": 12, "no_pair": 5, "too_long": 1}
+    assert warnings(found, tokens) == []
+    more = dataclasses.replace(tokens, dropped=tokens.dropped | {"too_long": 6})
+    assert warnings(found, more)[0].startswith("6 of 30 preferences (20%) are left out: 6 too_long")
 
 
 def test_columns_that_were_not_used_are_said_once():

@@ -168,14 +168,11 @@ def test_the_live_bar_shows_the_figures_and_the_time_left(tmp_path: Path) -> Non
     assert "0:01:00 left" in last
 
 
-def test_compilation_of_the_first_step_does_not_stretch_the_time_left() -> None:
-    times = iter([0.0, 100.0, 101.0, 102.0, 103.0])
+def test_compilation_in_the_first_steps_does_not_stretch_the_time_left() -> None:
+    """The first step and the second each compile a program, and so does the fourth."""
+    times = iter([0.0, 100.0, 101.0, 201.0, 202.0])
     time_left = TimeLeft(total_steps=5, clock=lambda: next(times))
-    assert time_left.after(0) == ""
-    for step in (1, 2):
-        time_left.after(step)
-    assert time_left.after(3) == "0:00:01 left"
-    assert time_left.after(4) == "0:00:00 left"
+    assert [time_left.after(step) for step in range(5)] == ["", "", *(f"0:00:0{k} left" for k in (2, 1, 0))]
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
