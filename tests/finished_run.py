@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,15 +58,42 @@ def finished(tmp_path: Path) -> tuple[Path, Config]:
         {name: np.ascontiguousarray(values) for name, values in numbers.items()},
         run_dir / "heldout.safetensors",
     )
-    (run_dir / "data.json").write_text(
-        json.dumps({"rows": 30, "sources": {HOSTILE: 30}, "problems": [HOSTILE]})
-    )
+    (run_dir / "data.json").write_text(json.dumps(data_report()))
     write_match(run_dir / "winrate")
     write_tokens(run_dir, tmp_path, numbers)
     config = Config(run_dir=str(run_dir), data=DataConfig(eval=str(tmp_path / "eval.jsonl")))
     save_config(config, run_dir / "config.yaml")
     (run_dir / "summary.json").write_text("{}")
     return run_dir, config
+
+
+def data_report() -> dict[str, Any]:
+    """As `dpo inspect` makes it, of one source with a hostile name and a malformed row."""
+    lengths = {"mean": 7.5, "p50": 7, "p90": 9, "p99": 9, "max": 9}
+    nothing = ("duplicates", "tied", "all_tied", "identical_responses", "scores_against_ranks", "truncated")
+    return dict.fromkeys(nothing, 0) | {
+        "rows": 30,
+        "preferences": 29,
+        "kept": 27,
+        "skipped": {"empty": 1},
+        "problems": [HOSTILE],
+        "layouts": {"pair": 30},
+        "unused_columns": {"id": 30},
+        "dropped": {"too_long": 2},
+        "first_dropped": {"too_long": "rows.jsonl:4: 9 tokens"},
+        "warnings": ["3 of 30 preferences (10%) are left out"],
+        "remarks": {},
+        "first_remarks": {},
+        "sources": {HOSTILE: 30},
+        "responses": {"2": 29},
+        "with_scores": 0,
+        "lengths": {"prompt": lengths, "response": lengths},
+        "longer_is_better": {"rate": 0.5, "low": 0.3, "high": 0.7, "comparisons": 26, "equal_length": 1},
+        "distinct_prompts": 25,
+        "conflicting": 6,
+        "first_found": {"conflicting": ["rows.jsonl:2", "rows.jsonl:3"]},
+        "overlap": {"heldout": 12, "same_prompt": 0, "same_first_message": 0, "examples": []},
+    }
 
 
 def write_match(directory: Path) -> None:

@@ -25,6 +25,19 @@ Report = dict[str, Any]
 """Numbers, strings, lists and dicts with string keys only, so that `json.dumps` takes it."""
 
 
+FOUND_IN_TEXTS = (
+    ("duplicates (copies of an earlier row)", "duplicates"),
+    ("with ties", "tied"),
+    ("all tied (no preference)", "all_tied"),
+    ("with identical responses", "identical_responses"),
+    ("conflicting labels", "conflicting"),
+    ("scores against ranks", "scores_against_ranks"),
+)
+"""What is looked for in the texts: in words, and its name in a report."""
+QUANTILES = ("mean", "p50", "p90", "p99", "max")
+"""What a report says of lengths."""
+
+
 def inspect_dataset(
     read: ReadPreferences, dataset: TokenizedDataset, *, heldout: Sequence[Preference] | None = None
 ) -> Report:
@@ -183,7 +196,7 @@ def _render_counts(report: Report) -> Table:
         table.add_row(
             "in the mixture", Text(show_controls(f"{counts['drawn']} of {counts['kept']} of {name}"))
         )
-    for title, key in _TEXT_COUNTS:
+    for title, key in FOUND_IN_TEXTS:
         counted = _with_places(str(report[key]), report["first_found"].get(key, ()), report[key])
         table.add_row(title, counted, style="yellow" if report[key] else "")
     if "labels" in report:
@@ -207,23 +220,12 @@ def _with_places(text: str, places: Sequence[str], count: int) -> Text:
     return Text(show_controls(f"{text} ({', '.join(places)}{more})" if places else text))
 
 
-_TEXT_COUNTS = (
-    ("duplicates (copies of an earlier row)", "duplicates"),
-    ("with ties", "tied"),
-    ("all tied (no preference)", "all_tied"),
-    ("with identical responses", "identical_responses"),
-    ("conflicting labels", "conflicting"),
-    ("scores against ranks", "scores_against_ranks"),
-)
-
-
 def _render_lengths(lengths: Report) -> Table:
-    columns = ("mean", "p50", "p90", "p99", "max")
     table = Table("tokens", box=None, header_style="bold")
-    for column in columns:
+    for column in QUANTILES:
         table.add_column(column, justify="right")
     for name, quantiles in lengths.items():
-        table.add_row(name, *(str(quantiles[column]) for column in columns))
+        table.add_row(name, *(str(quantiles[column]) for column in QUANTILES))
     return table
 
 

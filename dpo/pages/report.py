@@ -6,7 +6,6 @@ data.json, winrate/) and shows the part that is there. Everything from data or a
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +26,13 @@ from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import REPORT_TEMPLATE, percent, percents, render, with_interval, write_page
+from dpo.pages.report_data import read_data
 from dpo.pages.report_match import all_warnings, read_matches
 from dpo.pages.report_pairs import LEGEND, describe_extremes
 from dpo.runs import (
     CONFIG_FILE,
     DATA_FILE,
     HELDOUT_FILE,
-    MADE_FROM,
     METRICS_FILE,
     REPORT_FILE,
     objective_terms,
@@ -50,8 +49,6 @@ _GAINS: dict[Baseline, str] = {
     "reference_logp_per_token": "its log-prob per token",
 }
 """BASELINES where each stands for itself."""
-NOTHING = ("0", "none")
-"""Values of the data report that are listed together, in one line."""
 
 
 def write_report(run_dir: str | Path, config: Config, *, output: str | Path | None = None) -> Path:
@@ -78,7 +75,6 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
     metrics = read_metrics(run_dir / METRICS_FILE)
     beta = reward_scale(specification(config))
     matches = read_matches(run_dir, config)
-    data = _data_rows(run_dir / DATA_FILE)
     again = ["--config", f"{run_dir}/{CONFIG_FILE}", "--run_dir", f"{run_dir}_again"]
     names = [str(term["name"]) for term in objective_terms(config)]
     again += [f"--objective.name={name}" for name in names if ":" in name]  # code: on the user's word
@@ -93,8 +89,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
         "warnings": all_warnings(matches) if matches else [],
         "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir), *_judge_to_name(config)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),
-        "data_rows": [row for row in data if row[1] not in NOTHING],
-        "data_none": [name for name, value in data if value in NOTHING],
+        "data": read_data(run_dir / DATA_FILE),
         "commands": commands + [match["command"] for match in matches],
         "settings": (run_dir / CONFIG_FILE).read_text(encoding="utf-8"),
         "versions": (summary or {}).get("versions") or versions(),
@@ -234,26 +229,3 @@ def _mean_cells(mean: Mapping[str, Estimate]) -> list[str]:
     """The same columns of the mean of the sources, which is of accuracies only."""
     rates = [percent(mean["accuracy"][0]), percents(mean["accuracy"])]
     return ["", "", *rates, "", "", "", "", *(percent(mean[name][0]) for name in BASELINES)]
-
-
-def _data_rows(path: Path) -> list[tuple[str, str]]:
-    """The data report as rows, nested names joined."""
-    if not path.is_file():
-        return []
-
-    def flatten(name: str, value: Any) -> list[tuple[str, str]]:
-        if isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values()):
-            return [row for key, inner in value.items() for row in flatten(f"{name}: {key}", inner)]
-        if isinstance(value, dict):
-            return [(name, ", ".join(f"{key} {_number(inner)}" for key, inner in value.items()) or "none")]
-        if isinstance(value, list):
-            return [(name, "; ".join(map(str, value)) or "none")]
-        return [(name, _number(value))]
-
-    report = json.loads(path.read_text(encoding="utf-8"))
-    report.pop(MADE_FROM, None)
-    return [row for key, value in report.items() for row in flatten(key.replace("_", " "), value)]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

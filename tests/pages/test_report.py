@@ -19,6 +19,7 @@ from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
 from dpo.pages import plots
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
+from dpo.pages.report_data import read_data
 
 
 def test_the_page_is_well_formed_and_refers_to_nothing_outside(run: tuple[Path, Config]) -> None:
@@ -44,6 +45,36 @@ def test_markup_from_data_and_models_is_shown_as_text(run: tuple[Path, Config]) 
     shown = Page(text).text
     assert shown.count(HOSTILE) >= 4  # a sample, its prompt, a pair, the data report
     assert "{{ 7 * 7 }}" in shown
+
+
+def test_the_data_are_told_in_sentences_with_a_table_of_lengths(run: tuple[Path, Config]) -> None:
+    shown = " ".join(Page(write_report(*run).read_text()).text.split())
+    shown = shown[shown.index("3 of 30 preferences (10%)") :]
+    for sentence in (
+        "30 rows were read (pair 30); 27 of 29 preferences are tokens to train on.",
+        "25 distinct prompts; responses a prompt: 29 with 2; none with scores.",
+        "Left out: 2 too_long (first: rows.jsonl:4: 9 tokens).",
+        "The better response has more tokens in 50.0% (30.0% to 70.0%) of 26 comparisons; 1 more",
+        "6 conflicting labels (rows.jsonl:2, rows.jsonl:3, …).",
+        "Looked for and not found: duplicates",
+        "None of 12 held-out prompts is trained on.",
+    ):
+        assert sentence in shown
+    section = read_data(run[0] / "data.json")
+    assert section is not None
+    lengths, sources = section.tables
+    assert lengths[:2] == [
+        ["tokens", "mean", "p50", "p90", "p99", "max"],
+        ["prompt", "7.5", "7", "9", "9", "9"],
+    ]
+    assert sources == [["source", "rows"], [HOSTILE, "30"]]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"rows": 3}', '{"warnings": 7}'])
+def test_another_file_in_place_of_the_data_report_is_refused_by_name(run: tuple[Path, Config], text) -> None:
+    (run[0] / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=r"data\.json is not the data report of a run"):
+        write_report(*run)
 
 
 def test_the_verdict_comes_first_with_interval_and_baseline(run: tuple[Path, Config]) -> None:
