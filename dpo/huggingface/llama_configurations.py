@@ -108,8 +108,8 @@ def gemma2(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
 
 
 def gemma3(hf: PreTrainedConfig) -> DecoderConfig:
-    """Two rotations, by the type of layer."""
-    return gemma2(hf, qk_norm="head", **_typed_ropes(hf))
+    """Two rotations, by the type of layer; scores are not capped, whatever the configuration says."""
+    return replace(gemma2(hf, qk_norm="head", **_typed_ropes(hf)), attention_softcap=None)
 
 
 def _typed_ropes(hf: PreTrainedConfig) -> _TypedRopes:

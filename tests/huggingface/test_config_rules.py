@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny_models import case_config
 
-from dpo.huggingface.config_rules import MAX_LAYERS
+from dpo.huggingface.config_rules import MAX_LAYERS, check_config
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
+from dpo.huggingface.spellings import spelled_for_all
 from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.outcomes import UserError
 
@@ -240,3 +242,11 @@ def test_a_base_that_no_file_can_be_called_is_refused(tmp_path, opens):
     directory = adapter(tmp_path / "adapter", base_model_name_or_path="x" * 900 + "/y", revision="v2")
     with pytest.raises(UserError, match=r"is an adapter of 'xxx.*is no place that can be"):
         opens(directory)
+
+
+def test_what_an_export_says_of_windows_is_read_again(tmp_path: Path) -> None:
+    kinds = (["sliding_attention"] * 3 + ["full_attention"]) * 2
+    config = {**case_config("exaone4"), "layer_types": kinds, "num_hidden_layers": 8}
+    written = spelled_for_all(config)
+    assert written["sliding_window_pattern"] == "LLLG"
+    check_config(tmp_path / "config.json", written)

@@ -169,6 +169,15 @@ def test_a_rotation_is_what_the_familys_own_code_makes_of_it():
     assert ropes(**scaled, original_max_position_embeddings=12) == ropes(**scaled)
 
 
+def test_gemma3_does_not_cap_scores():
+    """transformers 5.23 hands its configuration's cap to no attention of Gemma 3's, and to Gemma 2's."""
+    caps = [
+        read_config({**case_config(case), "attn_logit_softcapping": 2.0})[1].attention_softcap
+        for case in ("gemma3_text", "gemma2")
+    ]
+    assert caps == [None, 2.0]
+
+
 def test_alibi_slopes_are_a_geometric_sequence():
     assert_allclose(alibi_slopes(8), [2.0**-h for h in range(1, 9)])
     assert_allclose(alibi_slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])
