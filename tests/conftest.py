@@ -27,6 +27,7 @@ install_import_hook("dpo", "checked.typechecked")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from compiling import compile_lightly  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,11 +36,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rooms", action="store_true", help="print a table of tests and CPU seconds by directory"
     )
+    parser.addoption(
+        "--compile",
+        choices=("lightly", "as-users"),
+        default="lightly",
+        help="lightly (default): with XLA's dear passes off; as-users: as programs are compiled for users",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     from cpu_times import CpuTimes
 
+    if config.getoption("--compile") == "lightly":
+        compile_lightly()
     config.pluginmanager.register(CpuTimes(bool(config.getoption("--rooms"))), "cpu_times")
     # A worker may find a program that another is still writing: it compiles it itself, and jax says so.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
@@ -48,12 +57,18 @@ def pytest_configure(config: pytest.Config) -> None:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """At the end, since `-q` leaves out the header."""
+    terminalreporter.line(f"Programs were compiled {config.getoption('--compile')} (--compile).")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked `ci` is slow too: it is left out of the quick suite, and .ci/run runs it after that."""
+    """What is marked `as_users` is of `ci`, and all that is slow: .ci/run runs it after the quick suite."""
     for item in items:
-        if item.get_closest_marker("ci") is not None:
-            item.add_marker("slow")
+        for marked, is_also in (("as_users", "ci"), ("ci", "slow")):
+            if item.get_closest_marker(marked) is not None:
+                item.add_marker(is_also)
 
 
 SHARED = Path(os.environ.get("DPO_SHARED_DIR") or Path(__file__).parents[2] / "shared")
@@ -78,10 +93,11 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """XLA compiles with its dear passes off: for tests of what is done with programs, not of the programs."""
+    """Most of XLA's dear passes are off, as-users too: for tests of what is done with programs."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from compiling import LIGHTLY, lightly
 from cpu_times import crowding
 
 from dpo.files import damaged_files
@@ -65,11 +66,10 @@ def start(tmp_path: Path) -> Start:
             for i in range(8)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = os.environ | {
+    environment = lightly(os.environ) | {
         "DPO_CACHE": str(tmp_path / "cache"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": LIGHTLY,  # and one device
         "GLIBC_TUNABLES": "",
     }
 

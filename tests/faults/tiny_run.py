@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compiling import LIGHTLY, lightly
 from safetensors.numpy import load_file
 
 from dpo.config import Config, save_config
@@ -25,10 +26,9 @@ class Server:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        self.environment = os.environ | {
-            "XLA_FLAGS": "",
+        self.environment = lightly(os.environ) | {
+            "XLA_FLAGS": LIGHTLY,  # and one device
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all that a tiny run does
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

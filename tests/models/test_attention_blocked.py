@@ -151,11 +151,10 @@ def test_tiles_of_a_step_have_memory_of_their_own(backward):
         return jnp.sum(attend_blocked(q, k, v, **layout, scale=0.3, block=16) ** 2)
 
     text = jax.jit(jax.grad(total, (0, 1, 2)) if backward else total).lower(q, k, v).compile().as_text() or ""
-    carried = [
-        line.split(" while(")[0].count("f32[32,16]") for line in text.splitlines() if " while(" in line
-    ]
+    loops = [line.split(" while(")[0] for line in text.splitlines() if " while(" in line]
+    carried = sorted(loop.count("f32[32,16]") for loop in loops if "f32[32,16]" in loop)
     # Forward: the product and its softmax; backward: that, another product and its gradient.
-    assert sorted(carried) == [2 * TILES, 4 * TILES][: 1 + backward]
+    assert carried == [2 * TILES, 4 * TILES][: 1 + backward]
 
 
 def test_memory_grows_linearly_with_the_row():

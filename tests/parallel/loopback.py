@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from compiling import lightly, with_devices
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment_of(devices: int, tmp_path: Path) -> dict[str, str]:
     """Compiled programs are kept in the directory of the whole test session (conftest.py)."""
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": with_devices(devices),
         "JAX_PLATFORMS": "cpu",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "DPO_CACHE": str(tmp_path / "cache"),
@@ -62,8 +64,7 @@ class Forks:
             text=True,
             cwd=ROOT,
             env={
-                **environment,
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is nearly all that a tiny run does
+                **lightly(environment),
                 "PYTHONPATH": str(ROOT),
                 "PYTHONWARNINGS": "ignore",
             },
