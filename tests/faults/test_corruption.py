@@ -117,8 +117,9 @@ def test_damage_to_an_export_is_refused_by_name(run_dir, capsys):
         print(f"\n{cases} damages to an export: {cases} refused by name")
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("how", ["flip", "cut"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("flip", marks=pytest.mark.ci), pytest.param("cut", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(
     server, make_config, expected, tmp_path, how
 ):

@@ -23,15 +23,17 @@ STOPS = {
     "after every step": [1] * 8,
 }
 """SIGTERM arrives in the n-th step of each part of a run, and is answered at its end; an epoch has three."""
-QUICK = ("in the middle of epoch 1",)
+MARKS = {
+    "in the middle of epoch 1": (),
+    "at the border of epochs 0 and 1": pytest.mark.ci,
+    "after every step": pytest.mark.ci,
+}
+"""The last has the places of all others; they are slow."""
 
 
 @pytest.mark.parametrize(
     "stops",
-    [
-        pytest.param(stops, id=name, marks=() if name in QUICK else pytest.mark.ci)
-        for name, stops in STOPS.items()
-    ],
+    [pytest.param(stops, id=name, marks=MARKS.get(name, pytest.mark.slow)) for name, stops in STOPS.items()],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(server, make_config, expected, tmp_path, stops):
     """Micro-batches accumulate within every step; nothing but the stop saves."""
@@ -47,7 +49,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(server, make_config, expected, t
     ("where", "count"),
     [
         ("save", 4),
-        pytest.param("evaluation", 1, marks=pytest.mark.ci),
+        pytest.param("evaluation", 1, marks=pytest.mark.slow),
         pytest.param("evaluation", 3, marks=pytest.mark.ci),
     ],
 )

@@ -130,7 +130,7 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.ci
+@pytest.mark.as_users
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("dtype", "devices"), [("float32", 1), ("bfloat16", 1), ("float32", 4)])
 def test_peak_host_memory_is_at_most_1_3_times_the_model(dtype, devices, tmp_path):

@@ -176,7 +176,7 @@ def test_smollm2_decodes_as_transformers(smollm2, smollm2_oracle):
     assert tokens == [expected]
 
 
-@pytest.mark.ci
+@pytest.mark.as_users
 def test_smollm2_exported_is_opened_by_torch_with_equal_logits(smollm2, smollm2_oracle, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer

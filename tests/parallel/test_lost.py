@@ -154,8 +154,8 @@ def test_an_abort_after_a_long_silence_is_a_lost_process(monkeypatch: pytest.Mon
 
 
 NUM_KILLS, NUM_STOPS = 60, 10
-OFTEN = 4
-"""Kills that are tried with every change; the others when somebody asks (`-m slow`)."""
+OFTEN = (0, 2)
+"""Kills that are tried with every change, at the start and in a step; the others when somebody asks."""
 LOSSES = [
     *((signal.SIGKILL, number) for number in range(NUM_KILLS)),
     *((signal.SIGSTOP, number) for number in range(NUM_STOPS)),
@@ -163,7 +163,7 @@ LOSSES = [
 
 
 def marks_of(how: signal.Signals, number: int) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow, *([pytest.mark.ci] if how is signal.SIGKILL and number < OFTEN else [])]
+    return [pytest.mark.slow, *([pytest.mark.ci] if how is signal.SIGKILL and number in OFTEN else [])]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_layer_is_gathered_forward_and_backward(plan):
     assert largest < 4 * SMALL.vocab_size * SMALL.hidden_size
 
 
-@pytest.mark.ci
+@pytest.mark.as_users
 def test_one_device_communicates_nothing():
     plan = make_plan(settings(), target(num_devices=1), decoder=SMALL, lengths=LENGTHS)
     assert plan.program is not None

@@ -56,7 +56,9 @@ def test_every_row_is_scored_in_the_batch_that_trains_it_first(num_steps):
 @pytest.mark.parametrize(
     ("remat", "micro_batches"),
     [
-        pytest.param(remat, parts, marks=pytest.mark.ci if (remat, parts) in OFTEN else pytest.mark.slow)
+        pytest.param(
+            remat, parts, marks=pytest.mark.as_users if (remat, parts) in OFTEN else pytest.mark.slow
+        )
         for remat in ("full", "dots", "none")
         for parts in (1, 2)
     ],

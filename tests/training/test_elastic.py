@@ -71,7 +71,7 @@ def train_in_two_parts(config, first, second, monkeypatch):
     ("first", "second"),
     [
         pytest.param(ONE, (1, 8, 1), marks=pytest.mark.slow),
-        pytest.param((1, 4, 2), (8, 1, 1), marks=pytest.mark.ci),
+        pytest.param((1, 4, 2), (8, 1, 1), marks=pytest.mark.as_users),
         pytest.param((2, 2, 2), ONE, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(first, second, config, monk
         assert_allclose(weights[name], array, atol=1e-5 * np.abs(array).max(), err_msg=name)
 
 
-@pytest.mark.ci
+@pytest.mark.as_users
 def test_on_the_same_mesh_the_bits_are_the_same(config, monkeypatch):
     whole = on(config, (1, 4, 2), "whole")
     train(whole)

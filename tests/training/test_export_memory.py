@@ -80,7 +80,7 @@ print(json.dumps(peaks))
 )
 
 
-@pytest.mark.ci
+@pytest.mark.as_users
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_an_export_takes_at_most_1_3_times_the_model(tmp_path: Path) -> None:
     """With adapters of what is written, in its dtype: the base is read tensor by tensor. Else of the

@@ -178,7 +178,7 @@ def test_evaluations_sample_the_policy_where_asked_for(config):
     assert result.summary["eval"]["samples/kl"] == held[1]["eval/samples/kl"]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_first_loss_is_the_log_of_the_number_of_orders(config):
     training = {"batch_size": 1, "steps": 1, "eval_every": None}
     config = replace(config, data={"max_train": 1, "eval": None}, training=training)
@@ -186,9 +186,8 @@ def test_the_first_loss_is_the_log_of_the_number_of_orders(config):
     assert_allclose(lines(config)[0]["loss"], np.log(2), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param("padded", marks=pytest.mark.slow), pytest.param("packed", marks=pytest.mark.ci)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_layouts_train_alike(config, finished, layout):
     other = replace(config, data={"layout": layout})
     train(other)
@@ -215,7 +214,7 @@ def test_meshes_train_alike(config, sizes, tmp_path, monkeypatch):
             assert_allclose(theirs[name], ours[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_micro_batches_train_alike(config, finished):
     other = replace(config, training={"micro_batches": 2})
     train(other)
@@ -450,7 +449,7 @@ MODIFIED = [
     pytest.param({"name": "dpo", "ld_alpha": 0.5}, 1, id="ld_alpha, 1", marks=pytest.mark.slow),
     pytest.param({"name": "dpo", "ld_alpha": 0.5}, 2, id="ld_alpha, 2", marks=pytest.mark.slow),
     pytest.param({"name": "dpo", "wpo": True}, 1, id="wpo, 1", marks=pytest.mark.slow),
-    pytest.param({"name": "dpo", "wpo": True}, 2, id="wpo, 2", marks=pytest.mark.ci),
+    pytest.param({"name": "dpo", "wpo": True}, 2, id="wpo, 2", marks=pytest.mark.slow),
 ]
 """The held-out loss of ld_alpha is held against training above."""
 

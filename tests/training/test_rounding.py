@@ -35,7 +35,7 @@ def test_what_moves_with_the_weights_is_no_noise() -> None:
     assert rounding_noise(noisy, WEIGHTS, by=0.01) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.ci
+@pytest.mark.as_users
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 0.0, 1e-4), ("bfloat16", 1e-3, 1.0)])
 def test_a_model_in_bfloat16_has_some_and_says_it_after_two_steps(dtype, least, most) -> None:
     _, config = read_config(tiny_config(byte_tokenizer()))
