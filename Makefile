@@ -53,7 +53,7 @@ test: setup ## Quick tests on every core (ARGS="tests/losses -x" narrows them, A
 	$(PYTEST) $(ARGS)
 
 test-all: setup ## All tests, also those that need minutes, the real model, torch or a browser
-	$(PYTEST) -m "slow or not slow" --compile=as-users $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 check: setup ## Format and lint (ruff), types (pyright)
 	$(BIN)/ruff format --check .

@@ -39,15 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--compile",
         choices=("lightly", "as-users"),
-        default="lightly",
-        help="lightly (default): with XLA's dear passes off; as-users: as programs are compiled for users",
+        help="lightly (the quick suite): with XLA's dear passes off; as-users (with -m slow): as for users",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     from cpu_times import CpuTimes
 
-    if config.getoption("--compile") == "lightly":
+    if how_to_compile(config) == "lightly":
         compile_lightly()
     config.pluginmanager.register(CpuTimes(bool(config.getoption("--rooms"))), "cpu_times")
     # A worker may find a program that another is still writing: it compiles it itself, and jax says so.
@@ -57,9 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
+def how_to_compile(config: pytest.Config) -> str:
+    """As asked; the quick suite lightly, and tests that were selected by a mark as users do."""
+    is_quick = config.getoption("markexpr") == "not slow"
+    return str(config.getoption("--compile") or ("lightly" if is_quick else "as-users"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """At the end, since `-q` leaves out the header."""
-    terminalreporter.line(f"Programs were compiled {config.getoption('--compile')} (--compile).")
+    terminalreporter.line(f"Programs were compiled {how_to_compile(config)} (--compile).")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -277,7 +277,7 @@ def test_pytest_commands_select_tests_of_every_file(selection: Selection) -> Non
         for test in body:
             if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
                 marks = " ".join([*map(ast.unparse, test.decorator_list), *of_all])
-                slow = bool(re.search(r"pytest\.mark\.(slow|ci)\b", marks))
+                slow = bool(re.search(r"pytest\.mark\.(slow|ci|as_users)\b", marks))
                 words = f"{test.name} {marks}"
                 if marker.evaluate(lambda mark, slow=slow, **_: slow and mark == "slow") and keyword.evaluate(
                     lambda word, words=words, **_: word in words
