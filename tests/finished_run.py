@@ -16,21 +16,33 @@ from safetensors.numpy import save_file
 from dpo.config import Config, DataConfig, save_config
 from dpo.judging.match import RESULT_SETTINGS
 from dpo.judging.winrate import Judged, describe_pairs
+from dpo.pages.report import write_report
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7 * 7 }} & ‘ok’"
 
 
 @pytest.fixture(name="run")
 def finished(tmp_path: Path) -> tuple[Path, Config]:
+    """A run that a test may change."""
+    return leave_run(tmp_path)
+
+
+@pytest.fixture(name="page_text", scope="session")
+def written_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the run as it was left."""
+    return write_report(*leave_run(tmp_path_factory.mktemp("finished"))).read_text()
+
+
+def leave_run(directory: Path) -> tuple[Path, Config]:
     """What a finished run of 90 steps leaves, with hostile text wherever text comes from outside."""
-    run_dir = tmp_path / "run<b>"
+    run_dir = directory / "run<b>"
     run_dir.mkdir()
     rng = np.random.default_rng(0)
     rows = [
         {"prompt": f"{HOSTILE} {i}", "chosen": HOSTILE, "rejected": "plain", "source": f"s<i>{i % 2}"}
         for i in range(30)
     ]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (run_dir / "metrics.jsonl").open("w") as file:
         for step in range(90):
             noise = float(rng.normal(0, 0.05))
@@ -60,8 +72,8 @@ def finished(tmp_path: Path) -> tuple[Path, Config]:
     )
     (run_dir / "data.json").write_text(json.dumps(data_report()))
     write_match(run_dir / "winrate")
-    write_tokens(run_dir, tmp_path, numbers)
-    config = Config(run_dir=str(run_dir), data=DataConfig(eval=str(tmp_path / "eval.jsonl")))
+    write_tokens(run_dir, directory, numbers)
+    config = Config(run_dir=str(run_dir), data=DataConfig(eval=str(directory / "eval.jsonl")))
     save_config(config, run_dir / "config.yaml")
     (run_dir / "summary.json").write_text("{}")
     return run_dir, config

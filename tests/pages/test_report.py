@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finished_run import HOSTILE, Page, finished, open_in_chromium  # noqa: F401
+from finished_run import HOSTILE, Page, finished, open_in_chromium, written_page  # noqa: F401
 from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
@@ -22,8 +22,8 @@ from dpo.pages.report import BREAKDOWN, breakdown, write_report
 from dpo.pages.report_data import read_data
 
 
-def test_the_page_is_well_formed_and_refers_to_nothing_outside(run: tuple[Path, Config]) -> None:
-    text = write_report(*run).read_text()
+def test_the_page_is_well_formed_and_refers_to_nothing_outside(page_text: str) -> None:
+    text = page_text
     page = Page(text)
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     references = [
@@ -39,16 +39,18 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside(run: tuple[Path, 
     assert "@import" not in text
 
 
-def test_markup_from_data_and_models_is_shown_as_text(run: tuple[Path, Config]) -> None:
-    text = write_report(*run).read_text()
+def test_markup_from_data_and_models_is_shown_as_text(page_text: str) -> None:
+    text = page_text
     assert "<script>alert" not in text
     shown = Page(text).text
     assert shown.count(HOSTILE) >= 4  # a sample, its prompt, a pair, the data report
     assert "{{ 7 * 7 }}" in shown
 
 
-def test_the_data_are_told_in_sentences_with_a_table_of_lengths(run: tuple[Path, Config]) -> None:
-    shown = " ".join(Page(write_report(*run).read_text()).text.split())
+def test_the_data_are_told_in_sentences_with_a_table_of_lengths(
+    run: tuple[Path, Config], page_text: str
+) -> None:
+    shown = " ".join(Page(page_text).text.split())
     shown = shown[shown.index("3 of 30 preferences (10%)") :]
     for sentence in (
         "30 rows were read (pair 30); 27 of 29 preferences are tokens to train on.",
@@ -77,25 +79,25 @@ def test_another_file_in_place_of_the_data_report_is_refused_by_name(run: tuple[
         write_report(*run)
 
 
-def test_the_verdict_comes_first_with_interval_and_baseline(run: tuple[Path, Config]) -> None:
-    shown = " ".join(Page(write_report(*run).read_text()).text.split())
+def test_the_verdict_comes_first_with_interval_and_baseline(page_text: str) -> None:
+    shown = " ".join(Page(page_text).text.split())
     start = shown.index("of held-out pairs in the right order")
     assert "95% interval" in shown[start : start + 100]
     assert "Preferring the longer response gives" in shown[start : start + 250]
     assert start < shown.index("Training")
 
 
-def test_the_win_rate_stands_beside_the_accuracy(run: tuple[Path, Config]) -> None:
-    shown = " ".join(Page(write_report(*run).read_text()).text.split())
+def test_the_win_rate_stands_beside_the_accuracy(page_text: str) -> None:
+    shown = " ".join(Page(page_text).text.split())
     start = shown.index("Win-rate over the reference")
     assert "66.7% of its responses win, ties counting half (95% interval" in shown[start : start + 100]
     assert "KL, nats a response: 12.0 (11.0 to 13.0)" in shown[start : start + 500]
     assert start < shown.index("Training")
 
 
-def test_responses_stand_side_by_side_with_their_scores(run: tuple[Path, Config]) -> None:
+def test_responses_stand_side_by_side_with_their_scores(page_text: str) -> None:
     """The first six prompts in the order of the data, then where the reference is furthest ahead."""
-    shown = " ".join(Page(write_report(*run).read_text()).text.split())
+    shown = " ".join(Page(page_text).text.split())
     assert "policy wins, difference +1.000" in shown
     assert shown.index("reference wins, difference -0.100") < shown.index("policy wins, difference +1.000")
     assert "policy, score +0.900" in shown
@@ -105,8 +107,8 @@ def test_responses_stand_side_by_side_with_their_scores(run: tuple[Path, Config]
     assert "not of this result" not in shown
 
 
-def test_tokens_have_the_colour_of_their_log_ratio(run: tuple[Path, Config]) -> None:
-    page = Page(write_report(*run).read_text())
+def test_tokens_have_the_colour_of_their_log_ratio(page_text: str) -> None:
+    page = Page(page_text)
     spans = [attributes for tag, attributes in page.tags if tag == "span" and "title" in attributes]
     assert len(spans) == 2 * 2 * 10  # two pieces a side, two sides a pair, five pairs at each end
     assert {span.get("class") for span in spans} == {"up4", "down4"}
@@ -231,9 +233,9 @@ def test_names_with_dollars_are_names_and_no_formulas() -> None:
     assert "runs/$\\frac$" in svg
 
 
-def test_parts_of_the_pairs_have_a_table(run: tuple[Path, Config]) -> None:
+def test_parts_of_the_pairs_have_a_table(run: tuple[Path, Config], page_text: str) -> None:
     """By length difference and by source: margin, log-ratios and calibration too."""
-    page = " ".join(Page(write_report(*run).read_text()).text.split())
+    page = " ".join(Page(page_text).text.split())
     table = page[page.index("".join(BREAKDOWN)) :]
     for name in ("better is longer", "better is shorter", "s<i>0", "s<i>1", "mean of the sources"):
         assert name in table
@@ -299,24 +301,21 @@ def test_a_page_that_cannot_be_written_names_its_path(run: tuple[Path, Config], 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "height"), [(1280, 1600), (375, 812)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_chromium_shows_it(
-    run: tuple[Path, Config], tmp_path: Path, width: int, height: int, scheme: str
-) -> None:
+def test_chromium_shows_it(page_text: str, tmp_path: Path, width: int, height: int, scheme: str) -> None:
     """It renders in light and dark at a desk's and a phone's width, without a console message."""
-    page = Path(shutil.copy(write_report(*run), tmp_path / "page.html"))
+    page = tmp_path / "page.html"
+    page.write_text(page_text)
     picture = tmp_path / "page.png"
     assert open_in_chromium(page, picture, width=width, height=height, scheme=scheme) == []
     assert picture.stat().st_size > 20_000
 
 
 @pytest.mark.browser
-def test_a_reference_to_the_outside_would_be_a_console_message(
-    run: tuple[Path, Config], tmp_path: Path
-) -> None:
+def test_a_reference_to_the_outside_would_be_a_console_message(page_text: str, tmp_path: Path) -> None:
     """The page forbids itself every request, so that the test above would see one."""
     page = tmp_path / "page.html"
     image = '<img src="http://127.0.0.1:9/x.png"></body>'
-    page.write_text(write_report(*run).read_text().replace("</body>", image))
+    page.write_text(page_text.replace("</body>", image))
     messages = open_in_chromium(page, tmp_path / "page.png")
     assert any("Content Security Policy" in message for message in messages)
 
