@@ -112,6 +112,8 @@ class SettingsParser(ArgumentParser):
         )
         try:
             return super().parse_args(given, *rest, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"{' or '.join(self._files)}: not a YAML file of settings: {error}")
         except RecursionError:
             self.error(f"a value holds more than {MAX_YAML_DEPTH} lists or mappings in each other")
 

@@ -18,14 +18,14 @@ RUN/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 from dpo.config import Config
 from dpo.config.run import ObjectiveSettings
 from dpo.outcomes import UserError
+from dpo.typed_json import parse_typed, read_typed
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -98,13 +98,13 @@ def read_summary(run_dir: str | Path) -> RunSummary | None:
     path = Path(run_dir) / SUMMARY_FILE
     if not path.is_file():
         return None
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: must be a JSON object, not {type(summary).__name__}")
-    return cast(RunSummary, summary)
+    return read_typed(path, RunSummary, whole=False)
+
+
+class Metrics(TypedDict):
+    """What each line of `METRICS_FILE` has; the others are its numbers."""
+
+    step: int
 
 
 def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
@@ -113,14 +113,13 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
     Raises:
       ValueError: naming a line that is not what was written.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]
+    *complete, _ = Path(path).read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(complete, start=1):
         try:
-            row = json.loads(line)
+            row: dict[str, Any] = dict(parse_typed(line, Metrics))
             rows.append({name: v if name == "step" else float(v) for name, v in row.items()})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise UserError(
                 f"{path}:{number} is damaged: {error}; delete the line to go on without it"
             ) from error

@@ -144,6 +144,10 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--config=none.yaml"], "/none.yaml'"),
         (["train", "--config", str(ROOT / "LICENSE")], "LICENSE: not a YAML file of settings: "),
         (
+            ["train", "--config", str(ROOT / "docs" / "report.png")],
+            "report.png: not a YAML file of settings: ",
+        ),
+        (
             ["train", "training.steps=3"],
             "training.steps=3: settings begin with two dashes: --training.steps=3",
         ),

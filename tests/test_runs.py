@@ -26,7 +26,7 @@ def test_a_summary_is_there_or_not_or_named_as_damaged(tmp_path):
     assert read_summary(tmp_path) is None
     (tmp_path / SUMMARY_FILE).write_text(json.dumps({"steps": 3}))
     assert read_summary(tmp_path) == {"steps": 3}
-    for content, reason in (("{", "not valid JSON"), ("[]", "must be a JSON object, not list")):
+    for content, reason in (("{", "not valid JSON"), ("[]", r"what it holds is \[\]")):
         (tmp_path / SUMMARY_FILE).write_text(content)
-        with pytest.raises(ValueError, match=rf"summary\.json: {reason}"):
+        with pytest.raises(ValueError, match=rf"summary\.json is damaged: {reason}"):
             read_summary(tmp_path)

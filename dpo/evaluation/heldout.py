@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -90,11 +90,9 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     if not path.is_file() or config.data.eval is None:
         raise UserError(f"{path} is not there: the run is not finished, or has no held-out data")
     read = read_texts(config.data, heldout=True)
-    numbers = load_file(path)
-    with safe_open(path, framework="np") as file:
-        then = (file.metadata() or {}).get(DATA_KEY)  # None: a run of an earlier version
+    numbers, then = _read_numbers(path)
     changed = then is not None and then != read.content
-    if changed or numbers["origin"].max() >= len(read.preferences):
+    if changed or not 0 <= numbers["origin"].min() <= numbers["origin"].max() < len(read.preferences):
         raise UserError(
             f"{show_source(config.data.eval)} does not hold the preferences that {path} was made from; "
             "restore it, or see what dpo evaluate says of the present ones"
@@ -103,6 +101,36 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     reason = "dropped at tokenisation" if isinstance(config.data.eval, str) else "not drawn or not tokenised"
     at_tokenization = {f"{reason} (dpo inspect --heldout says why)": dropped} if dropped else {}
     return _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
+
+
+def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """The arrays that a held-out evaluation left, and of which data; None in runs of earlier versions."""
+    try:
+        numbers = load_file(path)
+        with safe_open(path, framework="np") as file:
+            then = (file.metadata() or {}).get(DATA_KEY)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is damaged: {error}{_REMEDY}") from error
+    missing = [name for name in (*_OF_RESPONSES, "origin") if name not in numbers]
+    if missing:
+        raise UserError(f"{path} is damaged: it has no {', '.join(missing)}{_REMEDY}")
+    shape = numbers["policy"].shape
+    for name, kinds in _OF_RESPONSES.items():
+        array = numbers[name]
+        if array.shape != shape or len(shape) != 2 or 0 in shape or array.dtype.kind not in kinds:
+            what = f"{name} is {array.dtype}{list(array.shape)}, where policy is {list(shape)}"
+            raise UserError(f"{path} is damaged: {what}{_REMEDY}")
+    origin = numbers["origin"]
+    if origin.shape != shape[:1] or origin.dtype.kind not in "iu":
+        raise UserError(f"{path} is damaged: origin is {origin.dtype}{list(origin.shape)}{_REMEDY}")
+    if not (numbers["present"].any(1).all() and (numbers["lengths"][numbers["present"] != 0] > 0).all()):
+        raise UserError(f"{path} is damaged: a row has no response, or one of no token{_REMEDY}")
+    return numbers, then
+
+
+_REMEDY = "; dpo evaluate makes the figures anew"
+_OF_RESPONSES = {"policy": "f", "reference": "f", "lengths": "iu", "present": "biu", "ranks": "iu"}
+"""An entry a row and response each, and the kinds of numbers that it may have."""
 
 
 def _score_policy(config: Config, mesh: Mesh) -> tuple[PreTrainedTokenizerBase, np.ndarray, Dataset]:

@@ -161,9 +161,8 @@ def open_endpoint(given: WinrateConfig, source: str, log: Log) -> EndpointJudge:
 
 def command_line_settings(identity: JudgeIdentity) -> dict[str, object]:
     """What asks the same endpoint again, besides its key."""
-    assert "url" in identity, "it is an endpoint's"
-    assert "model" in identity
-    assert "options" in identity
+    if not ("url" in identity and "model" in identity and "options" in identity):
+        raise UserError("an endpoint's verdicts have no address, model or options; run dpo winrate again")
     return {
         "endpoint.base_url": identity["url"].removesuffix("/chat/completions"),
         "endpoint.model": identity["model"],

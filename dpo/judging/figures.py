@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from dpo.judging.judges import Choice, JudgeIdentity, VerdictDetails
+from dpo.typed_json import Length
 
-Estimate = list[float]
+Estimate = Annotated[list[float], Length(3)]
 """[estimate, low, high] of a 95% interval."""
 
 
@@ -57,7 +58,7 @@ class WinrateFigures(TypedDict):
     ties_identical: int
     invalid: int
     win_rate: Estimate
-    win_rate_if_invalid: list[float]
+    win_rate_if_invalid: Annotated[list[float], Length(2)]
     """With all invalid pairs lost, and won."""
     sign_test: float
     prompts_needed: int | None
@@ -66,7 +67,7 @@ class WinrateFigures(TypedDict):
     judge: JudgeFigures
     win_rate_wilson: NotRequired[Estimate]
     """Where every prompt has one pair."""
-    verdicts: NotRequired[list[list[str]]]
+    verdicts: NotRequired[list[Annotated[list[str], Length(2)]]]
     """Keys in verdicts.jsonl of each pair's two verdicts."""
     reward: NotRequired[dict[str, Estimate]]
     log_ratio: NotRequired[dict[str, Estimate]]

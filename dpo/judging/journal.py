@@ -73,6 +73,8 @@ def read_lines(path: Path, *, cut: bool = False) -> dict[str, Line]:
     Raises:
       ValueError: for any other line that is not a JSON object with a "key".
     """
+    if not path.is_file():
+        raise UserError(f"{path} must be a regular file")
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if cut and whole < len(content):
@@ -82,7 +84,7 @@ def read_lines(path: Path, *, cut: bool = False) -> dict[str, Line]:
         try:
             line = json.loads(text)
             lines[line["key"]] = line
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number} is not a line of this journal ({error!r}); remove the line or the file"
             ) from error

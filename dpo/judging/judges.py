@@ -15,7 +15,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Protocol, Required, TypedDict, final, runtime_checkable
+from typing import (
+    Annotated,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Required,
+    TypedDict,
+    final,
+    runtime_checkable,
+)
 
 from dpo.config import WinrateConfig
 from dpo.data.messages import response_text
@@ -23,6 +33,7 @@ from dpo.data.templates import LIMITS, SandboxedTemplate, read_template
 from dpo.judging.rewards import REWARDS, Prompt, Reward
 from dpo.outcomes import UserError
 from dpo.own_code import import_function
+from dpo.typed_json import Length
 
 Log = Callable[[str], None]
 Choice = Literal["first", "second", "tie"]
@@ -42,16 +53,22 @@ class Question(NamedTuple):
 class Rewarded(TypedDict):
     """Behind a reward's answer."""
 
-    rewards: list[float]
+    rewards: Annotated[list[float], Length(2)]
     """Of the first response and of the second."""
+
+
+class LogProbs(TypedDict):
+    """Of the letters that a local judge answers with."""
+
+    A: float
+    B: float
 
 
 @final
 class Preferred(TypedDict):
     """Behind a local judge's answer."""
 
-    log_probs: dict[str, float]
-    """Of the letters that it answers with."""
+    log_probs: LogProbs
 
 
 @final

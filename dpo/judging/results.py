@@ -9,6 +9,7 @@ from pathlib import Path
 from dpo.files import replace_text
 from dpo.judging.figures import MatchResult
 from dpo.outcomes import UserError
+from dpo.typed_json import read_typed
 
 RESULT_FILE = "winrate.json"
 """Of the first match; a second one is beside it, as winrate-JUDGE.json."""
@@ -35,10 +36,17 @@ def write_result(directory: Path, result: MatchResult) -> Path:
 
 
 def _read(path: Path) -> MatchResult:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; delete it, and run dpo winrate again") from error
+    result = read_typed(path, MatchResult, remedy=_REMEDY)
+    if not result["temperatures"] or not all(map(_TEMPERATURE.fullmatch, result["temperatures"])):
+        names = repr(list(result["temperatures"]))[:100]
+        raise UserError(f"{path} is damaged: temperatures has {names}; allowed are numbers as names{_REMEDY}")
+    if not isinstance(result["settings"].get("judge"), str):
+        raise UserError(f"{path} is damaged: settings.judge is no text{_REMEDY}")
+    return result
+
+
+_REMEDY = "; delete it, and run dpo winrate again"
+_TEMPERATURE = re.compile(r"\d{1,9}(\.\d{1,20})?(e[+-]?\d\d?)?")
 
 
 def _place(directory: Path, result: MatchResult) -> Path:

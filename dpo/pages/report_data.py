@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from dpo.data.inspection import FOUND_IN_TEXTS, QUANTILES
 from dpo.outcomes import UserError
 from dpo.pages.page import percent
+from dpo.typed_json import read_typed
 
 Report = Mapping[str, Any]
 
@@ -31,8 +31,8 @@ def read_data(path: Path) -> DataSection | None:
     """
     if not path.is_file():
         return None
+    report: Report = read_typed(path, dict, remedy="; without the file the page has no section on data")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
         return DataSection(list(map(str, report["warnings"])), list(_sentences(report)), _tables(report))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -7,15 +7,15 @@ import shlex
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict
 
 from markupsafe import Markup
 
 from dpo.config import Config
 from dpo.config.sources import show_source
-from dpo.judging.figures import Estimate, MatchResult, VerdictLine, WinrateFigures
+from dpo.judging.figures import Estimate, MatchResult, WinrateFigures
 from dpo.judging.journal import read_lines
-from dpo.judging.judges import JudgeIdentity
+from dpo.judging.judges import JudgeIdentity, VerdictDetails
 from dpo.judging.kinds import find_kind
 from dpo.judging.results import VERDICTS_FILE, read_results
 from dpo.judging.winrate import cut_as_text, warnings_of
@@ -23,6 +23,7 @@ from dpo.outcomes import UserError
 from dpo.pages import plots
 from dpo.pages.page import percent, percent_with_interval, prompt_text, with_interval
 from dpo.runs import WINRATE_DIRECTORY
+from dpo.typed_json import require_typed
 
 NUM_SAMPLES = 6
 """Prompts whose responses are shown, from the start of the data: nobody picked them."""
@@ -225,14 +226,44 @@ def _pairs(path: Path, keys: Sequence[Sequence[str]], opponent: str) -> list[Sho
     lines = read_lines(journal) if journal.is_file() else {}
     if wanted - lines.keys():
         raise UserError(
-            f"{journal} lacks {len(wanted - lines.keys())} of the verdicts that {path.name} counts; run dpo "
-            "winrate again, or delete the directory"
+            f"{journal} lacks {len(wanted - lines.keys())} of the verdicts that {path.name} counts; {_REMEDY}"
         )
-    found = cast("dict[str, VerdictLine]", lines)
+    found: dict[str, _ShownLine] = {}
+    for key in wanted:
+        try:
+            found[key] = require_typed(lines[key], _ShownLine)
+        except UserError as error:
+            raise UserError(f"{journal}: the line of {key[:100]} is damaged: {error}; {_REMEDY}") from error
     return [_side_by_side(found[first], found[second], opponent) for first, second in keys]
 
 
-def _side_by_side(policy_first: VerdictLine, opponent_first: VerdictLine, opponent: str) -> ShownPair:
+class _Part(TypedDict):
+    """Of a content that is a list."""
+
+    text: NotRequired[str]
+
+
+class _Turn(TypedDict):
+    """What is shown of a message."""
+
+    role: str
+    content: NotRequired[str | list[_Part] | None]
+
+
+class _ShownLine(TypedDict):
+    """What is shown of a `VerdictLine`."""
+
+    prompt: str | list[_Turn]
+    policy: str
+    opponent: str
+    winner: Literal["policy", "opponent", "tie"] | None
+    details: VerdictDetails | None
+
+
+_REMEDY = "run dpo winrate again, or delete the directory"
+
+
+def _side_by_side(policy_first: _ShownLine, opponent_first: _ShownLine, opponent: str) -> ShownPair:
     scores = _scores(policy_first, opponent_first)
     names = ("policy", opponent)
     texts = (policy_first["policy"], policy_first["opponent"])
@@ -255,7 +286,7 @@ def _outcome(first: str | None, second: str | None, opponent: str) -> str:
     return {"policy": "policy wins", "opponent": f"{opponent} wins", "tie": "tie"}[first]
 
 
-def _scores(policy_first: VerdictLine, opponent_first: VerdictLine) -> tuple[float, float] | None:
+def _scores(policy_first: _ShownLine, opponent_first: _ShownLine) -> tuple[float, float] | None:
     """Rewards of policy and opponent, or a local judge's mean log-probs of choosing them; None without."""
     ours, theirs = policy_first["details"], opponent_first["details"]
     if ours and "rewards" in ours:

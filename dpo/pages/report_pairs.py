@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import NamedTuple, TypedDict
 from dpo.data.messages import response_text
 from dpo.evaluation.heldout import Heldout
 from dpo.evaluation.token_ratios import OrderedPair, ScoredPair, ScoredSide, ScoredSides, extreme_pairs
+from dpo.outcomes import UserError
 from dpo.pages.page import prompt_text
 from dpo.runs import TOKENS_FILE
+from dpo.typed_json import read_typed
 
 LEVELS = (0.1, 0.5, 1.0, 2.0)
 """Nats of log π − log ρ, either way, from which on a token has the first, second … shade."""
@@ -100,7 +101,22 @@ def spans(side: ScoredSide) -> list[Span]:
 
 
 def _read_tokens(path: Path) -> list[ScoredPair]:
-    return json.loads(path.read_text(encoding="utf-8"))["pairs"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    remedy = "; delete it, and the report is without its colours"
+    pairs = read_typed(path, _Kept, remedy=remedy)["pairs"]
+    for side in (side for pair in pairs for side in (pair["sides"]["better"], pair["sides"]["worse"])):
+        if not len(side["tokens"]) == len(side["policy"]) == len(side["reference"]):
+            raise UserError(
+                f"{path} is damaged: a response has other numbers of tokens and log-probs{remedy}"
+            )
+    return pairs
+
+
+class _Kept(TypedDict):
+    """What `TOKENS_FILE` holds."""
+
+    pairs: list[ScoredPair]
 
 
 def _find(kept: Sequence[ScoredPair], heldout: Heldout, pair: OrderedPair) -> ScoredSides | None:

@@ -75,7 +75,7 @@ def test_the_data_are_told_in_sentences_with_a_table_of_lengths(
 @pytest.mark.parametrize("text", ["[]", "{", '{"rows": 3}', '{"warnings": 7}'])
 def test_another_file_in_place_of_the_data_report_is_refused_by_name(run: tuple[Path, Config], text) -> None:
     (run[0] / "data.json").write_text(text)
-    with pytest.raises(ValueError, match=r"data\.json is not the data report of a run"):
+    with pytest.raises(ValueError, match=r"data\.json is (damaged|not the data report of a run)"):
         write_report(*run)
 
 
