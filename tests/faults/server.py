@@ -3,8 +3,9 @@
 One JSON object a line comes in on standard input:
 
     config    a run's config.yaml, or a list of them to run one after the other
+    command   a command line in place of the runs, as `dpo` takes it
     log       file for what the runs print
-    hooks     list of {"where", "count", "do"}: at the count-th (from 1) step, save, evaluation or export, do
+    hooks     list of {"where", "count", "do"}: at the count-th (from 1) of what `PLACES` names, do
               "SIGTERM", "hang" (until a signal ends it), "lock" (nobody may write checkpoints any more),
               "fill" (a file beside the run takes the rest of its disk), "limit" (as `ulimit -f 0`: no file
               may grow), "remove" or "rename" (the run directory)
@@ -35,9 +36,13 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig  # noqa: F401 (transformers loads late what is not named)
 
+from dpo import __main__
 from dpo.command_line import load_config
+from dpo.evaluation import heldout
+from dpo.judging import match, samples
 from dpo.outcomes import describe, outcome_of
-from dpo.training import export, loop, program
+from dpo.pages import report
+from dpo.training import export, loop, on_policy, program
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.reference import fingerprint_parameters
 from dpo.training.validation import Validation
@@ -75,6 +80,9 @@ def run(command: dict) -> int:
     paths = command["config"] if isinstance(command["config"], list) else [command["config"]]
     code = 1
     try:
+        if command.get("command"):
+            put_hooks(hooks, Path(load_config(paths[0]).run_dir), measure)
+            return dpo(command["command"])
         for path in paths:
             config = load_config(path)
             put_hooks(hooks, Path(config.run_dir), measure)
@@ -93,6 +101,32 @@ def run(command: dict) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def dpo(arguments: list[str]) -> int:
+    """What `dpo/__main__.py` does, but for starting anew."""
+    sys.argv = ["dpo", *arguments]
+    code = __main__.answer_signals() if arguments[0] in __main__.LONG else __main__.end_at_once()
+    if code == 0 and arguments[0] == "train":
+        write_digest(Path(load_config(arguments[2]).run_dir))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+PLACES = {
+    "scoring": (loop, "score_datasets"),
+    "evaluation": (Validation, "evaluate"),
+    "sampling": (on_policy, "generate"),
+    "save": (Checkpoints, "save"),
+    "export": (export, "save_pretrained"),
+    "figures": (heldout, "load_heldout"),
+    "held-out scoring": (heldout, "_score_policy"),
+    "report": (report, "write_report"),
+    "answers": (samples, "generate"),
+    "verdicts": (match, "_judged"),
+}
+"""Where something may happen: the function that is called there. A step is what `make_train_step` makes."""
 
 
 def obey_permissions() -> None:
@@ -124,7 +158,7 @@ def take_away(run_dir: Path, *, keep: bool) -> None:
 
 def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None:
     """Wrap what a run calls, so that things happen at an exact place."""
-    counts: dict[str, int] = dict.fromkeys(("step", "save", "evaluation", "export"), 0)
+    counts: dict[str, int] = dict.fromkeys(("step", *PLACES), 0)
 
     def reach(where: str) -> None:
         counts[where] += 1
@@ -157,9 +191,8 @@ def put_hooks(hooks: list[dict], run_dir: Path, measure: Measure | None) -> None
 
     make: Any = original(program, "make_train_step")
     program.make_train_step = lambda *args, **kwargs: wrapped(make(*args, **kwargs), "step")
-    export.save_pretrained = wrapped(original(export, "save_pretrained"), "export")
-    Checkpoints.save = wrapped(original(Checkpoints, "save"), "save")
-    Validation.evaluate = wrapped(original(Validation, "evaluate"), "evaluation")
+    for where, (owner, name) in PLACES.items():
+        setattr(owner, name, wrapped(original(owner, name), where))
 
 
 ORIGINALS: dict[tuple[int, str], object] = {}

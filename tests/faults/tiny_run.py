@@ -64,6 +64,11 @@ class Server:
         self.start(config, **command)
         return self.wait()
 
+    def command(self, config: Config, *words: str, **command) -> int:
+        """A command line, of which CONFIG is the file of these settings; its exit code."""
+        settings = str(self._file(config, "yaml"))
+        return self.run(config, command=[word.replace("CONFIG", settings) for word in words], **command)
+
     def kill(self, pid: int) -> int:
         """SIGKILL; returns how the run ended, which may have been before."""
         with contextlib.suppress(ProcessLookupError):
