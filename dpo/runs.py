@@ -56,6 +56,41 @@ FlatSettings = dict[str, Any]
 # ---- what a run left ----
 
 
+def require_run_or_none(run_dir: Path) -> None:
+    """Refuse a directory that is no run's and holds a file which a run would write over.
+
+    Raises:
+      UserError: naming the file, before anything is written.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir is {str(run_dir)!r}, a file; allowed: a directory, there or not yet")
+    there = [name for name in _WRITTEN if (run_dir / name).exists()]
+    if there and not (run_dir / LOCK_FILE).exists():
+        raise UserError(
+            f"run_dir is {str(run_dir)!r}, which is no run and holds {', '.join(there)}, which a run would "
+            "write over; allowed: a directory of its own"
+        )
+
+
+_WRITTEN = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    CHECKPOINTS_DIRECTORY,
+    REFERENCE_DIRECTORY,
+    MEMORY_FILE,
+    HELDOUT_FILE,
+    EXPORT_DIRECTORY,
+    ADAPTER_DIRECTORY,
+    SUMMARY_FILE,
+    DATA_FILE,
+    EVALUATION_FILE,
+    TOKENS_FILE,
+    WINRATE_DIRECTORY,
+    REPORT_FILE,
+)
+"""In a run directory, beside the lock, which is there first and never removed."""
+
+
 class ChosenMemory(TypedDict):
     """What `training.memory_limit` chose, in GiB a device."""
 
@@ -139,8 +174,8 @@ def model_of(source: str) -> str:
         if (path / ADAPTER_DIRECTORY / "adapter_config.json").is_file():
             return str(path / ADAPTER_DIRECTORY)
         raise UserError(
-            f"{source} is a run without {EXPORT_DIRECTORY}/: it is not finished; allowed: wait for its end, "
-            f"or write the newest checkpoint as a model with dpo export {source}"
+            f"{source} is a run without {EXPORT_DIRECTORY}/: it is not finished, or its export was deleted; "
+            f"allowed: wait for its end, or write the newest checkpoint as a model with dpo export {source}"
         )
     return str(path / EXPORT_DIRECTORY)
 

@@ -322,6 +322,29 @@ def test_train_evaluate_and_export_from_the_command_line(
     assert pushed == [((other, "me/x"), {"private": True, "message": "The policy after 3 steps"})]
     assert json.loads((other / "config.json").read_text())["dtype"] == "bfloat16"
 
+    # an export that was deleted is missed by what needs it, with what helps
+    shutil.rmtree(run / "export")
+    for command in (["evaluate", f"--run={run}"], ["generate", str(run), "Hello"]):
+        error = refused(capsys, *command)
+        assert "its export was deleted; allowed: wait for its end, or write the newest checkpoint" in error
+        assert error.rstrip().endswith(f"as a model with dpo export {run}")
+    assert main(["train", "--config", str(settings), "--training.steps=3"]) == 0
+    assert f"dpo export {run} writes it" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "report.html", "checkpoints/1", "data.json"])
+def test_a_directory_that_is_no_run_is_not_written_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    """`--run_dir=.` beside one's own settings."""
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("objective: {beta: 0.3}  # mine")
+    (tmp_path / "notes.txt").write_text("other files are nobody's business")
+    error = refused(capsys, "train", f"--run_dir={tmp_path}", "--model.source=/no/such/model")
+    assert f"is no run and holds {name.split('/')[0]}, which a run would write over" in error
+    assert own.read_text().endswith("# mine")
+
 
 def test_inspect_shows_the_report_and_an_example(
     settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -41,7 +41,7 @@ def check_settings(config: Config, arguments: Sequence[str]) -> None:
       ValueError: naming the key, the value and what is allowed.
     """
     from dpo.losses import make_objective
-    from dpo.runs import objective_terms, specification
+    from dpo.runs import objective_terms, require_run_or_none, specification
     from dpo.training.places import places
     from dpo.training.trackers import require_trackers
 
@@ -52,9 +52,7 @@ def check_settings(config: Config, arguments: Sequence[str]) -> None:
         require_file("lora.init", f"{config.lora.init}/adapter_config.json")
     if config.data.chat_template is not None:
         require_file("data.chat_template", config.data.chat_template)
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir is {config.run_dir!r}, a file; allowed: a directory, there or not yet")
+    require_run_or_none(Path(config.run_dir))
     data = config.data
     for place in places(data, heldout=False):
         _check_place(place, data)
@@ -68,7 +66,11 @@ def check_heldout(given: EvaluateConfig, run: Config | None) -> Config:
     Raises:
       ValueError: without held-out data, or when these are a file that is not there.
     """
+    from dpo.runs import model_of
+
     config = heldout_settings(given, run)
+    if given.policy is None and given.run is not None and not Path(config.model.source).exists():
+        model_of(given.run)  # says what the run lacks
     if config.data.eval is None:
         raise UserError("data is not given, and the run has no held-out data; allowed: --data SOURCE")
     for source in spellings(config.data.eval):

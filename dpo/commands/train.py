@@ -64,6 +64,11 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
         return result
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
+        if not (result.run_dir / config.policy_name).exists():
+            print_plain(
+                f"WARNING: {result.run_dir / config.policy_name} is not there any more: "
+                f"dpo export {config.run_dir} writes it from the newest checkpoint"
+            )
     with standing(result.run_dir):
         _report(result.run_dir, config)
     if match is not None:
