@@ -182,7 +182,7 @@ def test_the_setting_raises_what_a_template_may_write():
     tokenizer = make_tokenizer()
     rows = [Preference("p", ("a", "b"), (0, 1), None, "", "rows:1")]
     given: Any = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 5000 }}"}
-    with pytest.raises(TemplateLimitError, match=r"data\.template_characters allows more"):
+    with pytest.raises(TemplateLimitError, match=r"data\.template_characters .* allows more"):
         tokenize(rows, tokenizer, max_length=9000, template_characters=1000, **given)
     assert len(tokenize(rows, tokenizer, max_length=9000, template_characters=6000, **given)) == 1
 
