@@ -84,11 +84,11 @@ def _both_ropes(model_type: str, parsed: PreTrainedConfig) -> JsonObject:
     parameters = getattr(parsed, "rope_parameters", None)
     if not parameters:
         return {}
-    older = {} if model_type in _NEWER else _older_rope(model_type, parameters)
+    older = {} if model_type in NEWER else _older_rope(model_type, parameters)
     return older | {"rope_parameters": parameters}
 
 
-_NEWER = ("lfm3",)
+NEWER = ("lfm3",)
 """Models that transformers 4 does not have, and whose rotations it has no names for."""
 
 
