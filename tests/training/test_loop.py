@@ -137,7 +137,7 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
     assert train(config).status == "already finished"
     summary = result.run_dir / "summary.json"
     summary.write_text(summary.read_text()[:-9])
-    with pytest.raises(ValueError, match=r"summary\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"summary\.json is damaged: not valid JSON"):
         train(config)
 
 
