@@ -13,9 +13,9 @@ from dpo.losses.scores import MISMATCHED, Scores
 
 Metrics = dict[str, Float[Array, ""]]
 
-RESOLUTION = 2
-"""Roundings of a pair's log-probs within which δ counts as zero: in float32 1.4e-4 nats for two responses of
-300."""
+RESOLUTION = 64
+"""Roundings of a pair's log-probs within which δ counts as zero: in float32 8e-4 nats for two responses of
+50. Rounding alone made -1e-5 of the mean of the first eight δ of the shipped pairs."""
 
 
 def preference_metrics(scores: Scores, beta: float) -> Metrics:

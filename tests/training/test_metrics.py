@@ -36,7 +36,7 @@ def test_a_tied_reward_counts_one_half():
 def test_a_difference_in_the_last_digits_counts_one_half_and_a_real_one_does_not():
     """The reference of a first step was scored in a batch of another shape, and is the same model."""
     policy = [[-300.0, -250.0], [-300.0, -250.0], [-300.0, -250.0]]
-    reference = [[-300.00003, -250.0], [-299.99997, -250.00002], [-300.001, -250.0]]
+    reference = [[-300.00003, -250.0], [-299.999, -250.0], [-300.01, -250.0]]
     metrics = preference_metrics(scores(policy, reference), 0.1)
     assert_allclose(metrics["rewards/accuracies"], (0.5 + 0.5 + 1) / 3)
     assert preference_metrics(scores([[-0.001, -0.001]], [[-0.002, -0.001]]), 0.1)["rewards/accuracies"] == 1
