@@ -17,7 +17,16 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.data.tokenizer_calls import encode_texts
 from dpo.huggingface.opening import read_model_config
-from dpo.judging.judges import LETTERS, JudgeIdentity, Log, Question, Template, Verdict, default_template
+from dpo.judging.judges import (
+    LETTERS,
+    JudgeIdentity,
+    Log,
+    LogProbs,
+    Question,
+    Template,
+    Verdict,
+    default_template,
+)
 from dpo.judging.samples import model_identity
 from dpo.models.vocabulary import require_known
 from dpo.outcomes import UserError
@@ -88,7 +97,7 @@ class LocalJudge:
 
 def verdict_of_log_probs(a: float, b: float) -> Verdict:
     """The more probable letter wins, equally probable ones tie; one that is not a number makes it invalid."""
-    log_probs = {"A": a, "B": b}
+    log_probs = LogProbs(A=a, B=b)
     answer = json.dumps(log_probs)
     if math.isnan(a) or math.isnan(b):
         return Verdict(None, answer, "a log-prob is not a number")
