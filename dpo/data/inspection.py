@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -184,14 +184,14 @@ def _render_counts(report: Report) -> Table:
     table.add_row("preferences", f"{report['preferences']}, of {report['distinct_prompts']} distinct prompts")
     table.add_row("kept as tokens", f"{report['kept']} ({report['truncated']} truncated)")
     for title, key in (("malformed or tied, left out", "skipped"), ("dropped", "dropped")):
-        table.add_row(title, _join_counts(report[key]))
-    table.add_row("layout", _join_counts(report["layouts"]))
+        table.add_row(title, join_counts(report[key]))
+    table.add_row("layout", join_counts(report["layouts"]))
     if report["unused_columns"]:
         table.add_row("columns not used", Text(show_controls(", ".join(report["unused_columns"]))))
     sizes = (f"{count} with {size}" for size, count in report["responses"].items())
     table.add_row("responses a prompt", ", ".join(sizes))
     table.add_row("with scores", str(report["with_scores"]))
-    table.add_row("sources", Text(show_controls(_join_counts(report["sources"]))))
+    table.add_row("sources", Text(show_controls(join_counts(report["sources"]))))
     for name, counts in report.get("mixture", {}).items():
         table.add_row(
             "in the mixture", Text(show_controls(f"{counts['drawn']} of {counts['kept']} of {name}"))
@@ -200,7 +200,7 @@ def _render_counts(report: Report) -> Table:
         counted = _with_places(str(report[key]), report["first_found"].get(key, ()), report[key])
         table.add_row(title, counted, style="yellow" if report[key] else "")
     if "labels" in report:
-        table.add_row("labels", _join_counts(report["labels"]))
+        table.add_row("labels", join_counts(report["labels"]))
     table.add_row("longer is better", _describe_longer(report["longer_is_better"]))
     if "overlap" in report:
         overlap = report["overlap"]
@@ -216,8 +216,13 @@ def _render_counts(report: Report) -> Table:
 
 def _with_places(text: str, places: Sequence[str], count: int) -> Text:
     """What was found with where it stands; the last of more than are named is an ellipsis."""
+    return Text(show_controls(text + in_brackets(places, count)))
+
+
+def in_brackets(places: Sequence[str], count: int) -> str:
+    """Where something stands, after what it is; nothing without a place."""
     more = ", …" if count > len(places) else ""
-    return Text(show_controls(f"{text} ({', '.join(places)}{more})" if places else text))
+    return f" ({', '.join(places)}{more})" if places else ""
 
 
 def _render_lengths(lengths: Report) -> Table:
@@ -242,7 +247,8 @@ def _notes(report: Report) -> Iterator[Text]:
         yield Text(show_controls(f"{count} x {remark} (first: {where})"), style="yellow")
 
 
-def _join_counts(counts: dict[str, int]) -> str:
+def join_counts(counts: Mapping[str, int]) -> str:
+    """Each name with its count, or none."""
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
 
 

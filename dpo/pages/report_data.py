@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.data.inspection import FOUND_IN_TEXTS, QUANTILES
+from dpo.data.inspection import FOUND_IN_TEXTS, QUANTILES, in_brackets, join_counts
 from dpo.outcomes import UserError
 from dpo.pages.page import percent
 from dpo.typed_json import read_typed
@@ -42,7 +42,7 @@ def read_data(path: Path) -> DataSection | None:
 
 
 def _sentences(report: Report) -> Iterator[str]:
-    rows = f"{report['rows']} rows were read ({_counts(report['layouts'])})"
+    rows = f"{report['rows']} rows were read ({join_counts(report['layouts'])})"
     kept = f"{report['kept']} of {report['preferences']} preferences are tokens to train on"
     cut = report["truncated"]
     yield f"{rows}; {kept}{f', {cut} of them truncated' if cut else ''}."
@@ -53,21 +53,21 @@ def _sentences(report: Report) -> Iterator[str]:
         f"{scores or 'none'} with scores."
     )
     if "labels" in report:
-        yield f"Labels: {_counts(report['labels'])}."
+        yield f"Labels: {join_counts(report['labels'])}."
     if report["skipped"]:
-        yield f"Malformed or tied, left out: {_counts(report['skipped'])}."
+        yield f"Malformed or tied, left out: {join_counts(report['skipped'])}."
     yield from (f"Malformed: {problem}." for problem in report["problems"][:5])
     if report["dropped"]:
         yield f"Left out: {_with_first(report['dropped'], report['first_dropped'])}."
     for remark, count in report["remarks"].items():
         yield f"{count} times: {remark} (first: {report['first_remarks'][remark]})."
     if report["unused_columns"]:
-        yield f"Columns that were not read, and in how many rows: {_counts(report['unused_columns'])}."
+        yield f"Columns that were not read, and in how many rows: {join_counts(report['unused_columns'])}."
     yield _longer(report["longer_is_better"])
     found = [(title, key) for title, key in FOUND_IN_TEXTS if report[key]]
     for title, key in found:
         places = report["first_found"].get(key, [])
-        yield f"{report[key]} {title}{_places(places, report[key])}."
+        yield f"{report[key]} {title}{in_brackets(places, report[key])}."
     absent = [title for title, key in FOUND_IN_TEXTS if not report[key]]
     if absent:
         yield f"Looked for and not found: {', '.join(absent)}."
@@ -89,20 +89,11 @@ def _tables(report: Report) -> list[list[list[str]]]:
     return [lengths, sources]
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
 def _with_first(counts: Mapping[str, int], first: Mapping[str, str]) -> str:
     return ", ".join(
         f"{count} {reason} (first: {first[reason]})" if reason in first else f"{count} {reason}"
         for reason, count in counts.items()
     )
-
-
-def _places(places: Sequence[str], count: int) -> str:
-    more = ", …" if count > len(places) else ""
-    return f" ({', '.join(map(str, places))}{more})" if places else ""
 
 
 def _longer(longer: Report) -> str:
@@ -118,5 +109,5 @@ def _longer(longer: Report) -> str:
 def _overlap(overlap: Report) -> str:
     if not overlap["same_prompt"]:
         return f"None of {overlap['heldout']} held-out prompts is trained on."
-    places = _places(overlap["examples"], overlap["same_prompt"])
+    places = in_brackets(overlap["examples"], overlap["same_prompt"])
     return f"{overlap['same_prompt']} of {overlap['heldout']} held-out prompts are also trained on{places}."
