@@ -33,13 +33,14 @@ _ALONE = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
 }
 
 
 def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0) -> dict[str, Any]:
     """What a script says of a request about files of `size` bytes; {"error": …} where it could not.
 
-    The script gets the limits and the request as one JSON object in its argument, and holds itself to them.
+    The script gets the limits and the request as one JSON object on its input, and holds itself to them.
     It may write files of at most `writes` bytes.
     """
     memory, seconds = MEMORY + 4 * size, SECONDS + size // BYTES_A_SECOND
@@ -48,8 +49,8 @@ def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0
     patience = _PATIENCE * seconds
     try:
         done = subprocess.run(
-            [sys.executable, "-I", str(script), json.dumps({**limits, **request})],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", str(script)],
+            input=json.dumps({**limits, **request}).encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,

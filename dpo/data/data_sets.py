@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo.data.table_checks import check_arrow, check_card, check_saved, prepare_folder
+from dpo.data.hub_sets import fetch, look_at_card, require_card
+from dpo.data.table_checks import (
+    check_arrow,
+    check_card,
+    check_folder,
+    check_saved,
+    is_prepared,
+    prepare,
+)
 from dpo.outcomes import UserError
 
 
@@ -26,17 +35,6 @@ def open_data_set(source: str, split: str, *, data_files: str | None = None, nam
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _has_subset(repository: str, name: str, where: dict[str, Any]) -> bool:
-    """Whether a subset of this name is there, or in the cache when offline; else it is a folder's."""
-    import datasets
-
-    try:
-        datasets.load_dataset_builder(repository, name=name, **where)
-    except ValueError:
-        return False
-    return True
-
-
 def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     import datasets
 
@@ -53,18 +51,64 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
         return datasets.load_dataset(source, split=split, data_files=data_files)
     named, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     repository, _, subset = named.partition(":")
-    where: dict[str, Any] = {"revision": revision} if revision else {}
-    is_folder = Path(repository).is_dir()
-    listed = is_folder and check_card(Path(repository))
+    where = {"revision": revision} if revision else {}
+    place = _open_folder(repository, subset) if Path(repository).is_dir() else _open_hub(repository, revision)
     if subset:
         where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
-    if is_folder:
-        prepare_folder(Path(repository), where, listed=listed)
-    found = datasets.load_dataset(repository, split=split, **where)
+    found = _read_split(repository, split, where, place)
     if found.info.builder_name != "csv":
         return found
     text = datasets.Features({name: datasets.Value("string") for name in found.column_names})
-    return datasets.load_dataset(repository, split=split, **where, features=text, keep_default_na=False)
+    return _read_split(repository, split, where | {"features": text, "keep_default_na": False}, place)
+
+
+def _has_subset(repository: str, name: str, where: dict[str, Any]) -> bool:
+    """Whether a subset of this name is there, or in the cache when offline; else it is a folder's."""
+    import datasets
+
+    try:
+        datasets.load_dataset_builder(repository, name=name, **where)
+    except ValueError:
+        return False
+    return True
+
+
+_Files = Mapping[str, Sequence[Path]]
+_Place = Callable[[Any], Callable[[], _Files]]
+"""Checks what `datasets` would read, and gives what brings the files of each split to this machine."""
+
+
+def _read_split(repository: str, split: str, where: dict[str, Any], place: _Place) -> Any:
+    """A split of what `datasets` keeps, which a limited process makes unless it was made before."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(repository, **where)
+    files = place(builder)
+    if not is_prepared(builder):
+        prepare(repository, builder, files())
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _open_folder(repository: str, subset: str) -> _Place:
+    folder = Path(repository)
+    whole = not check_card(folder) and not subset
+
+    def check(builder: Any) -> Callable[[], _Files]:
+        files = check_folder(folder, builder, whole=whole)
+        return lambda: files
+
+    return check
+
+
+def _open_hub(repository: str, revision: str) -> _Place:
+    card = look_at_card(repository, revision or None)
+
+    def check(builder: Any) -> Callable[[], _Files]:
+        require_card(card, builder)
+        return lambda: fetch(repository, builder)
+
+    return check
 
 
 def row_without_nulls(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Tables of strangers are looked at by a limited process before a library opens them in this one.
 
 Parquet and Arrow files are decoded and validated there (`table_worker`), and what `datasets` makes of a
-folder is made there. Nothing is looked at twice by one process, and of a large Parquet file as much
-as is read.
+folder or of files of the hub is made there. Nothing is looked at twice by one process, and of a large
+Parquet file as much as is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dpo.data.table_worker import BASE, FACTOR
+from dpo.data.table_worker import BASE, FACTOR, READERS
 from dpo.files import is_inside
 from dpo.limited import look
 from dpo.outcomes import UserError
@@ -23,8 +24,6 @@ from dpo.outcomes import UserError
 WORKER = Path(__file__).with_name("table_worker.py")
 MAX_CARD = 1 << 20
 """Bytes of a folder's README, and of the files that say what is in it."""
-TABLES = ("csv", "json", "parquet", "arrow")
-"""Readers of `datasets` by which a folder on this machine is read."""
 _SEEN: dict[tuple[Any, ...], int] = {}
 """Of each file as it was, the row groups that were looked at; 1 for all of an Arrow file."""
 
@@ -200,34 +199,95 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(inner)
 
 
-def prepare_folder(folder: Path, where: Mapping[str, Any], *, listed: bool) -> None:
-    """Have a limited process make what `datasets` keeps of a folder, unless it is kept already.
+def check_folder(folder: Path, builder: Any, *, whole: bool) -> dict[str, list[Path]]:
+    """The files of each split that `datasets` would read in a folder.
 
-    `where` are further arguments of `load_dataset`, as JSON has them; `listed` says that the folder itself
-    tells which of its files are the data (`check_card`).
+    `whole` says that nothing but their names tells which of its files are the data.
 
     Raises:
-      UserError: for other files than tables, files outside of the folder, and what the process ends at.
+      UserError: for other files than tables, files outside of the folder, and files that are left out.
     """
-    import datasets
-    from datasets import config
-
-    builder = datasets.load_dataset_builder(str(folder), **where)
-    files = [Path(str(name)) for names in (builder.config.data_files or {}).values() for name in names]
-    if builder.name not in TABLES:
-        raise UserError(f"{folder}: would be read as {builder.name}; allowed are {', '.join(TABLES)}")
+    require_tables(str(folder), builder)
+    listed = builder.config.data_files or {}
+    splits = {str(split): [Path(str(name)) for name in names] for split, names in listed.items()}
+    files = [path for paths in splits.values() for path in paths]
     for path in files:
         _require_own(path, folder)
-    if not where and not listed:
+    if whole:
         _require_all(folder, {os.path.realpath(path) for path in files}, builder.name)
     check_arrow([path for path in files if path.suffix == ".arrow"])
-    if os.path.isdir(builder.cache_dir):
-        return
-    size = sum(path.stat().st_size for path in files)
-    load = {"path": str(folder.resolve()), "cache_dir": str(config.HF_DATASETS_CACHE), **where}
-    said = look(WORKER, {"kind": "folder", "load": load}, size=size, writes=BASE + FACTOR * size)
-    if "error" in said:
-        raise UserError(f"{folder}: could not be read: {said['error']}")
+    return splits
+
+
+def require_tables(source: str, builder: Any) -> None:
+    """Refuse what `datasets` would read with another reader: of pictures, sounds, archives, HDF5.
+
+    Raises:
+      UserError: naming the reader.
+    """
+    if builder.name not in READERS:
+        raise UserError(f"{source}: would be read as {builder.name}; allowed are {', '.join(READERS)}")
+
+
+def is_prepared(builder: Any) -> bool:
+    """Whether `datasets` keeps what it makes of a data set already; offline, nothing else is looked for."""
+    return builder.name == "cache" or os.path.isfile(os.path.join(builder.cache_dir, "dataset_info.json"))
+
+
+def prepare(source: str, builder: Any, files: Mapping[str, Sequence[Path]]) -> None:
+    """Have a limited process make what `datasets` keeps of a data set whose files are on this machine.
+
+    Raises:
+      UserError: for what the process ends at.
+    """
+    from datasets import config
+    from datasets.utils.py_utils import asdict
+
+    given = builder.config
+    features = getattr(given, "features", None)
+    request = {
+        "kind": "data_set",
+        "reader": builder.name,
+        "files": {split: [os.path.abspath(path) for path in paths] for split, paths in files.items()},
+        "config": _what_is_set(source, given),
+        "config_name": given.name,
+        "features": None if features is None else features.to_dict(),
+        "info": asdict(builder.info),
+        "name": builder.dataset_name,
+        "cache": os.path.abspath(config.HF_DATASETS_CACHE),
+        "directory": os.path.abspath(builder.cache_dir),
+    }
+    size = sum(path.stat().st_size for paths in files.values() for path in paths)
+    said = look(WORKER, request, size=size, writes=BASE + FACTOR * size)
+    if "error" in said or not is_prepared(builder):
+        raise UserError(f"{source}: could not be read: {said.get('error', 'nothing was made of it')}")
+
+
+def _what_is_set(source: str, given: Any) -> dict[str, Any]:
+    """The settings of a reader that are not its defaults: of a card, and what names of files imply."""
+    known = ("name", "data_files", "data_dir", "description", "features")
+    usual = type(given)()
+    values = {
+        field.name: getattr(given, field.name)
+        for field in dataclasses.fields(given)
+        if field.name not in known and getattr(given, field.name) != getattr(usual, field.name)
+    }
+    if "version" in values:
+        values["version"] = str(values["version"])
+    for name, value in values.items():
+        if not _is_plain(value):
+            raise UserError(
+                f"{source}: its card sets {name} to {value!r:.200}; allowed are texts and numbers"
+            )
+    return values
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value comes back from JSON as it went."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _require_all(folder: Path, read: Collection[str], kind: str) -> None:

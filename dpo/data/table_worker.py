@@ -3,17 +3,22 @@
     {"kind": "parquet", "path", "first": row group, "rows": how many are needed}
         gives {"seen": row groups that were looked at}
     {"kind": "arrow", "paths": [...]} gives {"rows": of each file}
-    {"kind": "folder", "load": arguments of load_dataset} gives {"made": true}
+    {"kind": "data_set", "reader", "files": {split: paths}, "config", "info", …, "directory": where to}
+        gives {"made": true}
     anything that is wrong gives {"error": what}
 
-Of tables every value is decoded and validated, and what the rows will take as Python's values is counted. A
-folder is made into what `datasets` keeps of it. It runs without the rest of the project.
+Of tables every value is decoded and validated, and what the rows will take as Python's values is counted.
+Files of a folder or of the hub are made into what `datasets` keeps of them. It runs without the rest of the
+project.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -59,7 +64,7 @@ def main(request: dict[str, Any]) -> None:
         text = str(error) if isinstance(error, _WrongError) else f"{type(error).__name__}: {error}"
         if "malloc of size" in text or "realloc of size" in text:
             text = f"it takes more than {memory >> 20} MiB of memory to read"
-        said = {"error": text[:500]}
+        said = {"error": "".join([*(f"{os.path.basename(path)}: " for path in _AT_FAULT[-1:]), text])[:500]}
     print(json.dumps(said), flush=True)
 
 
@@ -189,20 +194,46 @@ def _is_text(kind: Any) -> bool:
     return any(is_it(kind) for is_it in texts) or types.is_fixed_size_binary(kind)
 
 
-# ---- folders ----
+# ---- data sets of `datasets` ----
+
+READERS = {"csv": "Csv", "json": "Json", "parquet": "Parquet", "arrow": "Arrow"}
+"""Modules of `datasets` that make tables of files, and the class in each."""
+_AT_FAULT: list[str] = []
+"""Files that a reader said it could not read."""
 
 
-def _make_folder(request: dict[str, Any]) -> dict[str, Any]:
-    """What `datasets` keeps of a folder."""
+class _Faults(logging.Handler):
+    """What a reader logs of a file that it cannot read: its error does not name the file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _AT_FAULT.extend(re.findall(r"Failed to read file '([^']+)'", record.getMessage())[:1])
+
+
+def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
+    """What `datasets` keeps of the files of a data set, in a directory."""
     import datasets
+    from datasets.data_files import DataFilesDict, DataFilesList
 
     datasets.disable_progress_bars()
-    datasets.load_dataset(**request["load"])
+    logging.getLogger("datasets").addHandler(_Faults(logging.ERROR))
+    reader, features = request["reader"], request["features"]
+    module = importlib.import_module(f"datasets.packaged_modules.{reader}.{reader}")
+    files = {split: DataFilesList(paths, []) for split, paths in request["files"].items()}
+    builder = getattr(module, READERS[reader])(
+        cache_dir=request["cache"],
+        dataset_name=request["name"],
+        config_name=request["config_name"],
+        data_files=DataFilesDict(files),
+        info=datasets.DatasetInfo.from_dict(request["info"]),
+        features=None if features is None else datasets.Features.from_dict(features),
+        **request["config"],
+    )
+    builder.download_and_prepare(request["directory"])
     return {"made": True}
 
 
-_KINDS = {"parquet": _look_at_parquet, "arrow": _look_at_arrow, "folder": _make_folder}
+_KINDS = {"parquet": _look_at_parquet, "arrow": _look_at_arrow, "data_set": _make_data_set}
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.load(sys.stdin))

@@ -204,4 +204,4 @@ def _repeats_repetitions(expression: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.load(sys.stdin))

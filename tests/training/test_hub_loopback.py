@@ -1,12 +1,9 @@
-"""Models and data sets of a hub, through the real clients: the hub is on loopback (hub_server.py)."""
+"""Models of a hub, through the real client: the hub is on loopback (hub_server.py)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,52 +152,3 @@ def test_a_refused_push_names_no_token(hub: Hub, tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="is written, but could not be pushed to me/mine") as refused:
         push_to_hub(tmp_path, "me/mine", private=True, message="x")
     assert "hf_anotherToken" not in str(refused.value)
-
-
-PROGRAM = """
-import json, sys
-from dpo.data.preferences import read_preferences
-found = read_preferences(sys.argv[1], split=sys.argv[2]).preferences
-print(json.dumps([str(row.responses[0]) for row in found]))
-"""
-
-
-@pytest.mark.ci
-def test_a_data_set_with_subsets_is_read_and_kept(tmp_path: Path) -> None:
-    """In a process of its own: the client reads where the hub is when it is imported."""
-
-    def lines(word: str) -> bytes:
-        return json.dumps({"prompt": "Hi", "chosen": word, "rejected": "no"}).encode() + b"\n"
-
-    card = (
-        "---\nconfigs:\n- config_name: first\n  data_files:\n  - split: train\n    path: first/train.jsonl\n"
-        "- config_name: second\n  data_files:\n  - split: train\n    path: second/train.jsonl\n---\n"
-    )
-    with running_hub() as hub:
-        hub.put(
-            "datasets/someone/pairs",
-            {
-                "README.md": card.encode(),
-                "first/train.jsonl": lines("one"),
-                "second/train.jsonl": lines("two"),
-            },
-        )
-
-        def read(source: str, **environment: str) -> subprocess.CompletedProcess[str]:
-            given = os.environ | {
-                "HF_ENDPOINT": hub.endpoint,
-                "HF_HOME": str(tmp_path),
-                "HF_HUB_OFFLINE": "0",
-            }
-            command = [sys.executable, "-c", PROGRAM, source, "train"]
-            return subprocess.run(command, capture_output=True, text=True, env=given | environment)
-
-        for source, expected in (("someone/pairs:first", "one"), ("someone/pairs:second", "two")):
-            online = read(source)
-            assert online.returncode == 0, online.stderr[-2000:]
-            assert json.loads(online.stdout.splitlines()[-1]) == [expected]
-        asked = len(hub.asked)
-        offline = read("someone/pairs:first", HF_HUB_OFFLINE="1")
-        assert offline.returncode == 0, offline.stderr[-2000:]
-        assert json.loads(offline.stdout.splitlines()[-1]) == ["one"]
-        assert len(hub.asked) == asked
