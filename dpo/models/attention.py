@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpo.models.attention_blocked import attend_blocked, on_own_rows_and_heads
 from dpo.models.attention_fast import attend_cudnn, attend_splash
 from dpo.models.precision import precision_of
+from dpo.models.soft_cap import soft_cap
 from dpo.outcomes import UserError
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
@@ -214,7 +215,7 @@ def attend_cached(
         "rtgqc,rgcs->rgqts", q, keys, precision=precision_of(q, keys), preferred_element_type=jnp.float32
     )
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+        scores = soft_cap(scores, softcap)
     if key_bias is not None:
         S = keys.shape[-1]
         scores += key_bias.transpose(0, 2, 1).reshape(R, G, H // G, 1, S)

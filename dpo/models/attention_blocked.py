@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo.models.attention_tiles import Layout, Place, Tiles, each_tile, holding, make_schedule
 from dpo.models.precision import precision_of
+from dpo.models.soft_cap import exact_tanh
 from dpo.parallel.partition import ONE_DEVICE, ROWS, TENSOR, Partition
 
 BLOCK = 64
@@ -191,7 +192,7 @@ def _scores(product: Array, mask: Array, scale: float, softcap: float | None):
     """Float32 scores where visible, and the slope of the soft-cap."""
     scores, slope = product * scale, None
     if softcap is not None:
-        squashed = jnp.tanh(scores / softcap)
+        squashed = exact_tanh(scores / softcap)
         scores, slope = softcap * squashed, 1 - squashed * squashed
     return jnp.where(mask, scores, _HIDDEN), slope
 

@@ -34,6 +34,7 @@ from dpo.models.look_back import find_predecessors, look_back, take_slots
 from dpo.models.patterns import Run, find_runs
 from dpo.models.precision import precision_of
 from dpo.models.rotary import cos_sin
+from dpo.models.soft_cap import soft_cap
 from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
 
 Remat = Literal["none", "dots", "full"]
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
             preferred_element_type=jnp.float32,
         )
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return logits if cap is None else soft_cap(logits, cap)
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """An empty cache for positions below `length`."""

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dpo.models.precision import precision_of
 from dpo.models.products import rounded_sum
+from dpo.models.soft_cap import soft_cap
 from dpo.models.vocabulary_split import Arrays, Shard
 from dpo.outcomes import UserError
 from dpo.parallel.partition import DATA, ONE_DEVICE, ROWS, VOCABULARY, Partition
@@ -235,7 +236,7 @@ def _logits(
     logits = _product(hidden, embedding, 1, 1)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return logits if softcap is None else soft_cap(logits, softcap)
 
 
 def _product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
