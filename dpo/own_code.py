@@ -6,11 +6,13 @@ in it may have been downloaded. It becomes the last one while the module that th
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ def import_function(
     if not callable(found):
         raise UserError(f"{setting} {name!r} is not a function; allowed: {allowed}")
     return found
+
+
+def fingerprint_code(function: Callable[..., Any]) -> str:
+    """Of the file that a function stands in, or of its own text in a notebook; of nothing without either."""
+    content, function = b"", inspect.unwrap(function)
+    with suppress(TypeError, OSError):
+        path = Path(inspect.getsourcefile(function) or "")
+        content = path.read_bytes() if path.is_file() else inspect.getsource(function).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def require_own_word(name: str, *, setting: str, arguments: Sequence[str]) -> None:

@@ -109,7 +109,7 @@ class RunSummary(TypedDict):
     settings: str
     """Fingerprint of the settings that a number depends on."""
     contents: NotRequired[Identity]
-    """Fingerprints of data, tokenizer, template and weights; versions before did not keep them."""
+    """Fingerprints of data, tokenizer, template, weights and own code; versions before did not keep them."""
     steps: int
     prompts: int
     eval: dict[str, float] | None

@@ -58,6 +58,7 @@ from dpo.training.identity import resolved_settings, settings_fingerprint
 from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids
 from dpo.training.policy import Policy, load_policy
+from dpo.training.reference import fingerprint_parameters
 from dpo.training.step import Params
 
 RESULT_FILE = "frontier.json"
@@ -162,14 +163,13 @@ class _Observers:
         self._loaded: tuple[Policy, OnPolicy] | None = None
 
     def of(self, name: str, beta: float, config: Config) -> Callable[[int, Params], Mapping[str, float]]:
-        """The observer of one run."""
+        """The observer of one run; answers that another policy gave under its key are drawn anew."""
 
         def observe(step: int, params: Params) -> Mapping[str, float]:
-            key = self._key(name, beta, config, step)
-            if key not in self._points.lines:
-                self._points.append(
-                    {"key": key, "objective": name, "beta": beta, "step": step, **self._draw(params)}
-                )
+            key, policy = self._key(name, beta, config, step), fingerprint_parameters(params)
+            if self._points.lines.get(key, {}).get("policy") != policy:
+                about = {"key": key, "objective": name, "beta": beta, "step": step, "policy": policy}
+                self._points.append({**about, **self._draw(params)})
             line = self._points.lines[key]
             return {
                 "samples/reward": float(np.mean(self._rewards(line))),

@@ -8,7 +8,6 @@ the judge's identity, so that verdicts given under another template are never mi
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -32,7 +31,7 @@ from dpo.data.messages import response_text
 from dpo.data.templates import LIMITS, SandboxedTemplate, read_template
 from dpo.judging.rewards import REWARDS, Prompt, Reward
 from dpo.outcomes import UserError
-from dpo.own_code import import_function
+from dpo.own_code import fingerprint_code, import_function
 from dpo.typed_json import Length
 
 Log = Callable[[str], None]
@@ -240,9 +239,7 @@ def reward_judge(name: str, *, setting: str) -> RewardJudge:
     if name not in REWARDS and ":" not in name:
         raise UserError(f"{setting} is {name!r}; allowed: {', '.join([*REWARDS, 'module:function'])}")
     reward: Reward = REWARDS.get(name) or import_function(name, setting=setting)
-    file = inspect.getsourcefile(inspect.unwrap(reward))
-    content = b"" if file is None else Path(file).read_bytes()
-    return RewardJudge(name, reward, hashlib.sha256(content).hexdigest()[:16])
+    return RewardJudge(name, reward, fingerprint_code(reward))
 
 
 class Template:

@@ -17,7 +17,7 @@ from dpo.losses.parameters import NonNegative, Range, checked, require_types, su
 from dpo.losses.scores import Objective, Scores
 from dpo.losses.weighting import with_policy_weights, with_tail_weight
 from dpo.outcomes import UserError
-from dpo.own_code import import_function
+from dpo.own_code import fingerprint_code, import_function
 
 Modifier = Callable[[Scores], Scores]
 
@@ -141,6 +141,16 @@ def with_own_beta(spec: Specification) -> Specification:
         return spec
     beta = inspect.signature(_find_factory(name, where=f"objective {name}")).parameters.get("beta")
     return spec if beta is None or beta.default is beta.empty else {**spec, "beta": beta.default}
+
+
+def own_code_of(specs: Sequence[Specification]) -> dict[str, str]:
+    """The fingerprint of the code of each objective that is the user's own, by its name."""
+    names = [str(spec.get("name")) for spec in specs]
+    return {
+        name: fingerprint_code(_find_factory(name, where=f"objective {name}"))
+        for name in names
+        if name not in _SHIPPED
+    }
 
 
 def default_values(name: str) -> Mapping[str, Any]:

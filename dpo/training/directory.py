@@ -17,7 +17,7 @@ from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 from dpo.runs import CONFIG_FILE, SUMMARY_FILE, Identity, RunSummary, read_summary
-from dpo.training.identity import differences, require_same
+from dpo.training.identity import CODE, differences, identity_of_weights, require_same
 from dpo.training.lock import require_standing
 from dpo.training.memory import keep_choice
 from dpo.training.policy import Policy
@@ -106,6 +106,9 @@ def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]
 
 def _contents(run: Run, reference: Policy) -> Identity:
     found = {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
+    code = {name: value for name, value in run.identity["settings"].items() if name.startswith(CODE)}
+    found |= {"settings": code} if code else {}
     if run.config.model.reference is not None:
-        found["weights"] = found["weights"] | {"reference": reference.fingerprint}
+        of_reference = reference.fingerprint, reference.pretrained.model.config
+        found["weights"] = found["weights"] | identity_of_weights("reference", *of_reference)
     return found

@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from dpo.config import Config
 from dpo.config.marks import BESIDE, OWN, PLACE, Mark, marked
 from dpo.data.batch import Batch
-from dpo.losses import default_values
+from dpo.losses import default_values, own_code_of
+from dpo.models.decoder_config import DecoderConfig
 from dpo.outcomes import UserError
-from dpo.runs import FlatSettings, Identity, flat_settings
+from dpo.runs import FlatSettings, Identity, flat_settings, objective_terms
 from dpo.training.policy import Policy
 from dpo.training.reading import Dataset, given_chat_template
 from dpo.training.reference import ReferenceStore, Rows, Score
@@ -40,6 +41,10 @@ class Probe(TypedDict):
 ROOTS = frozenset({"settings", "data", "tokenizer", "template", "weights"})
 FOLLOWING = frozenset({"tokens", "steps", "reference"})
 """Kinds that follow from `ROOTS`: where one of those may differ and does, these may too."""
+ARCHITECTURE = "architecture."
+"""Begins names of a model's configuration; those that an earlier version did not keep are not compared."""
+CODE = "code of "
+"""Begins the name of an objective that is the user's own function, beside the settings."""
 TOLD_ONLY = "devices"
 """The kind that may differ without leave."""
 
@@ -65,12 +70,13 @@ def run_identity(
         data["eval"] = heldout.content
         tokens["eval"] = heldout.tokens.fingerprint
     return {
-        "settings": without(resolved_settings(config), PLACE),
+        "settings": without(resolved_settings(config), PLACE)
+        | {f"{CODE}{name}": code for name, code in own_code_of(objective_terms(config)).items()},
         "data": data,
         "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
         "template": {"sha256": None if template is None else _sha256(json.dumps(template))},
         "tokens": tokens,
-        "weights": {"policy": policy.fingerprint},
+        "weights": identity_of_weights("policy", policy.fingerprint, policy.pretrained.model.config),
         "versions": package_versions(),
         "steps": {"total": num_steps},
         TOLD_ONLY: {
@@ -79,6 +85,15 @@ def run_identity(
             "processes": jax.process_count(),
         },
     }
+
+
+def identity_of_weights(name: str, fingerprint: str, config: DecoderConfig) -> dict[str, Any]:
+    """The fingerprint of a model's weights, and all that its configuration makes of them."""
+    values = {
+        f"{ARCHITECTURE}{name}.{field}": _sha256(json.dumps(value)) if isinstance(value, tuple) else value
+        for field, value in flat_settings(asdict(config)).items()
+    }
+    return {name: fingerprint} | values
 
 
 def reference_identity(stores: Mapping[str, ReferenceStore]) -> Identity:
@@ -133,6 +148,7 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
             f"{name}: {_show(old, name)} → {_show(values, name)}"
             for name in dict.fromkeys([*old, *values])
             if _show(old, name) != _show(values, name)
+            and not (name.startswith(ARCHITECTURE) and name not in old)
         ]
         if lines:
             found[kind] = lines

@@ -18,6 +18,7 @@ from dpo.config import FrontierConfig
 from dpo.experiments import frontier
 from dpo.experiments.frontier import best_of_n_kl, expected_best, finite_rewards, run_configs
 from dpo.experiments.frontier_figures import draw_frontier
+from dpo.judging.journal import Journal
 from dpo.judging.judges import RewardJudge
 from dpo.outcomes import STOPPED
 from dpo.training import loop, preparation
@@ -37,6 +38,25 @@ def test_the_kl_of_best_of_n_is_that_of_the_maximum_of_uniforms() -> None:
         density = n * u ** (n - 1)
         assert best_of_n_kl(n) == pytest.approx(np.mean(density * np.log(density)), abs=1e-3)
     assert best_of_n_kl(2) == pytest.approx(log(2) - 0.5)
+
+
+def test_answers_of_another_policy_are_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a run was deleted and trained on other data: its settings are the same."""
+    given, drawn = FrontierConfig(objectives=["dpo"], betas=[0.1], temperature_beta=0.1), []
+    ((key, config),) = run_configs(given).items()
+
+    def draw(self: object, params: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        drawn.append(params)
+        return {"log_ratio": [0.0], "length": [1], "texts": [str(len(drawn))]}
+
+    monkeypatch.setattr(frontier._Observers, "_draw", draw)
+    length = RewardJudge("length", lambda prompt, response: len(response), "1")
+    with Journal(tmp_path / "points.jsonl") as points:
+        observe = frontier._Observers(given, ["a prompt"], length, points).of(*key, config)
+        for value, times in ((0.0, 1), (0.0, 1), (1.0, 2), (1.0, 2)):
+            observe(3, {"weight": np.full(2, value)})
+            assert len(drawn) == times
+        assert [line["texts"] for line in points.lines.values()] == [["2"]]
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from tiny_model import byte_tokenizer, tiny_config
 
 from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from dpo.data.packing import facts
 from dpo.data.tokenized import make_dataset
+from dpo.huggingface.text_models import read_config
 from dpo.parallel.sharding import make_mesh
 from dpo.training.identity import (
     Probe,
@@ -164,7 +166,9 @@ def test_what_a_run_is_on_one_device_without_held_out_data():
     tokenizer = SimpleNamespace(
         is_fast=False, get_vocab=lambda: {"a": 0}, special_tokens_map={}, chat_template=None
     )
-    policy = SimpleNamespace(pretrained=SimpleNamespace(tokenizer=tokenizer), fingerprint="w")
+    _, model = read_config(tiny_config(byte_tokenizer()))
+    pretrained = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=model))
+    policy = SimpleNamespace(pretrained=pretrained, fingerprint="w")
     rows = SimpleNamespace(content="c", tokens=SimpleNamespace(fingerprint="t"))
     found = inspect.unwrap(run_identity)(
         Config(),
@@ -174,11 +178,12 @@ def test_what_a_run_is_on_one_device_without_held_out_data():
         mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
         num_steps=7,
     )
-    assert (found["data"], found["tokens"], found["weights"]) == (
-        {"train": "c"},
-        {"train": "t"},
-        {"policy": "w"},
-    )
+    assert (found["data"], found["tokens"]) == ({"train": "c"}, {"train": "t"})
+    weights = found["weights"]
+    assert (weights["policy"], weights["architecture.policy.hidden_size"]) == ("w", 32)
+    assert differences({"weights": {"policy": "w"}}, {"weights": weights}) == {}, "of an earlier version"
+    turned = weights | {"architecture.policy.ropes": "another"}
+    assert differences({"weights": turned}, {"weights": weights}).keys() == {"weights"}
     assert (found["template"], found["steps"]) == ({"sha256": None}, {"total": 7})
     assert found["devices"]["mesh"] == "data 1 x fsdp 1 x tensor 1"
     assert "run_dir" not in found["settings"]

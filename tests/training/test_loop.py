@@ -259,11 +259,24 @@ def test_a_refusal_over_the_reference_changes_nothing(config, two_steps, tmp_pat
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_finished_run_is_not_finished_for_other_data(config):
-    """Labels that were flipped in the same file leave the settings as they were."""
-    config = replace(config, data={"eval": None}, training={"steps": 1, "eval_every": None})
+def test_a_finished_run_is_not_finished_for_other_data_or_other_own_code(config, tmp_path, monkeypatch):
+    """Flipped labels, or another loss under its name, in the same file leave the settings as they were."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / "loss_of_a_finished_run.py"
+    code.write_text("from dpo.losses.pairwise import dpo\ndef loss(beta: float = 0.5): return dpo(beta)\n")
+    config = replace(
+        config,
+        data={"eval": None},
+        training={"steps": 1, "eval_every": None},
+        objective={"name": "loss_of_a_finished_run:loss"},
+    )
     train(config)
     assert train(config).status == "already finished"
+    before = code.read_text()
+    code.write_text(before.replace("dpo(beta)", "dpo(2 * beta)"))
+    with pytest.raises(ValueError, match=r"(?s)other settings:\n  settings: code of loss_of_a_finished_run:"):
+        train(config)
+    code.write_text(before)
     path = Path(config.data.train)
     path.write_text(path.read_text().replace('"ranks": [1, 2]', '"ranks": [2, 1]'))
     with pytest.raises(ValueError, match=r"(?s)the finished run in .* other data:.*--allow-changed data"):
@@ -278,10 +291,16 @@ def test_a_finished_run_is_not_finished_for_another_reference(config, tmp_path):
     config = replace(config, data={"eval": None}, training=training, model={"reference": str(reference)})
     train(config)
     assert train(config).status == "already finished"
+    (reference / "SHA256SUMS").unlink(missing_ok=True)
+    of_model = reference / "config.json"
+    before = of_model.read_text()
+    of_model.write_text(before.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 0.01'))
+    with pytest.raises(ValueError, match=r"weights: architecture.reference.norm_eps: 1e-05 → 0.01"):
+        train(config)
+    of_model.write_text(before)
     (path,) = reference.glob("*.safetensors")
     tensors = load_file(path)
     save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    (reference / "SHA256SUMS").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"(?s)the finished run in .* other weights:\n  weights: reference"):
         train(config)
 
