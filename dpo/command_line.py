@@ -110,6 +110,9 @@ class SettingsParser(ArgumentParser):
         self._files = tuple(
             arg.partition("=")[2] or following for arg, following in pairs if _CONFIG_OPTION.match(arg)
         )
+        for file in map(Path, self._files):  # a pipe nobody writes to is waited for without an end
+            if file.exists() and not file.is_file():
+                self.error(f"config: {file} is no regular file; allowed: a YAML file of settings")
         try:
             return super().parse_args(given, *rest, **kwargs)
         except UnicodeDecodeError as error:
@@ -249,6 +252,8 @@ def explain(message: str, names: list[str]) -> str:
             f"{bare[0].rpartition(' ')[2]}: settings begin with two dashes: --{bare[1]}{bare[2] or '=VALUE'}"
         )
     unknown = _unknown_key(message)
+    if unknown in names:  # a setting that is required has its place on the command line, and no option
+        return f"{unknown} is given by its place, without a name: VALUE, not --{unknown}=VALUE"
     if unknown:
         return f"{unknown} is not a setting{_suggestion(unknown, names)}"
     message = re.sub(r"(?:a )?<class '(\w+)'>", lambda found: _TYPE_WORDS.get(found[1], found[1]), message)

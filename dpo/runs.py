@@ -25,6 +25,7 @@ from typing import Any, NotRequired, TypedDict
 from dpo.config import Config
 from dpo.config.run import ObjectiveSettings
 from dpo.outcomes import UserError
+from dpo.overwriting import require_own
 from dpo.typed_json import parse_typed, read_typed
 
 CONFIG_FILE = "config.yaml"
@@ -62,14 +63,8 @@ def require_run_or_none(run_dir: Path) -> None:
     Raises:
       UserError: naming the file, before anything is written.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir is {str(run_dir)!r}, a file; allowed: a directory, there or not yet")
-    there = [name for name in _WRITTEN if (run_dir / name).exists()]
-    if there and not (run_dir / LOCK_FILE).exists():
-        raise UserError(
-            f"run_dir is {str(run_dir)!r}, which is no run and holds {', '.join(there)}, which a run would "
-            "write over; allowed: a directory of its own"
-        )
+    is_own = (run_dir / LOCK_FILE).exists()
+    require_own(run_dir, _WRITTEN, is_own=is_own, setting="run_dir", kind="run")
 
 
 _WRITTEN = (

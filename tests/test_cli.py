@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,8 @@ def test_the_module_runs_as_the_command_does() -> None:
         ),
         (["evaluate", "--run=no_such_run"], "no_such_run/config.yaml: there is no such file"),
         (["export"], "run"),
+        (["export", "--run=x"], "run is given by its place, without a name: VALUE, not --run=VALUE"),
+        (["train", "--config", os.devnull], f"config: {os.devnull} is no regular file; allowed: a YAML"),
     ],
 )
 def test_what_is_wrong_is_named_and_exits_with_2(
@@ -343,6 +346,18 @@ def test_a_directory_that_is_no_run_is_not_written_over(
     (tmp_path / "notes.txt").write_text("other files are nobody's business")
     error = refused(capsys, "train", f"--run_dir={tmp_path}", "--model.source=/no/such/model")
     assert f"is no run and holds {name.split('/')[0]}, which a run would write over" in error
+    assert own.read_text().endswith("# mine")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "results.json"])
+def test_a_directory_that_is_no_diffusion_example_is_not_written_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    """Also where own settings of the example stand there, with what somebody wrote beside them."""
+    own = tmp_path / name
+    own.write_text("eta: 1.0  # mine")
+    error = refused(capsys, "diffusion", f"--run_dir={tmp_path}", "--reference_updates=1")
+    assert f"is no diffusion example and holds {name}, which a diffusion example would write over" in error
     assert own.read_text().endswith("# mine")
 
 

@@ -3,7 +3,7 @@
 Range checks live in `__post_init__`, so that a bad value stops a command before anything is loaded.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
@@ -58,6 +58,7 @@ __all__ = [
     "WatchConfig",
     "WinrateConfig",
     "heldout_settings",
+    "is_config",
     "save_config",
 ]
 
@@ -66,3 +67,12 @@ def save_config(config: Config | DiffusionConfig, path: str | Path) -> None:
     """Write every setting as YAML, whole or not at all; `dpo train --config PATH` repeats the run."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     replace_text(Path(path), text, what="the settings")
+
+
+def is_config(kind: type, path: Path) -> bool:
+    """Whether a file holds every setting of a kind and nothing else, as `save_config` leaves it."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and content.keys() == {field.name for field in fields(kind)}

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dpo.config import DiffusionConfig, save_config
+from dpo.config import DiffusionConfig, is_config, save_config
 from dpo.diffusion import variance_exploding
 from dpo.diffusion.mixture import Mixture, ddim_moments
 from dpo.diffusion.network import Network, denoising_loss, fit, noise_predictor
@@ -36,10 +36,14 @@ from dpo.experiments.diffusion_results import (
     SharingFigures,
 )
 from dpo.experiments.diffusion_text import processes_as_text, samples_as_text, sharing_as_text
+from dpo.files import replace_text, require_writable
 from dpo.losses import make_objective, reward_scale
 from dpo.outcomes import UserError
+from dpo.overwriting import require_own
 from dpo.runs import CONFIG_FILE
 
+RESULT_FILE = "results.json"
+WRITTEN = (CONFIG_FILE, RESULT_FILE, "samples.svg", "variances.svg", "shared_noise.svg")
 PATH_SAMPLERS = ("mean_only", "stochastic", "deterministic")
 STEP_COUNTS = (10, 20, 50, 100, 200, 500, 1000)
 TIME_COUNTS = (1, 2, 4, 8, 16)
@@ -61,7 +65,9 @@ def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> DiffusionResu
     """
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    is_own = is_config(DiffusionConfig, run_dir / CONFIG_FILE)
+    require_own(run_dir, WRITTEN, is_own=is_own, setting="run_dir", kind="diffusion example")
+    require_writable(run_dir, "the example")
     save_config(config, run_dir / CONFIG_FILE)
     mixture, beta = mixture_of(config), reward_scale(config.objective)
     slope = np.array(config.reward)
@@ -93,7 +99,7 @@ def run(config: DiffusionConfig, *, log: Callable[[str], None]) -> DiffusionResu
         "share_of_shift": shift_share(drawn["before"], drawn["after"], mixture, optimum),
         "seconds": time.perf_counter() - started,
     }
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    replace_text(run_dir / RESULT_FILE, json.dumps(results, indent=1) + "\n", what="the results")
     log(samples_as_text(results))
     return results
 

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from dpo.config import Config, ExportConfig
-from dpo.files import CHECKSUMS_FILE, require_writable, unlisted_files
+from dpo.files import require_writable
 from dpo.huggingface.adapter_writing import save_adapters
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import text_fields
 from dpo.outcomes import UserError
+from dpo.overwriting import require_replaceable
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, METRICS_FILE, read_metrics
 from dpo.training.adapted import adapters_to_write, model_to_write, policy_to_write
 from dpo.training.checkpoint import Checkpoints
@@ -44,8 +45,6 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
     directory = Path(given.run) / CHECKPOINTS_DIRECTORY
     if not directory.is_dir():
         raise UserError(f"{directory} is not there: {given.run} has no checkpoint")
-    if given.output is not None:
-        _require_replaceable(Path(given.output), config)
     dtype = choose_dtype(given.dtype, config.model.source)
     if given.format == "gguf":
         dtype = _GGUF_NAMES.get(dtype, dtype)
@@ -53,6 +52,7 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
             text_fields(open_checkpoint(config.model.source).config)["model_type"]
         )  # before work
     output = Path(given.output or default_output(given, dtype))
+    _require_replaceable(output, config)  # while nothing is read yet
     require_writable(output.parent, "an export")
     with Checkpoints(directory, keep=config.training.keep_checkpoints, read_only=True) as checkpoints:
         step = _choose_step(checkpoints, directory, given.step)
@@ -61,6 +61,7 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         held = jnp.dtype(dtype) if given.format == "merged" and not config.lora.is_on else None
         params = checkpoints.restore_params(step, policy.params, dtype=held)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
+    _require_replaceable(output, config)
     if given.format == "adapter":
         name = given.base_name or config.lora.base_name
         named = replace(config, lora=replace(config.lora, base_name=name, merged=True))
@@ -210,26 +211,17 @@ def heldout_metrics(run_dir: str | Path, step: int) -> dict[str, float] | None:
 
 
 def _require_replaceable(output: Path, config: Config) -> None:
-    """An output that was named takes the place of an earlier export, and of nothing else.
+    """The output takes the place of an earlier export, and of nothing else.
 
     Raises:
-      UserError: for anything that it would delete, while nothing is read yet.
+      UserError: for anything that it would delete.
     """
     model, there = config.model, output.exists()
     for name, source in (("model.source", model.source), ("model.reference", model.reference)):
         path = Path(source or "").expanduser()
         if source and there and path.exists() and output.samefile(path):
             raise UserError(f"output is {output}, which is {name} of the run; allowed: another place")
-    if output.is_file() and output.suffix != ".gguf":
-        raise UserError(f"output is {output}, which is a file; allowed: a directory")
-    if output.is_dir() and any(output.iterdir()):
-        whole = (output / CHECKSUMS_FILE).is_file()
-        others = unlisted_files(output) if whole else [f"{CHECKSUMS_FILE}: is not there"]
-        if others or output.suffix == ".gguf":
-            raise UserError(
-                f"output is {output}, which holds what no export wrote ({'; '.join(others[:3])}) and would "
-                "be deleted; allowed: a new or empty directory, or an earlier export"
-            )
+    require_replaceable(output)
 
 
 def _choose_step(checkpoints: Checkpoints, directory: Path, step: int | None) -> int:

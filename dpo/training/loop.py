@@ -34,6 +34,7 @@ from dpo.runs import (
     Identity,
     RunSummary,
     read_metrics,
+    require_run_or_none,
 )
 from dpo.training import rounding
 from dpo.training.announce import introduction
@@ -66,7 +67,11 @@ from dpo.training.progress import say
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import Scoring, choose_reference, make_scoring
-from dpo.training.requirements import require_shared, require_what_comes_later
+from dpo.training.requirements import (
+    require_replaceable_exports,
+    require_shared,
+    require_what_comes_later,
+)
 from dpo.training.saving import Probe, Resume
 from dpo.training.starts import counted_start, hung_before
 from dpo.training.step import Params, Sums, TrainState, move_reference
@@ -202,6 +207,7 @@ def _enter(stack: ExitStack, given: Config, settings: str) -> RunSummary | None:
         stack.enter_context(held(run_dir))
 
     stack.enter_context(joined(given.distributed))
+    on_main(lambda: require_run_or_none(run_dir))
     on_main(partial(enter, exclusive))
     require_shared(run_dir)
     on_main(partial(enter, counted_start))
@@ -322,6 +328,7 @@ def _export(run: Run, state: TrainState, metrics: dict[str, float] | None) -> No
     params, frozen = on_this_host((state.params, run.policy.frozen))
     if is_main():
         require_standing(run.run_dir)
+        require_replaceable_exports(run.run_dir)
         policy, config = run.policy._replace(frozen=frozen), run.config
         if not config.lora.is_all_there_is:
             export = run.run_dir / EXPORT_DIRECTORY

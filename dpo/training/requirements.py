@@ -15,6 +15,7 @@ import jax
 from dpo.config import TrainingConfig
 from dpo.huggingface.saving import SHARD_BYTES
 from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.overwriting import require_replaceable
 from dpo.parallel.distributed import from_all, is_alone, is_main, on_main
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, LOCK_FILE
 from dpo.training.lock import is_held, standing
@@ -37,6 +38,7 @@ def require_what_comes_later(run: Run, program: Program) -> None:
 
     def look() -> None:
         policy = run.policy
+        require_replaceable_exports(run.run_dir)
         exported = policy.params if run.config.lora.is_all_there_is else (policy.params, policy.frozen)
         with standing(run.run_dir):
             require_room(
@@ -55,6 +57,16 @@ def require_what_comes_later(run: Run, program: Program) -> None:
         )
 
     on_main(look)
+
+
+def require_replaceable_exports(run_dir: Path) -> None:
+    """Refuse to delete what somebody has put into the directories of the policy or the adapters.
+
+    Raises:
+      UserError: naming it.
+    """
+    for name in (EXPORT_DIRECTORY, ADAPTER_DIRECTORY):
+        require_replaceable(run_dir / name, name=f"the place of the run's {name}")
 
 
 def require_room(

@@ -67,10 +67,10 @@ class WeightsAndBiases:
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
         name = _tracked_as(run_dir, "wandb", resume_step)
-        ours = {"project": "dpo", "id": name, "name": name, "dir": str(run_dir)}
+        ours = {"project": "dpo", "id": name, "name": name, "dir": str(run_dir), "resume": "allow"}
         said = {key for key, variable in _WANDB.items() if os.environ.get(variable)}
         chosen = {key: value for key, value in ours.items() if key not in said}
-        self._run = wandb.init(**chosen, config=dict(config), resume="allow")
+        self._run = wandb.init(**chosen, config=dict(config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -80,6 +80,7 @@ class WeightsAndBiases:
 
 
 _WANDB = {"project": "WANDB_PROJECT", "id": "WANDB_RUN_ID", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
+_WANDB |= {"resume": "WANDB_RESUME"}
 """What the environment says goes before what is ours: an argument would override it."""
 
 

@@ -46,9 +46,9 @@ def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.Capture
     assert results["after"]["exact_reward"] > results["before"]["exact_reward"]
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "results.json", "samples.svg"}
     assert "share of the exact shift" in capsys.readouterr().out
-    again = tmp_path / "again"
-    assert main(["diffusion", "--config", str(tmp_path / "config.yaml"), f"--run_dir={again}"]) == 0
-    repeated = json.loads((again / "results.json").read_text())
+    (tmp_path / "results.json").unlink()
+    assert main(["diffusion", "--config", str(tmp_path / "config.yaml"), f"--run_dir={tmp_path}"]) == 0
+    repeated = json.loads((tmp_path / "results.json").read_text())
     assert repeated["after"] == results["after"]
 
 

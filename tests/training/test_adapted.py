@@ -310,6 +310,10 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(config,
         (place / name).touch()
         with pytest.raises(ValueError, match=r"holds what no export wrote .* and would be deleted"):
             ask(place)
+    (run / {"merged": "export", "adapter": "adapter"}[kind]).mkdir()
+    (run / {"merged": "export", "adapter": "adapter"}[kind] / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"holds what no export wrote"):
+        export_checkpoint(ExportConfig(run=str(run), format=kind), config)
     with pytest.raises(ValueError, match="which is a file"):
         ask(mine / "config.json")
     with pytest.raises(ValueError, match=r"which is model\.source of the run"):

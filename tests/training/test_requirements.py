@@ -12,13 +12,15 @@ import pytest
 
 from dpo.config import TrainingConfig
 from dpo.files import WriteError, require_writable
-from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, outcome_of
+from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, UserError, outcome_of
 from dpo.runs import LOCK_FILE
-from dpo.training import requirements
+from dpo.training import loop, requirements
 from dpo.training.lock import exclusive
+from dpo.training.policy import Policy
 from dpo.training.preparation import Run
 from dpo.training.program import Program
 from dpo.training.requirements import num_checkpoints, require_room, require_shared
+from dpo.training.step import TrainState
 
 GB = 10**9
 
@@ -60,6 +62,23 @@ def test_a_directory_that_goes_away_before_room_is_looked_for_is_named(tmp_path:
     run = Mock(spec=Run, run_dir=run_dir, num_steps=1, config=config, policy=Mock(params=[]))
     with pytest.raises(EnvironmentFailure, match=f"the run directory {run_dir} was deleted or renamed"):
         requirements.require_what_comes_later(run, program)
+
+
+def test_what_somebody_put_into_the_export_is_not_deleted(tmp_path: Path) -> None:
+    """Asked at the start, and again when the run has come to its end."""
+    policy = Mock(spec=Policy, params=[], frozen=[])
+    run = Mock(spec=Run, run_dir=tmp_path, num_steps=1, config=Mock(training=TrainingConfig()), policy=policy)
+    state = Mock(spec=TrainState, params=[])
+    (tmp_path / LOCK_FILE).touch()
+    for name in ("export", "adapter"):
+        notes = tmp_path / name / "notes.txt"
+        notes.parent.mkdir()
+        notes.touch()
+        with pytest.raises(UserError, match=f"place of the run.s {name} is .* holds what no export wrote"):
+            requirements.require_what_comes_later(run, Mock(spec=Program, state=[]))
+        with pytest.raises(UserError, match="and would be deleted"):
+            loop._export(run, state, None)
+        shutil.rmtree(notes.parent)
 
 
 def test_what_an_earlier_start_saved_counts_as_room(tmp_path: Path) -> None:

@@ -292,8 +292,11 @@ def test_a_fresh_start_is_another_run_to_a_tracker_outside_the_directory(
     assert {one["project"] for one in started} == {"dpo"}
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_NAME", "my run")
+    monkeypatch.setenv("WANDB_RESUME", "never")
     log_steps(run_dir, range(1), names=("wandb",))
-    assert started[-1].keys() & {"project", "name", "id", "dir"} == {"id", "dir"}, "W&B reads the rest itself"
+    ours = {"project", "name", "id", "dir", "resume"}
+    assert started[-2].keys() & ours == ours
+    assert started[-1].keys() & ours == {"id", "dir"}, "W&B reads the rest itself"
     assert not any("entity" in one for one in started), "WANDB_ENTITY is W&B's to read"
 
 
