@@ -259,7 +259,7 @@ def test_a_refusal_over_the_reference_changes_nothing(config, two_steps, tmp_pat
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_finished_run_is_not_finished_for_other_data_or_other_own_code(config, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_finished_for_other_data(config, tmp_path, monkeypatch):
     """Flipped labels, or another loss under its name, in the same file leave the settings as they were."""
     monkeypatch.syspath_prepend(tmp_path)
     code = tmp_path / "loss_of_a_finished_run.py"
