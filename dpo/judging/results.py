@@ -58,8 +58,8 @@ def _place(directory: Path, result: MatchResult) -> Path:
         return directory / RESULT_FILE
     first = next(iter(found.values()))
     words = [str(result["settings"]["judge"])]
-    words += [result["opponent"]] if result["opponent"] != first["opponent"] else []
-    words += ["other-data"] if result["data"] != first["data"] else []
+    words += [] if _is_same(result["opponent"], first["opponent"]) else [result["opponent"]]
+    words += [] if _is_same(result["data"], first["data"]) else ["other-data"]
     name = "-".join(["winrate", *(re.sub(r"[^\w.]+", "-", Path(word).name).strip("-") for word in words)])
     numbers = ["", *(f"-{number}" for number in range(2, len(found) + 2))]
     return next(path for end in numbers if (path := directory / f"{name}{end}.json") not in found)
@@ -67,4 +67,15 @@ def _place(directory: Path, result: MatchResult) -> Path:
 
 def _compared(result: MatchResult) -> tuple[object, ...]:
     """What tells one match from another: a measurement of the same with other settings takes its place."""
-    return result["policy"], result["opponent"], result["data"], result["judge"]
+    given = (result["policy"], result["opponent"], result["data"])
+    return *map(_whole_path, given), result["judge"]
+
+
+def _is_same(source: object, other: object) -> bool:
+    return _whole_path(source) == _whole_path(other)
+
+
+def _whole_path(source: object) -> object:
+    """A source that is a path here, however it was spelled; what is none, or not there any more, as it is."""
+    path = Path(source).expanduser() if isinstance(source, str) else None
+    return source if path is None or not path.exists() else str(path.resolve())

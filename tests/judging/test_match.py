@@ -89,6 +89,14 @@ def test_a_model_against_itself(
     assert main([*command, "--judge=longer", "--samples=3", "--temperatures=[0,1]"]) == 0
     assert before == ((out / "winrate.json").read_bytes(), (out / "verdicts.jsonl").read_bytes())
 
+    # nor does it where models and data are named by another path: it is the same match
+    monkeypatch.chdir(tmp_path)
+    near = [word.replace(str(tmp_path), ".") for word in command]
+    assert near != command
+    assert main([*near, "--judge=longer", "--samples=3", "--temperatures=[0,1]"]) == 0
+    assert [path.name for path in out.glob("winrate*.json")] == ["winrate.json"]
+    (out / "winrate.json").write_bytes(before[0])
+
     # another judge sees the same samples, and its figures are beside those of the first
     assert main([*command, "--judge=first", "--samples=3", "--kl=false"]) == 0
     assert (out / "winrate.json").read_bytes() == before[0]
