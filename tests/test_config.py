@@ -19,6 +19,7 @@ from dpo.commands import report, sweep
 from dpo.config import (
     Config,
     DataConfig,
+    EvaluateConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ from dpo.config import (
     TrainingConfig,
     save_config,
 )
+from dpo.config.commands import HeldoutConfig
 from dpo.config.home import at_home
 
 UNUSUAL = Config(
@@ -154,8 +156,8 @@ def settings_of(kind: type) -> list[tuple[type, str]]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "name"), settings_of(Config), ids=lambda part: str(part))
-def test_every_setting_has_a_line_of_text(kind: type, name: str) -> None:
+def text_below(kind: type, name: str) -> str:
+    """What stands below a field of a class."""
     body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
     after = {
         node.target.id: following
@@ -165,6 +167,19 @@ def test_every_setting_has_a_line_of_text(kind: type, name: str) -> None:
     text = after[name]
     assert isinstance(text, ast.Expr), f"{kind.__name__}.{name} has no docstring below it"
     assert isinstance(text.value, ast.Constant)
+    return str(text.value.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), settings_of(Config), ids=lambda part: str(part))
+def test_every_setting_has_a_line_of_text(kind: type, name: str) -> None:
+    assert text_below(kind, name)
+
+
+@pytest.mark.parametrize("kind", [HeldoutConfig, EvaluateConfig])
+def test_what_a_run_stands_in_for_says_so(kind: type) -> None:
+    """Of the commands that measure a run whatever is not given is its own (`heldout_settings`)."""
+    own = [name for name in inspect.get_annotations(kind) if name not in ("run", "output", "rows", "seed")]
+    assert [name for name in own if not re.search("run's|RUN/", text_below(kind, name))] == []
 
 
 def test_the_home_directory_may_be_written_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,12 +219,15 @@ def test_nothing_overrides_what_the_environment_says():
     """HF_HOME, HF_ENDPOINT, HF_TOKEN and their like are the hub client's to read, TMPDIR is tempfile's."""
     theirs = {"cache_dir", "token", "endpoint", "use_auth_token", "local_files_only"}
     own = {"_State", "state._replace"}  # fields of ours with such a name
-    stricter = {("snapshot_download", "local_files_only")}  # for an adapter here nothing is fetched
+    ours = {
+        ("snapshot_download", "local_files_only"),  # for an adapter here nothing is fetched
+        ("getattr(module, READERS[reader])", "cache_dir"),  # the caller's own, told to a limited process
+    }
     for path in (Path(__file__).parents[1] / "dpo").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) not in own:
                 given = theirs.intersection(keyword.arg or "" for keyword in node.keywords)
-                given -= {name for function, name in stricter if ast.unparse(node.func) == function}
+                given -= {name for function, name in ours if ast.unparse(node.func) == function}
                 assert not given, (path, node.lineno, given)
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not re.match(r"/(var/)?tmp\b", node.value), (path, node.lineno)

@@ -75,7 +75,7 @@ class HeldoutConfig:
     split: str | None = None
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
-    """Use the first so many rows only; all when not given."""
+    """Use the first so many rows only; the run's data.max_eval, or else all, when not given."""
     row_layout: str | None = None
     """Layout of the rows, as data.row_layout names it; the run's, or else recognised by the columns, when
     not given."""
@@ -156,7 +156,7 @@ class ExportConfig:
     run: str
     """Run directory that holds the checkpoint."""
     output: str | None = None
-    """Directory to write, which must be new, empty or of the same kind, or the .gguf file to write. When not
+    """Directory to write, which must be new, empty or an earlier export, or the .gguf file to write. When not
     given, RUN/export (or RUN/adapter, or RUN/export.gguf), and RUN/export-STEP-DTYPE where a step or a dtype
     other than float32 is given."""
     step: int | None = None
@@ -331,7 +331,8 @@ class GenerateConfig:
     """Answer a prompt with a model, printing the response as it is drawn."""
 
     model: str
-    """The model that answers: directory, GGUF file, hub id or embedded:smollm2-135m-instruct."""
+    """The model that answers: a run (its export), directory, GGUF file, hub id or
+    embedded:smollm2-135m-instruct."""
     system: str | None = None
     """System message before the prompt; the chat template's own when not given."""
     template_kwargs: TemplateArguments = field(default_factory=dict)
