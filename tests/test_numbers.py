@@ -22,10 +22,11 @@ from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS
 from dpo.judging import prompts, replies, server, winrate
 from dpo.losses import OBJECTIVES, plackett_luce
 from dpo.models import attention_blocked, attention_tiles
+from dpo.models.rotary import ROPE_TYPES
 from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
 from dpo.parallel import deadline
 from dpo.planning import chips
-from dpo.training import interrupt, on_policy, pieces, preflight, progress, starts, watchdog
+from dpo.training import interrupt, metrics, on_policy, pieces, preflight, progress, starts, watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Config()
@@ -118,6 +119,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/security.md", "{} MiB and {:,} times the file's size;", (BASE >> 20, FACTOR)),
     *(("docs/security.md", *row) for row in LIMITED),
     ("docs/models.md", "lists the {})", (len(PRE_TOKENIZERS),)),
+    ("docs/models.md", "Rope scaling: {}.", (", ".join(ROPE_TYPES),)),
     ("docs/security.md", "{:,} characters and twice those", (DEFAULT.data.template_characters,)),
     ("docs/data.md", "`data.template_characters` (a million)", ()),
     ("docs/security.md", "header at most {} MB", (weights.MAX_HEADER_BYTES // 10**6,)),
@@ -172,6 +174,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/troubleshooting.md", "After {} steps the loss is still", (watchdog.STUCK_AFTER,)),
     ("docs/troubleshooting.md", "{} steps in a row had no gradient", (WORDS[watchdog.ZERO_STEPS].title(),)),
     ("docs/troubleshooting.md", "the last {0} steps are half as long again as those of the first {0}", (50,)),
+    ("docs/from_trl.md", "within {} roundings of its log-probs", (metrics.RESOLUTION,)),
     ("docs/from_trl.md", "`training.epochs` (**{:g}**)", (DEFAULT.training.epochs,)),
     ("docs/from_trl.md", "`data.max_length` (**{}**)", (DEFAULT.data.max_length,)),
     ("docs/from_trl.md", "`data.truncation` (**{}**", (DEFAULT.data.truncation,)),

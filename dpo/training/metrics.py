@@ -22,12 +22,12 @@ def preference_metrics(scores: Scores, beta: float) -> Metrics:
     """Means over the batch. `chosen` is every response of rank 0, `rejected` every other.
 
     rewards/* are β (log π − log ρ), rewards/margins and rewards/accuracies are over all strictly ordered
-    pairs of a prompt, so that for K = 2 they are TRL's, but for a δ of zero: it counts one half, as in all
-    our figures, and nothing in TRL's. Zero is what the log-probs' precision cannot tell from it: at the start
-    policy and reference are one model, whose log-probs of one response differ in their last digits from one
-    shape of a batch to another. Responses of another prompt (rank `MISMATCHED`) are left out. A mean over
-    nothing is NaN: of pairs, where every prompt has one labelled response, or of chosen ones, where a batch
-    has none.
+    pairs of a prompt, so that for K = 2 they are TRL's, but for a δ of zero: it counts one half, as in
+    held-out figures, and nothing in TRL's. Zero is here what the log-probs' precision cannot tell from
+    it: at the start policy and reference are one model, whose log-probs of one response differ in their
+    last digits from one shape of a batch to another. Responses of another prompt (rank `MISMATCHED`) are
+    left out. A mean over nothing is NaN: of pairs, where every prompt has one labelled response, or of
+    chosen ones, where a batch has none.
     """
     rewards = beta * jax.lax.stop_gradient(scores.log_ratio)
     own = scores.present & (scores.ranks != MISMATCHED)

@@ -36,6 +36,7 @@ from torch_models import torch_greedy, torch_log_probs, torch_logits, torch_mode
 from dpo.huggingface.embedded import fetch_embedded
 from dpo.huggingface.families import FAMILIES, classifier_architecture, find_family
 from dpo.huggingface.gguf_architectures import ARCHITECTURES
+from dpo.models.rotary import ROPE_TYPES
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 SMOLLM2 = ORACLES.with_name("smollm2_oracle.json")
@@ -98,6 +99,7 @@ def document(rows: dict[str, str]) -> str:
         "new_tokens": NEW_TOKENS,
         "model_types": ", ".join(f"`{name}`" for name in FAMILIES),
         "classifiers": ", ".join(f"`{classifier_architecture(name)}`" for name in CLASSIFIERS),
+        "rope_types": ", ".join(ROPE_TYPES),
         "gguf": ", ".join(f"`{name}`" for name in ARCHITECTURES),
         "table": "\n".join(rows.values()),
     }
