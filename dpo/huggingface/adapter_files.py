@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,21 +170,21 @@ class AdapterDirectory:
 
 
 class MergedTensors:
-    """A model's tensors with an adapter merged into them as they are read."""
+    """A model's tensors with an adapter merged into them as they are read; `modules` are theirs by name."""
 
-    def __init__(self, base: Tensors, adapter: AdapterDirectory):
-        unknown = [name for name in adapter.modules if f"{name}.weight" not in base.shapes]
+    def __init__(self, base: Tensors, adapter: AdapterDirectory, modules: Mapping[str, str]):
+        unknown = sorted(set(adapter.modules) - set(modules.values()))
         if unknown:
             raise UserError(f"{adapter.directory} adapts what the base model does not have: {unknown}")
         self.shapes = base.shapes
         self._base, self._adapter = base, adapter
-        self._adapted = set(adapter.modules)
+        self._adapted = {name: module for name, module in modules.items() if module in adapter.modules}
         self._merged: tuple[str, np.ndarray] = "", np.zeros(0)
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """One tensor or a run of its rows; float32 where it has an adapter."""
-        module = name.removesuffix(".weight")
-        if module not in self._adapted:
+        module = self._adapted.get(name)
+        if module is None:
             return self._base.read(name, rows)
         if self._merged[0] != name:  # a large tensor is asked for run by run
             self._merged = name, self._adapter.merge(module, self._base.read(name))

@@ -57,7 +57,7 @@ def linear_bindings(bindings: Iterable[Binding]) -> list[Binding]:
 
 def module_names(binding: Binding) -> tuple[str, ...]:
     """Hugging Face's modules of a binding, one a layer, such as model.layers.0.self_attn.q_proj."""
-    return tuple(name.removesuffix(".weight") for name in binding.names)
+    return tuple(binding.rule.module_of(name) for name in binding.names)
 
 
 def choose_linears(

@@ -101,6 +101,21 @@ def _names_of_text(family: Family, names: list[str]) -> dict[str, str]:
     }
 
 
+def find_modules(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """Each tensor's name → the name of transformers' module that holds it."""
+    rules = () if callable(family.rules) else family.rules
+    renamed = {
+        re.compile(re.escape(rule.theirs).replace(r"\{layer\}", r"\d+") + r"\.weight"): rule
+        for rule in rules
+        if rule.module is not None
+    }
+    plain = Rule((), "")
+    return {
+        name: next((rule for is_of, rule in renamed.items() if is_of.fullmatch(name)), plain).module_of(name)
+        for name in names
+    }
+
+
 def constants(family: Family, config: DecoderConfig) -> dict[str, float]:
     """The tensors that hold one number each and are no parameters, and the numbers."""
     return {

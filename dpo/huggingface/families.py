@@ -160,8 +160,9 @@ def _is_finite(rope: Rope) -> bool:
 def find_family(model_type: str) -> Family:
     """The family of a configuration's `model_type`; `ValueError` lists those there are."""
     if model_type not in FAMILIES:
-        allowed = ", ".join([*FAMILIES, *WRAPPERS])
-        raise UserError(f"model_type {model_type[:80]!r} is not supported; supported: {allowed}")
+        allowed, why = ", ".join([*FAMILIES, *WRAPPERS]), _NOT_COMPUTED.get(model_type)
+        reason = "" if why is None else f": {why}"
+        raise UserError(f"model_type {model_type[:80]!r} is not supported{reason}; supported: {allowed}")
     return FAMILIES[model_type]
 
 
@@ -263,8 +264,19 @@ WRAPPERS = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
+    "lfm3_vl": "Lfm3VlForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
 }
 """`model_type` of models that see, of which the text model is read → class name in `config.json`."""
+
+_NOT_COMPUTED: dict[str, str] = dict.fromkeys(
+    ("gemma4", "gemma4_text"),
+    "heads of global attention have another size (global_head_dim), and layers may read the keys and values "
+    "of others (num_kv_shared_layers) or rows of a table of their own (hidden_size_per_layer_input)",
+)
+"""What models have that the decoder does not compute, where people look for them."""
 
 _CLASSIFIERS = {
     "gemma3_text": "Gemma3TextForSequenceClassification",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
-from dpo.huggingface.binding import canonical_names, find_ends
+from dpo.huggingface.binding import canonical_names, find_ends, find_modules
 from dpo.huggingface.carried import Carried, find_carried
 from dpo.huggingface.config_rules import check_config, check_generation_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
@@ -135,8 +135,13 @@ def _open_adapter(directory: Path, *, offline: bool = True) -> Checkpoint:
     except ValueError as error:
         raise UserError(f"{directory} is an adapter of {show(adapter.base)}: {error}") from error
     own_tokenizer = (directory / "tokenizer_config.json").is_file()
+
+    def tensors(family: Family, names: Iterable[str]) -> Tensors:
+        plain = base.tensors(family, names)
+        return MergedTensors(plain, adapter, find_modules(family, plain.shapes))
+
     return base._replace(
-        tensors=lambda family, names: MergedTensors(base.tensors(family, names), adapter),
+        tensors=tensors,
         tokenizer=(lambda: open_tokenizer(directory)) if own_tokenizer else base.tokenizer,
         source=f"{directory.resolve()} on {base.source}",
     )

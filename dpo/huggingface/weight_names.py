@@ -25,6 +25,13 @@ class Rule(NamedTuple):
     fusion: Fusion | None = None
     transposed: bool = True
     """Linear weights are stored [out, in], as torch's Linear does (GPT-2's Conv1D does not)."""
+    module: str | None = None
+    """The last part of the name of transformers' module, as adapters have it, where files have another."""
+
+    def module_of(self, tensor: str) -> str:
+        """The name of transformers' module of a tensor of this rule."""
+        name = tensor.removesuffix(".weight")
+        return name if self.module is None else f"{name.rpartition('.')[0]}.{self.module}"
 
 
 class Spelling(NamedTuple):
@@ -224,7 +231,7 @@ _LFM3_ATTENTION = (
     *_LFM2_LAYERS,
     *_PROJECTIONS,
     *HEAD_NORM_RULES,
-    *_rules(_LAYER + "self_attn.", g_proj="g_proj"),
+    Rule((_PATHS["g_proj"],), _LAYER + "self_attn.gate_proj", module="g_proj"),
     *_rules(_LAYER, attention_output_norm="post_operator_norm", mlp_output_norm="post_ffn_norm"),
 )
 _LFM3_CONVOLUTION = (

@@ -16,6 +16,7 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
 from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import read_config
+from dpo.huggingface.weights import SafetensorsDirectory
 from dpo.models.drawing import SamplingConfig
 from dpo.models.log_probs import token_log_probs
 from dpo.models.sampling import generate
@@ -137,6 +138,20 @@ def test_export_and_load_keep_every_bit(case, tmp_path):
     assert first.shapes == second.shapes
     for name in first.shapes:
         np.testing.assert_array_equal(first.read(name), second.read(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_have_the_names_that_transformers_writes(case, tmp_path):
+    """Its modules may be named otherwise than what it writes and reads: LFM3's gates are."""
+    pytest.importorskip("torch")
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[case.split("-")[0]].from_dict(case_config(case))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    write_checkpoint(tmp_path / "ours", case)
+    ours, theirs = (SafetensorsDirectory(tmp_path / name).shapes for name in ("ours", "theirs"))
+    assert ours == theirs
 
 
 def test_every_family_has_a_case_and_a_line_in_the_documentation():

@@ -102,6 +102,39 @@ CASES: dict[str, dict[str, Any]] = {
         "vision_config": {**_QWEN_SEEN, "deepstack_visual_indexes": [0]},
         "tie_word_embeddings": True,
     },
+    "lfm2_vl": {
+        "text_config": {
+            **{**_TEXT, "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
+            **{"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"]},
+        },
+        "vision_config": {**_SEEN, "model_type": "siglip2_vision_model", "num_patches": 4},
+        **{"projector_hidden_size": 20, "image_token_id": 80},
+    },
+    "lfm3_vl": {
+        "text_config": {
+            **{**_TEXT, "num_hidden_layers": 3, "conv_L_cache": 4, "sliding_window": 6},
+            **{"model_type": "lfm3", "layer_types": ["conv", "sliding_attention", "full_attention"]},
+        },
+        "vision_config": {
+            **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "patch_size": 4},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]},
+        },
+        **{"projector_hidden_size": 20, "image_token_id": 80, "video_token_id": 81},
+        **{"vision_start_token_id": 82, "vision_end_token_id": 83},
+    },
+    "internvl": {
+        "text_config": {**_TEXT, "model_type": "qwen3"},
+        "vision_config": {**_SEEN, "image_size": [8, 8], "patch_size": [4, 4]},
+        **{"image_token_id": 80, "tie_word_embeddings": False},
+    },
+    "exaone4_5": {
+        "text_config": {
+            **{**_TEXT, "model_type": "exaone4", "num_hidden_layers": 3, "sliding_window": 5},
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "vision_config": {**_QWEN_SEEN, "num_key_value_heads": 1},
+        **{"image_token_id": 80, "video_token_id": 81},
+    },
 }
 QUICK = ("gemma3", "mistral3-ministral3", "qwen3_vl")
 """The others differ in their configurations alone."""
@@ -229,7 +262,8 @@ def test_a_head_of_its_own_is_kept_although_the_configuration_ties_it(tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_have_the_names_of_transformers_modules(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["gemma3", pytest.param("lfm3_vl", marks=pytest.mark.slow)])
+def test_adapters_have_the_names_of_transformers_modules(case: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from dpo.huggingface.adapter_writing import save_adapters
     from dpo.huggingface.adapters import (
@@ -241,7 +275,7 @@ def test_adapters_have_the_names_of_transformers_modules(tmp_path: Path) -> None
     )
     from dpo.models.lora import Method
 
-    source = write(tmp_path / "in", "gemma3")
+    source = write(tmp_path / "in", case)
     checkpoint = open_checkpoint(source)
     bindings = model_bindings(*read_config(checkpoint.config))
     adapters = new_adapters(choose_linears(bindings, "all-linear"), rank=2, alpha=4.0, seed=0)
@@ -285,6 +319,9 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
         ValueError, match="text_config of model_type 'gptj' is not supported; supported: llama"
     ):
         read_config(config)
+    gemma4 = r"model_type 'gemma4' is not supported: heads of .* \(global_head_dim\).*; supported: llama"
+    with pytest.raises(ValueError, match=gemma4):
+        read_config({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
     source = write(tmp_path / "in", "gemma3")
     config = json.loads((source / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = -1
