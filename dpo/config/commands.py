@@ -166,7 +166,8 @@ class ExportConfig:
     stores them; gguf writes one file that llama.cpp opens, adapters merged."""
     dtype: ExportDtype = "float32"
     """Dtype of a merged model's weights. float32 keeps every bit; base is the dtype in which the base
-    model is stored. f32, f16, bf16 and the quantised q8_0 to q4_0 are how a GGUF file stores matrices."""
+    model is stored. f32, f16, bf16 and the quantised q8_0 to q4_0 are how a GGUF file stores matrices.
+    Adapters are float32."""
     base_name: str | None = None
     """With format adapter, the hub id or path that the adapters name as their base; the run's lora.base_name,
     or else its model.source, when not given."""
@@ -181,6 +182,11 @@ class ExportConfig:
             raise UserError(
                 f"dtype is {self.dtype}, in which a GGUF file stores matrices, and format is {self.format}; "
                 f"allowed: {', '.join(get_args(WeightDtype))}, or --format gguf"
+            )
+        if self.format == "adapter" and self.dtype != "float32":
+            raise UserError(
+                f"dtype is {self.dtype}, and format is adapter; allowed there: float32, in which adapters "
+                "are trained and written"
             )
         if self.format != "adapter" and self.base_name is not None:
             raise UserError(

@@ -196,6 +196,7 @@ def test_how_a_gguf_file_stores_matrices_is_named_alike_everywhere() -> None:
             {"format": "gguf", "output": "x"},
             r"output is x, and format is gguf; allowed: a file named \*\.gguf",
         ),
+        ({"format": "adapter", "dtype": "bfloat16"}, "dtype is bfloat16, and format is adapter; allowed"),
         ({"format": "gguf", "hub_id": "me/x"}, "hub_id uploads a directory, and format gguf writes a file"),
     ],
 )
