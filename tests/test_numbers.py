@@ -26,7 +26,17 @@ from dpo.models.rotary import ROPE_TYPES
 from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
 from dpo.parallel import deadline
 from dpo.planning import chips
-from dpo.training import interrupt, metrics, on_policy, pieces, preflight, progress, starts, watchdog
+from dpo.training import (
+    interrupt,
+    metrics,
+    on_policy,
+    pieces,
+    preflight,
+    progress,
+    starts,
+    trackers,
+    watchdog,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Config()
@@ -170,6 +180,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/troubleshooting.md", "({} rows a device at a time)", (on_policy.ROWS,)),
     ("docs/troubleshooting.md", "has fallen by a nat a token", (watchdog.COLLAPSE_NATS,)),
     ("docs/watching.md", "every {} seconds", (WORDS[int(progress.PLAIN_INTERVAL)],)),
+    *(("docs/watching.md", "`{}`", (variable,)) for variable in trackers._WANDB.values()),
     ("docs/troubleshooting.md", "by {:g} times their spread", (watchdog.SPIKE_SPREADS,)),
     ("docs/troubleshooting.md", "After {} steps the loss is still", (watchdog.STUCK_AFTER,)),
     ("docs/troubleshooting.md", "{} steps in a row had no gradient", (WORDS[watchdog.ZERO_STEPS].title(),)),
@@ -196,7 +207,9 @@ EXACT = {
 """What rows say whose number is in words; the others are formatted."""
 
 
-@pytest.mark.parametrize(("page", "text", "numbers"), SAID, ids=[f"{p} {t}" for p, t, _ in SAID])
+@pytest.mark.parametrize(
+    ("page", "text", "numbers"), SAID, ids=[f"{p} {t} {n}" if t == "`{}`" else f"{p} {t}" for p, t, n in SAID]
+)
 def test_a_number_is_what_the_page_says(page: str, text: str, numbers: tuple[object, ...]) -> None:
     if text in EXACT:
         assert numbers == (EXACT[text],)
