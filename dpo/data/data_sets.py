@@ -40,7 +40,7 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
 
     if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "state.json").is_file():
         check_saved(Path(source))
-        saved = datasets.load_from_disk(source)
+        saved = _load_saved(source)
         if not isinstance(saved, datasets.DatasetDict):
             return saved
         if split not in saved:
@@ -60,6 +60,17 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
         return found
     text = datasets.Features({name: datasets.Value("string") for name in found.column_names})
     return _read_split(repository, split, where | {"features": text, "keep_default_na": False}, place)
+
+
+def _load_saved(directory: str) -> Any:
+    """What `save_to_disk` wrote, with all of its columns: a format may show some, in other types."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(directory).with_format(None)
+    except Exception as error:  # of a library, about what a stranger wrote
+        what = f"{directory}: its state.json or dataset_info.json is not what save_to_disk writes"
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _has_subset(repository: str, name: str, where: dict[str, Any]) -> bool:
@@ -82,7 +93,13 @@ def _read_split(repository: str, split: str, where: dict[str, Any], place: _Plac
     """A split of what `datasets` keeps, which a limited process makes unless it was made before."""
     import datasets
 
-    builder = datasets.load_dataset_builder(repository, **where)
+    try:
+        builder = datasets.load_dataset_builder(repository, **where)
+    except (TypeError, AttributeError, LookupError) as error:
+        what = (
+            "its README.md or .huggingface.yaml says under configs or dataset_info what datasets cannot read"
+        )
+        raise UserError(f"{repository}: {what}: {type(error).__name__}: {error}") from error
     files = place(builder)
     if not is_prepared(builder):
         prepare(repository, builder, files())

@@ -86,13 +86,22 @@ def check_saved(directory: Path) -> None:
             check_saved(directory / name)
         return
     state = directory / "state.json"
-    files = _read_json(state).get("_data_files")
+    said = _read_json(state)
+    if (kind := said.get("_format_type")) not in _FORMATS:
+        raise UserError(
+            f"{state}: _format_type is {kind!r:.200}; allowed are {', '.join(map(str, _FORMATS))}"
+        )
+    files = said.get("_data_files")
     listed = files if isinstance(files, list) else [None]
     names = [one.get("filename") if isinstance(one, dict) else None for one in listed]
     if not all(map(_is_name, names)):
         raise UserError(f"{state}: _data_files is {files!r:.200}; allowed is a list of files beside it")
     _read_json(directory / "dataset_info.json")
     check_arrow([_regular(directory / str(name)) for name in names])
+
+
+_FORMATS = (None, "python", "numpy", "pandas", "arrow", "polars", "torch", "tensorflow", "jax")
+"""Which a saved data set may have had; its rows are read without."""
 
 
 def _is_name(name: Any) -> bool:

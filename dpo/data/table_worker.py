@@ -79,6 +79,7 @@ def _look_at_parquet(request: dict[str, Any]) -> dict[str, Any]:
     allowed = _Allowed(os.path.getsize(path))
     with pyarrow.parquet.ParquetFile(path) as file:
         about = file.metadata
+        _require_names_once(file.schema_arrow)
         allowed.take(about.num_rows * POINTER)
         allowed.taken = rows = size = 0
         group = first
@@ -145,6 +146,7 @@ def _arrow_batches(path: str) -> Iterator[Any]:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        _require_names_once(reader.schema)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
             batch.validate(full=True)
@@ -176,6 +178,18 @@ def _measure(array: Any, name: str) -> int:
     if types.is_null(kind) or types.is_primitive(kind) or types.is_decimal(kind) or _is_text(kind):
         return pointers + array.nbytes
     raise _WrongError(f"its column {name[:100]!r} has the type {str(kind)[:100]}, which is not read")
+
+
+def _require_names_once(fields: Any) -> None:
+    """Of a schema or of objects, however deep: of two values by one name a row would have the last."""
+    names = [field.name for field in fields]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _WrongError(
+            f"it has two columns, or fields of an object, named {twice[:100]!r}; allowed is one"
+        )
+    for field in fields:
+        _require_names_once([field.type.field(at) for at in range(field.type.num_fields)])
 
 
 def _take_dictionary(array: Any) -> int:
@@ -213,12 +227,17 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
     """What `datasets` keeps of the files of a data set, in a directory."""
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
+    from pyarrow.parquet import read_schema
 
     datasets.disable_progress_bars()
     logging.getLogger("datasets").addHandler(_Faults(logging.ERROR))
     reader, features = request["reader"], request["features"]
     module = importlib.import_module(f"datasets.packaged_modules.{reader}.{reader}")
     files = {split: DataFilesList(paths, []) for split, paths in request["files"].items()}
+    for path in (path for paths in files.values() for path in paths if reader == "parquet"):
+        _AT_FAULT[:] = [path]
+        _require_names_once(read_schema(path))
+    _AT_FAULT.clear()
     builder = getattr(module, READERS[reader])(
         cache_dir=request["cache"],
         dataset_name=request["name"],

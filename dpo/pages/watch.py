@@ -37,6 +37,8 @@ SHOWN_PANELS = (
 _COLOURS = ("cyan", "yellow")
 _MEAN_OF = 10
 """A line is the running mean over one part in so many of all steps."""
+_MOST_STEPS, _MOST_SECONDS = 2**53, 1e9
+"""Beyond these a line says no pace: of a whole run, and of a step."""
 
 
 def watch(
@@ -87,21 +89,30 @@ def _progress(config: Config, metrics: Metrics, state: str) -> Text:
     if not trained:
         return Text(f"{state}: no step yet", "dim")
     last, total = trained[-1], total_steps(config, trained[-1])
-    text = f"{state}, step {int(last['step']) + 1} of {total}"
-    seconds = [row["seconds"] for row in trained[-20:] if "seconds" in row]
-    if state == "running" and seconds:
+    text = f"{state}, step {int(last['step']) + 1}" + (f" of {total}" if total is not None else "")
+    seconds = [row["seconds"] for row in trained[-20:] if 0 <= row.get("seconds", -1) < _MOST_SECONDS]
+    if state == "running" and seconds and total is not None:
         seconds_a_step = statistics.median(seconds)
         left = time_left(seconds_a_step * max(total - int(last["step"]) - 1, 0))
         text += f", {seconds_a_step:.1f} s a step, {left}"
     return Text(text, "green" if state == "finished" else "red" if state == "stopped" else "")
 
 
-def total_steps(config: Config, last: Mapping[str, int | float]) -> int:
-    """Steps of the whole run: as set, or what so many epochs come to at the pace of the last line."""
-    training = config.training
+def total_steps(config: Config, last: Mapping[str, int | float]) -> int | None:
+    """Steps of the whole run: as set, or what so many epochs come to at the pace of the last line.
+
+    None where that line does not say a pace.
+    """
+    training, step, epoch = config.training, int(last["step"]), last.get("epoch", 0.0)
     if training.steps is not None:
         return training.steps
-    return max(int(training.epochs / (last["epoch"] / (last["step"] + 1)) + 1e-9), int(last["step"]) + 1)
+    if (
+        step < 0
+        or not epoch > 0
+        or not (total := training.epochs / (epoch / (step + 1)) + 1e-9) < _MOST_STEPS
+    ):
+        return None
+    return max(int(total), step + 1)
 
 
 def _plots(metrics: Metrics, width: int) -> Table:

@@ -118,6 +118,41 @@ def test_a_damaged_state_is_refused_by_name(tmp_path, content):
     assert "state.json" in refusal(path)
 
 
+def test_a_saved_data_set_is_read_without_its_format(tmp_path):
+    """A format shows some of the columns."""
+    data = datasets.Dataset.from_list([PAIR] * 2)
+    data.with_format("numpy", columns=["chosen", "rejected"]).save_to_disk(tmp_path / "saved")
+    assert [row.prompt for row in read_preferences(tmp_path / "saved").preferences] == [PAIR["prompt"]] * 2
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state | {"_format_type": "custom"}))
+    assert "state.json: _format_type is 'custom'; allowed are None, python" in refusal(tmp_path / "saved")
+
+
+def test_what_was_saved_and_cannot_be_read_is_refused_by_its_files(tmp_path):
+    path = save(tmp_path)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"_split": 7}))
+    assert "its state.json or dataset_info.json is not what save_to_disk writes" in refusal(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """Python's dict has the last of them."""
+    message = pyarrow.StructArray.from_arrays(
+        [pyarrow.array(text) for text in (["assistant"], ["a"], ["b"])], names=["role", "content", "content"]
+    )
+    turns = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1], pyarrow.int32()), message)
+    inside = pyarrow.table({"prompt": ["a"], "chosen": turns, "rejected": ["c"]})
+    beside = pyarrow.Table.from_arrays(
+        [pyarrow.array([text]) for text in "abcd"], names=["prompt", "chosen", "rejected", "chosen"]
+    )
+    for table, name in ((inside, "content"), (beside, "chosen")):
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        with pyarrow.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
+            stream.write_table(table)
+        for file in ("rows.parquet", "rows.arrow"):
+            assert f"fields of an object, named '{name}'; allowed is one" in refusal(tmp_path / file)
+
+
 def make_folder(tmp_path: Path, card: str = "") -> Path:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -170,6 +205,14 @@ def test_a_card_that_takes_long_to_look_through_is_refused(tmp_path, monkeypatch
     folder = make_folder(tmp_path)
     (folder / "README.md").write_text(f"---\n{said}\n---\n")
     assert problem in refusal(folder)
+
+
+def test_a_card_that_datasets_cannot_read_is_refused_by_its_file(tmp_path):
+    folder = make_folder(tmp_path)
+    (folder / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: x, sequence: {a: 1}}\n---\n"
+    )
+    assert "its README.md or .huggingface.yaml says under configs or dataset_info" in refusal(folder)
 
 
 def test_a_folder_whose_card_names_its_own_files_is_read(tmp_path):

@@ -121,6 +121,29 @@ def test_steps_of_epochs_are_counted_as_training_counts_them() -> None:
         assert total_steps(config, {"step": step, "epoch": (step + 1) * 4 / 10}) == 7
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"step": 3',
+        '"step": 3, "epoch": 0.0',
+        '"step": -1, "epoch": 1.0',
+        '"step": 3, "epoch": NaN',
+        '"step": 3, "epoch": -1.0',
+        '"step": 3, "epoch": 1e-308, "seconds": NaN',
+        '"step": 3, "epoch": 1e308, "seconds": 1e308',
+        '"step": 9007199254740991, "epoch": 1.0, "seconds": Infinity',
+    ],
+)
+def test_a_line_that_says_no_pace_is_shown_without(tmp_path: Path, line: str) -> None:
+    """A run of somebody else may say anything."""
+    config = Config(run_dir=str(tmp_path), training=TrainingConfig(epochs=2.0))
+    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").write_text("{" + line + ', "loss": 1.0}\n')
+    with exclusive(tmp_path):
+        said = seen((tmp_path, config), once=True)[1]
+    assert f"running, step {json.loads('{' + line + '}')['step'] + 1}" in said
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path)]) == 2
     assert "config.yaml: there is no such file" in capsys.readouterr().err
