@@ -16,8 +16,20 @@ _TIES = frozenset(
 )
 _FIRST = frozenset({"a", "model_a", "response_a", "first", "left"})
 _SECOND = frozenset({"b", "model_b", "response_b", "second", "right"})
-_YES = frozenset({"true", "1", "1.0", "+1", "yes", "desirable", "chosen", "like", "thumbs_up"})
-_NO = frozenset({"false", "0", "0.0", "no", "undesirable", "rejected", "dislike", "thumbs_down"})
+_YES = ("true", "1", "1.0", "+1", "yes", "desirable", "chosen", "like", "thumbs_up", "good", "positive", "👍")
+_NO = (
+    "false",
+    "0",
+    "0.0",
+    "no",
+    "undesirable",
+    "rejected",
+    "dislike",
+    "thumbs_down",
+    "bad",
+    "negative",
+    "👎",
+)
 
 
 def by_side(value: Any, field: str, names: tuple[str, str]) -> Ranks:
@@ -67,7 +79,7 @@ def is_desirable(value: Any, field: str) -> bool:
         return True
     if word in _NO:
         return False
-    detail = f"found {show(value)}; allowed is true (desirable) or false, 1 or 0, or a word of that sense"
+    detail = f"found {show(value)}; allowed are {', '.join(_YES)} (desirable) and {', '.join(_NO)}"
     raise MalformedRowError(field, "wrong_type", detail)
 
 

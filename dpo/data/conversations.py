@@ -17,6 +17,7 @@ from dpo.data.messages import (
     message_text,
     read_prompt,
     read_turns,
+    show_turn,
 )
 
 
@@ -95,9 +96,9 @@ def _split_conversations(fields: Mapping[str, Turns]) -> tuple[Prompt, list[Resp
     while shared < shortest - 1 and all(turns[shared] == first[shared] for turns in fields.values()):
         shared += 1
     if shared == 0:
-        raise MalformedRowError(
-            "prompt", "no_common_prompt", "no prompt, and the conversations share no first message"
-        )
+        begins = " and ".join(dict.fromkeys(show_turn(turns[0]) for turns in fields.values()))
+        detail = f"no prompt, and the conversations share no first message: {begins}; allowed is the same one"
+        raise MalformedRowError("prompt", "no_common_prompt", detail)
     if first[shared - 1]["role"] == "assistant":
         raise MalformedRowError(
             "prompt", "roles", "the shared messages end with the assistant; allowed last is the user"

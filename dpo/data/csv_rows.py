@@ -1,4 +1,4 @@
-"""Rows of CSV files, as text, with the lines that they begin on."""
+"""Rows of CSV and TSV files, as text, with the lines that they begin on."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from dpo.outcomes import UserError
 def csv_rows(path: Path, *, most: int) -> Iterator[tuple[int, Any]]:
     """Rows of text with the lines that they begin on; "4" is no number here, "None" and "NA" are no nulls.
 
+    Tabs part the values of a file whose name ends in .tsv, commas those of any other.
+
     Raises:
-      UserError: when the file cannot be read, or a row has more than `most` characters.
+      UserError: when the file cannot be read, its values are parted by something else, or a row has more than
+        `most` characters.
     """
+    delimiter = "\t" if path.suffix == ".tsv" else ","
     csv.field_size_limit(most)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = _RowLines(path, file, most)
-            rows = csv.reader(lines, strict=True)
+            rows = csv.reader(lines, strict=True, delimiter=delimiter)
             names = next(rows, [])
+            _require_parted(path, names, delimiter)
             if len(set(names)) < len(names):
                 raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
             line = rows.line_num + 1
@@ -34,6 +39,16 @@ def csv_rows(path: Path, *, most: int) -> Iterator[tuple[int, Any]]:
                 line = rows.line_num + 1
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
+
+
+def _require_parted(path: Path, names: list[str], delimiter: str) -> None:
+    """A first line that is one name with other separators in it is a file of another kind."""
+    others = [other for other in ",;\t|" if other != delimiter and other in "".join(names)]
+    if len(names) == 1 and others:
+        raise UserError(
+            f"{path}:1: one column, named {names[0][:200]!r}: {others[0]!r} seems to part its values; "
+            "allowed is ',', or a tab in a file whose name ends in .tsv"
+        )
 
 
 class _RowLines:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo.data.malformed import MalformedRowError
-from dpo.data.values import name_type, parse_json, read_any_text, read_json, read_text, show
+from dpo.data.values import name_type, parse_json, read_any_text, read_json, read_text, show, show_names
 
 Message = Mapping[str, Any]
 """One turn of a conversation: `{"role": ..., "content": ..., ...}`."""
@@ -50,6 +50,10 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
     "tool": "tool",
 }
+_ROLES = {role: role for role in ROLES} | {
+    speaker: _SHAREGPT_ROLES[speaker] for speaker in ("human", "gpt", "chatgpt", "bot", "model")
+}
+"""What may stand in `role`, in any case; ShareGPT's names of people and models are known there too."""
 _MAY_BE_EMPTY = frozenset(ROLES) - {"user", "assistant"}
 _SAYS_NOTHING = frozenset({"role", "content", "weight", "name", "id"})
 """Keys of a message that do not stand in for a content."""
@@ -105,6 +109,11 @@ def response_text(response: Response) -> str:
     return "\n".join(_describe(turn, alone=len(response) == 1) for turn in response)
 
 
+def show_turn(message: Message) -> str:
+    """Who says it and how it begins, for errors."""
+    return f"{message['role']} {show(message_text(message))}"
+
+
 def is_scored(message: Message) -> bool:
     """Whether a message of a response is learned: the assistant's, unless its weight is 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
@@ -127,10 +136,17 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
     if type(value) is not list and isinstance(value, Mapping) and _is_message(value):
         value = [value]
     if type(value) is not list and (not isinstance(value, Sequence) or isinstance(value, bytes)):
-        detail = f"found {name_type(value)}; allowed is a string or a list of messages"
+        found = f"an object with {show_names(value)}" if isinstance(value, Mapping) else name_type(value)
+        detail = f"found {found}; allowed is a string or a list of messages"
         raise MalformedRowError(field, "wrong_type", detail)
     if not value:
         raise MalformedRowError(field, "empty", "found no message; allowed is one or more")
+    if all(isinstance(turn, str) for turn in value):
+        detail = (
+            f"found a list of {len(value)} strings; allowed is a string or a list of messages (several "
+            "responses to one prompt are a ranking: responses, with ranks or scores)"
+        )
+        raise MalformedRowError(field, "wrong_type", detail)
     return tuple(_message(turn, f"{field}[{i}]") for i, turn in enumerate(value))
 
 
@@ -155,14 +171,15 @@ def _message(turn: Any, field: str) -> Message:
         turn = _from_sharegpt(turn, field)
     if not isinstance(turn, Mapping) or "role" not in turn:
         raise _no_message(field)
-    role = turn["role"]
-    if role not in ROLES:
+    role = _ROLES.get(turn["role"].lower()) if isinstance(turn["role"], str) else None
+    if role is None:
         raise MalformedRowError(
-            f"{field}.role", "roles", f"found {show(role)}; allowed are {', '.join(ROLES)}"
+            f"{field}.role", "roles", f"found {show(turn['role'])}; allowed are {', '.join(_ROLES)}"
         )
     rest = {key: value for key, value in turn.items() if value is not None and key not in ("role", "content")}
     if rest:
         read_json(rest, field)
+    turn = turn if turn["role"] == role else {**turn, "role": role}
     content = _content(turn, rest, field)
     if not rest:
         return {"role": role, "content": content}
@@ -209,14 +226,17 @@ def _part(part: Any, field: str) -> Any:
         )
     if kind in _TEXT_PARTS:
         read_any_text(part.get("text"), f"{field}.text")
+        part = {**part, "type": "text"} if "type" in part else part
     return read_json({key: value for key, value in part.items() if value is not None}, field)
 
 
 def _from_sharegpt(turn: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+    speaker = turn["from"].lower() if isinstance(turn["from"], str) else None
+    if speaker not in _SHAREGPT_ROLES:
         allowed = ", ".join(_SHAREGPT_ROLES)
-        raise MalformedRowError(f"{field}.from", "roles", f"found {show(speaker)}; allowed are {allowed}")
+        raise MalformedRowError(
+            f"{field}.from", "roles", f"found {show(turn['from'])}; allowed are {allowed}"
+        )
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     role = _SHAREGPT_ROLES[speaker]
     if speaker != "function_call":

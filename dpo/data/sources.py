@@ -304,6 +304,7 @@ _READERS: dict[
     ".json": (_read_json, _json_starts),
     ".parquet": (_read_parquet, _parquet_starts),
     ".csv": (_read_csv, _csv_starts),
+    ".tsv": (_read_csv, _csv_starts),
     ".arrow": (_read_table, _table_starts),
 }
 

@@ -312,7 +312,7 @@ def _require_all(folder: Path, read: Collection[str], kind: str) -> None:
         )
 
 
-_TABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".arrow")
+_TABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv", ".arrow")
 
 
 def _require_own(path: Path, folder: Path) -> None:

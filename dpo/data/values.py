@@ -171,5 +171,13 @@ def show_names(names: Iterable[Any]) -> str:
 
 def name_type(value: Any) -> str:
     """The type of a value in JSON's words."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), f"a value of type {type(value).__name__}")

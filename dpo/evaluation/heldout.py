@@ -16,7 +16,7 @@ from dpo.config import Config
 from dpo.config.sources import show_source
 from dpo.data.preferences import Preference
 from dpo.data.remaining import left_out
-from dpo.evaluation.rows import Rows, check_finite
+from dpo.evaluation.rows import Rows, as_pairs, check_finite, make_pairs
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE
@@ -100,7 +100,10 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     dropped = len(read.preferences) - len(numbers["origin"])
     reason = "dropped at tokenisation" if isinstance(config.data.eval, str) else "not drawn or not tokenised"
     at_tokenization = {f"{reason} (dpo inspect --heldout says why)": dropped} if dropped else {}
-    return _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
+    found = _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
+    if not len(make_pairs(as_pairs(found.rows)).row):
+        raise UserError(f"{path} is damaged: no row has two responses of different rank{_REMEDY}")
+    return found
 
 
 def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], str | None]:

@@ -131,7 +131,7 @@ MALFORMED = [
     ({**PAIR, "chosen": 3}, "chosen", "wrong_type"),
     ({**PAIR, "prompt": []}, "prompt", "empty"),
     ({**PAIR, "prompt": turns("a", "b")}, "prompt", "roles"),
-    ({**PAIR, "prompt": [{"role": "human", "content": "a"}]}, "prompt[0].role", "roles"),
+    ({**PAIR, "prompt": [{"role": "judge", "content": "a"}]}, "prompt[0].role", "roles"),
     ({**PAIR, "prompt": [{"role": "user", "content": None}]}, "prompt[0].content", "wrong_type"),
     ({**PAIR, "prompt": [{"role": "user"}]}, "prompt[0]", "wrong_type"),
     ({**PAIR, "chosen": "\ud800"}, "chosen", "invalid_unicode"),
@@ -149,7 +149,7 @@ MALFORMED = [
     ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, None]}, "ranks[1]", "not_a_number"),
     ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "scores[1]", "not_a_number"),
     ({"prompt": "p", "responses": ["a", "b"], "scores": [1, 10**400]}, "scores[1]", "not_a_number"),
-    ({"prompt": "p", "completion": "a", "label": "good"}, "label", "wrong_type"),
+    ({"prompt": "p", "completion": "a", "label": "fine"}, "label", "wrong_type"),
     ({"completion": "a", "label": True}, "prompt", "missing_field"),
 ]
 

@@ -122,19 +122,19 @@ def test_the_table_has_a_case_for_every_layout():
     assert {*PAIRS, *LABELLED, "helpsteer2"} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("label", [True, 1, 1.0, "true", "1", "+1", "desirable"])
+@pytest.mark.parametrize("label", [True, 1, 1.0, "true", "1", "+1", "desirable", "Good", "👍"])
 def test_a_label_is_a_flag_a_number_or_a_word(label):
     assert read({**LABELLED["completion"], "label": label}).preference.ranks == (0,)
 
 
-@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "0", "no", "undesirable"])
+@pytest.mark.parametrize("label", [False, 0, 0.0, "False", "0", "no", "undesirable", "bad", "👎"])
 def test_a_label_may_say_no_in_as_many_ways(label):
     assert read({**LABELLED["completion"], "label": label}).preference.ranks == (1,)
 
 
-@pytest.mark.parametrize("label", ["good", -1, 0.5, 2, [], {}, float("nan")])
+@pytest.mark.parametrize("label", ["fine", -1, 0.5, 2, [], {}, float("nan")])
 def test_a_label_that_says_neither_is_refused(label):
-    with pytest.raises(MalformedRowError, match="label"):
+    with pytest.raises(MalformedRowError, match=r"label.*allowed are true, 1, .* \(desirable\) and false, 0"):
         read({**LABELLED["completion"], "label": label})
 
 
@@ -546,6 +546,68 @@ def test_parts_of_text_are_read_and_images_refused_by_name():
         read({"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"})
     assert caught.value.field == "prompt[0].content[0]"
     assert "'image_url'" in caught.value.detail
+
+
+def test_parts_of_text_by_other_names_are_text_for_a_template():
+    """A template looks for parts of the type text, and leaves out others."""
+    row = {"prompt": [{"role": "user", "content": [{"type": "input_text", "text": ASK}]}]}
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": GOOD, "annotations": []}]}
+    found = read({**row, "chosen": [answer], "rejected": BAD}).preference
+    assert as_turns(found.prompt)[0]["content"] == [{"type": "text", "text": ASK}]
+    (best,) = answer_turns(found.responses[0])
+    assert best["content"] == [{"type": "text", "text": GOOD, "annotations": []}]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("User", "user"), ("human", "user"), ("GPT", "assistant"), ("model", "assistant"), ("Tool", "tool"),
+     ("observation", "observation")],
+)  # fmt: skip
+def test_roles_are_read_in_any_case_and_by_names_of_sharegpt(theirs, ours):
+    """A template knows its own names alone."""
+    turn = {"role": theirs, "content": ASK, "name": "x"}
+    found = read({"prompt": [turn, *say(ASK)], "chosen": GOOD, "rejected": BAD}).preference
+    assert as_turns(found.prompt)[0] == {"role": ours, "content": ASK, "name": "x"}
+    if ours in ("user", "assistant"):
+        shared = [{"from": theirs, "value": ASK}, *share(ASK)]
+        row = {"conversations": shared, "chosen": share("", GOOD)[1], "rejected": share("", BAD)[1]}
+        assert as_turns(read(row).preference.prompt)[0]["role"] == ours
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": ASK, "chosen": GOOD, "rejected": [BAD, "No."]},
+         r"rejected.*a list of 2 strings; .*are a ranking: responses"),
+        ({"prompt": ASK, "response_a": {"content": GOOD, "model": "m"}, "response_b": BAD, "winner": "a"},
+         r"response_a.*an object with \['content', 'model'\]; allowed is a string or a list of messages"),
+        ({"chosen": [{"role": "system", "content": "Be kind."}, *say(ASK, GOOD)],
+          "rejected": [{"role": "system", "content": "Be rude."}, *say(ASK, BAD)]},
+         r"share no first message: system 'Be kind\.' and system 'Be rude\.'; allowed is the same one"),
+        ({"prompt": [{"role": "function_call", "content": "{}"}], "chosen": GOOD, "rejected": BAD},
+         r"prompt\[0\]\.role.*found 'function_call'; allowed are system, .*human"),
+        ({"prompt": 5, "chosen": GOOD, "rejected": BAD}, "prompt.*found a number; allowed is a string"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_says_what_was_found_and_what_helps(row, says):
+    with pytest.raises(MalformedRowError, match=says):
+        read(row)
+
+
+def test_values_are_parted_by_what_the_name_of_the_file_says(tmp_path):
+    rows = [["prompt", "chosen", "rejected"], [ASK, f"{GOOD}, really;", "4"]]
+    for name, mark in (("rows.csv", ","), ("rows.tsv", "\t")):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file, delimiter=mark).writerows(rows)
+        (found,) = read_preferences(tmp_path / name).preferences
+        assert (found.prompt, *found.responses) == tuple(rows[1])
+    for name, mark in (("rows.csv", ";"), ("rows.csv", "\t"), ("rows.tsv", ",")):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file, delimiter=mark).writerows(rows)
+        with pytest.raises(
+            ValueError, match=rf"{name}:1: one column, named 'prompt.*seems to part its values"
+        ):
+            read_preferences(tmp_path / name)
 
 
 def test_calls_and_observations_of_sharegpt_are_tool_messages():

@@ -75,6 +75,10 @@ ARRAYS: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
         lambda a: a.update(lengths=a["lengths"] * 0),
         "no response, or one of no token",
     ),
+    "nothing to be right about": (
+        lambda a: a.update(ranks=a["ranks"] * 0 + 7),
+        "no row has two responses of different rank",
+    ),
     "rows before the first": (lambda a: a.update(origin=a["origin"] - 100), "does not hold the preferences"),
 }
 
