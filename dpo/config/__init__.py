@@ -19,6 +19,7 @@ from dpo.config.commands import (
     WatchConfig,
     WinrateConfig,
     heldout_settings,
+    reference_source,
 )
 from dpo.config.data import DataConfig
 from dpo.config.experiments import (
@@ -59,6 +60,7 @@ __all__ = [
     "WinrateConfig",
     "heldout_settings",
     "is_config",
+    "reference_source",
     "save_config",
 ]
 

@@ -401,8 +401,8 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
         "template_characters": given.template_characters,
     }
     model = {
-        "source": given.policy or (None if given.run is None else str(Path(given.run) / base.policy_name)),
-        "reference": given.reference or base.model.reference or base.lora.init or base.model.source,
+        "source": given.policy or (None if given.run is None else _policy_source(given.run, base)),
+        "reference": given.reference or reference_source(base),
         "compute_dtype": given.compute_dtype,
     }
     return replace(
@@ -411,3 +411,16 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
         data=replace(base.data, **{name: value for name, value in data.items() if value is not None}),
         model=replace(base.model, **{name: value for name, value in model.items() if value is not None}),
     )
+
+
+def _policy_source(run_dir: str, run: Config) -> str:
+    """What a run's policy is opened from: adapters alone are on its own model, whatever base they name."""
+    place = str(Path(run_dir) / run.policy_name)
+    return f"{place} on {run.model.source}" if run.lora.is_all_there_is else place
+
+
+def reference_source(run: Config) -> str:
+    """What a run's reference is opened from: adapters that it starts with are on its own model, too."""
+    if run.model.reference is None and run.lora.init is not None:
+        return f"{run.lora.init} on {run.model.source}"
+    return run.model.reference or run.model.source

@@ -28,6 +28,7 @@ from dpo.huggingface.tokenizer_files import (
     find_base,
     find_hub_id,
     open_tokenizer,
+    split_on_base,
 )
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors
 from dpo.outcomes import UserError
@@ -61,6 +62,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_adapter(path) if is_adapter(path) else _open_directory(path, str(path.resolve()))
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, str(path.resolve()))
+    if (parts := split_on_base(text)) is not None:
+        return _merged(AdapterDirectory(parts[0]), open_checkpoint(parts[1]))
     return _open_hub(*find_hub_id(source))
 
 
@@ -134,6 +137,11 @@ def _open_adapter(directory: Path, *, offline: bool = True) -> Checkpoint:
         base = _open_base(directory, adapter.base, offline=offline)
     except ValueError as error:
         raise UserError(f"{directory} is an adapter of {show(adapter.base)}: {error}") from error
+    return _merged(adapter, base)
+
+
+def _merged(adapter: AdapterDirectory, base: Checkpoint) -> Checkpoint:
+    directory = adapter.directory
     own_tokenizer = (directory / "tokenizer_config.json").is_file()
 
     def tensors(family: Family, names: Iterable[str]) -> Tensors:

@@ -38,6 +38,10 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return _tokenizer_of_directory(path)
     if path.suffix == ".gguf" and path.is_file():
         return GgufFile(path).tokenizer()
+    if (parts := split_on_base(source)) is not None:
+        directory, base = parts
+        has_own = (directory / "tokenizer_config.json").is_file()
+        return _tokenizer_of_directory(directory) if has_own else load_tokenizer(base)
     return _tokenizer_of_directory(fetch_files(*find_hub_id(source), TOKENIZER_FILES), offline=False)
 
 
@@ -177,6 +181,16 @@ def find_hub_id(source: str | Path) -> tuple[str, str | None]:
         f"no model at {show(text)}; allowed: a directory, a .gguf file, a hub id (owner/name or "
         "owner/name@revision), embedded:<name>"
     )
+
+
+def split_on_base(source: str | Path) -> tuple[Path, str] | None:
+    """Adapter and base of "ADAPTER on BASE", whatever base the adapter names; None for any other source."""
+    words = str(source).split(" on ")
+    for place in range(1, len(words)):
+        directory = Path(" on ".join(words[:place])).expanduser()
+        if is_adapter(directory):
+            return directory, " on ".join(words[place:])
+    return None
 
 
 def find_base(directory: Path, base: str, patterns: Sequence[str], *, offline: bool) -> Path | None:

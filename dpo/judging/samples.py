@@ -20,6 +20,7 @@ from dpo.data.tokenizer_calls import decode_ids
 from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
+from dpo.huggingface.tokenizer_files import split_on_base
 from dpo.judging.journal import Journal
 from dpo.judging.rewards import Prompt
 from dpo.models.drawing import SamplingConfig
@@ -124,7 +125,7 @@ def model_identity(source: str) -> str:
     The hash of a directory's or a GGUF file's content, and of the model under an adapter; elsewhere the
     pinned name (with the hub's commit).
     """
-    path = Path(source).expanduser()
+    path, base = split_on_base(source) or (Path(source).expanduser(), None)
     if not path.exists():
         return open_checkpoint(source).source
     names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -135,7 +136,7 @@ def model_identity(source: str) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     if path.is_dir() and is_adapter(path):
-        digest.update(model_identity(AdapterDirectory(path).base).encode())
+        digest.update(model_identity(base or AdapterDirectory(path).base).encode())
     return f"sha256:{digest.hexdigest()}"
 
 

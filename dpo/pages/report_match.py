@@ -11,7 +11,7 @@ from typing import Literal, NotRequired, TypedDict
 
 from markupsafe import Markup
 
-from dpo.config import Config
+from dpo.config import Config, reference_source
 from dpo.config.sources import show_source
 from dpo.judging.figures import Estimate, MatchResult, WinrateFigures
 from dpo.judging.journal import read_lines
@@ -137,7 +137,7 @@ def _lead(pair: ShownPair) -> float:
 
 def opponent_name(source: str, config: Config) -> str:
     """ "reference" where it is the run's, the data's response, or the other model's source."""
-    if source == (config.model.reference or config.lora.init or config.model.source):
+    if source == reference_source(config):
         return "reference"
     return {"data:best": "data's best", "data:worst": "data's worst"}.get(source, source)
 

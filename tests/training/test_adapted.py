@@ -14,7 +14,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 from stopping import stop_after
-from tiny_model import byte_tokenizer
+from tiny_model import byte_tokenizer, write_tiny_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -35,6 +35,7 @@ from dpo.files import write_checksums
 from dpo.huggingface.licences import read_front_matter
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
 from dpo.runs import model_of
@@ -234,6 +235,32 @@ def test_a_run_may_start_from_an_adapter_and_be_measured_against_it(finished, tm
     against_base = replace(one_step, run_dir=str(tmp_path / "base"), model=base)
     train(against_base)
     assert lines(against_base)[0]["rewards/margins"] > 0.01  # without adapters it is another model
+
+
+def test_adapters_of_a_run_are_opened_on_its_own_model_whatever_base_they_name(finished, tmp_path):
+    """Those that it starts with, and those that it leaves alone: their base may be another, or not here."""
+    moved = tmp_path / "moved"
+    shutil.copytree(f"{finished.run_dir}/adapter", moved)
+    (moved / "SHA256SUMS").unlink()
+    said = json.loads((moved / "adapter_config.json").read_text())
+    said["base_model_name_or_path"] = str(write_tiny_model(tmp_path, seed=1))
+    (moved / "adapter_config.json").write_text(json.dumps(said))
+    source = finished.model.source
+    starts = replace(finished, lora=LoraConfig(init=str(moved)))
+    alone = replace(finished, run_dir=str(tmp_path), lora=LoraConfig(rank=2, merged=False))
+    (tmp_path / "adapter").symlink_to(moved)
+    for name in (
+        heldout_settings(EvaluateConfig(run=finished.run_dir), starts).model.reference,
+        heldout_settings(EvaluateConfig(run=str(tmp_path)), alone).model.source,
+    ):
+        assert name is not None
+        found, expected, other = (
+            load_policy(finished.model, mesh(), source=one).fingerprint
+            for one in (name, f"{finished.run_dir}/adapter", str(moved))
+        )
+        assert found == expected != other
+        assert model_identity(name) != model_identity(str(moved))
+        assert load_tokenizer(name).get_vocab() == load_tokenizer(source).get_vocab()
 
 
 def test_the_adapters_of_any_checkpoint_are_exported(finished, tmp_path):
