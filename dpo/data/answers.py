@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dpo.data.choices import by_flags, by_index, by_side, by_strength, is_desirable
 from dpo.data.columns import Columns
 from dpo.data.malformed import MalformedRowError
+from dpo.data.messages import Message
 from dpo.data.values import (
     finite,
     read_list,
@@ -222,7 +223,7 @@ def is_list_text(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith('["'))
 
 
-def _interleave(asked: Sequence[Any], answered: Any, field: str) -> list[dict[str, Any]]:
+def _interleave(asked: Sequence[Any], answered: Any, field: str) -> list[Message]:
     """One side of a battle of several turns: what was asked and answered, in turn."""
     answers = read_list(answered, field)
     if len(answers) != len(asked):
@@ -232,5 +233,5 @@ def _interleave(asked: Sequence[Any], answered: Any, field: str) -> list[dict[st
     return [turn for question, answer in pairs for turn in _exchange(question, answer)]
 
 
-def _exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
+def _exchange(question: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

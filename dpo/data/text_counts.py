@@ -7,13 +7,23 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any
+from typing import TypedDict
 
 from dpo.data.messages import Prompt, message_text, response_text
 from dpo.data.preferences import Preference
 
 _NAMED = 5
 """Places that are named of each count."""
+
+
+class Overlap(TypedDict):
+    """Held-out preferences and how many of their prompts are among those that are trained on."""
+
+    heldout: int
+    same_prompt: int
+    same_first_message: int
+    examples: list[str]
+    """Places of the first few with the same prompt."""
 
 
 class TextCounts:
@@ -87,7 +97,7 @@ class TextCounts:
             "scores_against_ranks": self._counts["scores_against_ranks"],
         }
 
-    def overlap(self, heldout: Sequence[Preference]) -> dict[str, Any]:
+    def overlap(self, heldout: Sequence[Preference]) -> Overlap:
         """Held-out preferences whose prompt is among these: whole, and by the first message alone.
 
         Prompts are compared in lower case, without punctuation and with single spaces; paraphrases are not
@@ -99,7 +109,7 @@ class TextCounts:
             "heldout": len(heldout),
             "same_prompt": len(shared),
             "same_first_message": len(opened),
-            "examples": [preference.location for preference in shared[:5]],
+            "examples": [preference.location for preference in shared[:_NAMED]],
         }
 
 
