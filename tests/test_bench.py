@@ -139,7 +139,7 @@ def test_the_stages_of_a_start_are_functions_of_their_modules(module):
     assert all(callable(getattr(importlib.import_module(module), name)) for name in start.STAGES[module])
 
 
-@pytest.mark.as_users
+@pytest.mark.slow
 def test_going_on_holds_one_state_and_an_export_none(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Arrays at their most, each part in a process of its own.
 

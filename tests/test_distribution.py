@@ -83,7 +83,7 @@ def test_the_installed_package_finds_its_settings_and_data_from_an_empty_directo
     assert run_installed(installed, tmp_path, "--version") == f"dpo {version()}\n"
 
 
-@pytest.mark.as_users
+@pytest.mark.ci
 def test_the_installed_package_trains_from_an_empty_directory(
     installed: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:

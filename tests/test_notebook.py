@@ -20,7 +20,7 @@ def test_it_is_kept_without_outputs(cells: list[dict[str, Any]]) -> None:
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
 
 
-@pytest.mark.as_users
+@pytest.mark.ci
 def test_it_runs_to_its_end(
     cells: list[dict[str, Any]],
     tiny_model_dir: Path,

@@ -168,12 +168,12 @@ def test_the_interval_covers_19_of_20() -> None:
     rng = np.random.default_rng(5)
     effect = rng.normal(0, 0.7, 200_000)
     truth = sigmoid(0.5 + effect).mean()
-    names, covered = np.repeat(np.arange(150), 2), np.zeros(1500)
+    names, covered = np.repeat(np.arange(150), 2), np.zeros(500)
     for trial in range(len(covered)):
         gap = rng.normal(40, 100, 300)
         own = np.repeat(rng.normal(0, 0.7, 150), 2)
         values = (rng.random(300) < sigmoid(0.5 + own + np.tanh(gap / gap.std(ddof=1)))).astype(float)
-        result = length_controlled(values, gap, names, seed=trial, resamples=300)
+        result = length_controlled(values, gap, names, seed=trial, resamples=200)
         assert result is not None
         covered[trial] = result.win_rate.low <= truth <= result.win_rate.high
-    assert covered.mean() == pytest.approx(0.95, abs=0.015)
+    assert covered.mean() == pytest.approx(0.95, abs=0.025)

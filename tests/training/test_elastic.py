@@ -71,7 +71,7 @@ def train_in_two_parts(config, first, second, monkeypatch):
     ("first", "second"),
     [
         pytest.param(ONE, (1, 8, 1), marks=pytest.mark.slow),
-        pytest.param((1, 4, 2), (8, 1, 1), marks=pytest.mark.as_users),
+        pytest.param((1, 4, 2), (8, 1, 1), marks=pytest.mark.ci),
         pytest.param((2, 2, 2), ONE, marks=pytest.mark.slow),
     ],
     ids=str,

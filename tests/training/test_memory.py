@@ -244,7 +244,7 @@ def own_compilation_cache(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
-@pytest.mark.as_users
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_compilation_cache")
 def test_a_run_under_a_limit_trains_alike(config, tmp_path):
     """The largest program is refused for one byte; what is chosen compiles once and learns the same."""
@@ -290,14 +290,14 @@ def copied(interrupted, tmp_path):
     return dataclasses.replace(interrupted, run_dir=str(copy))
 
 
-@pytest.mark.as_users
+@pytest.mark.ci
 def test_a_run_that_goes_on_keeps_its_choice(copied, monkeypatch):
     """Also where the process has grown in the meantime."""
     monkeypatch.setattr(memory, "other_bytes", lambda mesh: 2 * LIMITLESS * GIB)
     assert train(copied).summary["memory"]["remat"] == "none"
 
 
-@pytest.mark.as_users
+@pytest.mark.ci
 def test_another_limit_is_another_choice_which_a_checkpoint_refuses(copied):
     kept = Path(copied.run_dir, memory.MEMORY_FILE).read_text()
     peak = json.loads(kept)["chosen"]["peak_gib"]
