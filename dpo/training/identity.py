@@ -143,7 +143,9 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
     """Of each kind that is in `now`, what differs, as "name: old → new"."""
     found = {}
     for kind, values in now.items():
-        old, values = _with_defaults(saved.get(kind, {})), _with_defaults(values)
+        old = saved.get(kind, {})
+        if kind == "settings":
+            old, values = _with_defaults(old), _with_defaults(values)
         lines = [
             f"{name}: {_show(old, name)} → {_show(values, name)}"
             for name in dict.fromkeys([*old, *values])
@@ -156,9 +158,11 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
 
 
 def _with_defaults(values: Mapping[str, Any]) -> FlatSettings:
-    """Settings with what their objective takes for those of its own that they do not name."""
-    defaults = default_values(str(values.get("objective.name")))
-    return {f"objective.{name}": value for name, value in defaults.items()} | dict(values)
+    """Settings, and those at their defaults that are not named or that an earlier version did not have."""
+    own = default_values(str(values.get("objective.name")))
+    usual = without(resolved_settings(Config()), PLACE)
+    usual |= {f"objective.{name}": value for name, value in own.items()}
+    return dict(values) | {name: value for name, value in usual.items() if name not in values}
 
 
 def require_same(

@@ -44,13 +44,21 @@ def test_the_same_is_the_same():
     assert allow(SAVED)[1] == []
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default():
+    """A checkpoint of before goes on with the same settings, and not where the new one is set."""
+    later = {"settings": SAVED["settings"] | {"optimizer.first_moment": "float32", "data.row_layout": None}}
+    assert differences(SAVED, later) == {}
+    later["settings"] |= {"optimizer.first_moment": "bfloat16"}
+    assert differences(SAVED, later) == {"settings": ['optimizer.first_moment: "float32" → "bfloat16"']}
+
+
 def test_old_and_new_values_are_named():
-    now = SAVED | {"settings": {"training.seed": 1, "optimizer.beta2": None}}
+    now = SAVED | {"settings": {"training.seed": 1, "optimizer.beta2": None, "gone": 2}}
     assert differences(SAVED, now) == {
         "settings": [
             "training.seed: 0 → 1",
-            "optimizer.beta1: 0.9 → not set",
-            "optimizer.beta2: not set → null",
+            "optimizer.beta2: 0.999 → null",
+            "gone: not set → 2",
         ]
     }
     with pytest.raises(
