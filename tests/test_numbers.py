@@ -13,7 +13,16 @@ import pytest
 from dpo import help as short_help
 from dpo import limited, terminal
 from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
-from dpo.data import chunks, preferences, sources, table_checks, table_worker, templates, token_processes
+from dpo.data import (
+    chunks,
+    preferences,
+    remaining,
+    sources,
+    table_checks,
+    table_worker,
+    templates,
+    token_processes,
+)
 from dpo.data.layouts import LAYOUTS
 from dpo.data.table_worker import BASE, FACTOR
 from dpo.evaluation import accuracy, statistics
@@ -125,6 +134,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/data.md", "from {} chunks on", (WORDS[token_processes.PARALLEL_FROM],)),
     ("docs/data.md", "there are cores ({} at most)", (token_processes.MOST,)),
     ("docs/data.md", "Above `data.token_store_limit` gigabytes ({:g})", (DEFAULT.data.token_store_limit,)),
+    *(("docs/data.md", "`{}`", (reason,)) for reason in remaining._SETTINGS if reason.endswith("_shown")),
     ("docs/security.md", "a line is at most {} MiB", (sources.MAX_ROW_BYTES // 2**20,)),
     ("docs/security.md", "{} MiB and {:,} times the file's size;", (BASE >> 20, FACTOR)),
     *(("docs/security.md", *row) for row in LIMITED),
