@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import httpx2 as httpx
 
+from dpo.data.json_text import DECODER, DuplicateKeyError
 from dpo.outcomes import UserError
 
 MAX_BYTES = 4 * 2**20
@@ -96,7 +97,9 @@ def decompress(content: bytes, encoding: str) -> bytes:
 def parse_completion(content: bytes) -> Completion:
     """The answer in a chat completion; raises `MalformedReplyError` for anything else."""
     try:
-        value = json.loads(content)
+        value = DECODER.decode(content.decode(json.detect_encoding(content)))
+    except DuplicateKeyError as error:
+        raise MalformedReplyError(f"a reply that {error}") from error
     except (ValueError, RecursionError) as error:
         raise MalformedReplyError(f"not a chat completion: {server_message(content)!r}") from error
     match value:

@@ -75,20 +75,24 @@ class Server:
     async def knock(self, client: httpx.AsyncClient, url: str) -> None:
         """See that the server is reached and takes the key, by a question that costs nothing.
 
-        What else it answers is let pass: a server need not have this address.
+        What else it answers is let pass, an answer without end too: a server need not have this address.
 
         Raises:
           UserError: for a key that it refuses.
           EnvironmentFailure: for a server that cannot be reached, or wants to be paid.
         """
         while True:
-            try:
-                async with client.stream("GET", url, timeout=self._settings.timeout) as response:
+            seconds = self._settings.timeout
+            try:  # `timeout` is of connecting, and of every read
+                async with (
+                    asyncio.timeout(2 * seconds),
+                    client.stream("GET", url, timeout=seconds) as response,
+                ):
                     status = response.status_code
                 break
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 await self._wait_for_connection(str(error))
-            except httpx.TransportError:
+            except (httpx.TransportError, TimeoutError):
                 return  # it was reached; what it says to a question is another matter
         if status in (401, 402, 403):
             raise _error_of(status)(f"{url} answered {status}; {_STOPPING[status]}")

@@ -48,6 +48,8 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.knocks: list[tuple[str, str | None]] = []
         self.knock_status = 404
+        self.knock_drips = False
+        """A header of the answer to a knock never ends."""
         self.most_at_once = self._now = 0
         self._lock = threading.Lock()
         server = self
@@ -56,6 +58,13 @@ class Server:
             def do_GET(self) -> None:
                 server.knocks.append((self.path, self.headers.get("Authorization")))
                 self.send_response(server.knock_status)
+                self.flush_headers()
+                try:
+                    while server.knock_drips:
+                        self.wfile.write(b"X")
+                        time.sleep(0.02)
+                except (BrokenPipeError, ConnectionResetError):
+                    return
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -88,6 +97,7 @@ class Server:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -298,6 +308,16 @@ def test_a_server_that_is_gone_stops_the_command(server: Server, make_judge) -> 
     (line,) = make_judge.log
     assert "127.0.0.1:9" in line
     assert "trying for 0.3 s to reach it" in line
+
+
+def test_an_answer_to_a_knock_that_never_ends_is_let_pass(
+    server: Server, make_judge: Callable[..., EndpointJudge]
+) -> None:
+    server.knock_drips = True
+    begun = time.monotonic()
+    make_judge(timeout=0.2).require_usable()
+    assert time.monotonic() - begun < 10
+    server.knock_drips = False
 
 
 @pytest.mark.parametrize("status", [200, 404, 405, 500])

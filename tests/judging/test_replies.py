@@ -45,6 +45,8 @@ def test_an_answer_with_its_counts() -> None:
         (completion(prompt_tokens=True), "usage.prompt_tokens is True"),
         (completion(prompt_tokens="7"), "usage.prompt_tokens is '7'"),
         (completion().replace(b"{}", b"[1]"), "usage is no object"),
+        (b'{"choices": [{"message": {"content": "[[A]]", "content": "[[B]]"}}]}', "has 'content' twice"),
+        (b"\xff\xfe\x00[", "not a chat completion"),
         (b"[" * 100_000, "not a chat completion"),
         (b'{"a":' * 100_000, "not a chat completion"),
         (b'{"choices": {"message": 1}}', "not a chat completion"),
