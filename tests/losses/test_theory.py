@@ -98,7 +98,7 @@ def test_dpo_on_sampled_pairs_finds_the_optimum():
         _assert_recovers_reward(policy, REFERENCE, REWARD, BETA, atol=0.03)
 
 
-@pytest.mark.parametrize("K", [3, 4])
+@pytest.mark.parametrize("K", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_plackett_luce_on_sampled_rankings_finds_the_optimum(K):
     with jax.enable_x64(True):
         drawn = _sample_rankings(np.random.default_rng(1), REWARD, K, 100_000)
@@ -210,7 +210,7 @@ def test_gradient_vanishes_where_the_paper_says(spec, log_ratio):
         np.testing.assert_allclose(slope, 0.0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dpo", "plackett_luce"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("plackett_luce", marks=pytest.mark.slow)])
 def test_a_tiny_decoder_finds_the_optimum_over_all_its_responses(name):
     """Two tokens out of four: sixteen responses, enumerated, whose probabilities sum to one.
 

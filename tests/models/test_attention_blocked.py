@@ -57,12 +57,21 @@ def _compare(layout, H, G, dtype=jnp.float32, atol=2e-5, **options):
         )
 
 
-@pytest.mark.parametrize(("heads", "block"), [((6, 2), 8), ((6, 2), 48), ((3, 3), 16), ((4, 1), 16)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "block"),
+    [
+        ((6, 2), 8),
+        *(pytest.param(*twin, marks=pytest.mark.slow) for twin in (((6, 2), 48), ((3, 3), 16), ((4, 1), 16))),
+    ],
+    ids=str,
+)
 def test_packed_rows_and_ragged_branches(heads, block):
     _compare(_layout(), *heads, block=block)
 
 
-@pytest.mark.parametrize("window", [1, 6, NO_WINDOW])
+@pytest.mark.parametrize(
+    "window", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(NO_WINDOW, marks=pytest.mark.slow)]
+)
 def test_windows_count_positions(window):
     _compare(_layout(), 4, 2, block=8, window=window)
 

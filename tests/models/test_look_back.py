@@ -94,7 +94,9 @@ def plain_hidden(model: Decoder, tokens, positions, group, branch):
     return model._final(jax.lax.scan(block, model._embed(tokens, positions), xs)[0])
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "case", ["llama", *(pytest.param(case, marks=pytest.mark.slow) for case in ("gemma3_text", "gpt2"))]
+)
 def test_uniform_models_compile_to_one_plain_scan(case: str) -> None:
     graphdef, params = nnx.split(make(case))
     arrays = batch_arrays(TOKENS)

@@ -32,7 +32,7 @@ def test_a_run_on_a_gpu(test):
     assert "1 passed" in done.stdout, done.stdout[-3000:]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "ending"), [("cpu", "1 passed"), ("no_such_platform", "1 error")])
 def test_these_runs_take_the_platform_that_is_named(platform, ending):
     """And XLA knows the flag: it ends a process that names one which it does not know."""
