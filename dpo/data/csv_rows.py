@@ -37,7 +37,9 @@ def csv_rows(path: Path, *, most: int) -> Iterator[tuple[int, Any]]:
                 if row:
                     yield line, _named(names, row)
                 line = rows.line_num + 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as CSV: {error}; allowed is UTF-8") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from error
 
 

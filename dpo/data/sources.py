@@ -310,6 +310,10 @@ _READERS: dict[
 
 
 def _rows_of(open_it: Callable[[], Any], name: str, part: Part) -> Iterator[tuple[str, Any]]:
-    rows = open_it()
-    for number, row in enumerate(rows.skip(part.offset) if part.offset else rows, start=part.number):
-        yield f"{name}:{number}", row_without_nulls(row)
+    rows, number = open_it(), part.number - 1
+    try:
+        for number, row in enumerate(rows.skip(part.offset) if part.offset else rows, start=part.number):
+            yield f"{name}:{number}", row_without_nulls(row)
+    except Exception as error:  # of a library, about a value that a stranger wrote
+        what = f"{name}:{number + 1}: a value of this row cannot be read"
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error

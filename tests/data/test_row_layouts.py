@@ -594,6 +594,13 @@ def test_what_is_refused_says_what_was_found_and_what_helps(row, says):
         read(row)
 
 
+def test_a_csv_of_another_coding_is_refused_by_what_is_allowed(tmp_path):
+    for coding in ("utf-16", "latin-1"):
+        (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\né,b,c\n", encoding=coding)
+        with pytest.raises(ValueError, match=r"rows\.csv: cannot be read as CSV: .*; allowed is UTF-8"):
+            read_preferences(tmp_path / "rows.csv")
+
+
 def test_values_are_parted_by_what_the_name_of_the_file_says(tmp_path):
     rows = [["prompt", "chosen", "rejected"], [ASK, f"{GOOD}, really;", "4"]]
     for name, mark in (("rows.csv", ","), ("rows.tsv", "\t")):

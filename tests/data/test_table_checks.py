@@ -153,6 +153,26 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
             assert f"fields of an object, named '{name}'; allowed is one" in refusal(tmp_path / file)
 
 
+_OFFSETS = b"".join(end.to_bytes(4, "little") for end in (0, 1, 2, 4))
+VALUES = {
+    "a day of no calendar": pyarrow.array([0, 1, 2**31 - 1], pyarrow.date32()),
+    "a time of no calendar": pyarrow.array([0, 1, 2**62], pyarrow.timestamp("us")),
+    "a zone of no place": pyarrow.array([0, 1, 2], pyarrow.timestamp("us", tz="Nowhere/At_all")),
+    "text that is none": pyarrow.Array.from_buffers(
+        pyarrow.string(), 3, [None, pyarrow.py_buffer(_OFFSETS), pyarrow.py_buffer(b"ab\xff\xfe")]
+    ),
+}
+
+
+@pytest.mark.parametrize("what", VALUES)
+def test_a_value_that_python_has_not_is_refused_by_its_row(tmp_path, monkeypatch, what):
+    """Arrow and `datasets` keep it, and fail when a row is made of it."""
+    table = pyarrow.table({**{name: [text] * 3 for name, text in PAIR.items()}, "more": VALUES[what]})
+    monkeypatch.setattr(sources, "open_data_set", lambda *_, **__: datasets.Dataset(table))
+    row = 1 if "zone" in what else 3
+    assert f"{tmp_path}:{row}: a value of this row cannot be read: " in refusal(tmp_path)
+
+
 def make_folder(tmp_path: Path, card: str = "") -> Path:
     folder = tmp_path / "folder"
     folder.mkdir()
