@@ -66,7 +66,7 @@ __all__ = [
 
 
 def save_config(config: Config | DiffusionConfig, path: str | Path) -> None:
-    """Write every setting as YAML, whole or not at all; `dpo train --config PATH` repeats the run."""
+    """Write every setting as YAML, whole or not at all; with another run_dir it repeats the run."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     replace_text(Path(path), text, what="the settings")
 
