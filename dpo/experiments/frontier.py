@@ -30,22 +30,19 @@ from jaxtyping import Float
 from dpo.config import (
     Config,
     DataConfig,
-    EvaluateConfig,
     FrontierConfig,
     ModelConfig,
     OptimizerConfig,
     TrainingConfig,
-    WinrateConfig,
-    heldout_settings,
 )
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
-from dpo.experiments.frontier_results import BestOf, Drawn, FrontierResult, Point, TemperatureLine
+from dpo.experiments.frontier_results import BestOf, Drawn, FrontierResult, Point
+from dpo.experiments.frontier_temperatures import win_rates_by_temperature
 from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.judges import RewardJudge, reward_judge
-from dpo.judging.match import play
 from dpo.judging.prompts import read_prompts
 from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
@@ -53,7 +50,7 @@ from dpo.losses import make_objective
 from dpo.models.drawing import SamplingConfig
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import make_mesh
-from dpo.runs import CHECKPOINTS_DIRECTORY, CONFIG_FILE, EXPORT_DIRECTORY, flat_settings, read_summary
+from dpo.runs import CHECKPOINTS_DIRECTORY, CONFIG_FILE, flat_settings, read_summary
 from dpo.training.identity import resolved_settings, settings_fingerprint
 from dpo.training.loop import train
 from dpo.training.on_policy import OnPolicy, prompt_ids
@@ -96,7 +93,9 @@ def run(given: FrontierConfig, *, log: Log) -> FrontierResult | None:
         "lines": [
             {"objective": name, "beta": beta, "points": points} for (name, beta), points in lines.items()
         ],
-        "temperatures": temperatures(given, configs, len(prompts), output, log),
+        "temperatures": win_rates_by_temperature(
+            given, configs, output, batch_size=min(SAMPLED_TOGETHER, len(prompts)), log=log
+        ),
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     replace_text(output / RESULT_FILE, text, what="the figures")
@@ -308,43 +307,3 @@ def best_of_n_kl(n: int) -> float:
     (Beirami et al. 2024, arXiv:2401.01879, who show that the usual formula is a bound.)
     """
     return log(n) - (n - 1) / n
-
-
-def temperatures(
-    given: FrontierConfig,
-    configs: Mapping[tuple[str, float], Config],
-    num_prompts: int,
-    output: Path,
-    log: Log,
-) -> list[TemperatureLine]:
-    """Win-rates over the opponent by sampling temperature: the reference, and each objective at one β."""
-    players = {"reference": given.model} | {
-        name: str(Path(config.run_dir) / EXPORT_DIRECTORY)
-        for (name, beta), config in configs.items()
-        if beta == given.temperature_beta
-    }
-    found: list[TemperatureLine] = []
-    for name, source in players.items():
-        log(f"win-rate over {given.opponent} by temperature: {name}")
-        directory = output / "temperatures" / name
-        settings = WinrateConfig(
-            policy=source,
-            opponent=given.opponent,
-            data=given.eval,
-            output=str(directory),
-            judge=given.reward,
-            limit=given.prompts,
-            temperatures=given.temperatures,
-            max_new_tokens=given.max_new_tokens,
-            batch_size=min(SAMPLED_TOGETHER, num_prompts),
-            kl=False,
-            seed=given.seed,
-        )
-        compared = EvaluateConfig(
-            policy=source, reference=given.opponent, data=given.eval, limit=given.prompts
-        )
-        result, _ = play(settings, heldout_settings(compared, None), output=directory, log=log)
-        win_rates = {t: figures["win_rate"] for t, figures in result["temperatures"].items()}
-        beta = None if name == "reference" else given.temperature_beta
-        found.append({"policy": name, "beta": beta, "win_rates": win_rates})
-    return found

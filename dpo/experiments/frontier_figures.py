@@ -113,16 +113,20 @@ def frontier_as_markdown(result: FrontierResult) -> str:
     lines += ["", "| best of n | true reward | KL, nats |", "|---|---|---|"]
     lines += [f"| {p['n']} | {_text(p['reward'], 2)} | {p['kl']:.2f} |" for p in result["best_of_n"]]
     texts = list(result["temperatures"][0]["win_rates"])
-    lines += [
-        "",
-        f"| win-rate over {result['settings']['opponent']} | {' | '.join(texts)} |",
-        "|---" * (len(texts) + 1) + "|",
-    ]
+    rates, cut = [], []
     for one in result["temperatures"]:
         name = "reference" if one["beta"] is None else f"{_name(one['policy'])}, β {one['beta']:g}"
-        lines.append(f"| {name} | {' | '.join(_text(one['win_rates'][t], 2) for t in texts)} |")
+        rates.append([name, *(_text(one["win_rates"][text], 2) for text in texts)])
+        cut.append([name, *(f"{one['cut'][text]:.0%}" for text in texts)])
+    lines += _table([f"win-rate over {result['settings']['opponent']}", *texts], rates)
+    lines += _table([f"cut off at {result['settings']['max_new_tokens']} tokens", *texts], cut)
     settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items() if key != "output")
     return "\n".join([*lines, "", f"Settings: {settings}; {result['prompts']} held-out prompts.", ""])
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table after an empty one."""
+    return ["", *(f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows))]
 
 
 def _draw_line(axes: Axes, start: float, line: Line, colour: str, marker: str) -> None:

@@ -54,6 +54,8 @@ class TemperatureLine(TypedDict):
     beta: float | None
     """None of the reference."""
     win_rates: dict[str, Estimate]
+    cut: dict[str, float]
+    """Which part of the policy's responses was cut off at `max_new_tokens`."""
 
 
 class FrontierResult(TypedDict):

@@ -143,7 +143,7 @@ def warnings_of(figures: WinrateFigures) -> list[str]:
     found, judge = few_clusters(figures["prompts"]), figures["judge"]
     found += without_spread("win-rate", figures["win_rate"], figures["prompts"])
     if "cut" in figures:
-        found += _cut_warnings(figures["cut"])
+        found += cut_warnings(figures["cut"])
     if figures["invalid"]:
         low, high = figures["win_rate_if_invalid"]
         found.append(
@@ -171,7 +171,8 @@ def warnings_of(figures: WinrateFigures) -> list[str]:
     return found
 
 
-def _cut_warnings(cut: CutFigures) -> list[str]:
+def cut_warnings(cut: CutFigures) -> list[str]:
+    """Of each side of whose responses more than `MOST_CUT` were cut off."""
     kept = "left out" if cut["pairs_left_out"] else "judged so (leave_out_cut leaves them out)"
     return [
         f"{share:.0%} of the {side}'s responses were cut off at {cut['at']} tokens and {kept}: a larger "

@@ -119,11 +119,15 @@ def test_the_experiment_is_whole_and_resumable(
     assert rewards == sorted(rewards)
     assert [one["policy"] for one in result["temperatures"]] == ["reference", "plackett_luce"]
     assert all(set(one["win_rates"]) == {"0.0", "1.0"} for one in result["temperatures"])
+    assert all(one["cut"] == {"0.0": 1.0, "1.0": 1.0} for one in result["temperatures"])
+    assert "100% of the policy's responses were cut off at 6 tokens" in capsys.readouterr().out
     for figure in ("frontier.svg", "temperatures.svg"):
         assert (out / figure).read_text().startswith("<?xml")
     table = (out / "frontier.md").read_text()
     assert "| Plackett-Luce | 0.5 | 4 |" in table
     assert "| reference |" in table
+    assert "| cut off at 6 tokens | 0.0 | 1.0 |" in table
+    assert "| reference | 100% | 100% |" in table
 
     # the curves of a run have its samples' KL and reward; its checkpoint is gone, its export stays
     run = out / "plackett_luce_beta0.5"
