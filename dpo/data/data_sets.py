@@ -73,7 +73,7 @@ def _load_saved(directory: str) -> Any:
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _has_subset(repository: str, name: str, where: dict[str, Any]) -> bool:
+def _has_subset(repository: str, name: str, where: Mapping[str, Any]) -> bool:
     """Whether a subset of this name is there, or in the cache when offline; else it is a folder's."""
     import datasets
 
@@ -89,7 +89,7 @@ _Place = Callable[[Any], Callable[[], _Files]]
 """Checks what `datasets` would read, and gives what brings the files of each split to this machine."""
 
 
-def _read_split(repository: str, split: str, where: dict[str, Any], place: _Place) -> Any:
+def _read_split(repository: str, split: str, where: Mapping[str, Any], place: _Place) -> Any:
     """A split of what `datasets` keeps, which a limited process makes unless it was made before."""
     import datasets
 

@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from dpo.huggingface import gguf_changes as changes
 from dpo.huggingface.foreign_json import JsonObject
-from dpo.huggingface.gguf_changes import (
-    DELTA_RULE,
-    INTERLEAVED,
-    OFFSET_NORMS,
-    SQUEEZED,
-    TURNED_CONV1D,
-    UNGROUPED,
-    Change,
-)
 from dpo.huggingface.gguf_metadata import GgufMetadata, published
 from dpo.outcomes import UserError
 
@@ -35,7 +27,7 @@ class Architecture(NamedTuple):
     """llama.cpp's names of the tensors."""
     configure: Callable[[GgufMetadata], JsonObject]
     """The configuration, but for what all have in common."""
-    change: Change | None = None
+    change: changes.Change | None = None
     """What the conversion did to some tensors."""
 
 
@@ -329,24 +321,24 @@ def _gemma(file: GgufMetadata) -> JsonObject:
 
 _ARCH = gguf.MODEL_ARCH
 ARCHITECTURES = {
-    "llama": Architecture(_ARCH.LLAMA, _llama, INTERLEAVED),
+    "llama": Architecture(_ARCH.LLAMA, _llama, changes.INTERLEAVED),
     "qwen2": Architecture(_ARCH.QWEN2, _qwen2),
     "qwen3": Architecture(_ARCH.QWEN3, _qwen3),
-    "gemma": Architecture(_ARCH.GEMMA, _gemma, OFFSET_NORMS),
-    "gemma2": Architecture(_ARCH.GEMMA2, _gemma2, OFFSET_NORMS),
-    "gemma3": Architecture(_ARCH.GEMMA3, _gemma3, OFFSET_NORMS),
+    "gemma": Architecture(_ARCH.GEMMA, _gemma, changes.OFFSET_NORMS),
+    "gemma2": Architecture(_ARCH.GEMMA2, _gemma2, changes.OFFSET_NORMS),
+    "gemma3": Architecture(_ARCH.GEMMA3, _gemma3, changes.OFFSET_NORMS),
     "phi3": Architecture(_ARCH.PHI3, _phi3),
     "stablelm": Architecture(_ARCH.STABLELM, _stablelm),
-    "gpt2": Architecture(_ARCH.GPT2, _gpt2, TURNED_CONV1D),
-    "falcon": Architecture(_ARCH.FALCON, _falcon, UNGROUPED),
-    "smollm3": Architecture(_ARCH.SMOLLM3, _smollm3, INTERLEAVED),
-    "arcee": Architecture(_ARCH.ARCEE, _arcee, INTERLEAVED),
-    "granite": Architecture(_ARCH.GRANITE, _granite, INTERLEAVED),
+    "gpt2": Architecture(_ARCH.GPT2, _gpt2, changes.TURNED_CONV1D),
+    "falcon": Architecture(_ARCH.FALCON, _falcon, changes.UNGROUPED),
+    "smollm3": Architecture(_ARCH.SMOLLM3, _smollm3, changes.INTERLEAVED),
+    "arcee": Architecture(_ARCH.ARCEE, _arcee, changes.INTERLEAVED),
+    "granite": Architecture(_ARCH.GRANITE, _granite, changes.INTERLEAVED),
     "ernie4_5": Architecture(_ARCH.ERNIE4_5, _ernie),
     "seed_oss": Architecture(_ARCH.SEED_OSS, _seed_oss),
     "olmo2": Architecture(_ARCH.OLMO2, _olmo2),
-    "lfm2": Architecture(_ARCH.LFM2, _lfm2, SQUEEZED),
-    "qwen35": Architecture(_ARCH.QWEN35, _qwen35, DELTA_RULE),
+    "lfm2": Architecture(_ARCH.LFM2, _lfm2, changes.SQUEEZED),
+    "qwen35": Architecture(_ARCH.QWEN35, _qwen35, changes.DELTA_RULE),
     "hunyuan-dense": Architecture(_ARCH.HUNYUAN_DENSE, _hunyuan),
 }
 """llama.cpp's architectures that are read and written."""

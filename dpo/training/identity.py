@@ -87,7 +87,7 @@ def run_identity(
     }
 
 
-def identity_of_weights(name: str, fingerprint: str, config: DecoderConfig) -> dict[str, Any]:
+def identity_of_weights(name: str, fingerprint: str, config: DecoderConfig) -> FlatSettings:
     """The fingerprint of a model's weights, and all that its configuration makes of them."""
     values = {
         f"{ARCHITECTURE}{name}.{field}": _sha256(json.dumps(value)) if isinstance(value, tuple) else value
