@@ -81,7 +81,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         TrainingConfig,
     )
     from dpo.losses import make_objective
+    from dpo.models.attention import choose_implementation
+    from dpo.parallel.partition import Partition
     from dpo.parallel.sharding import make_mesh
+    from dpo.planning.roofline import looped_flops
     from dpo.training.adapted import open_policy
     from dpo.training.datasets import make_loader, scoring_loader
     from dpo.training.optimizer import make_optimizer, make_schedule
@@ -171,7 +174,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             traced = train_step.trace(state, frozen, place_batch(mesh, batch), sums)  # type: ignore[attr-defined]
             compiled[shape] = traced.lower().compile()
             memory[shape] = _program_bytes(compiled[shape])
-            forecasts[shape] = _forecast(traced, compiled[shape], options.dtype, jax.devices())
+            how = choose_implementation(
+                options.attention,
+                partition=Partition(mesh),
+                length=shape.row_length,
+                has_key_bias=config.alibi is not None,
+            )
+            unseen = looped_flops(how, count_work(config, batch).attention)
+            forecasts[shape] = _forecast(traced, compiled[shape], options.dtype, jax.devices(), unseen)
     step_compile = time.perf_counter() - compiling
 
     times, cpu_times, losses = [], [], []
@@ -270,20 +280,23 @@ def _program_bytes(compiled: Any) -> int:
     )
 
 
-def _forecast(traced: Any, compiled: Any, dtype: str, devices: list[Any]) -> float | None:
-    """Seconds of a step, reckoned from its program as `dpo plan` does; None for an unknown device."""
-    from dpo.planning.chips import CHIPS, Topology
+def _forecast(
+    traced: Any, compiled: Any, dtype: str, devices: list[Any], unseen_flops: float
+) -> float | None:
+    """Seconds of a step, reckoned from its program as `dpo plan` does; None for an unknown device.
+
+    `unseen_flops` are those of attention that are in no product of the program.
+    """
+    from dpo.planning.chips import CHIPS, Topology, chip_named
     from dpo.planning.hlo import read_program
     from dpo.planning.roofline import count_flops, step_times
 
-    name = devices[0].device_kind.lower().replace(" ", "")
-    kind = next((key for key in CHIPS if key in name), None)
+    kind = chip_named(devices[0].device_kind)
     if kind is None:
         return None
     program, topology = read_program(compiled.as_text() or "", len(devices)), Topology(kind, (len(devices),))
-    return step_times(
-        program, count_flops(traced.jaxpr), chip=CHIPS[kind], topology=topology, products=dtype
-    ).hidden
+    flops = count_flops(traced.jaxpr) + unseen_flops
+    return step_times(program, flops, chip=CHIPS[kind], topology=topology, products=dtype).hidden
 
 
 def _profile(step: Any, state: Any, frozen: Any, batch: Any, sums: Any) -> tuple[Any, float | None]:

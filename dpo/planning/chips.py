@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from itertools import pairwise
 from math import nan
 from typing import Literal, NamedTuple
 
@@ -68,6 +69,25 @@ CHIPS: dict[str, Chip] = {
     "rtx4090": Chip("RTX 4090", "gpu", 1.652e14, 8.26e13, 24 * GIB, 1.008e12, 3.2e10, 5e-6),
     "rtx5090": Chip("RTX 5090", "gpu", 2.095e14, 1.048e14, 32 * GIB, 1.792e12, 6.4e10, 5e-6),
 }
+
+_LITE = {"v5lite": "v5e", "v6lite": "v6e"}
+"""What JAX calls TPUs whose names here are shorter."""
+_VARIANTS = {"pcie", "nvl", "laptop", "ti", "d"}
+"""Words in the names of cards that have other rates than the ones of `CHIPS`."""
+
+
+def chip_named(device: str) -> str | None:
+    """The key of `CHIPS` for a device as its driver or JAX names it ("NVIDIA L40S", "TPU v5 lite"), or None.
+
+    By whole words, since L4 is a part of L40S.
+    """
+    words = re.split(r"[^a-z0-9]+", device.lower())
+    if _VARIANTS & set(words):
+        return None
+    joined = [a + b for a, b in pairwise(words)]
+    named = [_LITE.get(name, name) for name in (*joined, *words)]
+    return next((name for name in named if name in CHIPS), None)
+
 
 ANY_GPU = "gpu"
 """The kind of a topology of GPUs of which nothing but the memory is known."""

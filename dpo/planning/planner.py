@@ -25,7 +25,7 @@ from dpo.parallel.sharding import (
 from dpo.planning.advice import advise
 from dpo.planning.hlo import Program, read_program
 from dpo.planning.plan import Plan
-from dpo.planning.roofline import Times, count_flops, forward_flops, step_times
+from dpo.planning.roofline import Times, count_flops, forward_flops, looped_flops, step_times
 from dpo.planning.targets import Target, attention_on
 from dpo.planning.tracing import trace_step
 from dpo.planning.travel import read_travel, split_parameters
@@ -54,8 +54,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
         length=workload.shape.row_length,
         has_key_bias=decoder.alibi is not None,
     )
-    if how in ("blocked", "ranges", "splash"):  # a loop over as many blocks as some query sees
-        flops += _ATTENTION_PASSES * attention
+    flops += looped_flops(how, attention)
     began = time.perf_counter()
     try:
         compiled = traced.lower().compile()
@@ -100,10 +99,6 @@ def _times(config: Config, program: Program, flops: float, target: Target) -> Ti
 def _dtype_of_products(model: ModelConfig) -> str:
     """What most operands of products are in; float32 where only the backward pass rounds them."""
     return "bfloat16" if model.round_products == "both" else model.compute_dtype
-
-
-_ATTENTION_PASSES = 3.5
-"""Two products forward, five backward (scores are made again): 7 / 2 forward passes."""
 
 
 def _refused_temporaries(message: str, *, arguments: float) -> float | None:

@@ -74,6 +74,18 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> float:
     return sum((_equation_flops(equation) for equation in jaxpr.eqns), start=0.0)
 
 
+ATTENTION_PASSES = 3.5
+"""Two products forward, five backward (scores are made again): 7 / 2 forward passes."""
+
+
+def looped_flops(implementation: str, attention: float) -> float:
+    """Operations of attention, `attention` in a forward pass, that `count_flops` does not see in a program.
+
+    They are in loops over as many blocks as some query sees, or in a kernel.
+    """
+    return ATTENTION_PASSES * attention if implementation in ("blocked", "ranges", "splash") else 0.0
+
+
 def step_times(program: Program, flops: float, *, chip: Chip, topology: Topology, products: str) -> Times:
     """Times of a step in which every device has an equal share of `flops`, of operands in `products`."""
     rate = chip.float32_flops if products == "float32" else chip.flops

@@ -1,6 +1,6 @@
 import pytest
 
-from dpo.planning.chips import CHIPS, Topology, parse_topology, ring_bandwidth
+from dpo.planning.chips import CHIPS, Topology, chip_named, parse_topology, ring_bandwidth
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,20 @@ def test_topologies_are_read(text, topology):
 def test_others_are_refused_with_what_is_allowed(text):
     with pytest.raises(ValueError, match=r"topology is .*; allowed is"):
         parse_topology(text)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        *(("NVIDIA L4", "l4"), ("NVIDIA L40S, 550.54.15", "l40s"), ("NVIDIA L40", None)),
+        *(("NVIDIA H100 80GB HBM3, 570.86", "h100"), ("NVIDIA H100 PCIe", None), ("NVIDIA H200", "h200")),
+        *(("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx4090")),
+        *(("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None)),
+        *(("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("none", None)),
+    ],
+)
+def test_a_card_is_known_by_whole_words(device, kind):
+    assert chip_named(device) == kind
 
 
 def test_a_ring_of_tpus_goes_both_ways():
