@@ -17,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.planning.chips import CHIPS
+from dpo.planning.chips import CHIPS, chip_named
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -41,6 +42,8 @@ PACKAGES = (
     "peft",
 )
 NO_CARD = "none"
+STEPS = "steps"
+"""Name of the check that is no cell."""
 LEAST_SECONDS = 25
 """A cell that has less left does not begin."""
 REHEARSAL_SLOWNESS = 10
@@ -102,6 +105,7 @@ CELLS = (
     Cell("ours llama 1b fixed1024 cudnn", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *CUDNN), 150),
     Cell("trl llama 1b fixed1024", trl(LLAMA, "fixed1024", 16, 4, *SHORT), 100),
     Cell("ours llama 1b helpsteer3 K=4", ours(LLAMA, "helpsteer3_k4", 8, *SHORT, *BIG_CHUNK), 150),
+    Cell("trl llama 1b helpsteer3 K=4", trl(LLAMA, "helpsteer3_k4_pairs", 48, 12, *SHORT), 150),
     Cell("ours llama 1b long4096", ours(LLAMA, "long4096", 8, *LONG, *FULL, "--micro-batches", "2"), 150),
     Cell("trl llama 1b long4096", trl(LLAMA, "long4096", 8, 8, *LONG), 100),
     Cell("ours smollm2 135m hh", ours(SMOLLM2, "hh", 16), 100),
@@ -120,15 +124,15 @@ CELLS = (
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    open_results(options.out)
     stop = time.monotonic() + 60 * options.minutes
     begin = facts()
     record(options.out, begin)
     if begin["card"] == NO_CARD and not options.rehearse:
         raise SystemExit("nvidia-smi names no card; --rehearse runs the cells on a CPU")
     prepare_inputs(options)
-    if options.only is None or "steps" in options.only:
-        for line in check_steps(options):
+    if options.only is None or any(part in STEPS for part in options.only.split(",")):
+        for line in check_steps(options, stop):
             record(options.out, line)
     for cell in CELLS:
         if options.only and not any(part in cell.name for part in options.only.split(",")):
@@ -154,7 +158,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="no cell begins later")
     parser.add_argument("--only", default=None, help="parts of names, with commas; steps is a check")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU: a tiny model, one step a cell")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for part in [] if options.only is None else options.only.split(","):
+        if not part or not any(part in name for name in (STEPS, *(cell.name for cell in CELLS))):
+            names = ", ".join((STEPS, *(cell.name for cell in CELLS)))
+            parser.error(f"--only has {part!r}; allowed are parts of these names: {names}")
+    return options
+
+
+def open_results(out: Path) -> None:
+    """See that lines can be kept before anything is computed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "cells.jsonl").open("a").close()
+    except OSError as error:
+        raise SystemExit(f"--out is {out}: {error}; allowed: a directory that can be written") from error
 
 
 def prepare_inputs(options: argparse.Namespace) -> None:
@@ -179,17 +197,22 @@ def facts() -> dict[str, Any]:
     return {"card": card(), "python": sys.version.split()[0], "versions": versions, "missing": missing}
 
 
-def check_steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def check_steps(options: argparse.Namespace, stop: float) -> Iterator[dict[str, Any]]:
     """Ten float32 steps of the tiny model on the accelerator and on the CPU have the same curves."""
     curves = {}
     for kind in ("cpu",) if options.rehearse else ("cpu", "cuda"):
+        left = stop - time.monotonic()
+        if left < LEAST_SECONDS:
+            yield {"check": f"steps {kind}", "left out": "no time"}
+            continue
         target = options.out / f"steps_{kind}"
+        shutil.rmtree(target, ignore_errors=True)  # a finished run of before would stand, with its numbers
         arguments = [
             *("-m", "dpo", "train", "--model.source", str(options.inputs / "tiny"), "--run_dir", str(target)),
             *("--data.train", str(options.inputs / "hh.jsonl"), "--training.batch_size", "2"),
             *("--training.steps", "10", "--optimizer.learning_rate", "1e-3"),
         ]
-        limit = 150 * (REHEARSAL_SLOWNESS if options.rehearse else 1)
+        limit = min(150, left) * (REHEARSAL_SLOWNESS if options.rehearse else 1)
         code, _, errors = _python(arguments, options.out, f"steps {kind}", limit, {"JAX_PLATFORMS": kind})
         lines = (target / "metrics.jsonl").read_text().splitlines() if code == 0 else []
         rows = [row for row in map(json.loads, lines) if "grad_norm" in row]
@@ -227,7 +250,11 @@ def run(cell: Cell, options: argparse.Namespace, limit: float) -> dict[str, Any]
     line: dict[str, Any] = {"cell": cell.name, "seconds": round(time.monotonic() - began)}
     if code != 0:
         return line | {"failed": code, "last": [text for text in errors.splitlines() if text.strip()][-3:]}
-    result = json.loads(output.strip().splitlines()[-1])
+    said = output.strip().splitlines()
+    try:
+        result = json.loads(said[-1])
+    except (IndexError, ValueError):
+        return line | {"failed": "no result", "last": said[-3:]}
     return line | (short(result) if "seconds_per_step" in result else {}) | {"all": result}
 
 
@@ -280,7 +307,8 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
 
 def peak_flops(name: str) -> float | None:
     """Dense bfloat16 FLOP/s of the card that nvidia-smi names so."""
-    return next((chip.flops for key, chip in CHIPS.items() if key in name.lower().replace(" ", "")), None)
+    kind = chip_named(name)
+    return None if kind is None else CHIPS[kind].flops
 
 
 def card() -> str:

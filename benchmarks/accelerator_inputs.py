@@ -6,6 +6,7 @@ length that is asked for. Nothing is fetched, and both sides read the same files
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -103,7 +104,10 @@ def make_inputs(directory: Path, names: tuple[str, ...], *, rows: int) -> None:
             make_model(name, directory / name)
     for name in (*COUNTED, *LENGTHS):
         make_pairs(name, directory / f"{name}.jsonl", rows=rows)
-    make_pairs("helpsteer3", directory / "helpsteer3_k4.jsonl", rows=rows // 2, responses=4)
+    rankings = directory / "helpsteer3_k4.jsonl"
+    make_pairs("helpsteer3", rankings, rows=rows // 2, responses=4)
+    with rankings.open() as lines, (directory / "helpsteer3_k4_pairs.jsonl").open("w") as pairs:
+        pairs.writelines(json.dumps(pair) + "\n" for line in lines for pair in as_pairs(json.loads(line)))
 
 
 def make_model(name: str, directory: Path) -> None:
@@ -167,6 +171,12 @@ def _row(generator: random.Random, prompt: int, sizes: list[int]) -> dict[str, A
     if len(answers) == 2:
         return {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}
     return {"prompt": asked, "responses": answers, "ranks": list(range(1, len(answers) + 1))}
+
+
+def as_pairs(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every (better, worse) pair of a ranking from the best response to the worst, for a peer."""
+    pairs = itertools.combinations(row["responses"], 2)
+    return [{"prompt": row["prompt"], "chosen": better, "rejected": worse} for better, worse in pairs]
 
 
 def _draw(generator: random.Random, median: float, spread: float, most: int) -> int:

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks import accelerator, accelerator_inputs
+from benchmarks import accelerator, accelerator_inputs, bench_dpo
 from benchmarks.device_share import covered_share
 from benchmarks.work import count_work
 from dpo.huggingface.text_models import read_config
@@ -73,8 +74,6 @@ def test_work_of_a_hybrid_counts_attention_in_its_attention_layers():
 
 
 def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
-    from benchmarks import bench_dpo
-
     options = parse(inputs, tmp_path)
     for cell in accelerator.CELLS:
         arguments = [part.replace("{inputs}", str(options.inputs)) for part in cell.arguments]
@@ -93,7 +92,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
         pytest.param("hybrid", "ours lfm2 350m ultrafeedback", marks=pytest.mark.slow),
         pytest.param("cudnn", "ours llama 1b fixed1024 cudnn", marks=pytest.mark.slow),
         pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
-        pytest.param("K", "K=4", marks=pytest.mark.slow),
+        pytest.param("K", "ours llama 1b helpsteer3 K=4", marks=pytest.mark.slow),
         pytest.param("long", "ours llama 1b long4096", marks=pytest.mark.slow),
     ],
 )
@@ -114,9 +113,11 @@ def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs
     broken = accelerator.Cell("broken", ("-c", "raise SystemExit('no such card')"), 60)
     endless = accelerator.Cell("endless", ("-c", "import time; time.sleep(60)"), 0.2)
     sound = accelerator.Cell("sound", ("-c", """print('said before\\n{"found": 1}')"""), 60)
-    for cell in (broken, endless, sound):
+    silent = accelerator.Cell("silent", ("-c", "print('no figures')"), 60)
+    for cell in (broken, endless, sound, silent):
         accelerator.record(tmp_path, accelerator.run(cell, options, cell.seconds))
-    failed, cut, measured = lines(tmp_path)
+    failed, cut, measured, without = lines(tmp_path)
+    assert (without["failed"], without["last"]) == ("no result", ["no figures"])
     assert measured["all"] == {"found": 1}
     assert failed["failed"] == 1
     assert failed["last"][-1].endswith("no such card")
@@ -126,14 +127,15 @@ def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs
 
 RUN_TWO_CELLS = """
 import sys
+ENDLESS = "import os, time; kit = os.getppid()\\nwhile os.getppid() == kit: time.sleep(0.1)"
 from benchmarks import accelerator
 if __name__ == "__main__":
     accelerator.prepare_inputs = lambda options: None
     accelerator.CELLS = tuple(
         accelerator.Cell(name, ("-c", f"{text}; print('{{}}')"), 60)
-        for name, text in (("done", "pass"), ("endless", "import time; time.sleep(600)"))
+        for name, text in (("done", "pass"), ("endless", ENDLESS))
     )
-    accelerator.check_steps = lambda options: []
+    accelerator.check_steps = lambda options, stop: []
     accelerator.main(sys.argv[1:])
 """
 
@@ -163,10 +165,53 @@ def test_what_is_missing_is_said_at_the_start(inputs, tmp_path, monkeypatch, cap
 
 
 def test_cells_without_time_are_said_to_be_left_out(inputs, tmp_path):
-    rehearse(inputs, tmp_path, "ours llama", "--minutes", "0")
+    rehearse(inputs, tmp_path, "ours llama,steps", "--minutes", "0")
     _, *rest = lines(tmp_path)
-    assert rest
+    assert rest[0] == {"check": "steps cpu", "left out": "no time"}
+    assert len(rest) > 1
     assert all(line["left out"] == "no time" for line in rest)
+
+
+@pytest.mark.parametrize("only", ["no such cell", "ours llama,", "ours llama,hepsteer3"])
+def test_cells_that_do_not_exist_are_refused_with_those_that_do(only, inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        rehearse(inputs, tmp_path, only)
+    said = capsys.readouterr().err
+    assert f"--only has {only.partition(',')[2] or ('' if ',' in only else only)!r}; allowed are" in said
+    assert "steps, attention: ranges, cudnn and plain, ours llama 1b helpsteer3" in said
+
+
+def test_results_that_can_not_be_kept_are_said_before_anything_is_computed(inputs, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"--out is .*file: .*; allowed: a directory that can be written"):
+        rehearse(inputs, tmp_path / "file", "ours llama")
+
+
+def test_steps_of_an_earlier_run_are_not_compared(inputs, tmp_path, monkeypatch):
+    (tmp_path / "steps_cpu").mkdir()
+    monkeypatch.setattr(accelerator, "_python", lambda *_: ("time", "", ""))
+    [line] = accelerator.check_steps(parse(inputs, tmp_path), accelerator.time.monotonic() + 99)
+    assert line["failed"] == "time"
+    assert not (tmp_path / "steps_cpu").exists()
+
+
+def test_a_ranking_is_all_its_pairs_for_the_peer(inputs):
+    rankings, pairs = (
+        [json.loads(line) for line in (inputs / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("helpsteer3_k4", "helpsteer3_k4_pairs")
+    )
+    assert len(pairs) == 6 * len(rankings)
+    assert [pairs[5][side] for side in ("chosen", "rejected")] == rankings[0]["responses"][2:]
+    assert all(row["ranks"] == [1, 2, 3, 4] for row in rankings)
+
+
+def test_the_forecast_is_of_the_card_and_of_attention_in_kernels():
+    """A product-free program whose attention is a kernel's: an L40S takes its own rate, not an L4's."""
+    traced = jax.jit(lambda x: x + 1).trace(1.0)
+    card = Mock(device_kind="NVIDIA L40S")
+    seconds = bench_dpo._forecast(traced, traced.lower().compile(), "bfloat16", [card], 3.62e14)
+    assert seconds == pytest.approx(1)
+    assert accelerator.peak_flops("NVIDIA L40S, 550.54") == 3.62e14
 
 
 def test_a_device_works_where_some_event_runs():
