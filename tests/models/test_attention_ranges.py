@@ -11,6 +11,7 @@ from attention_rows import make_layout, make_qkv
 from numpy.testing import assert_allclose, assert_array_equal
 
 from dpo.models.attention import attend_plain, visible
+from dpo.models.attention_blocked import SAVED_NAMES
 from dpo.models.attention_ranges import attend_ranges, block_size
 from dpo.models.key_ranges import find_bounds, find_ranges
 
@@ -104,16 +105,26 @@ def test_heads_of_many_bytes_have_smaller_blocks(head_dim, dtype, block):
     assert block_size(head_dim, dtype) == block
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [(jnp.bfloat16, 64), (jnp.float32, 80)], ids=str)
-def test_it_is_lowered_for_cuda_without_scores_in_memory(dtype, head_dim):
-    """Three kernels, a window that is traced, and no array over pairs of slots (150, padded to 192)."""
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "softcap"), [(jnp.bfloat16, 64, None), (jnp.float32, 80, 0.7)], ids=str
+)
+def test_it_is_lowered_for_cuda_without_scores_in_memory(dtype, head_dim, softcap):
+    """Three kernels, a window that is traced, and no array over pairs of slots (150, padded to 192).
+
+    Under rematerialisation the forward kernel is called once: of what JAX writes out again nothing is used.
+    """
     layout = make_layout(ROWS, LENGTH)
     q, k, v, _ = make_qkv(len(ROWS), LENGTH, (4, 2), head_dim, dtype)
 
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES))
     def loss(q, k, v, window):
-        return attend_ranges(q, k, v, **layout, scale=0.3, window=window).astype(jnp.float32).sum()
+        out = attend_ranges(q, k, v, **layout, scale=0.3, window=window, softcap=softcap)
+        return out.astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
     text = gradient.trace(q, k, v, jnp.asarray(17)).lower(lowering_platforms=("cuda",)).as_text()
     assert [text.count(f"attend_ranges_{name}") > 0 for name in ("fwd", "dq", "dkv")] == [True] * 3
     assert not any(f"{T}x{T}x" in text for T in (LENGTH, 192))
+    assert "has_side_effect = true" not in text
+    forward = [line.split(":")[0].strip() for line in text.splitlines() if "attend_ranges_fwd" in line]
+    assert sum(f"{name}#" in text for name in forward) == 1
