@@ -13,7 +13,10 @@ from dpo.config import Config, OptimizerConfig
 from dpo.config.sources import show_source
 from dpo.data.distinct import prompt_digests
 from dpo.data.remaining import left_out, remarks, warnings
+from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.adapter_files import AdapterDirectory
+from dpo.models.attention import choose_implementation, skips_blocks
+from dpo.parallel.partition import Partition
 from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
 from dpo.training.reading import Dataset
@@ -35,10 +38,38 @@ def introduction(run: Run) -> list[str]:
         *_remarks("data", run.dataset),
         *heldout,
         f"batches    {_batches(run)}",
+        *_attention(
+            config,
+            Partition(run.mesh),
+            alibi=run.policy.pretrained.model.config.alibi is not None,
+            row=max(shape.row_length for shape in run.loader.shapes),
+            longest=_longest(run.dataset.tokens),
+        ),
         *([] if run.memory is None else [run.memory.text]),
         *_advice(config),
         f"training   {_plural(run.num_steps, 'step')} of {step} into {config.run_dir}",
     ]
+
+
+def _attention(config: Config, partition: Partition, *, alibi: bool, row: int, longest: int) -> list[str]:
+    """That attention visits all pairs of rows that are long because other attention would not.
+
+    `row` is the length of the longest row, `longest` that of the longest prompt with a response.
+    """
+    settings = config.model.attention
+    how = choose_implementation(settings, partition=partition, length=row, has_key_bias=alibi)
+    skips = how not in ("plain", "cudnn") or not skips_blocks(partition.platform)
+    if skips or config.data.row_length is not None or row < 2 * longest:
+        return []
+    why = "the model has ALiBi" if alibi else f"model.attention is {settings}"
+    return [
+        f"attention  {how} ({why}): all pairs of a row's {row} tokens are visited; "
+        f"--data.row_length={longest} makes rows shorter"
+    ]
+
+
+def _longest(tokens: TokenizedDataset) -> int:
+    return int((tokens.prompt_lengths + tokens.response_lengths.max(axis=1)).max())
 
 
 def _model(run: Run) -> str:

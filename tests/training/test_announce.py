@@ -13,7 +13,8 @@ from dpo.data.distinct import prompt_digests
 from dpo.data.preferences import ReadSummary
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.adapter_files import AdapterDirectory
-from dpo.training.announce import _a_step, _about_heldout, _advice, _counts, _text
+from dpo.parallel.partition import ONE_DEVICE
+from dpo.training.announce import _a_step, _about_heldout, _advice, _attention, _counts, _longest, _text
 from dpo.training.reading import Dataset
 
 
@@ -106,3 +107,21 @@ def test_held_out_prompts_that_are_trained_on_are_warned_of():
 )
 def test_how_rows_become_text_is_said(given, own, said):
     assert said in _text(given, own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "alibi", "row", "row_length", "said"),
+    [
+        ("auto", True, 8, None, "plain (the model has ALiBi): all pairs of a row's 8 tokens are visited; "),
+        ("plain", False, 8, None, "plain (model.attention is plain): all pairs of a row's 8 tokens"),
+        ("auto", False, 8, None, None),
+        ("auto", True, 5, None, None),
+        ("auto", True, 8, 8, None),
+    ],
+)
+def test_attention_to_all_pairs_of_long_rows_is_remarked_on(settings, alibi, row, row_length, said):
+    config = Config(model=ModelConfig(attention=settings), data=DataConfig(row_length=row_length))
+    longest = _longest(dataset([[5], [6, 7]], rows=2).tokens)  # two tokens, and two more
+    lines = _attention(config, ONE_DEVICE, alibi=alibi, row=row, longest=longest)
+    assert len(lines) == (said is not None)
+    assert all(f"attention  {said}" in line and "--data.row_length=4 " in line for line in lines)
