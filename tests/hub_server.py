@@ -14,8 +14,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 TOKEN = "hf_loopbackSecretToken"
 
@@ -73,6 +77,17 @@ def running_hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_to(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have huggingface_hub ask this hub, with its token and an empty cache."""
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(cache.with_name("token")))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setenv("HF_TOKEN", TOKEN)
 
 
 class _Handler(BaseHTTPRequestHandler):

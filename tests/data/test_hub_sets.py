@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import config
-from hub_server import TOKEN, Hub, running_hub
+from hub_server import TOKEN, Hub, point_to, running_hub
 from huggingface_hub import constants
 
 from dpo import limited
@@ -28,17 +28,11 @@ NAME = "someone/pairs"
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The hub, with both clients pointed at it and empty caches."""
     with running_hub() as hub:
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        point_to(hub, tmp_path / "hub", monkeypatch)
         monkeypatch.setattr(config, "HF_ENDPOINT", hub.endpoint)
         monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         monkeypatch.setattr(config, "USE_PARQUET_EXPORT", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
 

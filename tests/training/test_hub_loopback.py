@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, Hub, running_hub
+from hub_server import TOKEN, Hub, point_to, running_hub
 from huggingface_hub import constants
 from tiny_model import write_tiny_model
 
@@ -29,13 +29,7 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The hub, with the client pointed at it and an empty cache."""
     with running_hub() as hub:
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        point_to(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 
