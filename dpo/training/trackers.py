@@ -79,8 +79,13 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-_WANDB = {"project": "WANDB_PROJECT", "id": "WANDB_RUN_ID", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
-_WANDB |= {"resume": "WANDB_RESUME"}
+_WANDB = {
+    "project": "WANDB_PROJECT",
+    "id": "WANDB_RUN_ID",
+    "name": "WANDB_NAME",
+    "dir": "WANDB_DIR",
+    "resume": "WANDB_RESUME",
+}
 """What the environment says goes before what is ours: an argument would override it."""
 
 
