@@ -16,6 +16,7 @@ from dpo.huggingface.config_rules import check_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded
 from dpo.huggingface.foreign_json import find_problem, read_small_json, require_file, show
 from dpo.huggingface.gguf_files import GgufFile
+from dpo.huggingface.tokenizer_settings import check_tokenizer_file
 from dpo.limited import look
 from dpo.outcomes import UserError, raising_user_errors
 
@@ -87,8 +88,8 @@ def _check_files(directory: Path) -> None:
             values = read_small_json(directory / name)
             if name == "tokenizer_config.json":
                 settings = values
-            if name == "config.json":
-                check_config(directory / name, values)
+            check = check_config if name == "config.json" else check_tokenizer_file
+            check(directory / name, values)
     for name, most in _LARGEST.items():
         if os.path.lexists(directory / name):
             require_file(directory / name, most)

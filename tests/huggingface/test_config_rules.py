@@ -17,6 +17,7 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
 from dpo.huggingface.spellings import spelled_for_all
 from dpo.huggingface.tokenizer_files import load_tokenizer
+from dpo.huggingface.tokenizer_settings import check_tokenizer_file
 from dpo.outcomes import UserError
 
 
@@ -203,6 +204,78 @@ def test_a_chat_template_has_a_name_that_a_file_can_have(model, name):
     change(model / "tokenizer_config.json", chat_template=[{"name": name, "template": "x"}])
     with pytest.raises(UserError, match="a chat template is named"):
         load_tokenizer(model)
+
+
+TOKEN = {"content": "<x>", "lstrip": False}
+ADDED_TOKEN = TOKEN | {"__type": "AddedToken"}
+WRONG_TOKENIZERS = [
+    *[{"chat_template": one} for one in (5, ["x"], [{"nam": "x"}], [{"name": "x"}], {"default": 5})],
+    {"chat_template": [{"name": "x", "template": "1"}, {"name": "x", "template": "2"}]},
+    *[{"bos_token": one} for one in (5, True, ["a"], TOKEN, ADDED_TOKEN | {"content": 5})],
+    {"eos_token": ADDED_TOKEN | {"rstrip": "no"}},
+    *[{"added_tokens_decoder": one} for one in (None, {"x": TOKEN}, {"1": "a"}, {"1": {"content": 5}})],
+    *[{"model_max_length": one} for one in ("x", [1], float("nan"), True)],
+    *[{"extra_special_tokens": one} for one in ([5], [TOKEN], {"a": 5}, "abc")],
+    {"model_specific_special_tokens": 5},
+    {"additional_special_tokens": [None]},
+    {"padding_side": 5},
+    {"truncation_side": None},
+    {"model_input_names": "abc"},
+    {"fast_tokenizer_files": [5]},
+    {"split_special_tokens": [1]},
+    {"tokenizer_class": ["a"]},
+    {"auto_map": {"AutoTokenizer": 5}},
+    {"init_inputs": [5]},
+    {"gguf_file": "../x.gguf"},
+    {"tokenizer_object": 5},
+    {"_json_padding": 5},
+    {"self": 5},
+    {"convert_to_native_format": 5},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TOKENIZERS, ids=lambda wrong: str(wrong)[:60])
+def test_a_tokenizers_settings_are_refused_by_file_and_field(tiny_model_dir, wrong):
+    path = tiny_model_dir / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    check_tokenizer_file(path, settings)
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json: '?{next(iter(wrong))}'? is .*"):
+        check_tokenizer_file(path, settings | wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "field"),
+    [
+        ("tokenizer_config.json", {"chat_template": [{"nam": "x"}]}, "chat_template"),
+        ("special_tokens_map.json", {"bos_token": {"content": 5}}, "bos_token"),
+        ("added_tokens.json", {"<x>": "1"}, "<x>"),
+    ],
+)
+def test_each_of_a_tokenizers_files_is_looked_at(model, name, values, field):
+    (model / name).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"{name}: {field} is "):
+        load_tokenizer(model)
+
+
+def test_what_tokenizers_have_is_allowed(tmp_path):
+    """As transformers 3 to 5 write it."""
+    written = {
+        "bos_token": ADDED_TOKEN,
+        "eos_token": None,
+        "added_tokens_decoder": {"0": TOKEN | {"special": True}},
+        "additional_special_tokens": ["<a>", ADDED_TOKEN],
+        "extra_special_tokens": {"image_token": "<image>"},
+        "image_token": "<image>",
+        "chat_template": [{"name": "default", "template": "1"}, {"name": "tool_use", "template": "2"}],
+        "model_max_length": int(1e30),
+        "auto_map": {"AutoTokenizer": ["a.B", None]},
+        "add_bos_token": True,
+        "init_inputs": [],
+        "sp_model_kwargs": {},
+        "tokenizer_file": None,
+    }
+    check_tokenizer_file(tmp_path / "tokenizer_config.json", written)
+    check_tokenizer_file(tmp_path / "special_tokens_map.json", {"bos_token": TOKEN, "pad_token": "<p>"})
 
 
 def test_half_of_a_pair_in_a_tokenizer_is_refused(model):
