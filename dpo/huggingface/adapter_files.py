@@ -13,35 +13,28 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
+from dpo.huggingface.adapter_settings import (
+    PATTERN_SECONDS,
+    base_of,
+    compiled,
+    read_adapter_config,
+    require_layers,
+    require_matches,
+    require_time,
+)
 from dpo.huggingface.adapters import Adapter, linear_bindings, module_names
 from dpo.huggingface.binding import Binding
-from dpo.huggingface.foreign_json import (
-    JsonObject,
-    check_fields,
-    either,
-    flag,
-    list_of,
-    mapping_of,
-    optional,
-    read_small_json,
-    real,
-    show,
-    text,
-    whole,
-)
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PATTERN_SECONDS = 10.0
-"""Time for all matches of an adapter's patterns."""
 
 
 class AdapterWeights(NamedTuple):
@@ -69,12 +62,13 @@ class AdapterDirectory:
                 f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was "
                 "meant, or export it again"
             )
-        self._config = _read_config(self.directory / CONFIG_FILE)
+        self._config = read_adapter_config(self.directory / CONFIG_FILE)
         self._tensors = SafetensorsDirectory(self.directory)
         self.method = Method(bool(self._config.get("use_rslora")), bool(self._config.get("use_dora")))
         self._patience = time.monotonic() + PATTERN_SECONDS
         self.modules = self._find_modules()
         """Names of the adapted linears, such as model.layers.0.self_attn.q_proj."""
+        require_matches(self.directory / CONFIG_FILE, self._config, self.modules, until=self._patience)
 
     @property
     def base(self) -> str:
@@ -83,7 +77,7 @@ class AdapterDirectory:
         Raises:
           ValueError: when the adapter does not say.
         """
-        return _base_of(self._config, self.directory)
+        return base_of(self._config, self.directory / CONFIG_FILE)
 
     @property
     def named_base(self) -> str | None:
@@ -112,12 +106,8 @@ class AdapterDirectory:
         """The module's own alpha, by the first pattern that is its name or an end of it."""
         pattern = self._config.get("alpha_pattern") or {}
         for key, alpha in pattern.items():
-            if time.monotonic() > self._patience:
-                raise UserError(
-                    f"{self.directory / CONFIG_FILE}: the patterns of alpha_pattern take more than "
-                    f"{PATTERN_SECONDS} s; allowed are names of modules"
-                )
-            if re.match(rf"(.*\.)?({key})$", module):
+            require_time(self.directory / CONFIG_FILE, "alpha_pattern", self._patience)
+            if compiled(key).match(module):
                 return float(alpha)
         return float(self._config["lora_alpha"])
 
@@ -160,6 +150,14 @@ class AdapterDirectory:
             )
         return tuple(modules)
 
+    def require_layers(self, modules: Iterable[str]) -> None:
+        """The base, of whose linears these are the names, has the layers that are to have adapters.
+
+        Raises:
+          UserError: otherwise.
+        """
+        require_layers(self.directory / CONFIG_FILE, self._config, modules)
+
     def _magnitude_name(self, module: str) -> str:
         """Some versions of peft end the name with .weight."""
         name = f"{module}.lora_magnitude_vector"
@@ -176,6 +174,7 @@ class MergedTensors:
         unknown = sorted(set(adapter.modules) - set(modules.values()))
         if unknown:
             raise UserError(f"{adapter.directory} adapts what the base model does not have: {unknown}")
+        adapter.require_layers(modules.values())
         self.shapes = base.shapes
         self._base, self._adapter = base, adapter
         self._adapted = {name: module for name, module in modules.items() if module in adapter.modules}
@@ -198,20 +197,7 @@ def is_adapter(directory: Path) -> bool:
 
 def read_base(directory: Path) -> str:
     """The same as `AdapterDirectory.base`, of a directory whose weights need not be there."""
-    return _base_of(_read_config(directory / CONFIG_FILE), directory)
-
-
-def _base_of(config: JsonObject, directory: Path) -> str:
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not base:
-        raise UserError(f"{directory / CONFIG_FILE} has no base_model_name_or_path")
-    if base.startswith("~") or not base.isprintable():
-        raise UserError(
-            f"{directory / CONFIG_FILE}: base_model_name_or_path is {show(base)}; allowed is a path or a hub "
-            "id, and no home directory"
-        )
-    is_here = os.path.exists(base)
-    return f"{base}@{revision}" if revision and not is_here and "@" not in base else base
+    return base_of(read_adapter_config(directory / CONFIG_FILE), directory / CONFIG_FILE)
 
 
 def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> list[Adapter]:
@@ -230,6 +216,7 @@ def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> l
             f"{directory.directory} adapts what is no linear of this model: {_ends(unknown)} (such as "
             f"{unknown[0]}); allowed are {_ends(places)}"
         )
+    directory.require_layers(places)
     found: dict[str, dict[int, AdapterWeights]] = {}
     for name in directory.modules:
         binding, layer = places[name]
@@ -244,43 +231,6 @@ def load_adapters(directory: AdapterDirectory, bindings: Iterable[Binding]) -> l
     return [
         _stack(binding, found[binding.key], directory.method) for binding in linears if binding.key in found
     ]
-
-
-def _read_config(path: Path) -> JsonObject:
-    config = read_small_json(path)
-    check_fields(path, config, _RULES)
-    problems = [
-        f"{name} is {show(config.get(name))}; supported: {', '.join(map(repr, allowed))}"
-        for name, allowed in _SUPPORTED.items()
-        if config.get(name, allowed[0]) not in allowed
-    ]
-    problems += [
-        f"{show(name)[1:-1]} is {show(value)}; supported: not set"
-        + (f" ({_REMEDY})" if name in _WHOLE_WEIGHTS else "")
-        for name, value in config.items()
-        if value and name not in _SUPPORTED and name not in _READ
-    ]
-    if "lora_alpha" not in config:
-        problems.append("lora_alpha is not there; supported: a number above 0")
-    problems += [problem for key in config.get("alpha_pattern") or {} if (problem := _pattern_problem(key))]
-    if problems:
-        raise UserError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
-    return config
-
-
-def _pattern_problem(key: str) -> str | None:
-    """Why a pattern of modules is none that is matched: it could be matched without end."""
-    quantifiers = len(re.findall(r"(?<!\\)(?<!\()[*+?{]", key))
-    try:
-        re.compile(rf"(.*\.)?({key})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"alpha_pattern has {show(key)}, which is no regular expression: {error}"
-    if len(key) > 300 or quantifiers > 2 or re.search(r"\)[*+?{]|\\[1-9]|\(\?P?[=!<(]", key):
-        return (
-            f"alpha_pattern has {show(key)}; supported: at most 300 characters with two repetitions, none of "
-            "them of a group"
-        )
-    return None
 
 
 def _ends(names: Iterable[str]) -> str:
@@ -309,38 +259,3 @@ PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(
     re.escape(PREFIX) + r"(.+)\.lora_(?:A\.weight|B\.weight|magnitude_vector(?:\.weight)?)"
 )
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
-    # Those that leave the base model's weights alone; dropout has no effect on a trained adapter.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}
-"""Values with which peft computes what is computed here."""
-_READ = (
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
-    *("base_model_name_or_path", "target_modules", "lora_dropout"),
-    *("revision", "inference_mode", "auto_mapping", "peft_version"),
-    # Which modules have an adapter is read off the tensors.
-    *("exclude_modules", "layers_to_transform", "layers_pattern"),
-    # Settings of initialisations and of other methods, without effect here.
-    *("loftq_config", "eva_config", "runtime_config", "qalora_group_size", "megatron_core"),
-)
-"""Fields that are understood, or that do not matter."""
-_ALPHA = real(0, 1e6, above=True)
-_RANK = whole(1, 1 << 16)
-_MODULES = optional(either(text, list_of(text, 10_000)))
-_RULES = {
-    "lora_alpha": _ALPHA,
-    "alpha_pattern": optional(mapping_of(_ALPHA, 10_000)),
-    "r": _RANK,
-    "rank_pattern": optional(mapping_of(_RANK, 10_000)),
-    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), optional(text)),
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"), optional(flag)),
-    **dict.fromkeys(("target_modules", "exclude_modules"), _MODULES),
-    "lora_dropout": real(0, 1),
-}
-"""What each field may be that is read or handed on."""
-_WHOLE_WEIGHTS = ("modules_to_save", "trainable_token_indices")
-"""Fields by which an adapter brings weights of the base along, changed."""
-_REMEDY = "merge it with peft, `model.merge_and_unload().save_pretrained(DIR)`, and give DIR as model.source"

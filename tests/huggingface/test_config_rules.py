@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_models import case_config
 
+from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.huggingface.config_rules import MAX_LAYERS, check_config
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
@@ -146,6 +148,15 @@ def adapter(directory: Path, *, rank: int = 2, **config: object) -> Path:
         {"alpha_pattern": "x"},
         {"alpha_pattern": {"q_proj": 10**400}},
         {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"((a|.)*)*x": 2}},
+        {"rank_pattern": {"k_proj": 2}},
+        {"alpha_pattern": {"layers.1.self_attn.q_proj": 8}},
+        {"layers_to_transform": [2**70]},
+        {"layers_to_transform": -1},
+        {"layers_to_transform": [True]},
+        {"layers_to_transform": [1]},
+        {"layers_pattern": [5]},
+        {"layers_pattern": "blocks", "layers_to_transform": 0},
         {"base_model_name_or_path": {"a": 1}},
         {"base_model_name_or_path": 5},
         {"base_model_name_or_path": "~nobody/x"},
@@ -164,6 +175,15 @@ def test_an_adapter_is_refused_by_file_and_field(tmp_path, wrong):
     directory = adapter(tmp_path / "adapter", **wrong)
     with pytest.raises(UserError, match=rf"adapter_config\.json[^|]*{next(iter(wrong))}"):
         open_checkpoint(directory)
+
+
+def test_layers_that_the_base_has_not_are_refused(tmp_path, tiny_model_dir):
+    base: dict[str, Any] = {"base_model_name_or_path": str(tiny_model_dir), "layers_pattern": "layers"}
+    directory = adapter(tmp_path / "adapter", layers_to_transform=[0, 2], **base)
+    with pytest.raises(UserError, match=r"adapter_config\.json: layers_to_transform is \[0, 2\].*0 to 1"):
+        load_decoder(open_checkpoint(directory))
+    again = adapter(tmp_path / "again", layers_to_transform=[0, 1], **base)
+    AdapterDirectory(again).require_layers(f"model.layers.{layer}.mlp.up_proj" for layer in range(2))
 
 
 def test_an_adapter_of_itself_and_one_of_no_rank_are_refused(tmp_path, tiny_model_dir):
