@@ -1,10 +1,13 @@
 """What a run directory's readers share."""
 
 import json
+import re
 
 import pytest
 
-from dpo.config import Config
+from dpo.commands.checks import load_run
+from dpo.config import Config, save_config
+from dpo.outcomes import UserError
 from dpo.runs import SUMMARY_FILE, flat_settings, objective_title, read_summary
 
 
@@ -30,3 +33,20 @@ def test_a_summary_is_there_or_not_or_named_as_damaged(tmp_path):
         (tmp_path / SUMMARY_FILE).write_text(content)
         with pytest.raises(ValueError, match=rf"summary\.json is damaged: {reason}"):
             read_summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"objective": {"name": "dppo"}}, "objective 'dppo' is none of this project's"),
+        ({"objective": {"beta": 0.1}}, "objective: name is None; allowed: dpo"),
+        ({"objective": {"name": 5}}, "objective: name is 5; allowed: dpo"),
+        ({"objective": {"name": "dpo", "beta": "x"}}, "objective dpo: beta is 'x'; allowed: a number > 0"),
+        ({"objective": {"name": "dpo", "beta": 10**400}}, "objective dpo: beta is 1000"),
+        ({"objectives": [{"name": "dpo"}, {"name": "stf"}]}, "objective 'stf' is none of this project's"),
+    ],
+)
+def test_an_objective_that_no_command_knows_is_refused_by_file(tmp_path, given, problem):
+    save_config(Config(**given), tmp_path / "config.yaml")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'config.yaml'}: {problem}")):
+        load_run(str(tmp_path))

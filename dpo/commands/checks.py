@@ -24,9 +24,20 @@ def load_run(run: str) -> Config:
     """The settings that a run directory was made with.
 
     Raises:
-      ValueError: when there are none, or they are not a configuration.
+      ValueError: naming the file, when there is none, it is not a configuration, or it has an objective that
+        no command knows.
     """
-    return load_config(Path(run) / "config.yaml")
+    from dpo.losses import reward_scale
+    from dpo.runs import objective_terms
+
+    path = Path(run) / "config.yaml"
+    config = load_config(path)
+    try:
+        for term in objective_terms(config):
+            reward_scale(term)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
 
 
 def check_settings(config: Config, arguments: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -109,19 +110,29 @@ def reward_scale(spec: Specification | Sequence[Specification]) -> float:
     """β of an objective, or of the first in a list that has one: the factor of rewards/* metrics.
 
     1 for objectives without β.
+
+    Raises:
+      UserError: for a name that is none of an objective, and a β that is no number above 0.
     """
     for entry in [spec] if isinstance(spec, dict) else spec:
-        beta = entry.get("beta", _default_beta(entry["name"]))
-        if beta is not None:
-            return float(beta)
+        name = entry.get("name")
+        beta = entry.get("beta", _default_beta(name))
+        if beta is None:
+            continue
+        is_number = isinstance(beta, int | float) and not isinstance(beta, bool)
+        if not is_number or not 0 < beta <= sys.float_info.max:
+            raise UserError(f"objective {name}: beta is {beta!r:.200}; allowed: a number > 0")
+        return float(beta)
     return 1.0
 
 
-def _default_beta(name: str) -> float | None:
+def _default_beta(name: Any) -> float | None:
     """β of an objective that is asked for without; None where it has none, or its run would have noted it.
 
     The module of an objective `module:function` is not imported for that: `with_own_beta` has noted the β.
     """
+    if not isinstance(name, str):
+        raise UserError(f"objective: name is {name!r:.200}; allowed: {', '.join(OBJECTIVES)}")
     if name not in OBJECTIVES:
         if ":" in name:
             return None
