@@ -7,23 +7,30 @@ Parquet file as much as is read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax
 import yaml
 
+from dpo import terminal
 from dpo.data.table_worker import BASE, FACTOR, READERS
 from dpo.files import is_inside
 from dpo.limited import look
 from dpo.outcomes import UserError
+from dpo.parallel.distributed import is_main
 
 WORKER = Path(__file__).with_name("table_worker.py")
 MAX_CARD = 1 << 20
 """Bytes of a folder's README, and of the files that say what is in it."""
+A_WHILE = 5.0
+"""Seconds after which a line says what is being done."""
 _SEEN: dict[tuple[Any, ...], int] = {}
 """Of each file as it was, the row groups that were looked at; 1 for all of an Arrow file."""
 
@@ -267,9 +274,30 @@ def prepare(source: str, builder: Any, files: Mapping[str, Sequence[Path]]) -> N
         "directory": os.path.abspath(builder.cache_dir),
     }
     size = sum(path.stat().st_size for paths in files.values() for path in paths)
-    said = look(WORKER, request, size=size, writes=BASE + FACTOR * size)
+    with _saying(f"{source}: its files, {size >> 20} MiB, are made into tables, which are kept"):
+        said = look(WORKER, request, size=size, writes=BASE + FACTOR * size)
     if "error" in said or not is_prepared(builder):
         raise UserError(f"{source}: could not be read: {said.get('error', 'nothing was made of it')}")
+
+
+@contextlib.contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """Print a line once what is inside takes a while; of several processes the main one speaks.
+
+    Before they have met each does: whether there are others is not asked, which would keep them from meeting.
+    """
+
+    def say() -> None:
+        if not jax.distributed.is_initialized() or is_main():
+            terminal.print_plain(text)
+
+    timer = threading.Timer(A_WHILE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _what_is_set(source: str, given: Any) -> dict[str, Any]:

@@ -247,9 +247,35 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
         features=None if features is None else datasets.Features.from_dict(features),
         **request["config"],
     )
+    for path in (path for paths in request["files"].values() for path in paths if reader == "csv"):
+        _AT_FAULT[:] = [path]
+        _require_columns_once(path, builder.config.pd_read_csv_kwargs)
+    _AT_FAULT.clear()
     builder.download_and_prepare(request["directory"])
     return {"made": True}
 
+
+def _require_columns_once(path: str, how: dict[str, Any]) -> None:
+    """Of a CSV file that names its columns: of two with one name pandas calls the second one NAME.1."""
+    import pandas
+
+    if how.get("names") is not None or how.get("header") not in ("infer", 0):
+        return
+    parsing = {name: how[name] for name in _PARSING if name in how}
+    lines = pandas.read_csv(
+        path, **parsing, header=None, nrows=1, dtype=str, keep_default_na=False, on_bad_lines="skip"
+    )
+    names = [str(name) for row in lines.values.tolist() for name in row]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _WrongError(f"its first line has the column {twice[:100]!r} twice; allowed is once")
+
+
+_PARSING = (
+    *("sep", "engine", "skipinitialspace", "skiprows", "skip_blank_lines", "lineterminator", "quotechar"),
+    *("quoting", "escapechar", "comment", "encoding", "encoding_errors", "dialect", "doublequote"),
+)
+"""Of pandas' settings those that decide which values a line has."""
 
 _KINDS = {"parquet": _look_at_parquet, "arrow": _look_at_arrow, "data_set": _make_data_set}
 

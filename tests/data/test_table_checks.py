@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from dpo import limited
-from dpo.data import sources, table_checks
+from dpo.data import sources, table_checks, table_worker
 from dpo.data.preferences import read_preferences
 
 PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
@@ -306,6 +307,47 @@ def test_lists_in_each_other_in_a_folder_end_no_process(tmp_path):
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     assert "could not be" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "how"),
+    [
+        ("prompt,chosen,rejected,chosen\na,b,c,d\n", {}),
+        ('\n"prompt";chosen;"chosen"\na;b;c;d;e\n', {"sep": ";", "skip_blank_lines": True}),
+        ("prompt,,\na,b,c\n", {}),
+    ],
+)
+def test_a_csv_file_that_names_a_column_twice_is_refused(tmp_path, text, how):
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    with pytest.raises(Exception, match=r"its first line has the column '\w*' twice; allowed is once"):
+        table_worker._require_columns_once(str(path), {"header": "infer", "names": None} | how)
+    table_worker._require_columns_once(str(path), {"header": "infer", "names": ["a", "b", "c", "d"]} | how)
+    path.write_text("prompt,chosen,chosen.1\na,b,c,d\n".replace(",", how.get("sep", ",")))
+    table_worker._require_columns_once(str(path), {"header": "infer", "names": None} | how)
+
+
+@pytest.mark.slow
+def test_a_folder_whose_csv_names_a_column_twice_is_refused(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    assert "train.csv: its first line has the column 'chosen' twice" in refusal(folder)
+
+
+def test_what_takes_a_while_is_said_once(tmp_path, monkeypatch, capsys):
+    def look(*_, **__):
+        time.sleep(0.2)
+        return {"error": "broken"}
+
+    monkeypatch.setattr(table_checks, "look", look)
+    folder = make_folder(tmp_path)
+    refusal(folder)
+    assert "are made into tables" not in capsys.readouterr().out
+    monkeypatch.setattr(table_checks, "A_WHILE", 0.01)
+    refusal(folder)
+    said = capsys.readouterr().out
+    assert said.count("folder: its files, 0 MiB, are made into tables, which are kept") == 1
 
 
 @pytest.mark.parametrize("other", ["notes.csv", "more.jsonl"])
