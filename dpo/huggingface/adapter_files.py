@@ -20,6 +20,7 @@ import numpy as np
 from dpo.files import CHECKSUMS_FILE, damaged_files
 from dpo.huggingface.adapter_settings import (
     PATTERN_SECONDS,
+    REMEDY,
     base_of,
     compiled,
     read_adapter_config,
@@ -146,7 +147,7 @@ class AdapterDirectory:
             raise UserError(
                 f"{self.directory / WEIGHTS_FILE}: missing {sorted(expected - there)}, left over "
                 f"{sorted(there - expected)}; allowed are lora_A and lora_B (and lora_magnitude_vector with "
-                "use_dora) of linears"
+                f"use_dora) of linears. {REMEDY}"
             )
         return tuple(modules)
 

@@ -28,6 +28,8 @@ from dpo.outcomes import UserError
 
 PATTERN_SECONDS = 10.0
 """Time for all matches of an adapter's patterns."""
+REMEDY = "Merge it with peft, `model.merge_and_unload().save_pretrained(DIR)`, and give DIR as model.source"
+"""What opens every adapter that peft can merge, weights of the base that it brings along included."""
 
 
 def read_adapter_config(path: Path) -> JsonObject:
@@ -45,7 +47,6 @@ def read_adapter_config(path: Path) -> JsonObject:
     ]
     problems += [
         f"{show(name)[1:-1]} is {show(value)}; supported: not set"
-        + (f" ({_REMEDY})" if name in _WHOLE_WEIGHTS else "")
         for name, value in config.items()
         if value and name not in _SUPPORTED and name not in _READ
     ]
@@ -58,7 +59,7 @@ def read_adapter_config(path: Path) -> JsonObject:
         if (problem := _pattern_problem(field, key))
     ]
     if problems:
-        raise UserError(f"{path}: this adapter is not supported:\n  " + "\n  ".join(problems))
+        raise UserError("\n  ".join([f"{path}: this adapter is not supported:", *problems]) + f"\n{REMEDY}")
     return config
 
 
@@ -201,6 +202,3 @@ _RULES = {
     "lora_dropout": real(0, 1),
 }
 """What each field may be that is read or handed on."""
-_WHOLE_WEIGHTS = ("modules_to_save", "trainable_token_indices")
-"""Fields by which an adapter brings weights of the base along, changed."""
-_REMEDY = "merge it with peft, `model.merge_and_unload().save_pretrained(DIR)`, and give DIR as model.source"
