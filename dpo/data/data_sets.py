@@ -52,7 +52,11 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     named, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     repository, _, subset = named.partition(":")
     where = {"revision": revision} if revision else {}
-    place = _open_folder(repository, subset) if Path(repository).is_dir() else _open_hub(repository, revision)
+    place = (
+        _open_folder(repository, subset)
+        if Path(repository).is_dir()
+        else _open_hub(repository, subset, revision)
+    )
     if subset:
         where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
     found = _read_split(repository, split, where, place)
@@ -118,8 +122,8 @@ def _open_folder(repository: str, subset: str) -> _Place:
     return check
 
 
-def _open_hub(repository: str, revision: str) -> _Place:
-    card = look_at_card(repository, revision or None)
+def _open_hub(repository: str, subset: str, revision: str) -> _Place:
+    card = look_at_card(repository, revision or None, subset)
 
     def check(builder: Any) -> Callable[[], _Files]:
         require_card(card, builder)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.data.table_checks import check_arrow, check_card, require_tables
+from dpo.data.table_checks import check_arrow, check_card, require_tables, unnamed_subsets
 from dpo.files import is_inside
 from dpo.outcomes import UserError
 
@@ -22,13 +22,15 @@ class Card(NamedTuple):
 
     repository: str
     revision: str | None
+    subset: str
+    """As it was named; empty where none was."""
     commit: str | None = None
     """Of which it is; None where there is none, or none could be fetched."""
     error: Exception | None = None
     """What kept it from being fetched."""
 
 
-def look_at_card(repository: str, revision: str | None) -> Card:
+def look_at_card(repository: str, revision: str | None, subset: str) -> Card:
     """Fetch the card of a data set, and check that it names files of the data set alone.
 
     `datasets` follows what a card says, with the user's token. What keeps the card from being fetched is left
@@ -45,14 +47,14 @@ def look_at_card(repository: str, revision: str | None) -> Card:
         try:
             path = Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
         except LocalEntryNotFoundError as error:
-            return Card(repository, revision, error=error)
+            return Card(repository, revision, subset, error=error)
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            return Card(repository, revision, error=error)
+            return Card(repository, revision, subset, error=error)
         commit = path.parent.name
         check_card(path.parent)
-    return Card(repository, revision, commit)
+    return Card(repository, revision, subset, commit)
 
 
 def require_card(card: Card, builder: Any) -> None:
@@ -62,7 +64,7 @@ def require_card(card: Card, builder: Any) -> None:
       UserError: otherwise, and where it is no tables.
     """
     if builder.name == "cache":
-        _require_kept(card, builder.hash)
+        _require_kept(card, builder.config.name, builder.hash)
         return
     if card.error is not None:
         raise UserError(f"{card.repository}: its card could not be fetched: {card.error}") from card.error
@@ -71,18 +73,24 @@ def require_card(card: Card, builder: Any) -> None:
     require_tables(card.repository, builder)
 
 
-def _require_kept(card: Card, commit: str) -> None:
-    """Where the hub is not asked, `datasets` takes what it made last, of whatever revision that was."""
+def _require_kept(card: Card, subset: str, commit: str) -> None:
+    """Where the hub is not asked, `datasets` takes what it made last, of whatever revision and subset."""
     from huggingface_hub import constants
 
     revision = card.revision or "main"
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{card.repository.replace('/', '--')}"
     named = folder / "refs" / revision
     known = named.read_text().strip() if is_inside(revision) and named.is_file() else card.revision
-    if known is not None and not commit.startswith(known):
+    if known is None or not commit.startswith(known):
         raise UserError(
             f"{card.repository}: the hub is not asked, and what is kept here is {commit}, not revision "
             f"{revision!r}; allowed: {card.repository}@{commit}, or {revision!r} where the hub is asked"
+        )
+    if not card.subset and subset not in unnamed_subsets(folder / "snapshots" / commit):
+        at = f"@{card.revision}" if card.revision else ""
+        raise UserError(
+            f"{card.repository}: the hub is not asked, and what is kept here is the subset {subset!r}, which "
+            f"is not what is meant where none is named; allowed: {card.repository}:{subset}{at}"
         )
 
 

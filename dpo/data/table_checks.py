@@ -163,6 +163,19 @@ def check_card(folder: Path) -> bool:
     return listed
 
 
+def unnamed_subsets(folder: Path) -> set[str]:
+    """The subsets that may be meant where none is named: what the card calls the default, or its only one."""
+    names, flagged = {"default"}, set[str]()
+    for path in (folder / "README.md", folder / ".huggingface.yaml"):
+        configs = _front_matter(path).get("configs") if path.is_file() else None
+        listed = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+        names |= {str(one.get("config_name", "default")) for one in listed}
+        flagged |= {str(one.get("config_name", "default")) for one in listed if one.get("default") is True}
+    if flagged:
+        return flagged
+    return names if len(names) <= 2 else {"default"}
+
+
 def _front_matter(path: Path) -> dict[Any, Any]:
     text = _read_small(path)
     if path.suffix == ".md":

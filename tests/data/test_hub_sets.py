@@ -100,6 +100,28 @@ def test_subset_split_and_revision_are_those_that_are_named(
     for revision in ("v1", older):
         with pytest.raises(ValueError, match=rf"the hub is not asked, .*allowed: {NAME}@"):
             open_data_set(f"{NAME}:first@{revision}", "train")
+    with pytest.raises(ValueError, match=f"kept here is the subset 'first', .*allowed: {NAME}:first"):
+        open_data_set(NAME, "train")
+    next((tmp_path / "hub").rglob("refs/main")).unlink()  # as where another revision alone was fetched
+    with pytest.raises(ValueError, match=rf"the hub is not asked, .* not revision 'main'; allowed: {NAME}@"):
+        open_data_set(f"{NAME}:first", "train")
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        (None, {"default"}),
+        ("[{config_name: only}]", {"default", "only"}),
+        ("[{config_name: one}, {config_name: two}]", {"default"}),
+        ("[{config_name: one}, {config_name: two, default: true}]", {"two"}),
+    ],
+)
+def test_a_subset_is_meant_without_a_name_where_the_card_says_so(
+    configs: str | None, expected: set[str], tmp_path: Path
+) -> None:
+    """As `datasets` reads the card where it can ask the hub."""
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n" if configs else "no card")
+    assert table_checks.unnamed_subsets(tmp_path) == expected
 
 
 def parquet(columns: dict) -> bytes:
