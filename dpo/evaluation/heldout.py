@@ -20,6 +20,7 @@ from dpo.evaluation.rows import Rows, as_pairs, check_finite, make_pairs
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import HELDOUT_FILE
+from dpo.training.adapted import load_reference
 from dpo.training.datasets import require_embeddings, scoring_loader
 from dpo.training.policy import load_policy, make_score
 from dpo.training.reading import Dataset, read_dataset, read_texts
@@ -48,9 +49,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
     """
     mesh = own_mesh(config.mesh)
     tokenizer, policy_logps, dataset = _score_policy(config, mesh)
-    reference = load_policy(
-        config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype
-    )
+    reference = load_reference(config, mesh)
     models = (str(config.model.source), tokenizer), reference.pretrained
     require_same_tokens(*models, config.data, {"data.eval": dataset})
     store = open_reference(

@@ -25,6 +25,7 @@ from dpo.evaluation.token_ratios import score_tokens
 from dpo.files import new_file, replace_text
 from dpo.outcomes import UserError
 from dpo.parallel.sharding import own_mesh
+from dpo.training.adapted import load_reference
 from dpo.training.policy import load_policy
 from dpo.training.reading import tokenize_preferences
 
@@ -87,8 +88,7 @@ def _lines(config: Config, heldout: Heldout, *, beta: float) -> Iterator[Line]:
     tokens = tokenize_preferences(config.data, heldout.preferences, policy.pretrained.tokenizer)
     ours = score_tokens(config.data, policy, tokens, mesh, chunk=model.log_prob_chunk)
     del policy
-    base_dtype = config.lora.base_dtype
-    reference = load_policy(model, mesh, source=model.reference, base_dtype=base_dtype)
+    reference = load_reference(config, mesh)
     theirs = score_tokens(config.data, reference, tokens, mesh, chunk=model.log_prob_chunk)
     rows = heldout.rows
     for i, k in np.argwhere(rows.present):

@@ -24,6 +24,7 @@ from dpo.evaluation.rows import Rows, make_pairs
 from dpo.files import replace_text
 from dpo.parallel.sharding import own_mesh
 from dpo.runs import MADE_FROM
+from dpo.training.adapted import load_reference
 from dpo.training.datasets import scoring_loader
 from dpo.training.placement import place_batch
 from dpo.training.policy import Policy, load_policy
@@ -120,8 +121,7 @@ def score_extremes(config: Config, heldout: Heldout, *, beta: float) -> TokenRat
     preferences = [heldout.preferences[row] for row in rows]
     mesh = own_mesh(config.mesh)
     policy, tokens, tokenizer = _score(config, load_policy(config.model, mesh), preferences, mesh)
-    other = load_policy(config.model, mesh, source=config.model.reference, base_dtype=config.lora.base_dtype)
-    reference, _, _ = _score(config, other, preferences, mesh)
+    reference, _, _ = _score(config, load_reference(config, mesh), preferences, mesh)
 
     def side(row: int, place: int) -> ScoredSide:
         flags = tokens.scored_of(row)[place].tolist()

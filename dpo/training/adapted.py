@@ -7,6 +7,7 @@ the frozen weights are arguments of the step. The reference is the model without
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,7 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, open_in_files, open_shapes
 from dpo.huggingface.streamed import plain_model
 from dpo.huggingface.text_models import read_config
+from dpo.huggingface.tokenizer_files import split_on_base
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
@@ -63,6 +65,22 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
     adapted = f"{base.fingerprint} {method} {fingerprint_parameters(params)} {_alphas(adapters)}"
     return Policy(
         base.pretrained, graphdef, params, frozen, hashlib.sha256(adapted.encode()).hexdigest(), base
+    )
+
+
+def load_reference(config: Config, mesh: Mesh) -> Policy:
+    """The `model.reference` of an evaluation, held as in the run that is evaluated.
+
+    Adapters that the run started from stay beside their base. Merged into it they would be rounded with it
+    where `lora.base_dtype` is a smaller one, to other weights than the run's.
+    """
+    source, lora, model = config.model.reference, config.lora, config.model
+    found = None if lora.init is None or source is None else split_on_base(source)
+    if found is None:
+        return load_policy(model, mesh, source=source, base_dtype=lora.base_dtype)
+    adapter, base = found
+    return open_policy(
+        replace(config, model=replace(model, source=base), lora=replace(lora, init=str(adapter))), mesh
     )
 
 

@@ -237,6 +237,18 @@ def test_a_run_may_start_from_an_adapter_and_be_measured_against_it(finished, tm
     assert lines(against_base)[0]["rewards/margins"] > 0.01  # without adapters it is another model
 
 
+@pytest.mark.ci
+def test_a_start_on_a_small_base_is_evaluated_as_it_was_held(finished, tmp_path):
+    """Merged into its base and rounded with it, the adapter would be another reference."""
+    start = LoraConfig(init=f"{finished.run_dir}/adapter", base_dtype="int8")
+    config = replace(finished, run_dir=str(tmp_path / "run"), lora=start, training={"steps": 1})
+    train(config)
+    kept = load_heldout(config.run_dir, config).rows
+    scored = score_heldout(heldout_settings(EvaluateConfig(run=config.run_dir), config), log=print).rows
+    assert_allclose(scored.policy, kept.policy, rtol=1e-5)
+    assert_allclose(scored.reference, kept.reference, rtol=1e-5)
+
+
 def test_adapters_of_a_run_are_opened_on_its_own_model_whatever_base_they_name(finished, tmp_path):
     """Those that it starts with, and those that it leaves alone: their base may be another, or not here."""
     moved = tmp_path / "moved"
