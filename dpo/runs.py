@@ -18,6 +18,7 @@ RUN/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -61,10 +62,23 @@ def require_run_or_none(run_dir: Path) -> None:
     """Refuse a directory that is no run's and holds a file which a run would write over.
 
     Raises:
-      UserError: naming the file, before anything is written.
+      UserError: naming the file, before anything is written; and as `require_files` does.
     """
+    require_files(run_dir)
     is_own = (run_dir / LOCK_FILE).exists()
     require_own(run_dir, _WRITTEN, is_own=is_own, setting="run_dir", kind="run")
+
+
+def require_files(run_dir: Path) -> None:
+    """Refuse a run with a pipe, a socket or a device in it: reading one waits, or never ends.
+
+    Raises:
+      UserError: naming it.
+    """
+    for directory, _, names in os.walk(run_dir):
+        for path in (Path(directory, name) for name in names):
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is no file; allowed in a run are files and directories")
 
 
 _WRITTEN = (

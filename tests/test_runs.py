@@ -1,6 +1,7 @@
 """What a run directory's readers share."""
 
 import json
+import os
 import re
 
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from dpo.commands.checks import load_run
 from dpo.config import Config, save_config
 from dpo.outcomes import UserError
-from dpo.runs import SUMMARY_FILE, flat_settings, objective_title, read_summary
+from dpo.runs import (
+    LOCK_FILE,
+    SUMMARY_FILE,
+    flat_settings,
+    objective_title,
+    read_summary,
+    require_run_or_none,
+)
 
 
 def test_settings_are_flat_by_dotted_names_and_an_empty_section_has_none():
@@ -50,3 +58,16 @@ def test_an_objective_that_no_command_knows_is_refused_by_file(tmp_path, given, 
     save_config(Config(**given), tmp_path / "config.yaml")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'config.yaml'}: {problem}")):
         load_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "winrate/vader.jsonl"])
+def test_a_run_with_a_pipe_in_it_is_refused_where_it_would_be_waited_for(tmp_path, name):
+    save_config(Config(), tmp_path / "config.yaml")
+    (tmp_path / LOCK_FILE).touch()
+    require_run_or_none(tmp_path)
+    load_run(str(tmp_path))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    for opened in (lambda: load_run(str(tmp_path)), lambda: require_run_or_none(tmp_path)):
+        with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / name))} is no file; allowed"):
+            opened()

@@ -24,12 +24,13 @@ def load_run(run: str) -> Config:
     """The settings that a run directory was made with.
 
     Raises:
-      ValueError: naming the file, when there is none, it is not a configuration, or it has an objective that
-        no command knows.
+      ValueError: naming the file, when there is none, it is not a configuration, it has an objective that no
+        command knows, or something in the directory is no file.
     """
     from dpo.losses import reward_scale
-    from dpo.runs import objective_terms
+    from dpo.runs import objective_terms, require_files
 
+    require_files(Path(run))
     path = Path(run) / "config.yaml"
     config = load_config(path)
     try:
