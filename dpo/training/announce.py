@@ -17,6 +17,7 @@ from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.models.attention import choose_implementation, skips_blocks
 from dpo.parallel.partition import Partition
+from dpo.training.model_card import show_parameters
 from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
 from dpo.training.reading import Dataset
@@ -74,12 +75,12 @@ def _longest(tokens: TokenizedDataset) -> int:
 
 def _model(run: Run) -> str:
     policy = run.policy
-    trained, frozen = _count(policy.params) / 1e6, _count(policy.frozen) / 1e6
+    trained, frozen = _count(policy.params), _count(policy.frozen)
     if not frozen:
-        return f"{policy.pretrained.source}: all {trained:.1f} M parameters are trained"
+        return f"{policy.pretrained.source}: all {show_parameters(trained)} parameters are trained"
     return (
-        f"{policy.pretrained.source}: {trained:.1f} M parameters are trained, "
-        f"{frozen:.1f} M in {run.config.lora.base_dtype} are not"
+        f"{policy.pretrained.source}: {show_parameters(trained)} parameters are trained, "
+        f"{show_parameters(frozen)} in {run.config.lora.base_dtype} are not"
     )
 
 

@@ -58,8 +58,9 @@ def model_card(
             "",
             f"# {title}, {' + '.join(as_text(objective['name']) for objective in objectives)}",
             "",
-            f"A causal language model ({base.config['model_type']}, {num_parameters / 1e6:.1f} M parameters, "
-            f"{dtype}), fine-tuned from {name} on preferences with `dpo`.",
+            f"A causal language model ({base.config['model_type']}, "
+            f"{show_parameters(num_parameters)} parameters, {dtype}), fine-tuned from {name} on preferences "
+            "with `dpo`.",
             "",
             *_how_to_load(),
             *_how_it_was_made(config, base, num_steps),
@@ -94,7 +95,7 @@ def adapter_card(
             "",
             f"# {base_name}, {objectives}, adapters",
             "",
-            f"{_adapters(config)} ({num_parameters / 1e6:.1f} M parameters, float32) for "
+            f"{_adapters(config)} ({show_parameters(num_parameters)} parameters, float32) for "
             f"{as_text(_data(name))}, trained on preferences with `dpo`. They need that model.",
             "",
             *_how_to_load_adapters(),
@@ -129,6 +130,11 @@ _PLAIN = re.compile(r"[\w .,:;=/@+()%'’–-]*")
 def count_parameters(model: Decoder) -> int:
     """How many numbers a model has; a tied output projection counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def show_parameters(number: int) -> str:
+    """In millions, or as it is where it is less than one."""
+    return f"{number / 1e6:.1f} M" if number >= 1_000_000 else f"{number:,}"
 
 
 def _front_matter(config: Config, base: Pretrained) -> dict[str, object]:

@@ -19,7 +19,7 @@ from dpo.huggingface.licences import read_front_matter, read_licence
 from dpo.huggingface.pretrained import Pretrained
 from dpo.training import export
 from dpo.training.export import choose_dtype, default_output, export_checkpoint, heldout_metrics
-from dpo.training.model_card import model_card
+from dpo.training.model_card import model_card, show_parameters
 
 METRICS = {"rewards/accuracies": 0.75, "rewards/margins": 0.5, "lengths/chosen": 12.0}
 
@@ -215,3 +215,7 @@ def test_heldout_metrics_are_those_of_the_step(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     assert heldout_metrics(tmp_path, 2) == {"rewards/accuracies": 0.7}
     assert heldout_metrics(tmp_path, 3) is None
+
+
+def test_a_small_model_is_not_said_to_have_no_parameters():
+    assert [show_parameters(n) for n in (26_784, 999_999, 1_000_000)] == ["26,784", "999,999", "1.0 M"]
