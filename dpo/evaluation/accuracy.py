@@ -1,9 +1,10 @@
 """What held-out preferences say of a policy: pure functions over numpy arrays of log-probs.
 
 A pair is two responses of one prompt, one ranked above the other. It is ordered correctly when its δ, the
-difference of implicit rewards, is positive. Figures are means within a row first, then over rows; a δ of
-exactly zero counts ½ and is reported apart; intervals draw prompts, so that rows of one prompt stay together.
-Single labelled responses are compared with the reference itself (`as_pairs`).
+difference of implicit rewards, is positive. Figures are means within a row first, then over rows; a δ that
+rounding cannot tell from zero (`Rows.resolved_ratio`) counts ½ and is reported apart; intervals draw prompts,
+so that rows of one prompt stay together. Single labelled responses are compared with the reference itself
+(`as_pairs`).
 """
 
 from __future__ import annotations
@@ -57,24 +58,24 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> HeldoutFigures:
     pairs = make_pairs(rows)
     if len(pairs.row) == 0:
         raise UserError("no row has two responses of different rank: there is nothing to be right about")
-    delta = beta * pairs.gap(rows.log_ratio)
+    delta, resolved = beta * pairs.gap(rows.log_ratio), pairs.gap(rows.resolved_ratio)
     result: HeldoutFigures = {
         "prompts": len(np.unique(rows.prompts[pairs.row])),
         "rows": len(np.unique(pairs.row)),
         "pairs": len(pairs.row),
         "unpaired": rows is not given,
         "beta": beta,
-        "accuracy": list(accuracy(rows, pairs, rows.log_ratio, seed=seed)),
-        "ties": int((delta == 0).sum()),
+        "accuracy": list(accuracy(rows, pairs, rows.resolved_ratio, seed=seed)),
+        "ties": int((resolved == 0).sum()),
         "margin": list(cluster_bootstrap(delta, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)),
         "log_ratio": log_ratios(given, seed=seed),
         "baselines": baselines(rows, pairs, seed=seed),
         "over_baselines": over_baselines(rows, pairs, seed=seed),
         "by_length": by_length(rows, pairs, beta=beta, seed=seed),
-        "calibration": calibration(delta, pairs.weight),
+        "calibration": calibration(beta * resolved, pairs.weight),
     }
     if len(pairs.row) == result["prompts"]:  # one pair a prompt: independent outcomes
-        result["accuracy_wilson"] = list(wilson(float(outcomes(delta).sum()), len(delta)))
+        result["accuracy_wilson"] = list(wilson(float(outcomes(resolved).sum()), len(delta)))
     if given.present.sum(1).max() > 2:
         result["rankings"] = rankings(rows, beta=beta, seed=seed)
     names = np.unique(rows.sources[pairs.row])
@@ -132,7 +133,7 @@ def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Esti
 
 def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
     """Accuracy minus that of each baseline, paired: on the same pairs, so that what they share cancels."""
-    right = outcomes(pairs.gap(rows.log_ratio))
+    right = outcomes(pairs.gap(rows.resolved_ratio))
     clusters = rows.prompts[pairs.row]
     mean = partial(cluster_bootstrap, clusters=clusters, weights=pairs.weight, seed=seed)
     return {
@@ -194,18 +195,18 @@ def describe_part(
     part = Pairs(*(array[kept] for array in pairs))
     clusters = rows.prompts[part.row]
     mean = partial(cluster_bootstrap, clusters=clusters, weights=part.weight, seed=seed)
-    gap = part.gap(rows.log_ratio)
+    gap, resolved = part.gap(rows.log_ratio), part.gap(rows.resolved_ratio)
     return {
         "pairs": len(gap),
         "prompts": len(np.unique(clusters)),
-        "accuracy": list(bounded_mean(outcomes(gap), clusters, weights=part.weight, seed=seed)),
-        "ties": int((gap == 0).sum()),
+        "accuracy": list(bounded_mean(outcomes(resolved), clusters, weights=part.weight, seed=seed)),
+        "ties": int((resolved == 0).sum()),
         "margin": list(mean(beta * gap)),
         "log_ratio": {
             "chosen": list(mean(rows.log_ratio[part.row, part.better])),
             "rejected": list(mean(rows.log_ratio[part.row, part.worse])),
         },
-        "calibration": calibration(beta * gap, part.weight),
+        "calibration": calibration(beta * resolved, part.weight),
     }
 
 
@@ -237,7 +238,7 @@ def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, Est
     mean = partial(mean_of_groups, clusters=clusters, groups=sources, weights=pairs.weight, seed=seed)
     return {
         name: list(mean(outcomes(pairs.gap(values))))
-        for name, values in {"accuracy": rows.log_ratio, **_untrained_scores(rows)}.items()
+        for name, values in {"accuracy": rows.resolved_ratio, **_untrained_scores(rows)}.items()
     }
 
 

@@ -48,8 +48,9 @@ def kendall_tau(rows: Rows) -> Float[np.ndarray, " n"]:
     """
     both = np.triu(np.ones((rows.ranks.shape[1],) * 2, bool), 1)[None]
     both = both & rows.present[:, :, None] & rows.present[:, None, :]
+    reward = rows.resolved_ratio
     by_rank = np.where(both, np.sign(rows.ranks[:, None, :] - rows.ranks[:, :, None]), 0)
-    by_reward = np.where(both, np.sign(rows.log_ratio[:, :, None] - rows.log_ratio[:, None, :]), 0)
+    by_reward = np.where(both, np.sign(reward[:, :, None] - reward[:, None, :]), 0)
     agreement = (by_rank * by_reward).sum((1, 2))
     untied = np.abs(by_rank).sum((1, 2)) * np.abs(by_reward).sum((1, 2))
     return np.where(untied > 0, agreement / np.sqrt(np.maximum(untied, 1)), 0.0)
@@ -57,7 +58,7 @@ def kendall_tau(rows: Rows) -> Float[np.ndarray, " n"]:
 
 def top_1(rows: Rows) -> Float[np.ndarray, " n"]:
     """Whether the response with the highest implicit reward has the best rank; ties share the credit."""
-    reward = np.where(rows.present, rows.log_ratio, -np.inf)
+    reward = np.where(rows.present, rows.resolved_ratio, -np.inf)
     highest = reward == reward.max(1, keepdims=True)
     return (highest & (rows.ranks == 0)).sum(1) / highest.sum(1)
 
@@ -70,7 +71,7 @@ def ndcg(rows: Rows) -> Float[np.ndarray, " n"]:
     """
     below = rows.present[:, None, :] & (rows.ranks[:, None, :] > rows.ranks[:, :, None])
     gain = np.where(rows.present, below.sum(2), 0).astype(np.float64)
-    got = (gain * _mean_discount(rows.log_ratio, rows.present)).sum(1)
+    got = (gain * _mean_discount(rows.resolved_ratio, rows.present)).sum(1)
     best = (gain * _mean_discount(-rows.ranks, rows.present)).sum(1)
     return got / best
 

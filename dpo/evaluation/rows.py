@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from dpo.outcomes import UserError
+from dpo.training.metrics import RESOLUTION
 
 
 class Rows(NamedTuple):
@@ -28,6 +29,16 @@ class Rows(NamedTuple):
     def log_ratio(self) -> Float[np.ndarray, "n K"]:
         """log π − log ρ; 0 where absent."""
         return np.where(self.present, self.policy - self.reference, 0.0)
+
+    @property
+    def resolved_ratio(self) -> Float[np.ndarray, "n K"]:
+        """By which responses are ordered: log_ratio, 0 where the log-probs' precision cannot tell it from 0.
+
+        One model's log-probs of a response differ in their last digits from one shape of a batch to another,
+        so that without it rounding would order the responses of a policy that is the reference still.
+        """
+        finest = RESOLUTION * np.finfo(np.float32).eps * np.abs(self.policy)
+        return np.where(np.abs(self.log_ratio) <= finest, 0.0, self.log_ratio)
 
     def take(self, kept: Bool[np.ndarray, " n"]) -> Rows:
         """Some of the rows."""
