@@ -369,7 +369,10 @@ def test_a_policy_that_is_the_reference_but_for_rounding_orders_nothing(K: int) 
     rows = make_rows(n=40, K=K, ragged=False, ties=False)
     noise = np.random.default_rng(1).integers(-30, 31, rows.policy.shape) * np.spacing(np.float32(50))
     result = describe(rows._replace(reference=rows.policy + noise), beta=0.1)
-    assert result["accuracy"][0] == 0.5 and result["ties"] == result["pairs"]
+    assert result["accuracy"][0] == 0.5
+    assert result["ties"] == result["pairs"]
     assert result["margin"][0] != 0  # values stay as they are
-    if K > 2:
-        assert result["rankings"]["top_1"][0] == 1 / K and result["rankings"]["kendall_tau"][0] == 0
+    assert ("rankings" in result) == (K > 2)
+    if "rankings" in result:
+        assert result["rankings"]["top_1"][0] == 1 / K
+        assert result["rankings"]["kendall_tau"][0] == 0
