@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from dpo.config import Config, save_config
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 from dpo.runs import CONFIG_FILE, SUMMARY_FILE, Identity, RunSummary, read_summary
-from dpo.training.identity import CODE, differences, identity_of_weights, require_same
+from dpo.training.identity import CODE, decide_alike, differences, identity_of_weights, require_same
 from dpo.training.lock import require_standing
 from dpo.training.memory import keep_choice
 from dpo.training.policy import Policy
@@ -36,9 +38,9 @@ def begin(run: Run, given: Config, settings: str) -> None:
         return
     require_standing(run.run_dir)
     with writing("the settings", run.run_dir / CONFIG_FILE):  # what may differ is so for one start only
+        (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # first: it is of the settings beside it
         start = replace(given, training=replace(given.training, allow_changed=[]))
         save_config(start, run.run_dir / CONFIG_FILE)
-        (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
     if run.memory is not None:
         keep_choice(run.memory, run.run_dir, limit=given.training.memory_limit, settings=settings)
 
@@ -73,14 +75,22 @@ def finish(
     return summary
 
 
-def summary_of(run_dir: Path, settings: str) -> RunSummary | None:
-    """What a finished run with these settings came to; None where there is none.
+def summary_of(run_dir: Path, given: Config, settings: str) -> RunSummary | None:
+    """What a finished run with these settings, whose fingerprint is given too, came to; None without one.
+
+    A run of an earlier version had fewer settings, and so another fingerprint: its file of them is compared.
 
     Raises:
       ValueError: naming the file, when it is damaged.
     """
     summary = read_summary(run_dir)
-    return summary if summary is not None and summary.get("settings") == settings else None
+    if summary is None or summary.get("settings") == settings:
+        return summary
+    try:
+        kept = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return summary if isinstance(kept, dict) and decide_alike(kept, given) else None
 
 
 def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]) -> bool:

@@ -126,6 +126,16 @@ def settings_fingerprint(config: Config) -> str:
     return _sha256(json.dumps(resolved_settings(config), sort_keys=True))
 
 
+def decide_alike(kept: Mapping[str, Any], config: Config) -> bool:
+    """Whether settings as a file has them decide the same numbers as a configuration.
+
+    Those that they lack, as an earlier version's do, count as their defaults.
+    """
+    usual, now = resolved_settings(Config()), resolved_settings(config)
+    then = without(flat_settings(kept), BESIDE)
+    return {name: usual[name] for name in usual.keys() & now if name not in then} | then == now
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that compute."""
     found = versions()

@@ -211,7 +211,7 @@ def _enter(stack: ExitStack, given: Config, settings: str) -> RunSummary | None:
     on_main(partial(enter, exclusive))
     require_shared(run_dir)
     on_main(partial(enter, counted_start))
-    summary = on_main(lambda: summary_of(run_dir, settings))
+    summary = on_main(lambda: summary_of(run_dir, given, settings))
     return summary if summary is not None and may_stand(given, summary, log=say) else None
 
 

@@ -1,17 +1,20 @@
 import dataclasses
 import inspect
+import json
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from tiny_model import byte_tokenizer, tiny_config
 
-from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig, save_config
 from dpo.data.packing import facts
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.text_models import read_config
 from dpo.parallel.sharding import make_mesh
+from dpo.training.directory import summary_of
 from dpo.training.identity import (
     Probe,
     check_probe,
@@ -196,3 +199,25 @@ def test_what_a_run_is_on_one_device_without_held_out_data():
     assert found["devices"]["mesh"] == "data 1 x fsdp 1 x tensor 1"
     assert "run_dir" not in found["settings"]
     assert found["settings"]["training.seed"] == 0
+
+
+@pytest.mark.parametrize("fingerprint", ["as now", "of an earlier version"])
+def test_a_finished_run_of_a_version_without_a_setting_is_finished(tmp_path, fingerprint):
+    """Its fingerprint is another one, and what it lacks is at its default."""
+    config = Config(run_dir=str(tmp_path), objective={"name": "dpo", "beta": 0.1})
+    save_config(config, tmp_path / "config.yaml")
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del settings["optimizer"]["beta2"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    now = settings_fingerprint(config)
+    summary = {"steps": 1, "prompts": 1, "eval": None, "best_checkpoint": None, "export": "", "memory": None}
+    summary |= {"seconds": 1.0, "layout": {}, "versions": {}}
+    summary |= {"settings": now if fingerprint == "as now" else fingerprint}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert summary_of(tmp_path, config, now) is not None
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, beta2=0.9))
+    assert summary_of(tmp_path, other, settings_fingerprint(other)) is None
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, beta1=0.8))
+    assert summary_of(tmp_path, other, settings_fingerprint(other)) is None
+    (tmp_path / "config.yaml").unlink()
+    assert (summary_of(tmp_path, config, now) is None) == (fingerprint != "as now")
