@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked `as_users` is of `ci`, and all that is slow: .ci/run runs it after the quick suite."""
+    """What is marked `as_users` is of `ci`, and all that is slow: .ci/run runs it beside the quick suite."""
     for item in items:
         for marked, is_also in (("as_users", "ci"), ("ci", "slow")):
             if item.get_closest_marker(marked) is not None:

@@ -16,6 +16,7 @@ import ast
 import importlib
 import importlib._bootstrap_external as bootstrap
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -81,7 +83,7 @@ NAMES = {
     "first": "last",
 }
 NAMES |= {other: name for name, other in NAMES.items()}
-PREIMPORTED = ("numpy", "jax", "jax.numpy", "flax.linen", "optax", "beartype")
+PREIMPORTED = ("numpy", "jax", "jax.numpy", "flax.linen", "flax.nnx", "optax", "transformers", "beartype")
 PREIMPORTED += ("yaml", "pyarrow.parquet", "safetensors.numpy", "tokenizers", "jinja2", "scipy.stats")
 
 
@@ -218,6 +220,28 @@ def import_from_text(path: Path, text: str) -> None:
     bootstrap.SourceLoader.get_code = get_changed
 
 
+class QuickestFirst:
+    """Of pytest: tests in the order of the seconds that they took without a fault, so that most faults are
+    noticed at once."""
+
+    def __init__(self, kept: Path) -> None:
+        """`kept`: where the seconds stand, and are written where they do not."""
+        self._kept, self._took = kept, Counter[str]()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self._kept.exists():
+            took = json.loads(self._kept.read_text(encoding="utf-8"))
+            items.sort(key=lambda item: took.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._took[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        if not self._kept.exists():
+            self._kept.write_text(json.dumps(self._took), encoding="utf-8")
+
+
 def passes(module: Path, text: str, tests: list[str], *, seconds: float) -> bool:
     """Whether the tests pass with a module of this text, in a fork; one that does not end fails."""
     child = os.fork()
@@ -247,13 +271,15 @@ def _run_tests(module: Path, text: str, tests: list[str]) -> NoReturn:
     """In the fork: it ends without the parent's cleaning up."""
     import_from_text(module, text)
     options = ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    code = pytest.main([*options, *tests])
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
+    kept = Path(os.environ["MUTANTS_LOG"]).with_name(f"{module.stem}.json")
+    code = pytest.main([*options, *tests], plugins=[QuickestFirst(kept)])
     sys.stdout.flush()
     os._exit(int(code))
 
 
-def try_module(name: str, *, count: int, seed: int) -> Iterator[tuple[Fault, bool]]:
-    """Faults drawn by a seed, and whether each was noticed.
+def try_module(name: str, *, count: int, minutes: float, seed: int) -> Iterator[tuple[Fault, bool]]:
+    """Faults in the order in which a seed draws them, and whether each was noticed, for so many minutes.
 
     Raises:
       SystemExit: where the tests fail without any fault.
@@ -269,7 +295,9 @@ def try_module(name: str, *, count: int, seed: int) -> Iterator[tuple[Fault, boo
     seconds = 30 + 5 * (time.monotonic() - began)
     faults = possible_faults(text)
     drawn = random.Random(f"{seed} {name}").sample(faults, min(count, len(faults)))
-    for fault in sorted(drawn):
+    for fault in drawn:
+        if time.monotonic() - began > 60 * minutes:
+            return
         yield fault, not passes(path, fault.plant(text), tests, seconds=seconds)
 
 
@@ -277,6 +305,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("module", nargs="*", help=f"below dpo/ (default: all): {', '.join(TESTS)}")
     parser.add_argument("--count", type=int, default=60, help="faults in each module (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="for each module; no fault is planted after them (default: as many as it takes)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a file to add a line of JSON to for each module")
     arguments = parser.parse_args()
@@ -298,7 +332,8 @@ def main() -> None:
             tried = noticed = 0
             survivors = []
             text = (ROOT / "dpo" / name).read_text(encoding="utf-8")
-            for fault, was_noticed in try_module(name, count=arguments.count, seed=arguments.seed):
+            tries = try_module(name, count=arguments.count, minutes=arguments.minutes, seed=arguments.seed)
+            for fault, was_noticed in tries:
                 tried += 1
                 noticed += was_noticed
                 if not was_noticed:
