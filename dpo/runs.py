@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import yaml
+
 from dpo.config import Config
 from dpo.config.run import ObjectiveSettings
 from dpo.outcomes import UserError
@@ -171,22 +173,41 @@ def read_metrics(path: str | Path) -> list[dict[str, int | float]]:
 
 
 def model_of(source: str) -> str:
-    """A model's source: of a run directory its export or its adapters, of anything else itself.
+    """A model's source: of a run directory its export, or its adapters on its model; else itself.
 
     Raises:
-      ValueError: when the run has no export yet.
+      ValueError: when the run has no export yet, or does not say what its adapters are on.
     """
     path = Path(source).expanduser()
     if not (path / CONFIG_FILE).is_file() or (path / "config.json").is_file():
         return source
     if not (path / EXPORT_DIRECTORY / "config.json").is_file():
         if (path / ADAPTER_DIRECTORY / "adapter_config.json").is_file():
-            return str(path / ADAPTER_DIRECTORY)
+            return _adapters_of(path)
         raise UserError(
             f"{source} is a run without {EXPORT_DIRECTORY}/: it is not finished, or its export was deleted; "
             f"allowed: wait for its end, or write the newest checkpoint as a model with dpo export {source}"
         )
     return str(path / EXPORT_DIRECTORY)
+
+
+class _Adapters(TypedDict):
+    """What is read of the file beside adapters."""
+
+    base_model_name_or_path: str
+
+
+def _adapters_of(run_dir: Path) -> str:
+    """The adapters that a run left alone, on the model that it trained where their file names another."""
+    adapter = run_dir / ADAPTER_DIRECTORY
+    named = read_typed(adapter / "adapter_config.json", _Adapters)["base_model_name_or_path"]
+    try:
+        settings = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        source = str(settings["model"]["source"])
+    except (ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{run_dir / CONFIG_FILE} does not say what model.source is: {error}") from error
+    is_named = named in (source, str(Path(source).expanduser().resolve()))
+    return str(adapter) if is_named else f"{adapter} on {source}"
 
 
 # ---- what a run was given ----

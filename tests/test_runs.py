@@ -7,12 +7,13 @@ import re
 import pytest
 
 from dpo.commands.checks import load_run
-from dpo.config import Config, save_config
+from dpo.config import Config, ModelConfig, save_config
 from dpo.outcomes import UserError
 from dpo.runs import (
     LOCK_FILE,
     SUMMARY_FILE,
     flat_settings,
+    model_of,
     objective_title,
     read_summary,
     require_run_or_none,
@@ -71,3 +72,28 @@ def test_a_run_with_a_pipe_in_it_is_refused_where_it_would_be_waited_for(tmp_pat
     for opened in (lambda: load_run(str(tmp_path)), lambda: require_run_or_none(tmp_path)):
         with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / name))} is no file; allowed"):
             opened()
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "is_said"),
+    [
+        ("base", "{here}/base", False),
+        ("OWNER/NAME", "OWNER/NAME", False),
+        ("base", "OWNER/NAME", True),
+        ("embedded:a", "OWNER/NAME", True),
+    ],
+)
+def test_adapters_alone_are_opened_on_the_model_that_the_run_trained(
+    source, named, is_said, tmp_path, monkeypatch
+):
+    """Their file may name another, by lora.base_name: a GGUF file's name on the hub, say."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    save_config(Config(model=ModelConfig(source=source)), run / "config.yaml")
+    said = {"base_model_name_or_path": named.format(here=tmp_path)}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+    assert model_of(str(run)) == f"{run}/adapter" + (f" on {source}" if is_said else "")
+    (run / "config.yaml").write_text("model: {}")
+    with pytest.raises(ValueError, match=r"config\.yaml does not say what model\.source is"):
+        model_of(str(run))
