@@ -1,4 +1,4 @@
-"""What a trained policy is worth: held-out figures, their intervals, and a page that shows them."""
+"""What a trained policy is worth: held-out figures and their intervals."""
 
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.rows import Rows
