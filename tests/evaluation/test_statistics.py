@@ -86,8 +86,10 @@ def test_weights_are_repetitions() -> None:
     assert weighted == pytest.approx(repeated)
 
 
-def test_what_groups_differ_by_is_no_part_of_the_spread_of_their_mean() -> None:
-    values, groups = np.repeat([1.0, 0.0], [5, 40]), np.repeat(["a", "b"], [5, 40])
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")], ids="last in the {0[1]}".format)
+def test_what_groups_differ_by_is_no_part_of_the_spread_of_their_mean(names: tuple[str, str]) -> None:
+    """The last cluster may be in the first group alone."""
+    values, groups = np.repeat([1.0, 0.0], [5, 40]), np.repeat(names, [5, 40])
     found = mean_of_groups(values, np.arange(45), groups, weights=np.ones(45))
     assert found == (0.5, 0.5, 0.5)
 
@@ -181,6 +183,7 @@ def test_both_ends_are_rates_and_the_defaults_are_written_out() -> None:
     assert num_needed(0.7) == num_needed(0.7, baseline=0.5, power=0.8, confidence=0.95)
     assert num_needed(0.7, power=0.9) > num_needed(0.7) > num_needed(0.7, confidence=0.9)
     assert num_needed(0.99, baseline=0.01) == 1, "one outcome tells these"
+    assert num_needed(1.0, confidence=0.5) == 2, "two wins have p = 0.5, which is enough"
 
 
 def test_small_differences_take_the_normal_approximation() -> None:
