@@ -5,33 +5,34 @@
 
 A fault is one operator, comparison, constant, sign, `and`, `or`, `not`, or one of a pair of names such as
 `min` and `max`, replaced by its neighbour. Each is tried in a process of its own, forked before JAX starts,
-in which the module is imported from the changed text; files are never changed. What no test notices is
-printed with its line: it needs a test, or is equal (nothing that can be seen depends on it).
+in which functions get their code from the changed text; files are never changed. What is not noticed so is
+tried once more in one that imports the module from that text. What no test notices is printed with its line:
+it needs a test, or is equal (nothing that can be seen depends on it).
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import importlib._bootstrap_external as bootstrap
 import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from types import CodeType
-from typing import NamedTuple, NoReturn
+from types import CodeType, FunctionType
 
 import pytest
+from _pytest.main import pytest_runtestloop as run_all
+from planted import Fault, possible_faults
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,145 +68,8 @@ TESTS = {
 }
 """The tests that are to notice a fault in a module; `pairs` is `test_pairs.py` in the room that mirrors."""
 
-COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="} | {
-    "is not": "is",
-    "not in": "in",
-    "is": "is not",
-    "in": "not in",
-}
-OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "/", "%": "*", "**": "*", "&": "|", "|": "&"}
-NAMES = {
-    "min": "max",
-    "any": "all",
-    "minimum": "maximum",
-    "argmin": "argmax",
-    "floor": "ceil",
-    "first": "last",
-}
-NAMES |= {other: name for name, other in NAMES.items()}
 PREIMPORTED = ("numpy", "jax", "jax.numpy", "flax.linen", "flax.nnx", "optax", "transformers", "beartype")
 PREIMPORTED += ("yaml", "pyarrow.parquet", "safetensors.numpy", "tokenizers", "jinja2", "scipy.stats")
-
-
-class Fault(NamedTuple):
-    """A place in a module's text, and what stands there instead."""
-
-    start: int
-    """Characters from the beginning."""
-    end: int
-    new: str
-    line: int
-
-    def plant(self, text: str) -> str:
-        return text[: self.start] + self.new + text[self.end :]
-
-    def describe(self, text: str) -> str:
-        """The changed line, with `old → new` where it differs."""
-        begin = text.rfind("\n", 0, self.start) + 1
-        close = text.find("\n", self.end)
-        before, after = text[begin : self.start].lstrip(), text[self.end : close]
-        return f"line {self.line}: {before}⟦{text[self.start : self.end]} → {self.new or 'nothing'}⟧{after}"
-
-
-class Places(ast.NodeVisitor):
-    """Every fault that can be planted in a text; annotations, messages and docstrings have none."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.faults: list[Fault] = []
-        self._lines = [0]
-        for line in text.splitlines(keepends=True):
-            self._lines.append(self._lines[-1] + len(line))
-        self._raw = text.splitlines(keepends=True)
-
-    def _at(self, line: int, column: int) -> int:
-        """Characters before a position whose column the parser gives in bytes."""
-        return self._lines[line - 1] + len(self._raw[line - 1].encode()[:column].decode())
-
-    def _span(self, node: ast.expr) -> tuple[int, int]:
-        return (
-            self._at(node.lineno, node.col_offset),
-            self._at(node.end_lineno or node.lineno, node.end_col_offset or 0),
-        )
-
-    def _add(self, start: int, end: int, new: str) -> None:
-        self.faults.append(Fault(start, end, new, self.text.count("\n", 0, start) + 1))
-
-    def _between(self, left: ast.expr, right: ast.expr, table: dict[str, str]) -> None:
-        """Replace the operator between two expressions; comments and parentheses there are left alone."""
-        start, end = self._span(left)[1], self._span(right)[0]
-        gap = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0]), self.text[start:end])
-        found = re.search("|".join(map(re.escape, sorted(table, key=len, reverse=True))), gap)
-        if found:
-            self._add(start + found.start(), start + found.end(), table[found[0]])
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
-            self._between(left, right, COMPARISONS)
-        self.generic_visit(node)
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        self._between(node.left, node.right, OPERATORS)
-        self.generic_visit(node)
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        for left, right in zip(node.values, node.values[1:], strict=False):
-            self._between(left, right, {"and": "or", "or": "and"})
-        self.generic_visit(node)
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
-        if isinstance(node.op, (ast.USub, ast.Not)):
-            self._add(self._span(node)[0], self._span(node.operand)[0], "")
-        self.generic_visit(node)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        start, end = self._span(node)
-        if isinstance(node.value, bool):
-            self._add(start, end, str(not node.value))
-        elif isinstance(node.value, int):
-            self._add(start, end, str(node.value + 1))
-        elif isinstance(node.value, float):
-            self._add(start, end, repr(node.value * 2 or 1.0))
-
-    def visit_Name(self, node: ast.Name) -> None:
-        if node.id in NAMES:
-            self._add(*self._span(node), NAMES[node.id])
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr in NAMES:
-            end = self._span(node)[1]
-            self._add(end - len(node.attr), end, NAMES[node.attr])
-        self.generic_visit(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for default in [*node.args.defaults, *node.args.kw_defaults, *node.body]:
-            if default is not None:
-                self.visit(default)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None:
-            self.visit(node.value)
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Messages and their formats."""
-
-    def visit_Raise(self, node: ast.Raise) -> None:
-        """What an error says."""
-
-
-def possible_faults(text: str) -> list[Fault]:
-    """Each place once, in order, without those that are no Python any more."""
-    places = Places(text)
-    places.visit(ast.parse(text))
-    return [fault for fault in sorted(set(places.faults)) if _parses(fault.plant(text))]
-
-
-def _parses(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
 
 
 def import_from_text(path: Path, text: str) -> None:
@@ -220,42 +84,94 @@ def import_from_text(path: Path, text: str) -> None:
     bootstrap.SourceLoader.get_code = get_changed
 
 
-class QuickestFirst:
-    """Of pytest: tests in the order of the seconds that they took without a fault, so that most faults are
-    noticed at once."""
+class Planter:
+    """Of pytest: once all tests are collected, one fork for each fault, in which functions get other code.
 
-    def __init__(self, kept: Path) -> None:
-        """`kept`: where the seconds stand, and are written where they do not."""
-        self._kept, self._took = kept, Counter[str]()
+    Nothing is imported in such a fork, and the tests that took least without a fault run first, so that most
+    faults are noticed at once. What is done when a module is imported stays as it was.
+    """
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self._kept.exists():
-            took = json.loads(self._kept.read_text(encoding="utf-8"))
-            items.sort(key=lambda item: took.get(item.nodeid, 0.0))
+    def __init__(self, module: Path, text: str, faults: Sequence[Fault], *, until: float) -> None:
+        """`until`: when no other fault is planted, of the monotonic clock."""
+        self._module, self._text, self._faults, self._until = module, text, faults, until
+        self._took = defaultdict[str, float](float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._took[report.nodeid] += report.duration
 
-    def pytest_sessionfinish(self) -> None:
-        if not self._kept.exists():
-            self._kept.write_text(json.dumps(self._took), encoding="utf-8")
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.testsfailed:
+            return None
+        took, found = _beside("seconds"), _beside("found")
+        began = time.monotonic()
+        if not in_fork(lambda: self._run(session, None, keep=took), seconds=600):
+            return True
+        seconds = 30 + 5 * (time.monotonic() - began)
+        found.write_text(f"{seconds}\n", encoding="utf-8")
+        kept = json.loads(took.read_text(encoding="utf-8"))
+        session.items.sort(key=lambda item: kept.get(item.nodeid, 0.0))
+        for fault in self._faults:
+            if time.monotonic() > self._until:
+                break
+            passed = has_started() or in_fork(partial(self._run, session, fault), seconds=seconds)
+            with found.open("a", encoding="utf-8") as file:
+                file.write(f"{int(not passed)}\n")
+        return True
+
+    def _run(self, session: pytest.Session, fault: Fault | None, *, keep: Path | None = None) -> bool:
+        if fault is not None:
+            exchange_code(self._module, fault.plant(self._text))
+        run_all(session)
+        if keep is not None:
+            keep.write_text(json.dumps(self._took), encoding="utf-8")
+        return not session.testsfailed
 
 
-def passes(module: Path, text: str, tests: list[str], *, seconds: float) -> bool:
-    """Whether the tests pass with a module of this text, in a fork; one that does not end fails."""
+def has_started() -> bool:
+    """Whether JAX has threads already, with which no fork may go on."""
+    from jax._src import xla_bridge  # not before its environment variables are set
+
+    return xla_bridge.backends_are_initialized()
+
+
+def exchange_code(path: Path, text: str) -> None:
+    """Give the functions of an imported module the code that they have in another text of it."""
+    codes, left = dict[str, CodeType](), [compile(text, str(path), "exec")]
+    while left:
+        code = left.pop()
+        codes[code.co_qualname] = code
+        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    for function in _functions_of(path):
+        if function.__code__.co_qualname in codes:
+            function.__code__ = codes[function.__code__.co_qualname]
+
+
+def _functions_of(path: Path) -> Iterator[FunctionType]:
+    """A module's functions and methods, out of what they are wrapped in."""
+    module = sys.modules[".".join(path.relative_to(ROOT).with_suffix("").parts)]
+    values = list(vars(module).values())
+    values += [one for kind in values if isinstance(kind, type) for one in vars(kind).values()]
+    for value in values:
+        for wrapper in ("fget", "__func__", "func", "__wrapped__", "__wrapped__", "__wrapped__"):
+            value = getattr(value, wrapper, None) or value
+        if isinstance(value, FunctionType) and value.__code__.co_filename == str(path):
+            yield value
+
+
+def in_fork(function: Callable[[], bool], *, seconds: float) -> bool:
+    """What a function says in a process of its own; one that does not end says no."""
     child = os.fork()
     if child == 0:
         os.setsid()
-        out = os.open(os.environ["MUTANTS_LOG"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        said = False
         try:
-            _run_tests(module, text, tests)
+            said = function()
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(1)
+            sys.stdout.flush()
+            os._exit(int(not said))
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -267,15 +183,28 @@ def passes(module: Path, text: str, tests: list[str], *, seconds: float) -> bool
     return False
 
 
-def _run_tests(module: Path, text: str, tests: list[str]) -> NoReturn:
-    """In the fork: it ends without the parent's cleaning up."""
-    import_from_text(module, text)
+def _run_tests(tests: list[str], *plugins: object) -> bool:
+    """Whether pytest ends well, in a fork: what it prints goes to a file."""
+    out = os.open(_beside("log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
     options = ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before
-    kept = Path(os.environ["MUTANTS_LOG"]).with_name(f"{module.stem}.json")
-    code = pytest.main([*options, *tests], plugins=[QuickestFirst(kept)])
-    sys.stdout.flush()
-    os._exit(int(code))
+    return pytest.main([*options, *tests], plugins=plugins) == 0
+
+
+def _beside(name: str) -> Path:
+    return Path(os.environ["MUTANTS_SCRATCH"]) / name
+
+
+def passes(module: Path, text: str, tests: list[str], *, seconds: float) -> bool:
+    """Whether the tests pass with a module of this text, all of which is imported in a fork."""
+
+    def run() -> bool:
+        import_from_text(module, text)
+        return _run_tests(tests)
+
+    return in_fork(run, seconds=seconds)
 
 
 def try_module(name: str, *, count: int, minutes: float, seed: int) -> Iterator[tuple[Fault, bool]]:
@@ -287,18 +216,16 @@ def try_module(name: str, *, count: int, minutes: float, seed: int) -> Iterator[
     path = ROOT / "dpo" / name
     text = path.read_text(encoding="utf-8")
     tests = [str((ROOT / "tests" / name).parent / f"test_{test}.py") for test in TESTS[name].split()]
-    began = time.monotonic()
-    if not passes(path, text, tests, seconds=600):
-        raise SystemExit(
-            f"{name}: its tests fail without a fault: {Path(os.environ['MUTANTS_LOG']).read_text()[-1500:]}"
-        )
-    seconds = 30 + 5 * (time.monotonic() - began)
     faults = possible_faults(text)
     drawn = random.Random(f"{seed} {name}").sample(faults, min(count, len(faults)))
-    for fault in drawn:
-        if time.monotonic() - began > 60 * minutes:
-            return
-        yield fault, not passes(path, fault.plant(text), tests, seconds=seconds)
+    planter = Planter(path, text, drawn, until=time.monotonic() + 60 * minutes)
+    _beside("found").unlink(missing_ok=True)
+    in_fork(lambda: _run_tests(tests, planter), seconds=math.inf)
+    if not _beside("found").exists():
+        raise SystemExit(f"{name}: its tests fail without a fault: {_beside('log').read_text()[-1500:]}")
+    seconds, *found = _beside("found").read_text(encoding="utf-8").split()
+    for fault, noticed in zip(drawn, found, strict=False):
+        yield fault, noticed == "1" or not passes(path, fault.plant(text), tests, seconds=60 + float(seconds))
 
 
 def main() -> None:
@@ -319,7 +246,7 @@ def main() -> None:
         parser.error(f"no tests are named for {unknown[0]}; allowed: {', '.join(TESTS)}")
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {
-            "MUTANTS_LOG": f"{scratch}/log",
+            "MUTANTS_SCRATCH": scratch,
             "HYPOTHESIS_STORAGE_DIRECTORY": f"{scratch}/hypothesis",
             "JAX_COMPILATION_CACHE_DIR": f"{scratch}/compiled",
             "JAX_PLATFORMS": "cpu",
