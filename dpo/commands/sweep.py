@@ -59,6 +59,8 @@ def _conclude(
     print_plain(choice_as_text(choice))
     if len(done) > 1:
         runs = [(done[one.name], configs[one.name]) for one in choice.judged]
-        print_plain(f"page        {write_comparison(runs, output=directory / 'comparison.html')}")
+        failed = {name: code for name, code in codes.items() if code}
+        page = write_comparison(runs, output=directory / "comparison.html", choice=choice, failed=failed)
+        print_plain(f"page        {page}")
     print_plain(f"figures     {directory / RESULT_FILE}")
     print_plain(f"policy      {done[choice.chosen.name] / configs[choice.chosen.name].policy_name}")

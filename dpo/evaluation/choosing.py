@@ -49,6 +49,16 @@ class Choice(NamedTuple):
         """Policies that the half which chooses doesn't tell from the chosen one: their interval holds 0."""
         return [one.name for one in self.judged if one.behind is not None and one.behind.low <= 0]
 
+    def in_words(self) -> list[str]:
+        """What may be said of the chosen one."""
+        best, (by, stated), apart = self.chosen, self.prompts, self.not_told_apart
+        said = (
+            f"chosen: {best.name}, by {by} of the held-out prompts. The other {stated} had no part in the "
+            f"choice: {best.stated} there is the figure to state, because the best of several looks better "
+            "than it is where it was chosen"
+        )
+        return [said, *([f"not told apart from it by these prompts: {'; '.join(apart)}"] if apart else [])]
+
 
 def choose(policies: Mapping[str, Heldout], *, seed: int = 0) -> Choice:
     """Order policies by accuracy on one half of the held-out prompts, on pairs that all of them order.

@@ -175,12 +175,4 @@ def choice_as_text(choice: Choice) -> str:
     lines = [f"{'':<{width}}  accuracy by which is chosen   accuracy on the other half"]
     for one in choice.judged:
         lines.append(f"{one.name:<{width}}  {one.choosing!s:<28}  {one.stated}")
-    apart, best = choice.not_told_apart, choice.chosen
-    lines += [
-        f"chosen: {best.name}, by {choice.prompts[0]} of the held-out prompts. The other {choice.prompts[1]} "
-        f"had no part in the choice: {best.stated} there is the figure to state, because the "
-        "best of several looks better than it is where it was chosen",
-    ]
-    if apart:
-        lines.append(f"not told apart from it by these prompts: {'; '.join(apart)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *choice.in_words()])

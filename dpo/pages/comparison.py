@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpo.config import Config
 from dpo.config.run import ObjectiveSettings
 from dpo.evaluation.accuracy import describe
+from dpo.evaluation.choosing import Choice
 from dpo.evaluation.common import Common, find_common, have_same_preferences
 from dpo.evaluation.heldout import load_heldout
 from dpo.losses import default_values, reward_scale
 from dpo.pages import plots
 from dpo.pages.comparison_table import ComparedRun, compare, draw_verdicts, kinds
 from dpo.pages.curves import OWN_SCALE, add_log_ratios, draw_runs
-from dpo.pages.page import render, write_page
+from dpo.pages.page import percent_with_interval, render, write_page
 from dpo.pages.report import require_metrics
 from dpo.pages.report_match import kind_of_match, read_matches
 from dpo.runs import HELDOUT_FILE, METRICS_FILE, flat_settings, objective_title, read_metrics, specification
 
 
-def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str | Path | None = None) -> Path:
+def write_comparison(
+    runs: Sequence[tuple[str | Path, Config]],
+    *,
+    output: str | Path | None = None,
+    choice: Choice | None = None,
+    failed: Mapping[str, int] | None = None,
+) -> Path:
     """Write a page about at least two runs, by default comparison.html in the folder that holds them all.
+
+    `choice` is the one made among them, in which those that `failed`, with their exit codes, had no part.
 
     Raises:
       ValueError: for a directory that no run has written to.
@@ -33,7 +42,30 @@ def write_comparison(runs: Sequence[tuple[str | Path, Config]], *, output: str |
         for name, (run, config) in zip(_names(runs), runs, strict=True)
     ]
     path = Path(output or _common_folder(runs) / "comparison.html")
-    return write_page(path, render("comparison.html.jinja", _gather(read)))
+    return write_page(path, render("comparison.html.jinja", _gather(read) | _chosen(choice, failed or {})))
+
+
+def _chosen(choice: Choice | None, failed: Mapping[str, int]) -> dict[str, object]:
+    """The table of a choice, and what may be said of it."""
+    if choice is None:
+        return {"choice": None}
+    by, stated = choice.prompts
+    return {
+        "choice": {
+            "names": [f"accuracy by which is chosen, {by} prompts", f"accuracy on the other {stated}"],
+            "rows": [
+                (one.name, [percent_with_interval(one.choosing), percent_with_interval(one.stated)])
+                for one in choice.judged
+            ],
+            "notes": [
+                *choice.in_words(),
+                *(
+                    f"{name} ended with exit code {code} and has no part in it"
+                    for name, code in failed.items()
+                ),
+            ],
+        }
+    }
 
 
 def _with_betas(config: Config) -> Config:

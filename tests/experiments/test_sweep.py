@@ -155,6 +155,7 @@ def test_two_runs_are_trained_compared_and_gone_on_with(tiny_model_dir, tmp_path
     assert result["failed"] == {}
     page = (tmp_path / "sweep" / "comparison.html").read_text()
     assert "learning_rate" in page
+    assert f"chosen: {result['chosen']}, by 6 of the held-out prompts" in page
     printed = capfd.readouterr().out
     assert f"chosen: {result['chosen']}" in printed
     assert main(given) == 0

@@ -17,11 +17,13 @@ from safetensors.numpy import load_file, save_file
 from dpo.cli import main
 from dpo.config import Config, OptimizerConfig, save_config
 from dpo.evaluation.accuracy import describe
+from dpo.evaluation.choosing import choose
 from dpo.evaluation.common import find_common
 from dpo.evaluation.heldout import Heldout, load_heldout
 from dpo.intervals import Interval
 from dpo.pages import plots
 from dpo.pages.comparison import differing_settings, write_comparison
+from dpo.pages.page import percent_with_interval
 from dpo.pages.report import write_report
 
 
@@ -93,6 +95,20 @@ def test_other_held_out_preferences_have_no_difference(runs, tmp_path: Path) -> 
     assert "Held-out preferences other than those of run<b>: second. There is no pair that all" in shown
     assert "paired difference" not in shown, "there is no such row"
     assert "paired difference" in Page(write_comparison(runs).read_text()).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_choice_stands_first_with_what_may_be_said_of_it(runs) -> None:
+    choice = choose(
+        {name: load_heldout(path, config) for name, (path, config) in zip("ab", runs, strict=True)}
+    )
+    shown = Page(write_comparison(runs, choice=choice, failed={"c<i>": 1}).read_text()).text
+    for text in (*choice.in_words(), "c<i> ended with exit code 1 and has no part in it"):
+        assert shown.count(f"{text}.") == 1
+    for one in choice.judged:
+        assert f"{one.name}{percent_with_interval(one.choosing)}{percent_with_interval(one.stated)}" in shown
+    assert shown.index("chosen: ") < shown.index("held-out accuracy")
+    assert "chosen" not in Page(write_comparison(runs).read_text()).text.replace(": chosen", "")
 
 
 def test_only_settings_that_differ_are_listed() -> None:
