@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from dpo.experiments.frontier_results import FrontierResult, Line
 from dpo.files import new_file
+from dpo.pages.page import with_interval
 
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7b4fb5", "#a6761d", "#c2185b")
 """One an objective."""
@@ -108,15 +109,16 @@ def frontier_as_markdown(result: FrontierResult) -> str:
         for point in line["points"]:
             lines.append(
                 f"| {_name(line['objective'])} | {line['beta']:g} | {point['step']} | "
-                f"{_text(point['reward'], 2)} | {_text(point['kl'], 1)} | {point['length']:.0f} |"
+                f"{with_interval(point['reward'], 2)} | {with_interval(point['kl'], 1)} | "
+                f"{point['length']:.0f} |"
             )
     lines += ["", "| best of n | true reward | KL, nats |", "|---|---|---|"]
-    lines += [f"| {p['n']} | {_text(p['reward'], 2)} | {p['kl']:.2f} |" for p in result["best_of_n"]]
+    lines += [f"| {p['n']} | {with_interval(p['reward'], 2)} | {p['kl']:z.2f} |" for p in result["best_of_n"]]
     texts = list(result["temperatures"][0]["win_rates"])
     rates, cut = [], []
     for one in result["temperatures"]:
         name = "reference" if one["beta"] is None else f"{_name(one['policy'])}, β {one['beta']:g}"
-        rates.append([name, *(_text(one["win_rates"][text], 2) for text in texts)])
+        rates.append([name, *(with_interval(one["win_rates"][text], 2) for text in texts)])
         cut.append([name, *(f"{one['cut'][text]:.0%}" for text in texts)])
     lines += _table([f"win-rate over {result['settings']['opponent']}", *texts], rates)
     lines += _table([f"cut off at {result['settings']['max_new_tokens']} tokens", *texts], cut)
@@ -169,11 +171,6 @@ def _bars(interval: Sequence[float]) -> list[list[float]]:
 def _all_bars(intervals: Sequence[Sequence[float]]) -> list[list[float]]:
     below = [max(estimate - low, 0.0) for estimate, low, _ in intervals]
     return [below, [max(high - estimate, 0.0) for estimate, _, high in intervals]]
-
-
-def _text(interval: Sequence[float], digits: int) -> str:
-    estimate, low, high = interval
-    return f"{estimate:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _name(objective: str) -> str:

@@ -148,7 +148,7 @@ def warnings_of(figures: WinrateFigures) -> list[str]:
         low, high = figures["win_rate_if_invalid"]
         found.append(
             f"{figures['invalid']} of {figures['pairs']} pairs lack a valid verdict in both orders; with all "
-            f"of them lost or won the win-rate is {low:.3f} or {high:.3f}"
+            f"of them lost or won the win-rate is {low:z.3f} or {high:z.3f}"
         )
     if judge["flips"] is not None and judge["flips"] > 0.3:
         by_position = judge["says_first"] is not None and abs(judge["says_first"] - 0.5) > 0.1
@@ -210,7 +210,7 @@ def figures_as_text(figures: WinrateFigures) -> str:
             if figures["prompts_needed"] is None
             else f"  ({figures['prompts_needed']} prompts show such a difference with 80% power)"
         ),
-        f"{'mean length':<22}policy {lengths['policy']:.0f}, opponent {lengths['opponent']:.0f} characters",
+        f"{'mean length':<22}policy {lengths['policy']:z.0f}, opponent {lengths['opponent']:z.0f} characters",
     ]
     for group in (figures.get("reward", {}), figures.get("log_ratio", {})):
         lines += [_line(key, value) for key, value in group.items()]
@@ -238,7 +238,7 @@ def usage_as_text(usage: Usage) -> str:
 
 def _line(name: str, interval: Sequence[float], note: str = "") -> str:
     estimate, low, high = interval
-    return f"{name:<22}{estimate:.3f}  95% {low:.3f} to {high:.3f}" + (f"  ({note})" if note else "")
+    return f"{name:<22}{estimate:z.3f}  95% {low:z.3f} to {high:z.3f}" + (f"  ({note})" if note else "")
 
 
 def _percent(value: float | None) -> str:

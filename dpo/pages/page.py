@@ -65,7 +65,7 @@ def write_page(path: Path, text: str) -> Path:
 
 def percent(value: float) -> str:
     """A rate, such as 84.3%."""
-    return f"{100 * value:.1f}%"
+    return f"{100 * value:z.1f}%"
 
 
 def percents(interval: Sequence[float]) -> str:
@@ -81,7 +81,7 @@ def percent_with_interval(interval: Sequence[float]) -> str:
 def with_interval(interval: Sequence[float], digits: int = 3) -> str:
     """Estimate and ends."""
     estimate, low, high = interval
-    return f"{estimate:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{estimate:z.{digits}f} ({low:z.{digits}f} to {high:z.{digits}f})"
 
 
 def prompt_text(prompt: Any) -> str:

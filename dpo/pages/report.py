@@ -128,7 +128,7 @@ def describe_steps(metrics: Sequence[dict[str, int | float]]) -> str:
     trained = [row for row in metrics if "loss" in row]
     seconds = sum(row.get("seconds", 0.0) for row in trained)
     return f"{len(trained)} step{'' if len(trained) == 1 else 's'}" + (
-        f" in {seconds / 60:.1f} minutes" if seconds else ""
+        f" in {seconds / 60:z.1f} minutes" if seconds else ""
     )
 
 
@@ -166,17 +166,17 @@ def _verdict_rows(figures: HeldoutFigures) -> list[tuple[str, str]]:
             for name, word in (("chosen", "better"), ("rejected", "worse"))
             if name in ratios
         ),
-        ("expected calibration error", f"{figures['calibration']['ece']:.3f}"),
+        ("expected calibration error", f"{figures['calibration']['ece']:z.3f}"),
         ("pairs with δ = 0", str(figures["ties"])),
     ]
     if "rankings" in figures:
         rankings, chance = figures["rankings"], figures["rankings"]["chance"]
         rows += [
             ("Kendall's τ", with_interval(rankings["kendall_tau"])),
-            (f"best one found (chance {chance['top_1']:.3f})", with_interval(rankings["top_1"])),
+            (f"best one found (chance {chance['top_1']:z.3f})", with_interval(rankings["top_1"])),
             ("NDCG", with_interval(rankings["ndcg"])),
             (
-                f"log-likelihood (chance {chance['log_likelihood']:.3f})",
+                f"log-likelihood (chance {chance['log_likelihood']:z.3f})",
                 with_interval(rankings["log_likelihood"]),
             ),
         ]
@@ -218,9 +218,9 @@ def _part_cells(part: PartFigures | SourceFigures) -> list[str]:
         str(part["ties"]),
         percent(part["accuracy"][0]),
         f"{shown} ({remark})" if shown and remark else shown or remark,
-        with_interval(part["margin"]) if interval else f"{part['margin'][0]:.3f}",
-        *(f"{ratios[name][0]:+.2f}" if name in ratios else "" for name in ("chosen", "rejected")),
-        f"{part['calibration']['ece']:.3f}",
+        with_interval(part["margin"]) if interval else f"{part['margin'][0]:z.3f}",
+        *(f"{ratios[name][0]:+z.2f}" if name in ratios else "" for name in ("chosen", "rejected")),
+        f"{part['calibration']['ece']:z.3f}",
         *(percent(rate[0]) if (rate := part.get(name)) else "" for name in BASELINES),
     ]
 

@@ -208,8 +208,8 @@ def _rows(columns: Sequence[WinrateFigures], opponent: str) -> list[tuple[str, l
         "mean reward, policy": from_group("reward", 0, 3),
         f"mean reward, {opponent}": from_group("reward", 1, 3),
         f"log policy/{opponent}, nats": from_group("log_ratio", 0, 1),
-        "mean characters, policy": lambda figures: f"{figures['mean_length']['policy']:.0f}",
-        f"mean characters, {opponent}": lambda figures: f"{figures['mean_length']['opponent']:.0f}",
+        "mean characters, policy": lambda figures: f"{figures['mean_length']['policy']:z.0f}",
+        f"mean characters, {opponent}": lambda figures: f"{figures['mean_length']['opponent']:z.0f}",
     }
     table = [(name, [cell(figures) for figures in columns]) for name, cell in rows.items()]
     return [(name, cells) for name, cells in table if any(cells)]

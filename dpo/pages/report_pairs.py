@@ -94,7 +94,7 @@ def spans(side: ScoredSide) -> list[Span]:
         ratio = policy - reference
         level = bisect_right(LEVELS, abs(ratio))
         shade = f"{'up' if ratio > 0 else 'down'}{level}" if level else ""
-        title = f"{ratio:+.2f} nats: policy {policy:.2f}, reference {reference:.2f}"
+        title = f"{ratio:+z.2f} nats: policy {policy:z.2f}, reference {reference:z.2f}"
         found.append(Span(text if text.strip("\n") else text.replace("\n", "⏎\n"), shade, title))
         policy = reference = 0.0
     return found
@@ -136,7 +136,7 @@ def _pair(heldout: Heldout, pair: OrderedPair, tokens: ScoredSides | None) -> Sh
     preference, rows = heldout.preferences[pair.row], heldout.rows
     prompt = prompt_text(preference.prompt)
     return {
-        "delta": f"{pair.delta:+.3f}",
+        "delta": f"{pair.delta:+z.3f}",
         "prompt": prompt,
         "prompt_end": prompt.strip().splitlines()[-1][-100:] if prompt.strip() else "(empty prompt)",
         "source": preference.source,
@@ -144,7 +144,7 @@ def _pair(heldout: Heldout, pair: OrderedPair, tokens: ScoredSides | None) -> Sh
             {
                 "name": name,
                 "text": response_text(preference.responses[place]),
-                "ratio": f"{rows.log_ratio[pair.row, place]:+.2f}",
+                "ratio": f"{rows.log_ratio[pair.row, place]:+z.2f}",
                 "length": int(rows.lengths[pair.row, place]),
                 "spans": None if tokens is None else spans(tokens[name]),
             }

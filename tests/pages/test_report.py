@@ -18,6 +18,7 @@ from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
 from dpo.pages import plots
+from dpo.pages.page import with_interval
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
 from dpo.pages.report_data import read_data
 
@@ -325,3 +326,7 @@ def test_a_run_of_one_step_shows_its_point(count: int, marker: str) -> None:
     axes = Figure().subplots()
     plots._draw_curve(axes, plots.Curve(None, range(count), [0.7] * count), "black")
     assert axes.lines[0].get_marker() == marker
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    assert with_interval((-1e-9, -1e-9, 1e-9)) == "0.000 (0.000 to 0.000)"
