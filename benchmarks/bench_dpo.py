@@ -58,7 +58,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", help="as model.attention")
     parser.add_argument("--first-moment", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--profile", action="store_true", help="the device's share of the time, of steps not waited for"
+        "--profile",
+        action="store_true",
+        help="the device's share of one step's time, of steps not waited for",
     )
     parser.add_argument("--device", choices=("default", "cpu", "gpu", "tpu"), default="default")
     return parser.parse_args(arguments)
@@ -303,14 +305,14 @@ def _profile(step: Any, state: Any, frozen: Any, batch: Any, sums: Any) -> tuple
     """A few steps that nobody waits for: the state after them, and the device's share of their time."""
     import jax
 
-    from benchmarks.device_share import device_share
+    from dpo.training.profile import device_share
 
     with tempfile.TemporaryDirectory(prefix="bench_dpo_") as directory:
         with jax.profiler.trace(directory):
             for _ in range(PROFILED_STEPS):
                 state, metrics = step(state, frozen, batch, sums)
             jax.block_until_ready(metrics)
-        return state, device_share(Path(directory))
+        return state, device_share(Path(directory), between_steps=False).share
 
 
 def _device_peak(device: Any) -> float | None:

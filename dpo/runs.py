@@ -13,6 +13,7 @@ RUN/
   evaluation.json       held-out figures; evaluation.tokens.json: token by token, for a few pairs
   winrate/              what `dpo winrate` left
   report.html           the report
+  profile/              what JAX's profiler traced (training.profiler_steps)
   lock                  held by the process that writes here
 """
 
@@ -48,6 +49,7 @@ MADE_FROM = "made_from"
 """In figures that are made of a run's files: the SHA-256 of these, by which they are known to be of them."""
 WINRATE_DIRECTORY = "winrate"
 REPORT_FILE = "report.html"
+PROFILE_DIRECTORY = "profile"
 LOCK_FILE = "lock"
 
 
@@ -98,6 +100,7 @@ _WRITTEN = (
     TOKENS_FILE,
     WINRATE_DIRECTORY,
     REPORT_FILE,
+    PROFILE_DIRECTORY,
 )
 """In a run directory, beside the lock, which is there first and never removed."""
 

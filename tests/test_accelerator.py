@@ -14,7 +14,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import accelerator, accelerator_inputs, bench_dpo
-from benchmarks.device_share import covered_share
 from benchmarks.work import count_work
 from dpo.huggingface.text_models import read_config
 
@@ -212,8 +211,3 @@ def test_the_forecast_is_of_the_card_and_of_attention_in_kernels():
     seconds = bench_dpo._forecast(traced, traced.lower().compile(), "bfloat16", [card], 3.62e14)
     assert seconds == pytest.approx(1)
     assert accelerator.peak_flops("NVIDIA L40S, 550.54") == 3.62e14
-
-
-def test_a_device_works_where_some_event_runs():
-    assert covered_share([(0, 4), (2, 6), (8, 10)]) == pytest.approx(0.8)
-    assert covered_share([(3, 3)]) == 1.0

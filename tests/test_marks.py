@@ -8,6 +8,7 @@ from dpo.training.identity import resolved_settings, shared_settings
 
 WHEN = (
     *("training.eval_every", "training.eval_samples", "training.eval_max_new_tokens"),
+    *("training.profiler_steps", "training.profiler_skip"),
     *("training.save_every", "training.save_minutes", "training.keep_checkpoints", "training.keep_best"),
 )
 SECTIONS = ("run_dir", "mesh", "distributed")

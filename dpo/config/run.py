@@ -107,6 +107,11 @@ class TrainingConfig:
     allow_changed: list[IdentityKind] = field(default_factory=list, metadata=marks(BESIDE, OFF_THE_CARD))
     """Kinds of things that may differ from the checkpoint that is continued, such as settings or data;
     nothing may when empty."""
+    profiler_steps: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
+    """Number of steps that JAX's profiler traces into the run directory, for the part of their time in which
+    the device works; none when not given."""
+    profiler_skip: int = field(default=10, metadata=marks(BESIDE, OFF_THE_CARD))
+    """Number of steps of each start before those of training.profiler_steps: the first ones compile."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
         default_factory=list, metadata=marks(BESIDE, OFF_THE_CARD)
     )
@@ -136,6 +141,8 @@ class TrainingConfig:
             )
         check_range("training.keep_checkpoints", self.keep_checkpoints, low=1)
         check_range("training.max_skipped", self.max_skipped, low=1)
+        check_range("training.profiler_steps", self.profiler_steps, low=3)
+        check_range("training.profiler_skip", self.profiler_skip, low=1)
         check_range("training.reference_every", self.reference_every, low=1)
         check_range("training.reference_alpha", self.reference_alpha, above=0.0, high=1.0)
 

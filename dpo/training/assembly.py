@@ -7,15 +7,17 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 from dpo.parallel.distributed import is_main, shared_vote
-from dpo.runs import CHECKPOINTS_DIRECTORY, REFERENCE_DIRECTORY, Identity
+from dpo.runs import CHECKPOINTS_DIRECTORY, PROFILE_DIRECTORY, REFERENCE_DIRECTORY, Identity
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.datasets import Arrangement, as_trained, in_order, scoring_loader
+from dpo.training.hooks import Between
 from dpo.training.identity import take_probe
 from dpo.training.interrupt import stoppable
 from dpo.training.on_policy import Observe
 from dpo.training.optimizer import learning_rates
 from dpo.training.policy import Policy
 from dpo.training.preparation import Run
+from dpo.training.profile import Profiler, first_profiled
 from dpo.training.program import Program, make_program
 from dpo.training.reading import all_processes
 from dpo.training.record import Record
@@ -193,4 +195,18 @@ def record_of(
         beta=run.beta,
         max_skipped=run.config.training.max_skipped,
         earlier=[line for line in earlier if "loss" in line],
+    )
+
+
+def profiler_of(run: Run, resume: Resume, record: Record, between: Between, tracker: Tracker) -> Profiler:
+    """What traces some steps, where that is asked for; of several processes the main one's device."""
+    training = run.config.training
+    begin = first_profiled(training, resume.step, run.num_steps)
+    return Profiler(
+        run.run_dir / PROFILE_DIRECTORY,
+        begin=begin if is_main() else None,
+        steps=training.profiler_steps or 0,
+        settle=between.settle,
+        go_on=record.restart_clock,
+        log=tracker.message,
     )

@@ -42,6 +42,7 @@ from dpo.training.assembly import (
     checkpoints_of,
     evaluate_of,
     probe_of,
+    profiler_of,
     program_of,
     record_of,
     resume_of,
@@ -62,6 +63,7 @@ from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.placement import place_batch
 from dpo.training.preflight import check_first_loss, expected_first_loss
 from dpo.training.preparation import Run, prepare
+from dpo.training.profile import STEP, Profiler
 from dpo.training.program import Program
 from dpo.training.progress import say
 from dpo.training.record import Record
@@ -183,7 +185,8 @@ def _fit(
     deadline = stack.enter_context(_step_deadline(run))
     between = Between(record, deadline, saver, evaluate)
     sums = _reference_sums(stores.get("train"), scoring.trained)
-    hooks = _make_hooks(run, record, between, stop_requested)
+    profiler = stack.enter_context(profiler_of(run, resume, record, between, tracker))
+    hooks = _make_hooks(run, record, between, profiler, stop_requested)
     first = _first_hooks(run, state, sums, scoring) if resume.step == 0 else []
     update = _make_update(run, program, sums, deadline)
     state, step = _optimise(run, state, update, [*first, *hooks], between, first_step=resume.step)
@@ -248,7 +251,8 @@ def _optimise(
     if 0 < step < run.num_steps and is_due(step, run.config.training.eval_every):
         between.judge(step, state)  # the part before may have been stopped on the way to it
     for step, batch in enumerate(run.loader.batches(first_step, run.num_steps), start=first_step + 1):
-        state, metrics = update(step, state, batch)
+        with jax.profiler.StepTraceAnnotation(STEP, step_num=step - 1):
+            state, metrics = update(step, state, batch)
         done = Done(step, batch, metrics, state)
         try:
             for hook in hooks:
@@ -301,11 +305,14 @@ def _check_of_the_first_loss(run: Run, state: TrainState, reference: ReferenceSu
     return once(lambda done: check_first_loss(float(done.metrics["loss"]), expected, dtype))
 
 
-def _make_hooks(run: Run, record: Record, between: Between, stop_requested: Asked) -> list[Hook]:
+def _make_hooks(
+    run: Run, record: Record, between: Between, profiler: Profiler, stop_requested: Asked
+) -> list[Hook]:
     """What happens after each step, in this order: a checkpoint comes before the evaluation at its step."""
     return [
         lambda done: record.add(done.step - 1, done.batch, done.metrics),
         once(lambda _: record.flush()),  # said at once: somebody waits for it
+        profiler.after,
         halt_where_asked(stop_requested),
         between.save,
         every(run.config.training.eval_every, before(run.num_steps, between.evaluate)),

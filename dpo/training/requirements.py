@@ -21,6 +21,7 @@ from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY,
 from dpo.training.lock import is_held, standing
 from dpo.training.model_card import model_card
 from dpo.training.preparation import Run
+from dpo.training.profile import require_profiled_steps
 from dpo.training.program import Program
 
 SEEN_SECONDS = 30.0
@@ -34,7 +35,9 @@ def require_what_comes_later(run: Run, program: Program) -> None:
 
     Raises:
       EnvironmentFailure: naming the place and how much room is missing.
+      UserError: for steps to trace that the run does not have.
     """
+    require_profiled_steps(run.config.training, run.num_steps)
 
     def look() -> None:
         policy = run.policy

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -121,10 +122,13 @@ def weights(config):
     return load_file(f"{config.run_dir}/export/model.safetensors")
 
 
-def test_a_run_learns_writes_everything_and_says_when_it_was_done(config):
-    config = replace(config, model={"attention": "auto"})
+def test_a_run_learns_writes_everything_and_says_when_it_was_done(config, capsys):
+    config = replace(config, model={"attention": "auto"}, training={"profiler_steps": 3, "profiler_skip": 2})
     result = train(config)
     assert result.status == "finished"
+    profile = re.search(r"profile of steps 2 to 4: the device worked ([\d.]+)% of", capsys.readouterr().out)
+    assert profile is not None
+    assert 0 < float(profile[1]) <= 100
     steps = [row for row in lines(config) if "loss" in row]
     expected = np.mean([np.log(2) if i % 2 == 0 else np.log(6) for i in range(12)])
     assert abs(steps[0]["loss"] - expected) < 0.4  # log K! of the four prompts of the first step
@@ -564,28 +568,44 @@ def test_the_host_reads_one_step_while_the_next_is_under_way(config, monkeypatch
 
     The first step is waited for: its loss is checked, and its line is shown.
     """
-    events, fetch, value, make_train_step = [], jax.device_get, ArrayImpl._value, program.make_train_step
+    events, sent, fetch, value = [], [], jax.device_get, ArrayImpl._value
+    make_train_step, wait = program.make_train_step, ArrayImpl.block_until_ready
 
     def read(array):
         events.append("array")
         return value.fget(array)
 
+    def waited(array):
+        events.append("wait")
+        return wait(array)
+
     def fetch_all(tree):
         before = len(events)
         fetched = fetch(tree)
-        events[before:] = ["metrics" if isinstance(tree, dict) and "loss" in tree else "arrays"]
+        numbers = [number for number, metrics in sent if metrics is tree]
+        events[before:] = [f"metrics of {number}" for number in numbers] or ["arrays"]
         return fetched
 
     def remember(*args, **kwargs):
         step = make_train_step(*args, **kwargs)
-        return lambda *inputs: (events.append("step"), step(*inputs))[1]
+
+        def call(*inputs):
+            state, metrics = step(*inputs)
+            sent.append((len(sent), metrics))
+            events.append("sent")
+            return state, metrics
+
+        return call
 
     monkeypatch.setattr(ArrayImpl, "_value", property(read))
+    monkeypatch.setattr(ArrayImpl, "block_until_ready", waited)
     monkeypatch.setattr(jax, "device_get", fetch_all)
     monkeypatch.setattr(program, "make_train_step", remember)
     train(replace(config, data={"eval": None}, training={"eval_every": None}))
-    _, *between, _ = " ".join(events).split("step")
-    assert [part.split() for part in between] == [["array", "metrics"], [], *[["metrics"]] * 3]
+    _, *between, _ = ",".join(events).split("sent")
+    read_between = [[event for event in part.split(",") if event] for part in between]
+    later = [[f"metrics of {number}"] for number in range(1, 4)]
+    assert read_between == [["array", "metrics of 0"], [], *later]
 
 
 @pytest.mark.slow
