@@ -17,16 +17,20 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.planning.chips import CHIPS, chip_named
+from benchmarks.programs import run_program
+from dpo.planning.chips import CHIPS, FRACTIONS, chip_named
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -41,14 +45,23 @@ PACKAGES = (
     "trl",
     "peft",
 )
+OF_THEIR_OWN = ("benchmarks.check_attention", "benchmarks.profile_loop")
+"""Programs that are given their steps and device by their cells, or have none."""
+LOOKED_AT = ("disagree", "failed", "device's share of the loop", "median seconds a step", "tokens/s")
+"""Of their results."""
 NO_CARD = "none"
 STEPS = "steps"
 """Name of the check that is no cell."""
 LEAST_SECONDS = 25
 """A cell that has less left does not begin."""
+MEMORY_FRACTION = "0.92"
+"""Of the card's memory for JAX, whose default is three quarters: nobody else is there while a cell runs."""
+ONE_CARD = {"CUDA_VISIBLE_DEVICES": "0"}
+"""Of a machine that has more, unless it is told otherwise: all figures are of one."""
 REHEARSAL_SLOWNESS = 10
 """How many times as long a cell may take on a CPU that others use too."""
 LLAMA, QWEN, SMOLLM2, LFM2 = "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m", "lfm2-350m"
+HALF_A_BILLION = "qwen2.5-0.5b"
 
 
 class Cell(NamedTuple):
@@ -96,12 +109,19 @@ CUDNN = ("--attention", "cudnn", *SHORT_ROWS)
 PLAIN = ("--attention", "plain", *SHORT_ROWS)
 LORA = ("--lora-rank", "16")
 HALF = ("--first-moment", "bfloat16")
+LOOP = (
+    *("-m", "benchmarks.profile_loop", "--source", f"{{inputs}}/{HALF_A_BILLION}"),
+    *("--data", "{inputs}/ultrafeedback.jsonl", "--batch", "16", "--steps", "10", "--warmup", "10"),
+    *("--dtype", "bfloat16", *SHORT, *BIG_CHUNK, "--device", "gpu"),
+)
+"""`dpo train` as it is, for the part of its time in which the device works."""
 
 CELLS = (
     Cell("attention: ranges, cudnn and plain", ("-m", "benchmarks.check_attention"), 90),
     Cell("ours llama 1b helpsteer3", ours(LLAMA, "helpsteer3", 16, *SHORT, *BIG_CHUNK), 150),
     Cell("trl llama 1b helpsteer3", trl(LLAMA, "helpsteer3", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK), 150),
+    Cell("loop qwen2.5 0.5b ultrafeedback", LOOP, 120),
     Cell("ours llama 1b fixed1024 cudnn", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *CUDNN), 150),
     Cell("trl llama 1b fixed1024", trl(LLAMA, "fixed1024", 16, 4, *SHORT), 100),
     Cell("ours llama 1b helpsteer3 K=4", ours(LLAMA, "helpsteer3_k4", 8, *SHORT, *BIG_CHUNK), 150),
@@ -186,14 +206,23 @@ def prepare_inputs(options: argparse.Namespace) -> None:
 def needed(cell: Cell) -> tuple[str, ...]:
     """Packages that a cell needs and a machine may lack."""
     if not cell.name.startswith("trl"):
-        return ()
+        return requirements()
     return ("trl", "torch", *(("peft",) if "--lora-rank" in cell.arguments else ()))
+
+
+@cache
+def requirements() -> tuple[str, ...]:
+    """Packages without which nothing of the project runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tuple(re.split(r"[^\w.-]", text)[0] for text in project["dependencies"])
 
 
 def facts() -> dict[str, Any]:
     """The card, the versions, and what is missing for some cells."""
     versions = {package: _version(package) for package in PACKAGES}
-    missing = [package for package, version in versions.items() if version is None]
+    missing = [
+        package for package in dict.fromkeys((*PACKAGES, *requirements())) if _version(package) is None
+    ]
     return {"card": card(), "python": sys.version.split()[0], "versions": versions, "missing": missing}
 
 
@@ -242,25 +271,34 @@ def run(cell: Cell, options: argparse.Namespace, limit: float) -> dict[str, Any]
     """The line of one cell: its figures, or how it failed."""
     began = time.monotonic()
     arguments = [argument.replace("{inputs}", str(options.inputs)) for argument in cell.arguments]
-    if "check_attention" not in cell.arguments[1]:
+    if cell.arguments[1] not in OF_THEIR_OWN:
         arguments += ["--steps", "6", "--warmup", "2", "--device", "gpu"]
     if options.rehearse:
         arguments, limit = rehearsed(arguments), limit * REHEARSAL_SLOWNESS
-    code, output, errors = _python(arguments, options.out, cell.name, limit, {})
+    platform = {"JAX_PLATFORMS": "cpu" if options.rehearse else "cuda"}  # else a GPU that fails is a CPU
+    code, output, errors = _python(arguments, options.out, cell.name, limit, platform)
     line: dict[str, Any] = {"cell": cell.name, "seconds": round(time.monotonic() - began)}
-    if code != 0:
-        return line | {"failed": code, "last": [text for text in errors.splitlines() if text.strip()][-3:]}
-    said = output.strip().splitlines()
+    result, said = last_result(output), errors if code != 0 else output
+    if code != 0 or result is None:
+        last = [text for text in said.splitlines() if text.strip()][-3:]
+        so_far = {} if result is None else {"all": result}
+        return line | {"failed": code if code != 0 else "no result", "last": last} | so_far
+    return line | short(result) | {"all": result}
+
+
+def last_result(output: str) -> dict[str, Any] | None:
+    """The last line of a program's output, where it is a JSON object."""
     try:
-        result = json.loads(said[-1])
+        found = json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        return line | {"failed": "no result", "last": said[-3:]}
-    return line | (short(result) if "seconds_per_step" in result else {}) | {"all": result}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def rehearsed(arguments: list[str]) -> list[str]:
     """The same command for a CPU: the tiny model, two prompts, one step, attention as the CPU has it."""
-    small = {"--steps": "1", "--warmup": "1", "--device": "cpu", "--batch": "2", "--chunk": "64"}
+    steps = "3" if "benchmarks.profile_loop" in arguments else "1"  # the fewest that have one between them
+    small = {"--steps": steps, "--warmup": "1", "--device": "cpu", "--batch": "2", "--chunk": "64"}
     changed = list(arguments)
     for flag, value in small.items():
         if flag in changed:
@@ -282,6 +320,8 @@ def rehearsed(arguments: list[str]) -> list[str]:
 
 def short(result: dict[str, Any]) -> dict[str, Any]:
     """What one looks at first."""
+    if "seconds_per_step" not in result:
+        return {name: value for name, value in result.items() if name in LOOKED_AT}
     seconds = result["seconds_per_step"]
     found = {
         "pairs/s": round(result["pairs_per_step"] / seconds, 2),
@@ -332,17 +372,11 @@ def _python(
     arguments: list[str], out: Path, name: str, limit: float, variables: dict[str, str]
 ) -> tuple[int | str, str, str]:
     """Exit code (or "time"), output and errors of a program, which are kept in the log."""
-    environment = os.environ | variables | {"HF_HUB_OFFLINE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, *arguments]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, cwd=ROOT, env=environment, check=False
-        )
-        code, output, errors = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as expired:
-        said = expired.stderr or b""
-        code, output = "time", ""
-        errors = said if isinstance(said, str) else said.decode(errors="replace")
+    environment = ONE_CARD | os.environ | variables | {"HF_HUB_OFFLINE": "1"}
+    if not any(os.environ.get(name) for name in FRACTIONS):
+        environment |= {FRACTIONS[0]: MEMORY_FRACTION}
+    code, output, errors = run_program(command, limit=limit, environment=environment, directory=ROOT)
     with (out / "logs.txt").open("a") as log:
         log.write(f"### {name}\n$ {' '.join(command)}\n{errors[-6000:]}\n{output[-6000:]}\n")
     return code, output, errors

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,15 +53,32 @@ LFM2: dict[str, Any] = {
 }
 """The shape of LFM2-350M: convolutions, and attention in six of sixteen layers."""
 
+QWEN2: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+"""The shape of Qwen2.5-0.5B."""
+
 TINY_LFM2 = LFM2 | {name: TINY[name] for name in TINY if name.endswith(("size", "heads"))}
 REHEARSED = ("tiny", "tiny-lfm2")
-GIVEN = {"tiny": TINY, "tiny-lfm2": TINY_LFM2, "lfm2-350m": LFM2}
-SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m")
+GIVEN = {"tiny": TINY, "tiny-lfm2": TINY_LFM2, "lfm2-350m": LFM2, "qwen2.5-0.5b": QWEN2}
+SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m", "qwen2.5-0.5b")
 """Of `dpo.huggingface.shapes`, where they are not in `GIVEN`."""
 
 SPECIAL = ("<pad>", "<bos>", "<end>")
 ROLES = ("user", "assistant")
 NUM_WORDS = 2000
+MOST_DRAWN = 4_194_301
+"""Numbers that a tensor's weights are repeated from: to draw a billion takes half a minute of the
+accelerator's time. A prime, so that no two rows are the same."""
 
 TEMPLATE = (
     "{% for message in messages %}<bos> {{ message['role'] }} {{ message['content'] }} <end> {% endfor %}"
@@ -190,4 +208,5 @@ def _text(generator: random.Random, words: int) -> str:
 def _random(generator: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) == 1:
         return np.ones(shape, ml_dtypes.bfloat16)
-    return (0.02 * generator.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
+    drawn = min(math.prod(shape), MOST_DRAWN)
+    return np.resize((0.02 * generator.standard_normal(drawn, np.float32)).astype(ml_dtypes.bfloat16), shape)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks import accelerator, accelerator_inputs, bench_dpo
+from benchmarks import accelerator, accelerator_inputs, bench_dpo, check_attention, profile_loop
 from benchmarks.work import count_work
 from dpo.huggingface.text_models import read_config
 
@@ -74,13 +76,14 @@ def test_work_of_a_hybrid_counts_attention_in_its_attention_layers():
 
 def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
     options = parse(inputs, tmp_path)
+    programs = {"benchmarks.bench_dpo": bench_dpo, "benchmarks.profile_loop": profile_loop}
     for cell in accelerator.CELLS:
         arguments = [part.replace("{inputs}", str(options.inputs)) for part in cell.arguments]
-        if arguments[1] == "benchmarks.bench_dpo":
-            parsed = bench_dpo.parse(accelerator.rehearsed(arguments)[2:])
+        if arguments[1] in programs:
+            parsed = programs[arguments[1]].parse(accelerator.rehearsed(arguments)[2:])
             assert parsed.data.is_file()
             assert Path(parsed.source).name in accelerator_inputs.REHEARSED
-            assert (parsed.batch, parsed.attention) == (2, "auto")
+            assert (parsed.batch, vars(parsed).get("attention", "auto")) == (2, "auto")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
         pytest.param("hybrid", "ours lfm2 350m ultrafeedback", marks=pytest.mark.slow),
         pytest.param("cudnn", "ours llama 1b fixed1024 cudnn", marks=pytest.mark.slow),
         pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
+        pytest.param("loop", "loop qwen2.5 0.5b ultrafeedback", marks=pytest.mark.slow),
         pytest.param("K", "ours llama 1b helpsteer3 K=4", marks=pytest.mark.slow),
         pytest.param("long", "ours llama 1b long4096", marks=pytest.mark.slow),
     ],
@@ -100,8 +104,12 @@ def test_a_cell_is_measured_and_kept(name, cell, inputs, tmp_path):
     facts, *measured = lines(tmp_path)
     assert facts["versions"]["jax"]
     assert len(measured) == 1
-    assert "failed" not in measured[0], measured[0]
-    if name != "attention":
+    assert not measured[0].get("failed"), measured[0]
+    if name == "loop":
+        assert 0 < measured[0]["device's share of the loop"] <= 1
+    elif name == "attention":
+        assert (measured[0]["disagree"], measured[0]["failed"]) == ([], []), measured[0]
+    else:
         assert measured[0]["pairs/s"] > 0
         assert measured[0]["tokens/s, computed once"] > 0
         assert measured[0]["forecast GiB"] > 0
@@ -122,6 +130,34 @@ def test_a_program_that_fails_or_takes_too_long_is_a_line_and_not_the_end(inputs
     assert failed["last"][-1].endswith("no such card")
     assert cut["failed"] == "time"
     assert "no such card" in (tmp_path / "logs.txt").read_text()
+
+
+def test_a_program_that_is_ended_leaves_what_it_said_and_no_process(inputs, tmp_path):
+    """One that it started would keep its output open, and the kit waiting."""
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    text = f"{child}; print('{{\"found\": 1}}', flush=True); import time; time.sleep(60)"
+    began = time.monotonic()
+    line = accelerator.run(accelerator.Cell("cut", ("-c", text), 9), parse(inputs, tmp_path), 0.5)
+    assert time.monotonic() - began < 40
+    assert (line["failed"], line["all"]) == ("time", {"found": 1})
+
+
+def test_a_check_that_fails_or_disagrees_is_found_and_the_others_go_on(monkeypatch):
+    def computed(name, kind, layout, q, k, v, out):
+        if name == "blocked" and kind.softcap:
+            raise KeyError("no kernel")
+        wrong = 0.1 if name == "blocked" and kind.window else 0.0
+        return [x.astype(jnp.float32) + wrong for x in (q, k, v, out)]
+
+    monkeypatch.setattr(check_attention, "_value_and_gradients", computed)
+    monkeypatch.setattr(check_attention, "ON_PLATFORM", {"cpu": ("blocked", "plain", "cudnn")})
+    first, *_, last = [json.loads(json.dumps(x)) for x in check_attention.check(16, (2, 1, 16), repeats=1)]
+    assert first["blocked bfloat16 causal"]["agrees"]
+    assert last["disagree"] == [f"blocked {dtype} window" for dtype in ("bfloat16", "float32")]
+    assert last["failed"][:2] == ["blocked bfloat16 soft-cap", "blocked bfloat16 window and soft-cap"]
+    assert last["blocked float32 soft-cap"] == {"failed": "KeyError: 'no kernel'"}
+    assert last["plain float32 soft-cap"]["agrees"]
+    assert "needs a gpu" in last["cudnn float32 causal"]["left out"]
 
 
 RUN_TWO_CELLS = """
@@ -156,6 +192,8 @@ def test_what_is_missing_is_said_at_the_start(inputs, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="names no card; --rehearse"):
         accelerator.main(["--inputs", str(inputs), "--out", str(tmp_path)])
     assert json.loads(capsys.readouterr().out)["missing"] == ["peft"]
+    assert accelerator.needed(accelerator.CELLS[1]) == accelerator.requirements()
+    assert {"jax", "grain", "jsonargparse", "vaderSentiment"} <= set(accelerator.requirements())
     rehearse(inputs, tmp_path, "trl llama 1b helpsteer3 LoRA")
     assert lines(tmp_path)[-1] == {
         "cell": "trl llama 1b helpsteer3 LoRA",

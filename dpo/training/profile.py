@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.profiler import ProfileData
@@ -36,6 +36,8 @@ _OF_XLA = "hlo_op"
 _COPIES = ("MemcpyH2D", "MemcpyD2H")
 """On a GPU's streams, but no computing: while only they run the device waits for the host."""
 
+Trace = Any
+"""A `jax.profiler.ProfileData`, which is no type to checkers."""
 Spans = list[tuple[float, float]]
 """Begin and end, in nanoseconds."""
 
@@ -65,7 +67,7 @@ def device_share(directory: Path, *, between_steps: bool = True) -> Share:
     return share_of([ProfileData.from_file(str(path)) for path in newest], between_steps=between_steps)
 
 
-def share_of(traces: Iterable[ProfileData], *, between_steps: bool = True) -> Share:
+def share_of(traces: Iterable[Trace], *, between_steps: bool = True) -> Share:
     """`device_share` of traces that were read."""
     shares = []
     for trace in traces:
@@ -90,14 +92,14 @@ def covered(spans: Spans, begin: float, end: float) -> float:
     return found
 
 
-def _sendings(trace: ProfileData) -> list[float]:
+def _sendings(trace: Trace) -> list[float]:
     """When steps were sent, in order."""
     host = trace.find_plane_with_name(_HOST)
     lines = [] if host is None else host.lines
     return sorted(event.start_ns for line in lines for event in line.events if event.name == STEP)
 
 
-def _devices(trace: ProfileData) -> Iterator[Spans]:
+def _devices(trace: Trace) -> Iterator[Spans]:
     """What each device computes; of a machine without accelerators what its CPU does."""
     accelerators = [
         (plane, name)

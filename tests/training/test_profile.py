@@ -7,12 +7,12 @@ from jax.profiler import ProfileData
 
 from dpo.config import TrainingConfig
 from dpo.outcomes import UserError
-from dpo.training.profile import covered, first_profiled, require_profiled_steps, share_of
+from dpo.training.profile import Trace, covered, first_profiled, require_profiled_steps, share_of
 
 TRACES = Path(__file__).parent / "traces"
 
 
-def trace(name: str, leave_out: str = "") -> ProfileData:
+def trace(name: str, leave_out: str = "") -> Trace:
     """A stored trace, its comments and the lines with `leave_out` taken off."""
     lines = (TRACES / f"{name}.textproto").read_text().splitlines()
     kept = [line for line in lines if line[:1] != "#" and not (leave_out and leave_out in line)]
