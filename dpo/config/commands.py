@@ -37,8 +37,8 @@ class PlanConfig:
     """Compile a step of a run's settings for given devices, without running it."""
 
     topology: str | None = None
-    """The devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8, l40s:1, rtx4090:1 or cpu:2; cpu:1
-    when not given, or gpu:1 with --memory."""
+    """The devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8, h100pcie:2, l40s:1, rtx4090:1 or
+    cpu:2; cpu:1 when not given, or gpu:1 with --memory."""
     memory: float | None = None
     """Memory of a device, in GiB, for any GPU (gpu:1) or in place of the topology's own; the chip's when not
     given."""

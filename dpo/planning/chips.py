@@ -53,15 +53,20 @@ class Chip(NamedTuple):
 # six bfloat16 passes (`jax.lax.Precision.HIGHEST`). GPU: NVIDIA's data sheets of A100, H100, H200, L4 and
 # L40S, and its white papers "Ampere GA102" (RTX 3090), "Ada GPU Architecture" (RTX 4090) and "RTX Blackwell
 # GPU Architecture" (RTX 5090): dense, bfloat16 with sums in float32; float32 is their FP32, not their TF32.
+# H100 PCIe: the H100's data sheet while it named that card (BFLOAT16 1,513 TFLOP/s with sparsity, FP32 51,
+# 2 TB/s); H100 NVL: the present one (1,671, 60, 94 GB, 3.9 TB/s); A100 40GB: the A100's (1,555 GB/s).
 # The memory of L4 and L40S is what the driver lists with ECC on. Links without a switch are PCIe 4.0 x16
-# (RTX 5090: 5.0).
+# (RTX 5090, H100 PCIe and NVL: 5.0; a bridge joins two of the latter, which a ring of more does not gain by).
 CHIPS: dict[str, Chip] = {
     "v5e": Chip("TPU v5e", "tpu", 1.97e14, 1.97e14 / 6, 16 * GIB, 8.1e11, 4.5e10, 1e-6),
     "v5p": Chip("TPU v5p", "tpu", 4.59e14, 4.59e14 / 6, 95 * GIB, 2.8e12, 9e10, 1e-6),
     "v6e": Chip("TPU v6e", "tpu", 9.2e14, 9.2e14 / 6, 32 * GIB, 1.6e12, 9e10, 1e-6),
     "v4": Chip("TPU v4", "tpu", 2.75e14, 2.75e14 / 6, 32 * GIB, 1.2e12, 4.5e10, 1e-6),
     "a100": Chip("A100 80GB SXM", "gpu", 3.12e14, 1.95e13, 80e9, 2.0e12, 3.0e11, 3e-6),
+    "a100_40gb": Chip("A100 40GB SXM", "gpu", 3.12e14, 1.95e13, 40e9, 1.555e12, 3.0e11, 3e-6),
     "h100": Chip("H100 SXM", "gpu", 9.89e14, 6.7e13, 80e9, 3.35e12, 4.5e11, 3e-6),
+    "h100pcie": Chip("H100 PCIe", "gpu", 7.565e14, 5.1e13, 80e9, 2.0e12, 6.4e10, 5e-6),
+    "h100nvl": Chip("H100 NVL", "gpu", 8.355e14, 6.0e13, 94e9, 3.9e12, 6.4e10, 5e-6),
     "h200": Chip("H200 SXM", "gpu", 9.89e14, 6.7e13, 141e9, 4.8e12, 4.5e11, 3e-6),
     "l4": Chip("L4", "gpu", 1.21e14, 3.03e13, 23034 * MIB, 3.0e11, 3.2e10, 5e-6),
     "l40s": Chip("L40S", "gpu", 3.62e14, 9.16e13, 46068 * MIB, 8.64e11, 3.2e10, 5e-6),
@@ -72,8 +77,10 @@ CHIPS: dict[str, Chip] = {
 
 _LITE = {"v5lite": "v5e", "v6lite": "v6e"}
 """What JAX calls TPUs whose names here are shorter."""
-_VARIANTS = {"pcie", "nvl", "laptop", "ti", "d"}
-"""Words in the names of cards that have other rates than the ones of `CHIPS`."""
+_VARIANTS = {"pcie", "nvl", "40gb", "mig", "laptop", "ti", "d"}
+"""Words in the names of cards that have other rates than those of the same name without them."""
+_WITH_VARIANT = {"a100_40gb": ("a100", "40gb"), "h100pcie": ("h100", "pcie"), "h100nvl": ("h100", "nvl")}
+"""Of such cards those that `CHIPS` has, and the words of their names."""
 
 
 def chip_named(device: str) -> str | None:
@@ -82,11 +89,15 @@ def chip_named(device: str) -> str | None:
     By whole words, since L4 is a part of L40S.
     """
     words = re.split(r"[^a-z0-9]+", device.lower())
-    if _VARIANTS & set(words):
-        return None
     joined = [a + b for a, b in pairwise(words)]
-    named = [_LITE.get(name, name) for name in (*joined, *words)]
-    return next((name for name in named if name in CHIPS), None)
+    named = {_LITE.get(name, name) for name in (*joined, *words)}
+    variants = _VARIANTS & named
+    fitting = [
+        kind
+        for kind in CHIPS
+        if named.issuperset(of_kind := _WITH_VARIANT.get(kind, (kind,))) and variants.issubset(of_kind)
+    ]
+    return fitting[0] if fitting else None
 
 
 ANY_GPU = "gpu"

@@ -9,6 +9,7 @@ from dpo.planning.chips import CHIPS, Topology, chip_named, parse_topology, ring
         ("v5e:4x4", Topology("v5e", (4, 4))),
         ("V5P:2x2x4", Topology("v5p", (2, 2, 4))),
         ("h100:8", Topology("h100", (8,))),
+        ("a100_40gb:8", Topology("a100_40gb", (8,))),
         ("cpu:2", Topology("cpu", (2,))),
     ],
 )
@@ -27,7 +28,10 @@ def test_others_are_refused_with_what_is_allowed(text):
     ("device", "kind"),
     [
         *(("NVIDIA L4", "l4"), ("NVIDIA L40S, 550.54.15", "l40s"), ("NVIDIA L40", None)),
-        *(("NVIDIA H100 80GB HBM3, 570.86", "h100"), ("NVIDIA H100 PCIe", None), ("NVIDIA H200", "h200")),
+        *(("NVIDIA H100 80GB HBM3, 570.86", "h100"), ("NVIDIA H200", "h200")),
+        *(("NVIDIA H100 PCIe", "h100pcie"), ("NVIDIA H100 NVL", "h100nvl"), ("NVIDIA H200 NVL", None)),
+        *(("NVIDIA A100-SXM4-40GB", "a100_40gb"), ("NVIDIA A100-PCIE-40GB", None)),
+        *(("NVIDIA A100 80GB PCIe", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)),
         *(("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "rtx4090")),
         *(("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None)),
         *(("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("none", None)),
@@ -46,3 +50,13 @@ def test_a_ring_of_tpus_goes_both_ways():
 def test_float32_is_not_a_shorter_format(kind, slower):
     """Six bfloat16 passes of a TPU; NVIDIA's FP32 figure (A100: 19.5 of 312 TFLOP/s, H100 SXM: 67 of 989)."""
     assert CHIPS[kind].flops / CHIPS[kind].float32_flops == pytest.approx(slower, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops", "memory", "bandwidth"),
+    [("h100pcie", 756.5, 80e9, 2.0e12), ("h100nvl", 835.5, 94e9, 3.9e12), ("a100_40gb", 312, 40e9, 1.555e12)],
+)
+def test_cards_of_one_name_differ_in_rates_and_memory(kind, tflops, memory, bandwidth):
+    """NVIDIA's data sheets; of H100 PCIe and NVL half of the figures with sparsity (1,513 and 1,671)."""
+    chip = CHIPS[kind]
+    assert (chip.flops / 1e12, chip.memory, chip.bandwidth) == (tflops, memory, bandwidth)
