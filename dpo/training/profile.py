@@ -6,7 +6,8 @@
                                                 between them (data, metrics, logs)
 
 What the device does is read from the trace that the profiler wrote: of a GPU the kernels on its streams, of
-a TPU its XLA operations, of a CPU the operations on the threads of XLA's executor.
+a TPU its XLA operations, of a CPU the programs of XLA's executor, each from its first operation to its last:
+gaps between the tiny operations of a program are the executor's own, and nothing waits for the host there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.profiler import ProfileData
 
 from dpo.config import TrainingConfig
@@ -31,8 +33,8 @@ _LINES = {"/device:GPU:": "Stream #", "/device:TPU:": "XLA Ops"}
 """Planes of devices, and what those of their lines are called on which they compute. The other lines are the
 same again by program or step, or the profiler's own overhead."""
 _HOST = "/host:CPU"
-_OF_XLA = "hlo_op"
-"""What XLA's CPU executor says of each operation, and nothing else on the host does."""
+_OF_XLA, _RUN = "hlo_op", "run_id"
+"""What XLA's CPU executor says of each operation, and nothing else on the host does; and of which run."""
 _COPIES = ("MemcpyH2D", "MemcpyD2H")
 """On a GPU's streams, but no computing: while only they run the device waits for the host."""
 
@@ -107,19 +109,24 @@ def _devices(trace: Trace) -> Iterator[Spans]:
         for prefix, name in _LINES.items()
         if plane.name.startswith(prefix)
     ]
-    host = trace.find_plane_with_name(_HOST)
     for plane, name in accelerators:
         lines = [line for line in plane.lines if line.name.startswith(name)]
-        yield from _spans(lines, lambda event: not event.name.startswith(_COPIES))
-    if not accelerators and host is not None:
-        yield from _spans(host.lines, lambda event: any(key == _OF_XLA for key, _ in event.stats))
+        events = [event for line in lines for event in line.events if not event.name.startswith(_COPIES)]
+        if events:
+            yield [(event.start_ns, event.end_ns) for event in events]
+    if not accelerators and (programs := _programs(trace)):
+        yield programs
 
 
-def _spans(lines: Iterable, computes: Callable[..., bool]) -> Iterator[Spans]:
-    """Of the events that are computing, if there are any."""
-    events = [event for line in lines for event in line.events if computes(event)]
-    if events:
-        yield [(event.start_ns, event.start_ns + event.duration_ns) for event in events]
+def _programs(trace: Trace) -> Spans:
+    """From the first operation to the last of everything that the CPU ran."""
+    host, spans = trace.find_plane_with_name(_HOST), dict[int, tuple[float, float]]()
+    for event in (event for line in ([] if host is None else host.lines) for event in line.events):
+        of_xla = dict(event.stats)
+        if _OF_XLA in of_xla:
+            begin, end = spans.get(of_xla[_RUN], (event.start_ns, event.end_ns))
+            spans[of_xla[_RUN]] = min(begin, event.start_ns), max(end, event.end_ns)
+    return list(spans.values())
 
 
 class Profiler:
@@ -139,6 +146,8 @@ class Profiler:
         self._directory, self._begin, self._steps = directory, begin, steps
         self._settle, self._go_on, self._log = settle, go_on, log
         self._is_on = False
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self._compiled = 0
 
     def __enter__(self) -> Profiler:
         return self
@@ -148,6 +157,9 @@ class Profiler:
 
     def after(self, done: Done) -> None:
         """A hook: begins and ends the trace."""
+        shapes = tuple(np.shape(array) for array in done.batch)
+        self._compiled += self._is_on and shapes not in self._shapes
+        self._shapes.add(shapes)
         if done.step == self._begin:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # to trace every call of a function would slow the host down
@@ -171,7 +183,8 @@ class Profiler:
             share, seconds = device_share(self._directory)
         except ValueError as error:  # such as of a GPU whose driver lets nobody count
             return str(error)
-        return f"the device worked {100 * share:.1f}% of {seconds:.2f} s"
+        compiled = f", new shapes that it waited for: {self._compiled}" if self._compiled else ""
+        return f"the device worked {100 * share:.1f}% of {seconds:.2f} s{compiled}"
 
 
 def require_profiled_steps(training: TrainingConfig, num_steps: int) -> None:

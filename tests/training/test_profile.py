@@ -2,12 +2,25 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
 from dpo.config import TrainingConfig
+from dpo.data.batch import Batch
 from dpo.outcomes import UserError
-from dpo.training.profile import Trace, covered, first_profiled, require_profiled_steps, share_of
+from dpo.training import profile
+from dpo.training.hooks import Done
+from dpo.training.profile import (
+    Profiler,
+    Share,
+    Trace,
+    covered,
+    first_profiled,
+    require_profiled_steps,
+    share_of,
+)
 
 TRACES = Path(__file__).parent / "traces"
 
@@ -26,8 +39,8 @@ def test_of_a_gpu_what_runs_on_its_streams_counts():
     assert seconds == pytest.approx(300e-6)
 
 
-def test_of_a_cpu_what_its_executor_runs_counts():
-    """Waiting for a program, marks of its operations' ends and the host's own work don't."""
+def test_of_a_cpu_the_programs_that_its_executor_runs_count():
+    """Waiting for one, marks of its operations' ends and the host's own work don't."""
     share, seconds = share_of([trace("cpu")])
     assert share == pytest.approx(170 / 200)
     assert seconds == pytest.approx(200e-6)
@@ -71,3 +84,35 @@ def test_a_start_that_has_too_few_steps_left_traces_none():
         UserError, match=r"profiler_steps is 4 after training\.profiler_skip 2, and the run has 5"
     ):
         require_profiled_steps(training, 5)
+
+
+def test_a_shape_that_is_compiled_in_the_window_is_said(monkeypatch):
+    """The trace is of the fourth update to the sixth; the fourth has a new shape, the others have not."""
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    monkeypatch.setattr(profile, "device_share", lambda _: Share(0.5, 2.0))
+    calls = {name: lambda name=name: events.append(name) for name in ("settle", "go on")}
+    with Profiler(
+        Path("P"), begin=3, steps=3, settle=calls["settle"], go_on=calls["go on"], log=events.append
+    ) as profiler:
+        for step, width in enumerate((1, 1, 2, 3, 3, 2, 4), start=1):
+            events.append(step)
+            profiler.after(Done(step, make_batch(width), {}, None))  # pyright: ignore[reportArgumentType]
+    said = "profile of steps 3 to 5: the device worked 50.0% of 2.00 s, new shapes that it waited for: 1 (P)"
+    assert events == [1, 2, 3, "start", 4, 5, 6, "stop", "settle", said, "go on", 7]
+
+
+def test_a_trace_ends_with_a_run_that_ends_before_it(monkeypatch):
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    with Profiler(
+        Path("P"), begin=1, steps=3, settle=lambda: None, go_on=lambda: None, log=events.append
+    ) as profiler:
+        profiler.after(Done(1, make_batch(1), {}, None))  # pyright: ignore[reportArgumentType]
+    assert events == ["start", "stop"]
+
+
+def make_batch(width: int) -> Batch:
+    return Batch._make(np.zeros((1, width), np.int32) for _ in Batch._fields)
