@@ -60,12 +60,12 @@ def device_share(directory: Path, *, between_steps: bool = True) -> Share:
     that a device does.
 
     Raises:
-      ValueError: where the trace has no device, or no three steps.
+      UserError: where the trace has no device, or no three steps.
     """
     traces = sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
     newest = [path for path in traces if path.parent == traces[-1].parent]
     if not newest:
-        raise ValueError(f"{directory} has no trace of JAX's profiler")
+        raise UserError(f"{directory} has no trace of JAX's profiler")
     return share_of([ProfileData.from_file(str(path)) for path in newest], between_steps=between_steps)
 
 
@@ -75,12 +75,12 @@ def share_of(traces: Iterable[Trace], *, between_steps: bool = True) -> Share:
     for trace in traces:
         sent = _sendings(trace)
         if between_steps and len(sent) < LEAST_STEPS:
-            raise ValueError(f"the trace has {len(sent)} steps; at least {LEAST_STEPS} are needed")
+            raise UserError(f"the trace has {len(sent)} steps; at least {LEAST_STEPS} are needed")
         for spans in _devices(trace):
             begin, end = (sent[1], sent[-1]) if between_steps else (min(spans)[0], max(b for _, b in spans))
             shares.append(Share(covered(spans, begin, end) / max(end - begin, 1), (end - begin) / 1e9))
     if not shares:
-        raise ValueError("the trace has no device that computes")
+        raise UserError("the trace has no device that computes")
     return min(shares)
 
 
@@ -181,7 +181,7 @@ class Profiler:
     def _said(self) -> str:
         try:
             share, seconds = device_share(self._directory)
-        except ValueError as error:  # such as of a GPU whose driver lets nobody count
+        except UserError as error:  # such as of a GPU whose driver lets nobody count
             return str(error)
         compiled = f", new shapes that it waited for: {self._compiled}" if self._compiled else ""
         return f"the device worked {100 * share:.1f}% of {seconds:.2f} s{compiled}"
