@@ -91,9 +91,9 @@ class Planter:
     faults are noticed at once. What is done when a module is imported stays as it was.
     """
 
-    def __init__(self, module: Path, text: str, faults: Sequence[Fault], *, until: float) -> None:
-        """`until`: when no other fault is planted, of the monotonic clock."""
-        self._module, self._text, self._faults, self._until = module, text, faults, until
+    def __init__(self, module: Path, text: str, faults: Sequence[Fault], *, minutes: float) -> None:
+        """No fault is planted so many minutes after the tests passed without one."""
+        self._module, self._text, self._faults, self._minutes = module, text, faults, minutes
         self._took = defaultdict[str, float](float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -107,12 +107,13 @@ class Planter:
         began = time.monotonic()
         if not in_fork(lambda: self._run(session, None, keep=took), seconds=600):
             return True
-        seconds = 30 + 5 * (time.monotonic() - began)
+        passed_at = time.monotonic()
+        seconds = 30 + 5 * (passed_at - began)
         found.write_text(f"{seconds}\n", encoding="utf-8")
         kept = json.loads(took.read_text(encoding="utf-8"))
         session.items.sort(key=lambda item: kept.get(item.nodeid, 0.0))
         for fault in self._faults:
-            if time.monotonic() > self._until:
+            if time.monotonic() - passed_at > 60 * self._minutes:
                 break
             passed = has_started() or in_fork(partial(self._run, session, fault), seconds=seconds)
             with found.open("a", encoding="utf-8") as file:
@@ -218,7 +219,7 @@ def try_module(name: str, *, count: int, minutes: float, seed: int) -> Iterator[
     tests = [str((ROOT / "tests" / name).parent / f"test_{test}.py") for test in TESTS[name].split()]
     faults = possible_faults(text)
     drawn = random.Random(f"{seed} {name}").sample(faults, min(count, len(faults)))
-    planter = Planter(path, text, drawn, until=time.monotonic() + 60 * minutes)
+    planter = Planter(path, text, drawn, minutes=minutes)
     _beside("found").unlink(missing_ok=True)
     in_fork(lambda: _run_tests(tests, planter), seconds=math.inf)
     if not _beside("found").exists():
@@ -236,7 +237,7 @@ def main() -> None:
         "--minutes",
         type=float,
         default=math.inf,
-        help="for each module; no fault is planted after them (default: as many as it takes)",
+        help="for each module, from when its tests passed; what is begun ends (default: as many as it takes)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a file to add a line of JSON to for each module")
