@@ -78,6 +78,7 @@ def test_a_run_that_nobody_trains_ends_it_at_once(run: tuple[Path, Config]) -> N
     assert not finished
     assert "stopped, step 3 of 12" in text
     assert main(["watch", str(run[0])]) == STOPPED.code
+    assert main(["watch", str(run[0]), "--once=true"]) == 0, "a picture was all that was asked for"
 
 
 def test_once_draws_a_live_run_and_ends(run: tuple[Path, Config], capsys: pytest.CaptureFixture[str]) -> None:
