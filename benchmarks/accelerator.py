@@ -109,6 +109,7 @@ CUDNN = ("--attention", "cudnn", *SHORT_ROWS)
 PLAIN = ("--attention", "plain", *SHORT_ROWS)
 LORA = ("--lora-rank", "16")
 HALF = ("--first-moment", "bfloat16")
+UNROLL = ("--scan-unroll", "4")
 LOOP = (
     *("-m", "benchmarks.profile_loop", "--source", f"{{inputs}}/{HALF_A_BILLION}"),
     *("--data", "{inputs}/ultrafeedback.jsonl", "--batch", "16", "--steps", "10", "--warmup", "10"),
@@ -136,6 +137,7 @@ CELLS = (
     Cell("trl qwen3 0.6b ultrafeedback", trl(QWEN, "ultrafeedback", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024 remat full", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *FULL), 120),
     Cell("ours llama 1b fixed1024 half moment", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *HALF), 120),
+    Cell("ours llama 1b fixed1024 unroll", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *UNROLL), 150),
     Cell("ours lfm2 350m ultrafeedback", ours(LFM2, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
     Cell("trl lfm2 350m ultrafeedback", trl(LFM2, "ultrafeedback", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024 plain", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *PLAIN), 150),

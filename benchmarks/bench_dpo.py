@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dora", action="store_true", help="adapters are DoRA's")
     parser.add_argument("--base-dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--attention", default="auto", help="as model.attention")
+    parser.add_argument("--scan-unroll", type=int, default=1, help="as model.scan_unroll")
     parser.add_argument("--first-moment", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--profile",
@@ -106,6 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         remat=options.remat,
         log_prob_chunk=options.chunk,
         attention=options.attention,
+        scan_unroll=options.scan_unroll,
     )
     data = DataConfig(
         train=str(options.data),

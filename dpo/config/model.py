@@ -38,9 +38,13 @@ class ModelConfig:
     log_prob_chunk: int = 1024
     """How many scored tokens of a device are compared with the vocabulary at once. Fewer take less memory:
     a chunk holds so many times the vocabulary's size in floats."""
+    scan_unroll: int = 1
+    """How many layers one pass of the loop over layers holds. More take longer to compile; on accelerators
+    less is then copied between passes."""
 
     def __post_init__(self) -> None:
         check_range("model.log_prob_chunk", self.log_prob_chunk, low=1)
+        check_range("model.scan_unroll", self.scan_unroll, low=1)
         if self.attention == "cudnn" and self.compute_dtype == "float32":
             raise UserError(
                 "model.attention is cudnn with model.compute_dtype float32; allowed there: bfloat16, because "

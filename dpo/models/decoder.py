@@ -69,6 +69,8 @@ class Decoder(nnx.Module):
         self.partition = partition
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat: Remat = remat
+        self.scan_unroll = 1
+        """Layers, or patterns of them, that a pass of the loop over layers holds."""
         self.rounds: Rounds = "both" if self.compute_dtype == jnp.bfloat16 else "neither"
         """Of linears; the output projection then rounds in the backward pass alone."""
         check_implementation(
@@ -226,7 +228,7 @@ class Decoder(nnx.Module):
             layers = tuple(
                 self._layers(run, place, stacks[kind][1]) for place, kind in enumerate(run.pattern)
             )
-            carry, _ = jax.lax.scan(body, carry, layers)
+            carry, _ = jax.lax.scan(body, carry, layers, unroll=self.scan_unroll)
         return carry
 
     def _cores(self, group: Int[Array, "R T"], branch: Int[Array, "R T"]) -> dict[str, Callable]:

@@ -93,6 +93,7 @@ def _abstract_model(config: Config, decoder: DecoderConfig, *, mesh: Mesh, targe
             attention=attention_on(target, config.model.attention),
             partition=Partition(mesh),
         )
+        model.scan_unroll = config.model.scan_unroll
         if config.model.round_products is not None:
             round_products(model, config.model.round_products)
         if config.lora.is_on:

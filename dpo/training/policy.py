@@ -65,6 +65,7 @@ def load_policy(
         placement=parameter_placement(mesh, rules),
         partition=Partition(mesh),
     )
+    pretrained.model.scan_unroll = config.scan_unroll
     if config.round_products is not None:
         round_products(pretrained.model, config.round_products)
     hold(pretrained.model, base_dtype)
