@@ -18,14 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ask_llama_cpp import ask_llama_cpp
 from gguf_vocabularies import GEMMA_FILE, tokenizer_fields, write_vocabulary
-from tokenizer_corpus import TEXTS
+from tokenizer_corpus import TEXTS, digest, shipped_rows
 
 from dpo.huggingface.embedded import cache_directory, fetch_embedded
 from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS
 
 STORED = Path(__file__).with_name("llama_cpp_ids.json")
-NUM_TEXTS = 24
-"""For each cut."""
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
@@ -38,13 +36,15 @@ def main() -> None:
     lines = []
     for name, path in models.items():
         ids, ends = ask_llama_cpp(path, TEXTS)
-        lines.append(f'"{name}": {json.dumps({"ids": ids, "ends": ends})}')
+        shipped, _ = ask_llama_cpp(path, shipped_rows(300))
+        found = {"ids": ids, "ends": ends, "shipped": digest(shipped)}
+        lines.append(f'"{name}": {json.dumps(found)}')
     fields = tokenizer_fields(smollm2)
     kinds = []
     with tempfile.TemporaryDirectory() as scratch:
         for kind in sorted({kind: name for name, kind in PRE_TOKENIZERS.items()}.values()):
             path = write_vocabulary(Path(scratch) / "x.gguf", "llama", fields | {"ggml.pre": kind})
-            kinds.append(f"{json.dumps(kind)}: {json.dumps(ask_llama_cpp(path, TEXTS[:NUM_TEXTS])[0])}")
+            kinds.append(f"{json.dumps(kind)}: {json.dumps(ask_llama_cpp(path, TEXTS)[0])}")
     lines.append('"kinds": {\n' + ",\n".join(kinds) + "\n}")
     STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

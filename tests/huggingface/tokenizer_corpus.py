@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -68,6 +69,18 @@ TEXTS = [
     "<start_of_turn>user\nHow many?<end_of_turn>\n<start_of_turn>model\n 3.<end_of_turn>\n",
     "<bos> hello <eos><pad> <unk> <s> </s> <|endoftext|> <|file_separator|> [INST] hi [/INST]",
 ]
+
+
+def shipped_rows(count: int) -> list[str]:
+    """Responses of the preferences that come with the project."""
+    path = Path(__file__).parents[2] / "data" / "sentiment_train.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [text for line in lines for text in json.loads(line)["responses"]][:count]
+
+
+def digest(ids: list[list[int]]) -> str:
+    """Of the token ids of many texts, where the ids themselves would be long."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def real_rows(directory: Path, count: int) -> list[str]:
