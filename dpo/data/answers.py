@@ -55,6 +55,7 @@ _PAIR_SCORES = (
     ("chosen_avg_rating", "rejected_avg_rating"),
     ("rating_chosen", "rating_rejected"),
 )
+_FIRST_SCORES = tuple(names[0] for names in _PAIR_SCORES)
 
 
 def pair_of(best: str, worst: str) -> Callable[[Columns], Answers]:
@@ -67,6 +68,8 @@ def pair_of(best: str, worst: str) -> Callable[[Columns], Answers]:
 
 
 def _pair_scores(row: Columns) -> Scores:
+    if row.keys().isdisjoint(_FIRST_SCORES):
+        return None
     found = next((names for names in _PAIR_SCORES if all(name in row for name in names)), None)
     scores = None if found is None else [read_score(row[name], name) for name in found]
     return None if scores is None or all(map(math.isnan, scores)) else scores
@@ -83,11 +86,15 @@ def ranking(row: Columns) -> Answers:
     given = read_list(row["responses"], "responses", least=2)
     if "ranks" not in row and "scores" not in row:
         raise MalformedRowError("ranks", "missing_field", "a ranking needs 'ranks' (1 is best) or 'scores'")
-    responses = {f"responses[{k}]": value for k, value in enumerate(given)}
+    fields = _FIELDS if len(given) <= len(_FIELDS) else [f"responses[{k}]" for k in range(len(given))]
+    responses = dict(zip(fields, given, strict=False))
     if "ranks" in row:
         scores = read_scores(row["scores"], "scores", len(given)) if "scores" in row else None
         return Answers(responses, read_numbers(row["ranks"], "ranks", len(given)), scores)
     return _by_scores(responses, read_numbers(row["scores"], "scores", len(given)))
+
+
+_FIELDS = tuple([f"responses[{k}]" for k in range(16)])
 
 
 def _by_scores(responses: dict[str, Any], scores: Numbers) -> Answers:

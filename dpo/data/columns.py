@@ -6,7 +6,7 @@ learned (`MEANING`) may not go unread, unless what it says stands in the prompt 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dpo.data.malformed import MalformedRowError
@@ -51,54 +51,59 @@ class RowReading(NamedTuple):
 BY_COLUMNS = RowReading()
 
 
-class Columns:
-    """A row's columns that are not null, by the names that layouts know."""
+class Columns(dict[str, Any]):
+    """A row's columns that are not null, by the names that layouts know.
+
+    Every row is asked for many names that it has not: a dictionary answers at once.
+    """
+
+    __slots__ = ("_ignored", "_read", "_reading", "_row")
 
     def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
-        values = _rename(row, reading)
-        named = dict(reading.columns).get("prompt", "prompt")
-        self.prompt_is_null = row.get(named, "") is None and "prompt" not in reading.ignored
-        self._ignored = {name: values.pop(name) for name in reading.ignored if name in values}
-        self._values = values
-        self._items = {theirs: ours for ours, theirs in reading.columns}
-        self._read: set[str] = set()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._values
+        values = {str(name): value for name, value in row.items() if value is not None}
+        super().__init__(_rename(row, values, reading) if reading.columns else values)
+        self._row, self._reading = row, reading
+        self._ignored = {name: self.pop(name) for name in reading.ignored if name in self}
+        self._read: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
-        self._read.add(name)
-        return self._values[name]
+        self._read.append(name)
+        return _VALUE(self, name)
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, default: Any = None) -> Any:
         """The value of a column, or None."""
-        return self[name] if name in self._values else None
+        return self[name] if name in self else default  # noqa: SIM401 (it is noted that it was read)
 
     def find(self, *names: str) -> str | None:
         """The first of these columns that the row has."""
-        return next((name for name in names if name in self._values), None)
+        return next((name for name in names if name in self), None)
 
     def was_read(self, name: str) -> bool:
         """Whether somebody has read the column."""
         return name in self._read
 
+    @property
+    def prompt_is_null(self) -> bool:
+        """Whether the row says null for its prompt, and it is to be read."""
+        named = dict(self._reading.columns).get("prompt", "prompt")
+        return self._row.get(named, "") is None and "prompt" not in self._reading.ignored
+
     def item(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """An object in a column, with the names that layouts know."""
-        return dict(value) | {ours: value[theirs] for theirs, ours in self._items.items() if theirs in value}
+        return dict(value) | {
+            ours: value[theirs] for ours, theirs in self._reading.columns if theirs in value
+        }
 
     def unread(self) -> dict[str, Any]:
         """The columns that nobody has read, and their values."""
-        unread = {name: value for name, value in self._values.items() if name not in self._read}
-        return unread | self._ignored
+        unread = {name: _VALUE(self, name) for name in self.keys() - self._read}
+        return unread | self._ignored if self._ignored else unread
 
 
-def _rename(row: Mapping[str, Any], reading: RowReading) -> dict[str, Any]:
-    values = {str(name): value for name, value in row.items() if value is not None}
-    if not reading.columns:
-        return values
+_VALUE = dict[str, Any].__getitem__
+
+
+def _rename(row: Mapping[str, Any], values: dict[str, Any], reading: RowReading) -> dict[str, Any]:
     theirs = {their for _, their in reading.columns}
     renamed = {name: value for name, value in values.items() if name not in theirs}
     for ours, their in reading.columns:

@@ -19,6 +19,7 @@ from dpo.data.messages import (
     read_turns,
     show_turn,
 )
+from dpo.data.values import is_plain_text
 
 
 def split_prompt(
@@ -29,7 +30,9 @@ def split_prompt(
     Without a prompt it is what all fields share. `strip` takes white space off the ends of responses that
     are text, as the style of HH has it.
     """
-    fields = {field: read_turns(value, field) for field, value in given.items()}
+    fields: dict[str, Response] = {
+        field: value if is_plain_text(value) else read_turns(value, field) for field, value in given.items()
+    }
     if prompt is not None and strip:
         fields = {f: value.strip() if isinstance(value, str) else value for f, value in fields.items()}
     conversations = {field: value for field, value in fields.items() if not isinstance(value, str)}
@@ -126,6 +129,8 @@ def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Re
 
 def _check_response(turns: Turns, field: str) -> Response:
     """One or several messages of which the assistant says the first and the last."""
+    if len(turns) == 1 and turns[0]["role"] == "assistant" and len(turns[0]) == 2:
+        return as_response(turns)
     roles = [turn["role"] for turn in turns]
     if roles[0] != "assistant" or roles[-1] != "assistant":
         detail = f"adds the roles {_shorten(roles)} to the prompt; allowed first and last is the assistant"

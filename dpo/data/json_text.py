@@ -126,3 +126,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 """Made once: to make one takes longer than to decode a row."""
+
+
+def decode(text: str) -> Any:
+    """What a JSON text says. Most lines have white space at their end alone, which need not be sought."""
+    if text.startswith("{"):
+        found, end = DECODER.raw_decode(text)
+        if text[end:] in _LINE_ENDS:
+            return found
+    return DECODER.decode(text)
+
+
+_LINE_ENDS = ("", "\n", "\r\n")

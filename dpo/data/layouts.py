@@ -7,8 +7,8 @@ tools, documents and template arguments, and messages in all their forms (`dpo.d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from dpo.data import answers
@@ -91,7 +91,7 @@ ANY = tuple(name for name in PROMPTS if name != "single prompt")
 def find_prompt(row: Columns, layout: RowLayout) -> FoundPrompt | None:
     """The prompt of a row; None where it is what the responses share."""
     for name in layout.prompts:
-        column = name.removeprefix("single ")
+        column = "prompt" if name == "single prompt" else name
         if (
             column in row
             and (column == "prompt" or not is_empty(row[column]))
@@ -188,7 +188,7 @@ LAYOUTS: dict[str, RowLayout] = {
 """By the names that `data.row_layout` takes."""
 
 
-def find_layout(columns: Sequence[str]) -> str:
+def find_layout(columns: Iterable[str]) -> str:
     """The one layout that a row with these columns can have, the most particular where one includes another.
 
     Raises:
@@ -197,7 +197,7 @@ def find_layout(columns: Sequence[str]) -> str:
     return _find_layout(frozenset(columns))
 
 
-@cache
+@lru_cache(128)
 def _find_layout(columns: frozenset[str]) -> str:
     fitting = [name for name, layout in LAYOUTS.items() if layout.fits(columns)]
     needs = {name: _needed(LAYOUTS[name], columns) for name in fitting}

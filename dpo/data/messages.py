@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo.data.malformed import MalformedRowError
-from dpo.data.values import name_type, parse_json, read_any_text, read_json, read_text, show, show_names
+from dpo.data.values import (
+    is_plain_text,
+    name_type,
+    parse_json,
+    read_any_text,
+    read_json,
+    read_text,
+    show,
+    show_names,
+)
 
 Message = Mapping[str, Any]
 """One turn of a conversation: `{"role": ..., "content": ..., ...}`."""
@@ -54,7 +63,8 @@ _ROLES = {role: role for role in ROLES} | {
     speaker: _SHAREGPT_ROLES[speaker] for speaker in ("human", "gpt", "chatgpt", "bot", "model")
 }
 """What may stand in `role`, in any case; ShareGPT's names of people and models are known there too."""
-_MAY_BE_EMPTY = frozenset(ROLES) - {"user", "assistant"}
+_ALL_ROLES = frozenset(ROLES)
+_MAY_BE_EMPTY = _ALL_ROLES - {"user", "assistant"}
 _SAYS_NOTHING = frozenset({"role", "content", "weight", "name", "id"})
 """Keys of a message that do not stand in for a content."""
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
@@ -126,6 +136,8 @@ def _describe(turn: Message, *, alone: bool) -> str:
 
 
 def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
+    if is_plain_text(value):
+        return value
     if isinstance(value, str):
         text = read_text(value, field)
         if _HH_TURN.match(text):
@@ -141,13 +153,13 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
         raise MalformedRowError(field, "wrong_type", detail)
     if not value:
         raise MalformedRowError(field, "empty", "found no message; allowed is one or more")
-    if all(isinstance(turn, str) for turn in value):
+    if isinstance(value[0], str) and all(isinstance(turn, str) for turn in value):
         detail = (
             f"found a list of {len(value)} strings; allowed is a string or a list of messages (several "
             "responses to one prompt are a ranking: responses, with ranks or scores)"
         )
         raise MalformedRowError(field, "wrong_type", detail)
-    return tuple(_message(turn, f"{field}[{i}]") for i, turn in enumerate(value))
+    return tuple([_plain(turn) or _message(turn, f"{field}[{i}]") for i, turn in enumerate(value)])
 
 
 def _is_message(value: Mapping[str, Any]) -> bool:
@@ -164,6 +176,16 @@ def _parse_human_assistant(text: str, field: str, may_be_open: bool) -> Turns:
         {"role": roles[role], "content": read_text(content.strip(), f"{field}[{i}].content")}
         for i, (role, content) in enumerate(pairs)
     )
+
+
+def _plain(turn: Any) -> Message | None:
+    """A message of a role and a text, as nearly all are; None for one that has to be looked at closely."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    role, content = turn.get("role"), turn.get("content")
+    if type(role) is not str or role not in _ALL_ROLES or not is_plain_text(content):
+        return None
+    return {"role": role, "content": content}
 
 
 def _message(turn: Any, field: str) -> Message:

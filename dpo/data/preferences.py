@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations, groupby, pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.conversations import same_prompt
 from dpo.data.layouts import LAYOUTS
 from dpo.data.malformed import MalformedRowError
-from dpo.data.rows import UNRANKED, Preference, digest, join_responses, parse_row, read_row
+from dpo.data.rows import Preference, digest, join_responses, parse_row, read_row
 from dpo.data.sources import Part, read_rows
 from dpo.outcomes import UserError
 
@@ -178,6 +178,9 @@ def read_located(
     preferences: list[Preference] = []
     notes = _RowNotes()
     for preference in _grouped(_each_row(rows, source, reading, notes), notes):
+        if expand == "ranking":
+            preferences.append(preference)
+            continue
         expanded, num_tied = expand_ranking(preference, expand)
         preferences += expanded
         if num_tied:
@@ -229,45 +232,49 @@ def _each_row(
 ) -> Iterator[tuple[Preference, bool]]:
     """Rows that can be read, and whether each is one of a group."""
     default_source = Path(source).name if Path(source).exists() else source
+    layouts, last, is_part = notes.layouts, "", False
     for location, row in rows:
         notes.num_rows += 1
         try:
-            read = read_row(row, location=location, source=default_source, reading=reading)
+            preference, layout, unused = read_row(
+                row, location=location, source=default_source, reading=reading
+            )
         except MalformedRowError as error:
             notes.leave_out(location, error)
             continue
-        notes.layouts[read.layout] += 1
-        for column in read.unused:
+        layouts[layout] += 1
+        if layout != last:
+            last, is_part = layout, LAYOUTS[layout].groups
+        for column in unused:
             notes.unused[column] += 1
-        yield read.preference, LAYOUTS[read.layout].groups
+        yield preference, is_part
 
 
 def _grouped(rows: Iterator[tuple[Preference, bool]], notes: _RowNotes) -> Iterator[Preference]:
     """Preferences, of which those that are parts of a group are joined with their neighbours' responses."""
-    for _, group in groupby(rows, key=_Group()):
-        members = [preference for preference, _ in group]
-        if len(members) > 1:
-            yield join_responses(members)
-        elif members[0].ranks != UNRANKED:
-            yield members[0]
+    members: list[Preference] = []
+    for preference, is_part in rows:
+        if is_part and members and same_prompt(members[-1].prompt, preference.prompt):
+            members.append(preference)
+            continue
+        if members:
+            yield from _joined(members, notes)
+            members = []
+        if is_part:
+            members.append(preference)
         else:
-            detail = "no neighbouring row has the same prompt; allowed are two or more in a row"
-            notes.leave_out(members[0].location, MalformedRowError("prompt", "lone_response", detail))
+            yield preference
+    if members:
+        yield from _joined(members, notes)
 
 
-class _Group:
-    """A key that changes where a group ends: at a row that is no part of one, or has another prompt."""
-
-    def __init__(self) -> None:
-        self._number = 0
-        self._last: Preference | None = None
-
-    def __call__(self, row: tuple[Preference, bool]) -> int:
-        preference, is_part = row
-        last, self._last = self._last, preference if is_part else None
-        if last is None or not same_prompt(last.prompt, preference.prompt) or not is_part:
-            self._number += 1
-        return self._number
+def _joined(members: Sequence[Preference], notes: _RowNotes) -> Iterator[Preference]:
+    """A group as one preference; a response that is alone in its group says nothing."""
+    if len(members) > 1:
+        yield join_responses(members)
+    else:
+        detail = "no neighbouring row has the same prompt; allowed are two or more in a row"
+        notes.leave_out(members[0].location, MalformedRowError("prompt", "lone_response", detail))
 
 
 def check_read(source: str, read: ReadSummary, num_preferences: int, on_error: OnError) -> None:

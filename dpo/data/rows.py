@@ -90,10 +90,7 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
     Raises:
       MalformedRowError: naming the field and what is allowed in it.
     """
-    if isinstance(row, MalformedRowError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise MalformedRowError("(row)", "wrong_type", f"found {name_type(row)}; allowed is an object")
+    _require_object(row)
     columns = Columns(row, reading)
     name = reading.layout or _find_layout(columns, row)
     layout = LAYOUTS[name]
@@ -101,7 +98,10 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
         detail = f"found {show_names(columns)}; the layout {name} needs {layout.needs}"
         raise MalformedRowError("(row)", "missing_field", detail)
     preference = _read_columns(columns, layout, location, source)
-    unused = {column: value for column, value in columns.unread().items() if not is_empty(value)}
+    unread = columns.unread()
+    if not unread:
+        return ReadRow(preference, name, ())
+    unused = {column: value for column, value in unread.items() if not is_empty(value)}
     for column in MEANING.intersection(unused).difference(reading.ignored):
         value = unused[column]
         if not isinstance(value, str) or not mentions(preference.prompt, value):
@@ -109,10 +109,17 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
     return ReadRow(preference, name, tuple(sorted(unused)))
 
 
+def _require_object(row: Any) -> None:
+    if isinstance(row, MalformedRowError):
+        raise row
+    if type(row) is not dict and not isinstance(row, Mapping):
+        raise MalformedRowError("(row)", "wrong_type", f"found {name_type(row)}; allowed is an object")
+
+
 def _find_layout(columns: Columns, row: Mapping[str, Any]) -> str:
     """The layout of a row; where it has none because a column holds null, that column is named."""
     try:
-        return find_layout(tuple(columns))
+        return find_layout(columns)
     except MalformedRowError as error:
         nulls = [str(name) for name, value in row.items() if value is None]
         with_nulls = frozenset([*columns, *nulls])
@@ -133,10 +140,7 @@ def read_prompt_row(row: Any, *, location: str, source: str, reading: RowReading
     Raises:
       MalformedRowError: for a row without a prompt, and for one that has responses in some layout.
     """
-    if isinstance(row, MalformedRowError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise MalformedRowError("(row)", "wrong_type", f"found {name_type(row)}; allowed is an object")
+    _require_object(row)
     columns = Columns(row, reading)
     fitting = [name for name, layout in LAYOUTS.items() if layout.fits(frozenset(columns))]
     if fitting or reading.layout is not None:
@@ -176,50 +180,50 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
     ):
         raise MalformedRowError("prompt", "null", f"found null, {_NO_GUESS}")
     for name in ("system", "system_prompt"):
-        if not is_empty(columns.get(name)):
+        if name in columns and not is_empty(columns[name]):
             prompt = with_system(prompt, read_text(columns[name], name), name)
     given = columns.get("source")
-    preference = Preference(
-        prompt,
-        tuple(responses),
-        UNRANKED if layout.groups else tuple(int(rank) for rank in answers.ranks if len(responses) == 1),
-        None if answers.scores is None else tuple(map(float, answers.scores)),
-        read_text(given, "source") if isinstance(given, str) else source,
-        location,
-        _read_context(columns),
-    )
-    return (
-        preference if len(responses) == 1 else _ordered(preference, responses, answers.ranks, answers.scores)
-    )
+    named = read_text(given, "source") if isinstance(given, str) else source
+    context = _read_context(columns)
+    scores = None if answers.scores is None else tuple(map(float, answers.scores))
+    if len(responses) == 1:
+        ranks = UNRANKED if layout.groups else (int(answers.ranks[0]),)
+        return Preference(prompt, tuple(responses), ranks, scores, named, location, context)
+    order, ranks = _ordered(answers.ranks)
+    if order is not None:
+        responses = [responses[k] for k in order]
+        scores = scores and tuple([scores[k] for k in order])
+    return Preference(prompt, tuple(responses), ranks, scores, named, location, context)
 
 
 def join_responses(members: Sequence[Preference]) -> Preference:
     """Rows of one response and its score each as one row."""
     scores = [member.scores[0] for member in members if member.scores is not None]
-    responses = [member.responses[0] for member in members]
-    return _ordered(members[0], responses, [-score for score in scores], scores)
-
-
-def _ordered(
-    preference: Preference,
-    responses: Sequence[Response],
-    ranks: Sequence[int | float],
-    scores: Sequence[int | float] | None,
-) -> Preference:
-    """The preference with its responses best first, and ranks from 0 without gaps."""
-    order = sorted(range(len(responses)), key=ranks.__getitem__)
-    levels = {rank: level for level, rank in enumerate(sorted(set(ranks)))}
-    return Preference(
-        preference.prompt,
-        tuple([responses[k] for k in order]),
-        tuple([levels[ranks[k]] for k in order]),
-        None if scores is None else tuple([float(scores[k]) for k in order]),
-        *preference[4:],
+    order, ranks = _ordered([-score for score in scores])
+    order = range(len(members)) if order is None else order
+    return members[0]._replace(
+        responses=tuple([members[k].responses[0] for k in order]),
+        ranks=ranks,
+        scores=tuple([float(scores[k]) for k in order]),
     )
+
+
+def _ordered(ranks: Sequence[int | float]) -> tuple[Sequence[int] | None, tuple[int, ...]]:
+    """Places from the best to the worst (None where they are so), and the ranks there from 0 without gaps."""
+    if len(ranks) == 2 and ranks[0] < ranks[1]:
+        return None, (0, 1)
+    distinct = sorted(set(ranks))
+    if distinct == list(ranks):
+        return None, tuple(range(len(ranks)))
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    levels = {rank: level for level, rank in enumerate(distinct)}
+    return order, tuple([levels[ranks[k]] for k in order])
 
 
 def _read_context(columns: Columns) -> Mapping[str, Any] | None:
     """What a row has for the chat template besides messages."""
+    if columns.keys().isdisjoint(_CONTEXT) and not columns.was_read("input"):
+        return None
     context: dict[str, Any] = {}
     inside = as_object(columns["input"], "input") if columns.was_read("input") else None
     for name in ("tools", "documents"):
@@ -246,6 +250,7 @@ def check_arguments(given: Mapping[str, Any], field: str) -> None:
         raise MalformedRowError(field, "wrong_type", detail)
 
 
+_CONTEXT = ("tools", "documents", "chat_template_kwargs")
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 

@@ -16,11 +16,27 @@ _NO_NUMBER = ("", "nan", "na", "n/a", "none", "null")
 def read_text(value: Any, field: str) -> str:
     """A string with more than white space in it."""
     text = read_any_text(value, field)
-    if not text.strip():
+    if not text or text.isspace():
         raise MalformedRowError(
             field, "empty", "found nothing but white space; allowed is a string with text"
         )
     return text
+
+
+def is_plain_text(value: Any) -> bool:
+    """Whether a value is a text that begins with a letter or a digit, as most do: it is text alone.
+
+    Of any other `read_text` says whether it is one.
+    """
+    return type(value) is str and value[:1].isalnum() and (value.isascii() or _is_unicode(value))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_any_text(value: Any, field: str) -> str:
@@ -28,7 +44,7 @@ def read_any_text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise MalformedRowError(field, "wrong_type", f"found {name_type(value)}; allowed is a string")
     try:
-        value.encode("utf-8")
+        value.isascii() or value.encode("utf-8")
     except UnicodeEncodeError as error:
         detail = f"character {error.start} is half a surrogate pair; allowed is valid Unicode"
         raise MalformedRowError(field, "invalid_unicode", detail) from None
@@ -149,7 +165,7 @@ def _is_list(value: Any) -> bool:
 def is_empty(value: Any) -> bool:
     """Whether a column of a row says nothing: null, no text, no element."""
     if isinstance(value, str):
-        return not value.strip()
+        return not value or value.isspace()
     return value is None or (not value and isinstance(value, (Sequence, Mapping)))
 
 
