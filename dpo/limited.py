@@ -26,6 +26,8 @@ BYTES_A_SECOND = 10_000_000
 """Of a file, for each of which one more second is given."""
 _PATIENCE = 10
 """Times the CPU time that it may take by the clock: other programs may want the machine, too."""
+_LONGEST = 7 * 24 * 3600
+"""Seconds by the clock that none takes: a file may be terabytes."""
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL", "HOME")
 _ALONE = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -46,7 +48,7 @@ def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0
     memory, seconds = MEMORY + 4 * size, SECONDS + size // BYTES_A_SECOND
     limits = {"memory": memory, "seconds": seconds, "writes": writes}
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ} | _ALONE
-    patience = _PATIENCE * seconds
+    patience = min(_PATIENCE * seconds, _LONGEST)
     try:
         done = subprocess.run(
             [sys.executable, "-I", str(script)],
@@ -66,6 +68,12 @@ def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0
         if isinstance(said, dict):
             return said
     return {"error": _how(done.returncode, seconds, memory)}
+
+
+def stored_bytes(path: Path) -> int:
+    """The size of a file, of which holes count for nothing, where its file system tells of them."""
+    found = path.stat()
+    return min(found.st_size, found.st_blocks * 512) if found.st_blocks else found.st_size
 
 
 def _how(code: int, seconds: int, memory: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.json_text import DECODER
 from dpo.data.messages import Message, message_text
 from dpo.data.templates import LIMITS, Marked, Refusal, SandboxedTemplate
 from dpo.outcomes import UserError
@@ -130,7 +130,7 @@ def _with_object_arguments(call: Any) -> Any:
         return call
     function = call.get("function", call)
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = DECODER.decode(function["arguments"])
     except (ValueError, RecursionError):
         return call
     if not isinstance(arguments, dict):

@@ -12,14 +12,14 @@ from dpo.data.malformed import MalformedRowError
 from dpo.outcomes import UserError
 
 
-def csv_rows(path: Path, *, most: int) -> Iterator[tuple[int, Any]]:
+def csv_rows(path: Path, *, most: int, blank: int) -> Iterator[tuple[int, Any]]:
     """Rows of text with the lines that they begin on; "4" is no number here, "None" and "NA" are no nulls.
 
     Tabs part the values of a file whose name ends in .tsv, commas those of any other.
 
     Raises:
       UserError: when the file cannot be read, its values are parted by something else, or a row has more than
-        `most` characters.
+        `most` characters, or when more than `blank` lines behind each other are blank.
     """
     delimiter = "\t" if path.suffix == ".tsv" else ","
     csv.field_size_limit(most)
@@ -31,11 +31,14 @@ def csv_rows(path: Path, *, most: int) -> Iterator[tuple[int, Any]]:
             _require_parted(path, names, delimiter)
             if len(set(names)) < len(names):
                 raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
-            line = rows.line_num + 1
+            line, in_a_row = rows.line_num + 1, 0
             for row in rows:
                 lines.left = most
+                in_a_row = 0 if row else in_a_row + 1
                 if row:
                     yield line, _named(names, row)
+                elif in_a_row > blank:
+                    raise UserError(f"{path}:{line}: more than {blank} blank lines")
                 line = rows.line_num + 1
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}; allowed is UTF-8") from error

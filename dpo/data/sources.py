@@ -19,7 +19,7 @@ from jaxtyping import Int
 
 from dpo.data.csv_rows import csv_rows
 from dpo.data.data_sets import fingerprint_data_set, open_data_set, row_without_nulls
-from dpo.data.json_text import DECODER, DuplicateKeyError, begins_a_list, describe, list_rows
+from dpo.data.json_text import DuplicateKeyError, begins_a_list, decode, describe, list_rows
 from dpo.data.malformed import MalformedRowError
 from dpo.data.table_checks import check_groups
 from dpo.data.table_worker import ROWS
@@ -32,6 +32,8 @@ MAX_PART_BYTES = 1 << 28
 """Of JSON lines in one part but for its last line: a small compressed file has many long ones."""
 MAX_BLANK_LINES = 1 << 20
 """Blank lines behind each other; a small compressed file could have them without end."""
+MAX_BLANK_BYTES = MAX_PART_BYTES
+"""Bytes of them: they may be long."""
 
 
 class Part(NamedTuple):
@@ -184,16 +186,19 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
         with open_file(path, "rb") as file:
             offset = file.seek(part.offset)
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            last = part.number
+            last, end = part.number, offset
             for number, line in enumerate(lines, start=part.number):
                 if len(line) > MAX_ROW_BYTES:
                     raise UserError(f"{path}:{number}: a line of more than {MAX_ROW_BYTES} bytes")
-                if line.strip():
-                    last = number
-                    yield offset, number, line
-                elif number - last > MAX_BLANK_LINES:
-                    raise UserError(f"{path}:{number}: more than {MAX_BLANK_LINES} blank lines")
                 offset += len(line)
+                if not line.isspace():
+                    last, end = number, offset
+                    yield offset - len(line), number, line
+                elif number - last > MAX_BLANK_LINES or offset - end > MAX_BLANK_BYTES:
+                    raise UserError(
+                        f"{path}:{number}: more than {MAX_BLANK_LINES} blank lines, or {MAX_BLANK_BYTES} "
+                        "bytes of them"
+                    )
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
@@ -221,7 +226,7 @@ def _each_row(count: int) -> Iterator[tuple[int, int]]:
 
 def _decode_json(line: bytes) -> Any:
     try:
-        return DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode())
+        return decode(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return MalformedRowError(
             "(row)", "invalid_unicode", f"byte {error.start} is not UTF-8; allowed is UTF-8"
@@ -276,12 +281,14 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _read_csv(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
-    for line, row in islice(csv_rows(path, most=MAX_ROW_BYTES), part.offset, None):
+    for line, row in islice(csv_rows(path, most=MAX_ROW_BYTES, blank=MAX_BLANK_LINES), part.offset, None):
         yield f"{path}:{line}", row
 
 
 def _csv_starts(path: Path) -> Iterator[tuple[int, int]]:
-    return ((row, line) for row, (line, _) in enumerate(csv_rows(path, most=MAX_ROW_BYTES)))
+    return (
+        (row, line) for row, (line, _) in enumerate(csv_rows(path, most=MAX_ROW_BYTES, blank=MAX_BLANK_LINES))
+    )
 
 
 def _read_table(path: Path, part: Part) -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ import yaml
 from dpo import terminal
 from dpo.data.table_worker import BASE, FACTOR, READERS
 from dpo.files import is_inside
-from dpo.limited import look
+from dpo.limited import look, stored_bytes
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 
@@ -46,7 +46,7 @@ def check_groups(path: Path, group: int, *, rows: int) -> None:
     if group < seen or (key in _SEEN and group == seen == 0):
         return
     request = {"kind": "parquet", "path": str(path.resolve()), "first": seen, "rows": rows}
-    said = look(WORKER, request, size=path.stat().st_size)
+    said = look(WORKER, request, size=stored_bytes(path))
     if "error" in said:
         raise UserError(f"{path}: not a readable Parquet file: {said['error']}")
     _SEEN[key] = int(said["seen"])
@@ -61,7 +61,7 @@ def check_arrow(paths: Sequence[Path]) -> None:
     new = [path for path in paths if _identify(path) not in _SEEN]
     for path in new:
         request = {"kind": "arrow", "paths": [str(path.resolve())]}
-        said = look(WORKER, request, size=path.stat().st_size)
+        said = look(WORKER, request, size=stored_bytes(path))
         if "error" in said:
             raise UserError(f"{path}: not a readable Arrow file: {said['error']}")
         _SEEN[_identify(path)] = 1
@@ -286,7 +286,7 @@ def prepare(source: str, builder: Any, files: Mapping[str, Sequence[Path]]) -> N
         "cache": os.path.abspath(config.HF_DATASETS_CACHE),
         "directory": os.path.abspath(builder.cache_dir),
     }
-    size = sum(path.stat().st_size for paths in files.values() for path in paths)
+    size = sum(stored_bytes(path) for paths in files.values() for path in paths)
     with _saying(f"{source}: its files, {size >> 20} MiB, are made into tables, which are kept"):
         said = look(WORKER, request, size=size, writes=BASE + FACTOR * size)
     if "error" in said or not is_prepared(builder):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dpo.data.json_text import DECODER, DuplicateKeyError
 from dpo.data.malformed import MalformedRowError
 
 _LONGEST_SHOWN = 60
@@ -88,7 +89,9 @@ def read_objects(value: Any, field: str, *, least: int = 1) -> list[Mapping[str,
 def parse_json(text: str, field: str) -> Any:
     """What a JSON text says."""
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
+    except DuplicateKeyError as error:
+        raise MalformedRowError(field, "duplicate_key", f"{error}; allowed is once") from None
     except (ValueError, RecursionError) as error:
         detail = f"text that looks like JSON and is not: {str(error)[:120]}; allowed is JSON (double quotes)"
         raise MalformedRowError(field, "invalid_json", detail) from None

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from dpo import limited
 from dpo.data import sources, table_checks, table_worker
 from dpo.data.preferences import read_preferences
+from dpo.limited import stored_bytes
 
 PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
 
@@ -272,6 +274,8 @@ def test_a_folder_with_a_small_file_of_gigabytes_is_refused(tmp_path, monkeypatc
         '{"prompt": "a", "chosen": "b", "rejected": "c", "chosen"\t: "d"}',
         '{"prompt": "a", "chosen": "b", "rejected": "c", "ch\\u006fsen": "d"}',
         '{"prompt": "a", "rejected": "c", "chosen": [{"role": "assistant", "content": "", "content": "b"}]}',
+        json.dumps(PAIR | {"chosen": '[{"role": "assistant", "content": "b", "content": "d"}]'}),
+        json.dumps(PAIR | {"tools": '[{"type": "function", "type": "f"}]'}),
     ],
 )  # fmt: skip
 def test_a_row_that_has_a_name_twice_is_no_row(tmp_path, row):
@@ -283,12 +287,32 @@ def test_a_row_that_has_a_name_twice_is_no_row(tmp_path, row):
     assert "twice" in str(found.problems[0])
 
 
-def test_blank_lines_without_end_are_refused(tmp_path):
+def test_a_file_that_is_terabytes_of_holes_has_a_small_files_limits(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1")
+    os.truncate(path, 1 << 43)
+    with path.open("ab") as file:
+        file.write(b"\0\1\0\0PAR1")
+    assert stored_bytes(path) < 1 << 20
+    assert "rows.parquet" in refusal(path)
+
+
+@pytest.mark.parametrize("line", [b"\n", b" " * 4000 + b"\n"], ids=["many", "long"])
+def test_blank_lines_without_end_are_refused(tmp_path, line, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BLANK_BYTES", 2 * sources.MAX_BLANK_LINES)
     path = tmp_path / "rows.jsonl.gz"
     with gzip.GzipFile(path, "wb") as file:
-        file.write(json.dumps(PAIR).encode() + b"\n" + b"\n" * (sources.MAX_BLANK_LINES + 5))
+        most = sources.MAX_BLANK_LINES + 5 if line == b"\n" else sources.MAX_BLANK_BYTES // len(line) + 1
+        file.write(json.dumps(PAIR).encode() + b"\n" + line * most)
     assert path.stat().st_size < 10_000
     assert "blank lines" in refusal(path)
+
+
+def test_blank_lines_of_a_table_of_text_end_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BLANK_LINES", 100)
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c\n" + "\n" * 100 + "a,b,c\n" + "\n" * 101)
+    assert f"{path}:204: more than 100 blank lines" in refusal(path)
 
 
 def test_parts_of_long_rows_have_fewer(tmp_path, monkeypatch):
