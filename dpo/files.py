@@ -28,6 +28,8 @@ UNFINISHED = ".writing"
 """Ending of what is being written; what has it belongs to nobody once its writer is gone."""
 MAX_CHECKSUMS = 1 << 24
 """Bytes of a list of checksums that is read."""
+MAX_HOLES = 1 << 36
+"""Bytes of a file with a checksum that are not stored, as file systems say, which some compress."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 REPLACED = ".replaced"
 """Ending of a directory that is making room for its successor."""
@@ -250,6 +252,8 @@ def damaged_files(directory: Path, *, but_for: tuple[str, ...] = ()) -> list[str
         try:
             if (directory / name).exists() and not (directory / name).is_file():
                 problems.append(f"{name}: is no regular file")
+            elif (holes := _holes(directory / name)) > MAX_HOLES:
+                problems.append(f"{name}: {holes} of its bytes are holes; allowed are {MAX_HOLES}")
             elif _sha256(directory / name) != digest:
                 problems.append(f"{name}: its checksum does not match")
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -259,6 +263,12 @@ def damaged_files(directory: Path, *, but_for: tuple[str, ...] = ()) -> list[str
         except OSError as error:
             raise _unreadable(directory / name, error) from error
     return problems
+
+
+def _holes(path: Path) -> int:
+    """Bytes of a file that nothing was stored for: reading terabytes of them takes hours."""
+    found = path.stat()
+    return found.st_size - 512 * found.st_blocks
 
 
 def _read_checksums(path: Path) -> dict[str, str]:

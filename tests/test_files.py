@@ -227,8 +227,14 @@ def test_checksums_name_only_what_is_inside(tmp_path, name):
 def test_checksums_are_of_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    (tmp_path / "SHA256SUMS").write_text(f"{SUM}  pipe\n{SUM}  zero\n")
-    assert damaged_files(tmp_path) == ["pipe: is no regular file", "zero: is no regular file"]
+    (tmp_path / "holes").touch()
+    os.truncate(tmp_path / "holes", 1 << 43)
+    (tmp_path / "SHA256SUMS").write_text(f"{SUM}  pipe\n{SUM}  zero\n{SUM}  holes\n")
+    assert damaged_files(tmp_path) == [
+        "pipe: is no regular file",
+        "zero: is no regular file",
+        f"holes: {1 << 43} of its bytes are holes; allowed are {1 << 36}",
+    ]
 
 
 def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path):
