@@ -24,6 +24,7 @@ from dpo.huggingface.text_models import read_config
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
+from dpo.models.parts import WEIGHTS
 
 ORACLES = Path(__file__).with_name("huggingface") / "oracles.json"
 
@@ -127,6 +128,23 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gemma4_text": {
+        **_SIZES,
+        **{"num_hidden_layers": 7, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 6},
+        **{"head_dim": 6, "global_head_dim": 10, "num_global_key_value_heads": 3, "attention_k_eq_v": True},
+        **{"sliding_window": 5, "final_logit_softcapping": 3.0, "use_bidirectional_attention": "vision"},
+        **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "attention_bias": True},
+        **{"hidden_size_per_layer_input": 7, "vocab_size_per_layer_input": 89},
+        "layer_types": [*_LOCAL_GLOBAL[:1], *_LOCAL_GLOBAL, *_LOCAL_GLOBAL[1:], "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
         },
     },
     "phi3": {**_SIZES, "sliding_window": 9},
@@ -376,7 +394,7 @@ def _write(
     family, decoder = read_config(config)
     model = nnx.eval_shape(lambda: make(decoder))
     shapes = {
-        ".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        ".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, WEIGHTS))
     }
     tensors = {
         name: tensor_values(name, binding.shape, seed)

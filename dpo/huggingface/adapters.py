@@ -26,6 +26,7 @@ from dpo.huggingface.families import Family
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.lora import DoraLinear, LoraLinear, Method
+from dpo.models.parts import WEIGHTS
 from dpo.outcomes import UserError
 
 ALL_LINEAR = "all-linear"
@@ -51,8 +52,8 @@ def model_bindings(family: Family, config: DecoderConfig) -> list[Binding]:
 
 
 def linear_bindings(bindings: Iterable[Binding]) -> list[Binding]:
-    """Those of linears' kernels: what may have an adapter."""
-    return [binding for binding in bindings if binding.leaves[0].endswith(".kernel")]
+    """Those of kernels of the layers' linears: what may have an adapter."""
+    return [binding for binding in bindings if binding.leaves[0].endswith(".kernel") and binding.num_leading]
 
 
 def module_names(binding: Binding) -> tuple[str, ...]:
@@ -216,4 +217,4 @@ def _abstract(config: DecoderConfig, **choices: Any) -> Decoder:
 
 
 def _leaves(model: Decoder) -> dict[str, Any]:
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model, WEIGHTS))}

@@ -175,7 +175,8 @@ def _is_ignored(family: Family, bindings: Sequence[Binding], name: str) -> bool:
     """Buffers, and an output head that is stored although it is tied."""
     if name.startswith(_OUTPUT_HEADS):
         return any(binding.config.tie_embeddings for binding in bindings)
-    return any(re.search(pattern, name) for pattern in family.ignored)
+    unread = family.unread(bindings[0].config) if bindings else ()
+    return any(re.search(pattern, name) for pattern in (*family.ignored, *unread))
 
 
 _OUTPUT_HEADS = ("lm_head.", "embed_out.")
@@ -183,7 +184,7 @@ _HEADS = (*_OUTPUT_HEADS, "score.")
 """Tensors outside the model's prefix."""
 _LEAVES = {
     **dict.fromkeys(("kernel", "scale", "embedding"), "weight"),
-    **{name: name for name in ("bias", "alpha_p", "alpha_n", "A_log", "dt_bias")},
+    **{name: name for name in ("bias", "alpha_p", "alpha_n", "A_log", "dt_bias", "layer_scalar")},
     "taps": "weight",
 }
 """Our parameter names → Hugging Face's."""

@@ -29,6 +29,7 @@ from dpo.huggingface.llama_configurations import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     granite,
     granite_hybrid,
     hunyuan,
@@ -54,6 +55,7 @@ from dpo.huggingface.weight_names import (
     ERNIE_RULES,
     EXAONE_RULES,
     GEMMA2_RULES,
+    GEMMA4_RULES,
     GPT2_RULES,
     GPT_NEO_RULES,
     GPT_NEOX_RULES,
@@ -73,9 +75,10 @@ from dpo.huggingface.weight_names import (
     STABLELM_RULES,
     Rule,
     falcon_rules,
+    unread_of_readers,
 )
 from dpo.models.decoder_config import DecoderConfig
-from dpo.models.layers import XIELU_BETA, XIELU_EPS
+from dpo.models.parts import XIELU_BETA, XIELU_EPS
 from dpo.models.rotary import Rope
 from dpo.outcomes import UserError
 
@@ -94,6 +97,8 @@ class Family(NamedTuple):
     """Values of configuration fields for which the decoder computes the same as transformers."""
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
     """Patterns of tensors that are no parameters."""
+    unread: Callable[[DecoderConfig], tuple[str, ...]] = lambda config: ()
+    """The same that only some layers have."""
     constants: Mapping[str, float] = {}
     """Tensors of one number that are no parameters, by name with `{layer}`."""
     is_part: bool = False
@@ -122,11 +127,12 @@ def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
 def _contradictions(config: DecoderConfig) -> list[str]:
     """What a decoder cannot have, in the configuration's names."""
     found = []
-    if config.num_heads % config.num_kv_heads:
-        found.append(
-            f"num_attention_heads is {config.num_heads}; supported: a multiple of num_key_value_heads, "
-            f"{config.num_kv_heads}"
-        )
+    for count in config.kv_head_counts:
+        if config.num_heads % count:
+            found.append(
+                f"num_attention_heads is {config.num_heads}; supported: a multiple of num_key_value_heads, "
+                f"{count}"
+            )
     by_layer = (
         ("layer_types", config.windows),
         ("layer_types", config.layer_kinds),
@@ -139,16 +145,25 @@ def _contradictions(config: DecoderConfig) -> list[str]:
             )
     if not all(isinstance(window, int) and window >= 1 for window in config.windows):
         found.append("sliding_window is not set, and layer_types has layers that need it")
-    for rope in config.ropes:
-        if not 1 <= len(rope.inv_freq) <= config.head_dim // 2 or not _is_finite(rope):
+    for rope, size in _ropes_on_heads(config):
+        if not 1 <= len(rope.inv_freq) <= size // 2 or not _is_finite(rope):
             found.append(
-                f"rope_parameters make {len(rope.inv_freq)} frequencies for a head of {config.head_dim} "
+                f"rope_parameters make {len(rope.inv_freq)} frequencies for a head of {size} "
                 "channels; supported: finite ones, one for each two channels at most"
             )
     factors = (config.attention_scale, config.embedding_scale, config.residual_scale, config.logit_scale)
     if not all(math.isfinite(factor) for factor in factors):
         found.append(f"its factors are {', '.join(map(str, factors))}; supported: finite numbers")
     return found
+
+
+def _ropes_on_heads(config: DecoderConfig) -> list[tuple[Rope, int]]:
+    """Each rotation with the size of the heads that it turns, once."""
+    pairs = {
+        (index, config.of_kind(kind).head_dim)
+        for kind, index in zip(config.layer_kinds, config.layer_rope, strict=False)
+    }
+    return [(config.ropes[index], size) for index, size in sorted(pairs) if index < len(config.ropes)]
 
 
 def _is_finite(rope: Rope) -> bool:
@@ -160,9 +175,8 @@ def _is_finite(rope: Rope) -> bool:
 def find_family(model_type: str) -> Family:
     """The family of a configuration's `model_type`; `ValueError` lists those there are."""
     if model_type not in FAMILIES:
-        allowed, why = ", ".join([*FAMILIES, *WRAPPERS]), _NOT_COMPUTED.get(model_type)
-        reason = "" if why is None else f": {why}"
-        raise UserError(f"model_type {model_type[:80]!r} is not supported{reason}; supported: {allowed}")
+        allowed = ", ".join([*FAMILIES, *WRAPPERS])
+        raise UserError(f"model_type {model_type[:80]!r} is not supported; supported: {allowed}")
     return FAMILIES[model_type]
 
 
@@ -175,6 +189,11 @@ def classifier_architecture(model_type: str) -> str | None:
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
+_GEMMA4 = {
+    "use_bidirectional_attention": (None, False, "vision"),
+    "enable_moe_block": (False,),
+}
+"""Bidirectional attention is of images, where it is not of `all`."""
 _BUFFERS = (
     r"\.rotary_emb\.inv_freq$",
     r"\.attn\.(attention\.)?(masked_)?bias$",
@@ -192,6 +211,9 @@ FAMILIES = {
     "gemma": Family("GemmaForCausalLM", "model.", gemma, LLAMA_RULES, _CAUSAL),
     "gemma2": Family("Gemma2ForCausalLM", "model.", gemma2, GEMMA2_RULES, _CAUSAL),
     "gemma3_text": Family("Gemma3ForCausalLM", "model.", gemma3, (*GEMMA2_RULES, *HEAD_NORM_RULES), _CAUSAL),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM", "model.", gemma4, GEMMA4_RULES, _GEMMA4, unread=unread_of_readers
+    ),
     "phi3": Family("Phi3ForCausalLM", "model.", phi3, PHI3_RULES),
     "arcee": Family("ArceeForCausalLM", "model.", arcee, LLAMA_RULES),
     "seed_oss": Family("SeedOssForCausalLM", "model.", seed_oss, LLAMA_RULES),
@@ -258,6 +280,7 @@ FAMILIES = {
 
 WRAPPERS = {
     "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -271,16 +294,11 @@ WRAPPERS = {
 }
 """`model_type` of models that see, of which the text model is read → class name in `config.json`."""
 
-_NOT_COMPUTED: dict[str, str] = dict.fromkeys(
-    ("gemma4", "gemma4_text"),
-    "heads of global attention have another size (global_head_dim), and layers may read the keys and values "
-    "of others (num_kv_shared_layers) or rows of a table of their own (hidden_size_per_layer_input)",
-)
-"""What models have that the decoder does not compute, where people look for them."""
-
 _CLASSIFIERS = {
     "gemma3_text": "Gemma3TextForSequenceClassification",
     "qwen3_5_text": "Qwen3_5TextForSequenceClassification",
-    **dict.fromkeys(("apertus", "ernie4_5", "granite", "granitemoehybrid", "lfm2", "lfm3", "nanochat")),
+    **dict.fromkeys(
+        ("apertus", "ernie4_5", "gemma4_text", "granite", "granitemoehybrid", "lfm2", "lfm3", "nanochat")
+    ),
 }
 """Where the name is not the causal model's with another ending."""

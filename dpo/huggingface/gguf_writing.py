@@ -28,6 +28,7 @@ from dpo.huggingface.gguf_vocabulary import vocabulary_fields
 from dpo.huggingface.saving import flatten, hf_tensor
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
+from dpo.models.parts import WEIGHTS
 from dpo.outcomes import UserError
 
 Kind = gguf.GGMLQuantizationType
@@ -80,7 +81,7 @@ def save_gguf(
     """
     architecture, model_type = find_architecture(hf_config["model_type"])
     table, path = ARCHITECTURES[architecture], Path(path)
-    leaves = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    leaves = flatten(nnx.to_pure_dict(nnx.state(model, WEIGHTS)))
     bindings = bind(find_family(model_type), model.config, {key: leaf.shape for key, leaf in leaves.items()})
     named = _file_tensors(table, bindings, model.config, GGUF_DTYPES[dtype])
     metadata = {

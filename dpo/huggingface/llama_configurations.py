@@ -19,7 +19,7 @@ from dpo.huggingface.configuration_fields import (
     uniform_windows,
 )
 from dpo.models.attention import NO_WINDOW
-from dpo.models.decoder_config import DecoderConfig, DeltaRule, LayerKind, QueryGrowth
+from dpo.models.decoder_config import DecoderConfig, DeltaRule, GlobalHeads, LayerKind, QueryGrowth
 from dpo.models.rotary import Rope, no_rope, reversed_rope
 from dpo.outcomes import UserError
 
@@ -110,6 +110,65 @@ def gemma2(hf: PreTrainedConfig, **choices: Any) -> DecoderConfig:
 def gemma3(hf: PreTrainedConfig) -> DecoderConfig:
     """Two rotations, by the type of layer; scores are not capped, whatever the configuration says."""
     return replace(gemma2(hf, qk_norm="head", **_typed_ropes(hf)), attention_softcap=None)
+
+
+def gemma4(hf: PreTrainedConfig) -> DecoderConfig:
+    """Heads of another size, and one projection of keys and values, where a layer sees all before it.
+
+    Its last layers may read the keys and values of others, and each layer a table of its own.
+    """
+    different = (hf.per_layer_attributes or set()) - {"head_dim", "num_key_value_heads"}
+    if different:
+        raise UserError(f"per_layer_config has {', '.join(sorted(different))}; supported: {_GEMMA4_SIZES}")
+    beside = hf.hidden_size_per_layer_input or 0
+    if beside and hf.vocab_size_per_layer_input != hf.vocab_size:
+        raise UserError(
+            f"vocab_size_per_layer_input is {hf.vocab_size_per_layer_input}; supported: vocab_size, "
+            f"{hf.vocab_size}"
+        )
+    types = list(dict.fromkeys(hf.layer_types))
+    sizes = {kind: hf.per_layer_config[kind] for kind in types}  # refuses those that differ within a type
+    local = sizes.get("sliding_attention", hf.per_layer_config[0])
+    wide = sizes.get("full_attention", local)
+    return _llama(
+        local,
+        layer_kinds=_gemma4_kinds(hf),
+        reader_intermediate_size=hf.intermediate_size * (2 if hf.use_double_wide_mlp else 1),
+        per_layer_size=beside,
+        global_heads=GlobalHeads(wide.num_key_value_heads, wide.head_dim, hf.attention_k_eq_v),
+        activation=act(hf.hidden_activation),
+        **biases(hf),
+        residual="sequential_scaled",
+        post_norm=True,
+        qk_norm="head",
+        value_norm=True,
+        embedding_scale=float(hf.hidden_size**0.5),
+        attention_scale=1.0,
+        logit_softcap=optional_float(hf.final_logit_softcapping),
+        windows=layer_windows(hf),
+        ropes=tuple(rope_of(hf, hf.rope_parameters[kind], sizes[kind].head_dim) for kind in types),
+        layer_rope=tuple(types.index(kind) for kind in hf.layer_types),
+    )
+
+
+def _gemma4_kinds(hf: PreTrainedConfig) -> tuple[LayerKind, ...]:
+    """The last layers read keys and values of the last of their type before them, which are kept."""
+    kinds = _kinds(hf, {"sliding_attention": "attention", "full_attention": "global"})
+    first = max(hf.num_hidden_layers - hf.num_kv_shared_layers, 0)
+    own, readers = list(kinds[:first]), kinds[first:]
+    for kind in dict.fromkeys(readers):
+        if kind not in own:
+            raise UserError(
+                f"num_kv_shared_layers is {hf.num_kv_shared_layers}; supported: at least one layer of each "
+                "type before those that share"
+            )
+        own[len(own) - 1 - own[::-1].index(kind)] = _KEPT[kind]
+    return (*own, *(_READER[kind] for kind in readers))
+
+
+_KEPT: Mapping[LayerKind, LayerKind] = {"attention": "attention_kept", "global": "global_kept"}
+_READER: Mapping[LayerKind, LayerKind] = {"attention": "attention_reader", "global": "global_reader"}
+_GEMMA4_SIZES = "head_dim and num_key_value_heads, alike in all layers of a type"
 
 
 def _typed_ropes(hf: PreTrainedConfig) -> _TypedRopes:

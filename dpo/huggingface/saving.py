@@ -30,6 +30,7 @@ from dpo.huggingface.text_models import family_of
 from dpo.huggingface.weights import SAFETENSORS_DTYPES
 from dpo.models.classifier import SequenceClassifier
 from dpo.models.decoder import Decoder
+from dpo.models.parts import WEIGHTS
 from dpo.outcomes import UserError
 
 MAX_PIECE_BYTES = 16 * 2**20
@@ -88,7 +89,7 @@ def _save_weights(
     max_shard_size: int,
     carried: Carried | None,
 ) -> None:
-    leaves = flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    leaves = flatten(nnx.to_pure_dict(nnx.state(model, WEIGHTS)))
     bindings = bind(family, model.config, {path: leaf.shape for path, leaf in leaves.items()})
     shards = _plan_shards(bindings, dtype, max_shard_size)
     fixed = constants(family, model.config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -43,7 +44,17 @@ def _spelled(config: JsonObject) -> JsonObject:
         for name, value in parsed.to_dict().items()
         if name not in _OF_ALL_MODELS and not name.startswith("_") and value is not None
     }
+    defaults |= _global_heads(defaults, parsed)
     return defaults | config | _both_ropes(model_type, parsed) | _for_mlx(model_type, parsed)
+
+
+def _global_heads(fields: JsonObject, parsed: PreTrainedConfig) -> JsonObject:
+    """Sizes of heads by layer as published files name them, where transformers says them layer by layer."""
+    if fields.pop("per_layer_config", None) is None or "full_attention" not in parsed.layer_types:
+        return {}
+    by_type: Any = parsed.per_layer_config
+    wide = by_type["full_attention"]
+    return {"global_head_dim": wide.head_dim, "num_global_key_value_heads": wide.num_key_value_heads}
 
 
 _OF_ALL_MODELS = PreTrainedConfig().to_dict().keys()
@@ -88,7 +99,7 @@ def _both_ropes(model_type: str, parsed: PreTrainedConfig) -> JsonObject:
     return older | {"rope_parameters": parameters}
 
 
-NEWER = ("lfm3",)
+NEWER = ("lfm3", "gemma4_text", "gemma4")
 """Models that transformers 4 does not have, and whose rotations it has no names for."""
 
 

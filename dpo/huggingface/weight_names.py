@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dpo.models.decoder_config import DecoderConfig, DeltaRule
+from dpo.models.decoder_config import ATTENTION, DecoderConfig, DeltaRule
 
 
 class Fusion(NamedTuple):
@@ -144,10 +145,7 @@ SCORE_RULES = _rules("", score="score")
 """The head of a sequence classifier, the same in all families."""
 HEAD_NORM_RULES = _rules(_LAYER + "self_attn.", q_head_norm="q_norm", k_head_norm="k_norm")
 LLAMA_RULES = (*_ENDS, *_PROJECTIONS, *_GATED_MLP, *_PRE_NORMS)
-GEMMA2_RULES = (
-    *_ENDS,
-    *_PROJECTIONS,
-    *_GATED_MLP,
+_GEMMA2_NORMS = (
     *_POST_NORMS,
     *_rules(
         _LAYER,
@@ -155,6 +153,7 @@ GEMMA2_RULES = (
         post_attention_layernorm="pre_feedforward_layernorm",
     ),
 )
+GEMMA2_RULES = (*_ENDS, *_PROJECTIONS, *_GATED_MLP, *_GEMMA2_NORMS)
 PHI3_RULES = (
     *_ENDS,
     *_PRE_NORMS,
@@ -199,9 +198,34 @@ _THIRDS = Fusion(lambda tensor, config: np.split(tensor, 3, axis=-1), _join_conc
 def _of_kind(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Rules of layers that are stacked by kind; those of the whole model stay."""
     return tuple(
-        rule._replace(ours=tuple(name.replace("layers.", f"layers.{kind}.", 1) for name in rule.ours))
+        rule._replace(ours=tuple(re.sub(r"^layers\b", f"layers.{kind}", name) for name in rule.ours))
         for rule in rules
     )
+
+
+_GEMMA4_LAYERS = (
+    *_PROJECTIONS,
+    *_GATED_MLP,
+    *_GEMMA2_NORMS,
+    *HEAD_NORM_RULES,
+    Rule(("layers",), _LAYER.removesuffix(".")),
+    Rule(("layers.per_layer.gate_proj",), _LAYER + "per_layer_input_gate"),
+    Rule(("layers.per_layer.o_proj",), _LAYER + "per_layer_projection"),
+    Rule(("layers.per_layer.norm",), _LAYER + "post_per_layer_input_norm"),
+)
+GEMMA4_RULES = (
+    *_ENDS,
+    Rule(("per_layer_inputs.embed_tokens",), "model.embed_tokens_per_layer"),
+    Rule(("per_layer_inputs.x_proj",), "model.per_layer_model_projection"),
+    Rule(("per_layer_inputs.norm",), "model.per_layer_projection_norm"),
+    *(rule for kind in ATTENTION for rule in _of_kind(kind, _GEMMA4_LAYERS)),
+)
+
+
+def unread_of_readers(config: DecoderConfig) -> tuple[str, ...]:
+    """Keys and values in files of layers that read those of another; transformers leaves them out as well."""
+    readers = [str(n) for n, kind in enumerate(config.layer_kinds) if kind.endswith("_reader")]
+    return (rf"\.layers\.({'|'.join(readers)})\.self_attn\.[kv]_(proj|norm)\.",) if readers else ()
 
 
 _LFM2_LAYERS = (

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from dpo.models.attention import (
-    NO_WINDOW,
     Implementation,
     attend,
     attend_cached,
@@ -26,29 +24,21 @@ from dpo.models.attention import (
     visible_in_cache,
 )
 from dpo.models.attention_blocked import SAVED_NAMES
-from dpo.models.decoder_config import DecoderConfig
+from dpo.models.cache import Cache, empty_cache
+from dpo.models.decoder_config import DecoderConfig, split_kind
 from dpo.models.delta_rule import continued, gated_delta, make_chunks
-from dpo.models.layers import Embedding, LayerMaker, stack_layers
+from dpo.models.layers import stack_layers
 from dpo.models.linear import PRODUCT, Rounds
 from dpo.models.look_back import find_predecessors, look_back, take_slots
-from dpo.models.patterns import Run, find_runs
+from dpo.models.parts import Embedding, LayerMaker
+from dpo.models.patterns import Layer, through_layers
+from dpo.models.per_layer import PerLayerInputs
 from dpo.models.precision import precision_of
 from dpo.models.rotary import cos_sin
 from dpo.models.soft_cap import soft_cap
-from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, TENSOR, Partition
+from dpo.parallel.partition import DATA, FSDP, ONE_DEVICE, ROWS, Partition
 
 Remat = Literal["none", "dots", "full"]
-
-
-class Cache(NamedTuple):
-    """What layers keep of decoded positions; slot s holds position s of its row."""
-
-    keys: Float[Array, "L R G C S"]
-    values: Float[Array, "L R G S C"]
-    convolved: Float[Array, "N R W D"] | None = None
-    """What convolutions read of each row's last positions, where there are such layers."""
-    states: Float32[Array, "N R H 1 K V"] | None = None
-    """What the delta rule keeps of each row's positions, where there are such layers."""
 
 
 class Decoder(nnx.Module):
@@ -87,6 +77,8 @@ class Decoder(nnx.Module):
             self.embed_positions = make.embedding(config.max_positions + config.position_offset)
         if config.embedding_norm:
             self.embed_norm = make.norm(config.hidden_size)
+        if config.per_layer_size:
+            self.per_layer_inputs = PerLayerInputs(make)
         self.layers = stack_layers(make)
         self.norm = make.norm(config.hidden_size)
         if not config.tie_embeddings:
@@ -109,17 +101,29 @@ class Decoder(nnx.Module):
         key_bias = self._key_bias(positions)
         ropes, grow = self._ropes(positions, group), self._query_growth(positions)
         cores = self._cores(group, branch)
+        kept: dict[str, tuple[Array, Array]] = {}
 
         def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
-            def apply(h: Array, layer: _Layer) -> Array:
+            heads, role = split_kind(kind)
+
+            def run(h: Array, layer: Layer) -> tuple[Array, Any]:
                 core = partial(self._attend, **layout, grow=grow, key_bias=key_bias, window=layer.window)
-                core = cores.get(kind, core)
-                h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
-                return self.partition.constrain(h, ROWS)
+                core = _keeping(core) if role == "kept" else cores.get(kind, core)
+                core = partial(_reading, core, *kept[heads]) if role == "reader" else core
+                h, extra = nnx.merge(graphdef, layer.state)(h, ropes(kind, layer.rope), core, *layer.beside)
+                return self.partition.constrain(h, ROWS), extra
 
-            return _rematerialised(apply, self.remat)
+            if role != "kept":
+                return _rematerialised(lambda h, layer: run(h, layer)[0], self.remat)
 
-        return self._final(self._through_layers(block, self._embed(tokens, positions)))
+            def keep(h: Array, layer: Layer) -> Array:
+                h, kept[heads] = _rematerialised(run, self.remat)(h, layer)
+                return h
+
+            return keep
+
+        h = self._embed(tokens, positions)
+        return self._final(self._through_layers(block, h, self._beside(tokens, h)))
 
     def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Float32 logits with the family's soft-capping; for few positions, [..., V] is large."""
@@ -136,22 +140,7 @@ class Decoder(nnx.Module):
 
     def init_cache(self, rows: int, length: int) -> Cache:
         """An empty cache for positions below `length`."""
-        config = self.config
-        stack = (len(config.layers_of("attention")), rows, config.num_kv_heads)
-        keys = jnp.zeros((*stack, config.head_dim, length), self.compute_dtype)
-        values = jnp.zeros((*stack, length, config.head_dim), self.compute_dtype)
-        cache = Cache(*(self.partition.constrain(x, None, ROWS, TENSOR) for x in (keys, values)))
-        if config.is_uniform:
-            return cache
-        others, delta = config.num_layers - stack[0], config.delta
-        shape = (others, rows, config.convolution_width - 1, config.convolved_channels)
-        cache = cache._replace(
-            convolved=self.partition.constrain(jnp.zeros(shape, self.compute_dtype), None, ROWS)
-        )
-        if delta is None:
-            return cache
-        shape = (others, rows, delta.num_value_heads, 1, delta.key_dim, delta.value_dim)
-        return cache._replace(states=jnp.zeros(shape))
+        return empty_cache(self.config, self.partition, self.compute_dtype, rows=rows, length=length)
 
     def decode(
         self,
@@ -173,20 +162,28 @@ class Decoder(nnx.Module):
         slots = jnp.arange(cache.values.shape[3])[None, :]
         key_bias = self._key_bias(jnp.broadcast_to(slots, (tokens.shape[0], slots.shape[1])))
 
-        def attention(cache: Cache, layer: _Layer, q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
-            keys = cache.keys.at[layer.index, rows, :, :, positions].set(k.astype(cache.keys.dtype))
-            values = cache.values.at[layer.index, rows, :, positions].set(v.astype(cache.values.dtype))
+        def attention(
+            kind: str, cache: Cache, layer: Layer, q: Array, k: Array, v: Array
+        ) -> tuple[Array, Cache]:
+            keys, values = cache.held(kind)
+            keys = keys.at[layer.index, rows, :, :, positions].set(k.astype(keys.dtype))
+            values = values.at[layer.index, rows, :, positions].set(v.astype(values.dtype))
             mask = visible_in_cache(positions, keys.shape[-1], layer.window)
             at = (keys[layer.index], values[layer.index])
             out = attend_cached(grow(q), *at, mask, key_bias=key_bias, **self._scoring)
-            return out, cache._replace(keys=keys, values=values)
+            return out, cache.holding(kind, keys, values)
 
-        def convolution(cache: Cache, layer: _Layer, u: Array) -> tuple[list[Array], Cache]:
+        def reading(kind: str, cache: Cache, layer: Layer, q: Array) -> tuple[Array, Cache]:
+            keys, values = (each[layer.index] for each in cache.held(kind))
+            mask = visible_in_cache(positions, keys.shape[-1], layer.window)
+            return attend_cached(grow(q), keys, values, mask, key_bias=key_bias, **self._scoring), cache
+
+        def convolution(cache: Cache, layer: Layer, u: Array) -> tuple[list[Array], Cache]:
             assert cache.convolved is not None
             before, last = look_back(cache.convolved[layer.index], u, group)
             return before, cache._replace(convolved=cache.convolved.at[layer.index].set(last))
 
-        def delta(cache: Cache, layer: _Layer, u: Array) -> tuple[list[Array], Callable]:
+        def delta(cache: Cache, layer: Layer, u: Array) -> tuple[list[Array], Callable]:
             before, cache = convolution(cache, layer, u)
 
             def run(*given: Array) -> tuple[Array, Cache]:
@@ -197,43 +194,34 @@ class Decoder(nnx.Module):
             return before, run
 
         chunks = continued(group)
-        cores = {"attention": attention, "convolution": convolution, "delta": delta}
+        cores = {
+            **{kind: partial(attention, kind) for kind in ("attention", "global")},
+            **{f"{kind}_kept": partial(attention, kind) for kind in ("attention", "global")},
+            **{f"{kind}_reader": partial(reading, kind) for kind in ("attention", "global")},
+            "convolution": convolution,
+            "delta": delta,
+        }
 
         def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
-            def apply(carry: tuple[Array, Cache], layer: _Layer) -> tuple[Array, Cache]:
+            def apply(carry: tuple[Array, Cache], layer: Layer) -> tuple[Array, Cache]:
                 h, cache = carry
                 core = partial(cores[kind], cache, layer)
-                return nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)
+                return nnx.merge(graphdef, layer.state)(h, ropes(kind, layer.rope), core, *layer.beside)
 
             return apply
 
-        h, cache = self._through_layers(block, (self._embed(tokens, positions), cache))
+        h = self._embed(tokens, positions)
+        h, cache = self._through_layers(block, (h, cache), self._beside(tokens, h))
         return self._final(h), cache
 
-    def _through_layers(self, block: Callable[[str, nnx.GraphDef], Callable], carry: Any) -> Any:
-        """`block(kind, graphdef)(carry, layer)` of all layers in order: a scan for each run of a pattern."""
-        uniform = self.config.is_uniform
-        stacks = {
-            kind: nnx.split(self.layers if uniform else getattr(self.layers, kind))
-            for kind in dict.fromkeys(self.config.layer_kinds)
-        }
-        for run in find_runs(self.config.layer_kinds):
-            blocks = [block(kind, stacks[kind][0]) for kind in run.pattern]
-
-            def body(carry: Any, layers: tuple[_Layer, ...], blocks: list[Callable] = blocks) -> Any:
-                for apply, layer in zip(blocks, layers, strict=True):
-                    carry = apply(carry, layer)
-                return carry, None
-
-            layers = tuple(
-                self._layers(run, place, stacks[kind][1]) for place, kind in enumerate(run.pattern)
-            )
-            carry, _ = jax.lax.scan(body, carry, layers, unroll=self.scan_unroll)
-        return carry
+    def _through_layers(
+        self, block: Callable[[str, nnx.GraphDef], Callable], carry: Any, beside: tuple[Array, ...]
+    ) -> Any:
+        return through_layers(self.config, self.layers, block, carry, beside, unroll=self.scan_unroll)
 
     def _cores(self, group: Int[Array, "R T"], branch: Int[Array, "R T"]) -> dict[str, Callable]:
         """What layers read of the positions before them within packed rows, by kind; attention aside."""
-        if self.config.is_uniform:
+        if self.config.num_attending == self.config.num_layers:
             return {}
         slots = find_predecessors(group, branch, self.config.convolution_width - 1)
 
@@ -283,6 +271,12 @@ class Decoder(nnx.Module):
             h = h + self._look_up(self.embed_positions, positions + self.config.position_offset)
         return self.embed_norm(h) if self.config.embedding_norm else h
 
+    def _beside(self, tokens: Int[Array, "R T"], h: Float[Array, "R T D"]) -> tuple[Array, ...]:
+        """What each layer is handed beside the residual stream, `[L R T P]`, where there is such."""
+        if not self.config.per_layer_size:
+            return ()
+        return (self.per_layer_inputs(h, self._look_up(self.per_layer_inputs.embed_tokens, tokens)),)
+
     def _look_up(self, table: Embedding, index: Int[Array, "R T"]) -> Float[Array, "R T D"]:
         """On a mesh every device looks up its columns for the rows of its whole `fsdp` group, and then
         columns are exchanged for rows: the table itself is never gathered.
@@ -294,39 +288,31 @@ class Decoder(nnx.Module):
     def _final(self, h: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
         return self.norm(h) * jnp.asarray(self.config.logit_scale, self.compute_dtype)
 
-    def _ropes(self, positions: Array, group: Array) -> Callable[[Array | None], tuple[Array, Array] | None]:
-        """Cosines and sines of every kind, computed once and picked by each layer."""
-        tables = [cos_sin(rope, positions, group) for rope in self.config.ropes]
+    def _ropes(
+        self, positions: Array, group: Array
+    ) -> Callable[[str, Array | None], tuple[Array, Array] | None]:
+        """Cosines and sines of every rotation, computed once and picked by each layer, or for its kind."""
+        config = self.config
+        tables = [cos_sin(rope, positions, group) for rope in config.ropes]
         if len(tables) < 2:
-            return lambda _: tables[0] if tables else None
+            return lambda *_: tables[0] if tables else None
+        if config.global_heads is not None:
+            of_kind = {
+                kind: tables[config.layer_rope[config.layers_of(kind)[0]]] for kind in set(config.layer_kinds)
+            }
+            return lambda kind, _: of_kind[kind]
         cos, sin = (jnp.stack(part) for part in zip(*tables, strict=True))
-        return lambda kind: (cos[kind], sin[kind])
-
-    def _layers(self, run: Run, place: int, stack: nnx.State) -> _Layer:
-        """The layers at one place of a run's pattern, from the stack of their kind."""
-        config, period = self.config, len(run.pattern)
-        numbers = slice(run.start + place, run.end, period)
-        of_kind = config.layers_of(run.pattern[place])
-        first, step = of_kind.index(numbers.start), run.pattern.count(run.pattern[place])
-        index = np.arange(len(of_kind))[first:][: step * run.repeats : step]
-        if len(index) < len(of_kind):
-            stack = jax.tree.map(lambda leaf: leaf[first:][: step * run.repeats : step], stack)
-        windowed = min(config.windows) < NO_WINDOW
-        return _Layer(
-            state=stack,
-            index=jnp.arange(len(of_kind)) if len(index) == len(of_kind) else jnp.asarray(index),
-            window=jnp.asarray(config.windows[numbers], jnp.int32) if windowed else None,
-            rope=jnp.asarray(config.layer_rope[numbers], jnp.int32) if len(config.ropes) > 1 else None,
-        )
+        return lambda _, rope: (cos[rope], sin[rope])
 
 
-class _Layer(NamedTuple):
-    """What the scan hands to one layer."""
+def _keeping(core: Callable) -> Callable:
+    """Attention that hands on its keys and values."""
+    return lambda q, k, v: (core(q, k, v)[0], (k, v))
 
-    state: nnx.State
-    index: Int[Array, "*n"]
-    window: Int[Array, "*n"] | None
-    rope: Int[Array, "*n"] | None
+
+def _reading(core: Callable, k: Array, v: Array, q: Array) -> tuple[Array, Any]:
+    """Attention to keys and values of another layer."""
+    return core(q, k, v)
 
 
 def _rematerialised(block: Callable, remat: Remat) -> Callable:

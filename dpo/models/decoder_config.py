@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from dpo.models.rotary import Rope
 
@@ -48,8 +48,37 @@ class DeltaRule:
         return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
 
 
-LayerKind = Literal["attention", "convolution", "delta"]
-"""What mixes the positions in a layer."""
+LayerKind = Literal[
+    "attention",
+    "attention_kept",
+    "attention_reader",
+    "global",
+    "global_kept",
+    "global_reader",
+    "convolution",
+    "delta",
+]
+"""What mixes the positions in a layer; `global` is attention with heads of other sizes (`GlobalHeads`).
+
+Readers have queries alone: they attend to the keys and values of the layer of their heads that is kept.
+"""
+ATTENTION: tuple[LayerKind, ...] = get_args(LayerKind)[:6]
+
+
+def split_kind(kind: str) -> tuple[str, str]:
+    """Of a kind of attention, whose heads it has, and its role: kept, reader, or none."""
+    which, _, role = kind.partition("_")
+    return which, role
+
+
+@dataclass(frozen=True)
+class GlobalHeads:
+    """Attention in layers of kind `global`."""
+
+    num_kv_heads: int
+    head_dim: int
+    values_are_keys: bool
+    """Whether values are what keys are before they are normed and turned: one projection makes both."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +98,32 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    values_are_keys: bool
+    """Whether one projection makes keys and values."""
+    global_heads: GlobalHeads | None
+    """Of layers of kind `global`."""
     intermediate_size: int
+    reader_intermediate_size: int
+    """The same of layers that read the keys and values of another; 0 where there are none."""
+    per_layer_size: int
+    """Channels that each layer is handed of a token beside the residual stream; 0 where there are none."""
     activation: Activation
     gated_mlp: bool
     """act(gate x) * up x, instead of act(up x)."""
     norm: Literal["rms", "rms_offset", "rms_unscaled", "layer", "layer_no_bias"]
     """`rms_offset` multiplies by 1 + scale, `rms_unscaled` by nothing."""
     norm_eps: float
-    residual: Literal["sequential", "parallel", "parallel_shared"]
-    """Attention then MLP; both from the same input with a norm each; both from one norm."""
+    residual: Literal["sequential", "parallel", "parallel_shared", "sequential_scaled"]
+    """Attention then MLP; both from the same input with a norm each; both from one norm; attention then MLP,
+    and what comes out times a number of the layer's that is not learned."""
     pre_norm: bool
     post_norm: bool
     """Norms of the inputs, and of the outputs, of attention and MLP."""
     qk_norm: Literal["none", "head", "per_head", "all_heads", "turned_head"]
     """Norm of q and k over a head (one scale, or one a head), over all heads together, or over a head after
     it was turned to its position."""
+    value_norm: bool
+    """Whether the values of a head are divided by the root of their mean square."""
     embedding_norm: bool
     """Whether the embedded tokens are normed before the first layer."""
     gated_attention: Literal["none", "channel", "head"]
@@ -116,6 +156,34 @@ class DecoderConfig:
     def is_uniform(self) -> bool:
         """Whether all layers are attention, and one stack."""
         return set(self.layer_kinds) == {"attention"}
+
+    @property
+    def num_attending(self) -> int:
+        """Layers of attention, of whatever kind."""
+        return sum(kind in ATTENTION for kind in self.layer_kinds)
+
+    @property
+    def kv_head_counts(self) -> tuple[int, ...]:
+        """Of each kind of attention that there is."""
+        heads = dict.fromkeys(split_kind(kind)[0] for kind in self.layer_kinds if kind in ATTENTION)
+        return tuple(self.of_kind(each).num_kv_heads for each in heads)
+
+    def of_kind(self, kind: str) -> DecoderConfig:
+        """The same with the sizes of heads and MLPs in layers of a kind."""
+        which, role = split_kind(kind)
+        config = self
+        if role == "reader":
+            config = replace(config, intermediate_size=self.reader_intermediate_size)
+        if which != "global":
+            return config
+        heads = self.global_heads
+        assert heads is not None
+        return replace(
+            config,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=heads.head_dim,
+            values_are_keys=heads.values_are_keys,
+        )
 
     @property
     def convolved_channels(self) -> int:

@@ -1,4 +1,4 @@
-"""What a decoder is made of: blocks, attention, MLPs, norms and embeddings, and who builds them.
+"""What a decoder is made of: blocks, attention, convolutions and MLPs, and their stacks.
 
 A family's differences are values of `DecoderConfig`; they choose sub-modules in `__init__`, and no `__call__`
 asks which family it is. Norms are float32 inside; the residual stream has the compute dtype.
@@ -6,24 +6,18 @@ asks which family it is. Norms are float32 inside; the residual stream has the c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
-from dpo.models.decoder_config import DecoderConfig
-from dpo.models.linear import Linear
-from dpo.models.norms import LayerNorm, RMSNorm, UnscaledRMSNorm, lead
-from dpo.models.rotary import rotate
-
-XIELU_BETA, XIELU_EPS = 0.5, -1e-6
-"""What xIELU does not learn."""
+from dpo.models.decoder_config import ATTENTION, split_kind
+from dpo.models.norms import RMSNorm, UnscaledRMSNorm, lead
+from dpo.models.parts import INIT, Buffer, LayerMaker, identity
+from dpo.models.per_layer import PerLayerResidual
 
 
 class Block(nnx.Module):
@@ -32,12 +26,12 @@ class Block(nnx.Module):
     def __init__(self, make: LayerMaker):
         config, D = make.config, make.config.hidden_size
         self.residual_scale = config.residual_scale
-        self.input_layernorm = make.norm(D) if config.pre_norm else _identity
-        self.self_attn = Attention(make)
-        self.attention_output_norm = make.norm(D) if config.post_norm else _identity
-        self.post_attention_layernorm = make.norm(D) if config.pre_norm else _identity
-        self.mlp = make.mlp()
-        self.mlp_output_norm = make.norm(D) if config.post_norm else _identity
+        self.input_layernorm = make.norm(D) if config.pre_norm else identity
+        self.self_attn = _make_attention(make)
+        self.attention_output_norm = make.norm(D) if config.post_norm else identity
+        self.post_attention_layernorm = make.norm(D) if config.pre_norm else identity
+        self.mlp = _make_mlp(make)
+        self.mlp_output_norm = make.norm(D) if config.post_norm else identity
 
     def __call__(
         self, h: Float[Array, "R T D"], rope: Any, core: Callable
@@ -46,6 +40,22 @@ class Block(nnx.Module):
         h = h + self.attention_output_norm(attended) * self.residual_scale
         h = h + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(h))) * self.residual_scale
         return h, extra
+
+
+class ScaledBlock(Block):
+    """What a block makes of h, with what is beside it, times a number that is not learned (Gemma 4)."""
+
+    def __init__(self, make: LayerMaker):
+        super().__init__(make)
+        self.per_layer = PerLayerResidual(make) if make.config.per_layer_size else identity
+        self.layer_scalar = Buffer(jnp.ones((1,), make.param_dtype))
+
+    def __call__(
+        self, h: Float[Array, "R T D"], rope: Any, core: Callable, *beside: Float[Array, "R T P"]
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        h, extra = super().__call__(h, rope, core)
+        h = self.per_layer(h, *beside)
+        return h * lead(self.layer_scalar[...].astype(h.dtype), h.ndim), extra
 
 
 class RecurrentBlock(nnx.Module):
@@ -58,10 +68,10 @@ class RecurrentBlock(nnx.Module):
         config, D = make.config, make.config.hidden_size
         self.input_layernorm = make.norm(D)
         self.mixer = mixer
-        self.mixer_output_norm = make.norm(D) if config.post_norm else _identity
+        self.mixer_output_norm = make.norm(D) if config.post_norm else identity
         self.post_attention_layernorm = make.norm(D)
-        self.mlp = make.mlp()
-        self.mlp_output_norm = make.norm(D) if config.post_norm else _identity
+        self.mlp = _make_mlp(make)
+        self.mlp_output_norm = make.norm(D) if config.post_norm else identity
 
     def __call__(
         self, h: Float[Array, "R T D"], rope: Any, core: Callable
@@ -78,7 +88,7 @@ class ParallelBlock(nnx.Module):
         self.input_layernorm = make.norm(make.config.hidden_size)
         self.self_attn = Attention(make)
         self.post_attention_layernorm = make.norm(make.config.hidden_size)
-        self.mlp = make.mlp()
+        self.mlp = _make_mlp(make)
 
     def __call__(
         self, h: Float[Array, "R T D"], rope: Any, core: Callable
@@ -93,7 +103,7 @@ class SharedParallelBlock(nnx.Module):
     def __init__(self, make: LayerMaker):
         self.input_layernorm = make.norm(make.config.hidden_size)
         self.self_attn = Attention(make)
-        self.mlp = make.mlp()
+        self.mlp = _make_mlp(make)
 
     def __call__(
         self, h: Float[Array, "R T D"], rope: Any, core: Callable
@@ -115,10 +125,11 @@ class Attention(nnx.Module):
         has_bias = config.qkv_bias and config.gated_attention == "channel"
         self.g_proj = make.linear(D, gates, has_bias) if gates else None
         self.k_proj = make.linear(D, G * C, config.qkv_bias)
-        self.v_proj = make.linear(D, G * C, config.qkv_bias)
+        self.v_proj = None if config.values_are_keys else make.linear(D, G * C, config.qkv_bias)
         self.o_proj = make.linear(H * C, D, config.output_bias)
         self.q_norm, self.q_head_norm = make.qk_norms(H)
         self.k_norm, self.k_head_norm = make.qk_norms(G)
+        self.v_norm = UnscaledRMSNorm(config.norm_eps) if config.value_norm else identity
         self.q_turned_norm, self.k_turned_norm = make.turned_norm(), make.turned_norm()
         self.place = make.placement()
 
@@ -126,8 +137,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "R T D"], rope: Any, core: Callable
     ) -> tuple[Float[Array, "R T D"], Any]:
         q = self.q_head_norm(_heads(self.q_norm(self.q_proj(x)), self.head_dim))
-        k = self.k_head_norm(_heads(self.k_norm(self.k_proj(x)), self.head_dim))
-        v = _heads(self.v_proj(x), self.head_dim)
+        keys = self.k_proj(x)
+        k = self.k_head_norm(_heads(self.k_norm(keys), self.head_dim))
+        v = self.v_norm(_heads(keys if self.v_proj is None else self.v_proj(x), self.head_dim))
         q, k = self.q_turned_norm(self.place(q, rope)), self.k_turned_norm(self.place(k, rope))
         out, extra = core(q, k, v)
         out = out.reshape(*x.shape[:2], -1)
@@ -135,6 +147,26 @@ class Attention(nnx.Module):
             gate = jax.nn.sigmoid(self.g_proj(x))
             out = out * jnp.repeat(gate, out.shape[-1] // gate.shape[-1], axis=-1)
         return self.o_proj(out), extra
+
+
+class ReadingAttention(nnx.Module):
+    """Queries alone around `core(q)`, which attends to keys and values of a layer before."""
+
+    def __init__(self, make: LayerMaker):
+        config = make.config
+        width = config.num_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = make.linear(config.hidden_size, width, config.qkv_bias)
+        self.o_proj = make.linear(width, config.hidden_size, config.output_bias)
+        self.q_norm, self.q_head_norm = make.qk_norms(config.num_heads)
+        self.place = make.placement()
+
+    def __call__(
+        self, x: Float[Array, "R T D"], rope: Any, core: Callable
+    ) -> tuple[Float[Array, "R T D"], Any]:
+        q = self.q_head_norm(_heads(self.q_norm(self.q_proj(x)), self.head_dim))
+        out, extra = core(self.place(q, rope))
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), extra
 
 
 class Convolution(nnx.Module):
@@ -145,7 +177,7 @@ class Convolution(nnx.Module):
 
     def __init__(self, make: LayerMaker, channels: int):
         shape = (channels, 1, make.config.convolution_width)
-        self.taps = nnx.Param(_INIT(make.rngs.params(), shape, make.param_dtype))
+        self.taps = nnx.Param(INIT(make.rngs.params(), shape, make.param_dtype))
         has_bias = make.config.convolution_bias
         self.bias = nnx.Param(jnp.zeros((channels,), make.param_dtype)) if has_bias else None
 
@@ -240,95 +272,19 @@ class MLP(nnx.Module):
         return self.down_proj(self.act_fn(self.up_proj(x)))
 
 
-class XIELU(nnx.Module):
-    """xIELU (Huang and Schlag 2024): a x² + βx where x > 0, else b (exp(min(x, ε)) - 1 - x) + βx.
-
-    a and b are learned, one of each a layer.
-    """
-
-    def __init__(self, param_dtype: jnp.dtype):
-        self.alpha_p = nnx.Param(jnp.full((1,), math.log(math.expm1(0.8)), param_dtype))
-        self.alpha_n = nnx.Param(jnp.full((1,), math.log(math.expm1(0.8 - XIELU_BETA)), param_dtype))
-
-    def __call__(self, x: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
-        h = x.astype(jnp.float32)
-        a = jax.nn.softplus(lead(self.alpha_p[...].astype(jnp.float32), h.ndim))
-        b = XIELU_BETA + jax.nn.softplus(lead(self.alpha_n[...].astype(jnp.float32), h.ndim))
-        below = (jnp.expm1(jnp.minimum(h, XIELU_EPS)) - h) * b
-        return (jnp.where(h > 0, a * h * h, below) + XIELU_BETA * h).astype(x.dtype)
+def make_block(make: LayerMaker, kind: str) -> Any:
+    """The block of a kind of layers, with the sizes that the maker's configuration has."""
+    if kind in ATTENTION:
+        return _BLOCKS[make.config.residual](make)
+    return RecurrentBlock(make, _MIXERS[kind](make))
 
 
-class Embedding(nnx.Module):
-    """A table [V, D], looked up in the compute dtype."""
-
-    def __init__(self, rows: int, dim: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.embedding = nnx.Param(_INIT(rngs.params(), (rows, dim), param_dtype))
-
-    def __call__(self, index: Int[Array, "R T"]) -> Float[Array, "R T D"]:
-        return self.embedding[...].at[index].get(mode="clip").astype(self.dtype)
+def _make_attention(make: LayerMaker) -> Attention | ReadingAttention:
+    return ReadingAttention(make) if make.reads else Attention(make)
 
 
-@dataclass(frozen=True)
-class LayerMaker:
-    """Builds the sub-modules that a configuration asks for."""
-
-    config: DecoderConfig
-    rngs: nnx.Rngs
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-
-    def linear(self, dim_in: int, dim_out: int, use_bias: bool) -> Linear:
-        return Linear(
-            dim_in,
-            dim_out,
-            use_bias=use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_INIT,
-            rngs=self.rngs,
-        )
-
-    def embedding(self, rows: int) -> Embedding:
-        dim = self.config.hidden_size
-        return Embedding(rows, dim, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs)
-
-    def norm(self, *shape: int, use_bias: bool = True) -> RMSNorm | UnscaledRMSNorm | LayerNorm:
-        if self.config.norm == "rms_unscaled":
-            return UnscaledRMSNorm(self.config.norm_eps)
-        common = {"eps": self.config.norm_eps, "param_dtype": self.param_dtype}
-        if self.config.norm.startswith("rms"):
-            return RMSNorm(*shape, offset=float(self.config.norm == "rms_offset"), **common)
-        return LayerNorm(*shape, use_bias=use_bias and self.config.norm == "layer", **common)
-
-    def qk_norms(self, heads: int) -> tuple[Callable, Callable]:
-        """A norm before heads are split, and one after."""
-        C = self.config.head_dim
-        shapes = {"all_heads": (heads * C,), "head": (C,), "per_head": (heads, C)}
-        if self.config.qk_norm in ("none", "turned_head"):
-            return _identity, _identity
-        norm = self.norm(*shapes[self.config.qk_norm], use_bias=False)
-        return (norm, _identity) if self.config.qk_norm == "all_heads" else (_identity, norm)
-
-    def turned_norm(self) -> Callable:
-        """A norm of heads that were turned to their positions."""
-        return self.norm(self.config.head_dim) if self.config.qk_norm == "turned_head" else _identity
-
-    def activation(self) -> Callable:
-        if self.config.activation == "xielu":
-            return XIELU(self.param_dtype)
-        return _ACTIVATIONS[self.config.activation]
-
-    def placement(self) -> Callable:
-        return _rotate if self.config.position == "rotary" else _unplaced
-
-    def mlp(self) -> GatedMLP | MLP:
-        return GatedMLP(self) if self.config.gated_mlp else MLP(self)
-
-    def block(self, kind: str) -> Block | ParallelBlock | SharedParallelBlock | RecurrentBlock:
-        if kind == "attention":
-            return _BLOCKS[self.config.residual](self)
-        return RecurrentBlock(self, _MIXERS[kind](self))
+def _make_mlp(make: LayerMaker) -> GatedMLP | MLP:
+    return GatedMLP(make) if make.config.gated_mlp else MLP(make)
 
 
 class LayersByKind(nnx.Module):
@@ -351,7 +307,8 @@ def _stack(make: LayerMaker, kind: str, num_layers: int) -> Any:
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap
     def create(rngs: nnx.Rngs) -> Any:
-        return LayerMaker(make.config, rngs, make.dtype, make.param_dtype).block(kind)
+        config, reads = make.config.of_kind(kind), split_kind(kind)[1] == "reader"
+        return make_block(LayerMaker(config, rngs, make.dtype, make.param_dtype, reads), kind)
 
     return create(make.rngs)
 
@@ -365,27 +322,10 @@ def _unit(x: Float32[Array, "R T H C"]) -> Float32[Array, "R T H C"]:
     return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
 
-def _identity(x: Array) -> Array:
-    return x
-
-
-def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
-    return rotate(x, *rope)
-
-
-def _unplaced(x: Array, rope: None) -> Array:
-    return x
-
-
-_INIT = nnx.initializers.normal(0.02)
-
-_ACTIVATIONS: dict[str, Callable] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
-
 _MIXERS = {"convolution": ShortConvolution, "delta": GatedDeltaNet}
-_BLOCKS = {"sequential": Block, "parallel": ParallelBlock, "parallel_shared": SharedParallelBlock}
+_BLOCKS = {
+    "sequential": Block,
+    "parallel": ParallelBlock,
+    "parallel_shared": SharedParallelBlock,
+    "sequential_scaled": ScaledBlock,
+}

@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int8
 
 from dpo.models.decoder import Decoder
-from dpo.models.layers import Embedding
 from dpo.models.linear import Linear, Rounds, keep, product
+from dpo.models.parts import Embedding
 
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 

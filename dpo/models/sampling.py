@@ -19,7 +19,8 @@ from flax import nnx
 from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from dpo.models.decoder import Cache, Decoder
+from dpo.models.cache import Cache
+from dpo.models.decoder import Decoder
 from dpo.models.drawing import SamplingConfig, penalise, sample
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import fetch

@@ -16,11 +16,12 @@ def advise(config: Config, plan: Plan, decoder: DecoderConfig) -> Iterator[str]:
     """What to change of mesh and dtype, the most useful first; what else helps is tried (`remedies`)."""
     partition = {axis: plan.mesh[axis] for axis in (*ROWS, TENSOR)}
     tensor = partition[TENSOR]
-    if decoder.num_heads % tensor or decoder.num_kv_heads % tensor:
-        yield (
-            f"mesh.tensor {tensor} does not divide {decoder.num_heads} query and {decoder.num_kv_heads} key "
-            "heads: attention is computed by every device of the axis"
-        )
+    for keys in decoder.kv_head_counts:
+        if decoder.num_heads % tensor or keys % tensor:
+            yield (
+                f"mesh.tensor {tensor} does not divide {decoder.num_heads} query and {keys} key heads: "
+                "attention is computed by every device of the axis"
+            )
     if plan.fits:
         yield from _smaller_groups(plan)
         return

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from dpo.models.decoder_config import DecoderConfig, LayerKind
+from dpo.models.decoder_config import ATTENTION, DecoderConfig, LayerKind
 from dpo.planning.chips import Chip, Topology, ring_bandwidth
 from dpo.planning.hlo import Program
 
@@ -45,10 +45,11 @@ class Times(NamedTuple):
 
 def forward_flops(config: DecoderConfig, work: Work) -> tuple[float, float]:
     """Operations of one forward pass that must be done: in attention, and in everything else."""
-    attending = len(config.layers_of("attention"))
     weights = sum(_weights(config, kind) for kind in config.layer_kinds)
+    weights += config.hidden_size * config.num_layers * config.per_layer_size
     body = 2.0 * weights * work.tokens + 2.0 * config.vocab_size * config.hidden_size * work.scored
-    return 4.0 * config.num_heads * config.head_dim * attending * work.visible, body
+    widths = sum(config.of_kind(kind).head_dim for kind in config.layer_kinds if kind in ATTENTION)
+    return 4.0 * config.num_heads * widths * work.visible, body
 
 
 def _weights(config: DecoderConfig, kind: LayerKind) -> int:
@@ -56,13 +57,15 @@ def _weights(config: DecoderConfig, kind: LayerKind) -> int:
 
     The delta rule reads its state for the key, adds to it, and reads it for the query.
     """
+    config = config.of_kind(kind)
     D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     mlp = (3 if config.gated_mlp else 2) * D * config.intermediate_size
     if kind == "convolution":
         return 4 * D * D + mlp
-    if kind == "attention":
+    if kind in ATTENTION:
         gates = {"none": 0, "channel": H * C, "head": H}[config.gated_attention]
-        return D * (2 * H * C + 2 * G * C + gates) + mlp
+        projections = 0 if kind.endswith("_reader") else 1 if config.values_are_keys else 2
+        return D * (2 * H * C + projections * G * C + gates + 2 * config.per_layer_size) + mlp
     assert config.delta is not None
     delta, values = config.delta, config.delta.num_value_heads * config.delta.value_dim
     projections = D * (delta.channels + 2 * values + 2 * delta.num_value_heads)

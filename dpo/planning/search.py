@@ -65,7 +65,8 @@ def search_meshes(
 def candidate_meshes(num_devices: int, decoder: DecoderConfig) -> Iterator[MeshConfig]:
     """All fsdp, all data, both; the same with heads split in 2, 4 and 8 where they can be."""
     for tensor in (1, 2, 4, 8):
-        if num_devices % tensor or decoder.num_heads % tensor or decoder.num_kv_heads % tensor:
+        heads = (decoder.num_heads, *decoder.kv_head_counts)
+        if any(count % tensor for count in (num_devices, *heads)):
             continue
         rest = num_devices // tensor
         middle = 2 ** (max(0, rest.bit_length() - 1) // 2)

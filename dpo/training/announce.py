@@ -76,7 +76,7 @@ def _longest(tokens: TokenizedDataset) -> int:
 def _model(run: Run) -> str:
     policy = run.policy
     trained, frozen = _count(policy.params), _count(policy.frozen)
-    if not frozen:
+    if not run.config.lora.is_on:
         return f"{policy.pretrained.source}: all {show_parameters(trained)} parameters are trained"
     return (
         f"{policy.pretrained.source}: {show_parameters(trained)} parameters are trained, "

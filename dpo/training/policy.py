@@ -72,7 +72,8 @@ def load_policy(
     graphdef, params, frozen = nnx.split(pretrained.model, nnx.Param, ...)
     params, frozen = nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
     params = jax.device_put(params, parameter_sharding(mesh, params, rules))  # what `hold` made anew
-    return Policy(pretrained, graphdef, params, frozen, fingerprint_parameters(params))
+    fingerprint = fingerprint_parameters((params, frozen) if frozen else params)
+    return Policy(pretrained, graphdef, params, frozen, fingerprint)
 
 
 def make_score(

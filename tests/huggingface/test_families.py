@@ -7,6 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import nnx
 from numpy.testing import assert_allclose
 from tiny_models import CASES, ORACLES, TOKENS, batch_arrays, case_config, load_case, write_checkpoint
 
@@ -14,7 +16,7 @@ from dpo.huggingface.classic_configurations import alibi_slopes
 from dpo.huggingface.families import FAMILIES
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
-from dpo.huggingface.saving import save_pretrained
+from dpo.huggingface.saving import flatten, save_pretrained
 from dpo.huggingface.text_models import read_config
 from dpo.huggingface.weights import SafetensorsDirectory
 from dpo.models.drawing import SamplingConfig
@@ -34,6 +36,7 @@ LAYOUT_CASES = [
     "falcon",
     "mpt",
     "lfm2",
+    "gemma4_text",
 ]
 """One of every kind of positions and windows."""
 QUICK = {"llama", "gemma3_text", "gpt2", "mpt", "lfm2"}
@@ -191,6 +194,53 @@ def test_gemma3_does_not_cap_scores():
         for case in ("gemma3_text", "gemma2")
     ]
     assert caps == [None, 2.0]
+
+
+def test_numbers_of_layers_are_no_parameters_and_part_of_the_weights(tmp_path):
+    _, _, rest = nnx.split(load_case(tmp_path, "gemma4_text"), nnx.Param, ...)
+    found = flatten(nnx.to_pure_dict(rest))
+    kinds = ["attention", "global", "attention_kept", "global_kept", "attention_reader", "global_reader"]
+    numbers = [(0, 1), (2,), (3,), (4,), (5,), (6,)]
+    layers = {f"layers.{kind}.layer_scalar": each for kind, each in zip(kinds, numbers, strict=True)}
+    assert found.keys() == layers.keys()
+    stored = SafetensorsDirectory(tmp_path)
+    for path, values in found.items():
+        expected = [stored.read(f"model.layers.{layer}.layer_scalar") for layer in layers[path]]
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_keys_and_values_that_readers_do_not_have_are_left_out(tmp_path):
+    """Published files of Gemma 4 hold them; transformers passes over them too, and over nothing else."""
+    directory = write_checkpoint(tmp_path, "gemma4_text")
+    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+
+    def add(*names: str) -> None:
+        more = {f"model.layers.6.self_attn.{name}.weight": np.ones(10, np.float32) for name in names}
+        safetensors.numpy.save_file(tensors | more, directory / "model.safetensors")
+
+    add("v_proj", "k_norm")
+    load_decoder(open_checkpoint(directory))
+    add("v_proj", "r_proj")
+    with pytest.raises(ValueError, match=r"configuration:\n  left over: model.layers.6.self_attn.r_proj"):
+        load_decoder(open_checkpoint(directory))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"enable_moe_block": True}, "enable_moe_block is True; supported: False"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'; supported: None"),
+        ({"vocab_size_per_layer_input": 90}, "vocab_size_per_layer_input is 90; supported: vocab_size, 89"),
+        (
+            {"num_kv_shared_layers": 6},
+            "num_kv_shared_layers is 6; supported: at least one layer of each type",
+        ),
+        ({"per_layer_config": {"1": {"intermediate_size": 8}}}, "per_layer_config has intermediate_size"),
+    ],
+)
+def test_what_of_gemma4_is_not_supported_is_named(changes, said):
+    with pytest.raises(ValueError, match=said):
+        read_config({**case_config("gemma4_text"), **changes})
 
 
 def test_alibi_slopes_are_a_geometric_sequence():

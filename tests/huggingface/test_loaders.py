@@ -66,7 +66,7 @@ MLX_READS = {
 }
 """Of its `ModelArgs`, fields that it ends without, or has a default of its own for; the rotary ones apart."""
 
-NEWER = ("lfm3",)
+NEWER = ("lfm3", "gemma4_text")
 """Of transformers 5 alone: the older names of a rotation are not written."""
 
 

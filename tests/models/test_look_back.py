@@ -13,9 +13,10 @@ from tiny_models import TOKENS, batch_arrays, case_config
 
 from dpo.huggingface.text_models import read_config
 from dpo.models import decoder as decoder_module
+from dpo.models.attention import NO_WINDOW
 from dpo.models.decoder import Decoder
 from dpo.models.look_back import find_predecessors, take_slots
-from dpo.models.patterns import find_runs
+from dpo.models.patterns import Layer, find_runs
 
 BRANCH = np.asarray([[0, 0, 0, 1, 1, 2, 2, 0, 1, 0]])
 GROUP = np.asarray([[1, 1, 1, 1, 1, 1, 1, 2, 2, 0]])
@@ -76,18 +77,17 @@ def plain_hidden(model: Decoder, tokens, positions, group, branch):
     ropes, grow = model._ropes(positions, group), model._query_growth(positions)
     graphdef, layers = nnx.split(model.layers)
     config = model.config
-    xs = decoder_module._Layer(
+    xs = Layer(
         state=layers,
         index=jnp.arange(config.num_layers),
-        window=jnp.asarray(config.windows, jnp.int32)
-        if min(config.windows) < decoder_module.NO_WINDOW
-        else None,
+        window=jnp.asarray(config.windows, jnp.int32) if min(config.windows) < NO_WINDOW else None,
         rope=jnp.asarray(config.layer_rope, jnp.int32) if len(config.ropes) > 1 else None,
+        beside=(),
     )
 
     def block(h, layer):
         core = partial(model._attend, **layout, grow=grow, key_bias=key_bias, window=layer.window)
-        h = nnx.merge(graphdef, layer.state)(h, ropes(layer.rope), core)[0]
+        h = nnx.merge(graphdef, layer.state)(h, ropes("attention", layer.rope), core)[0]
         return model.partition.constrain(h, decoder_module.ROWS), None
 
     block = decoder_module._rematerialised(block, model.remat)
