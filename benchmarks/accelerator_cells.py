@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LLAMA, QWEN, SMOLLM2, LFM2 = "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m", "lfm2-350m"
-HALF_A_BILLION = "qwen2.5-0.5b"
+HALF_A_BILLION = "llama-0.5b"
 
 
 class Cell(NamedTuple):
@@ -66,7 +66,7 @@ CELLS = (
     Cell("ours llama 1b helpsteer3", ours(LLAMA, "helpsteer3", 16, *SHORT, *BIG_CHUNK), 150),
     Cell("trl llama 1b helpsteer3", trl(LLAMA, "helpsteer3", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK), 150),
-    Cell("loop qwen2.5 0.5b ultrafeedback", LOOP, 120),
+    Cell("loop llama 0.5b ultrafeedback", LOOP, 120),
     Cell("ours llama 1b fixed1024 cudnn", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *CUDNN), 150),
     Cell("trl llama 1b fixed1024", trl(LLAMA, "fixed1024", 16, 4, *SHORT), 100),
     Cell("ours llama 1b helpsteer3 K=4", ours(LLAMA, "helpsteer3_k4", 8, *SHORT, *BIG_CHUNK), 150),

@@ -53,8 +53,8 @@ LFM2: dict[str, Any] = {
 }
 """The shape of LFM2-350M: convolutions, and attention in six of sixteen layers."""
 
-QWEN2: dict[str, Any] = {
-    "model_type": "qwen2",
+HALF: dict[str, Any] = {
+    "model_type": "llama",
     "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -65,12 +65,13 @@ QWEN2: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "tie_word_embeddings": True,
 }
-"""The shape of Qwen2.5-0.5B."""
+"""The sizes of Qwen2.5-0.5B. A directory of its own type gets Qwen2's splitting of words from transformers,
+whatever tokenizer is in it."""
 
 TINY_LFM2 = LFM2 | {name: TINY[name] for name in TINY if name.endswith(("size", "heads"))}
 REHEARSED = ("tiny", "tiny-lfm2")
-GIVEN = {"tiny": TINY, "tiny-lfm2": TINY_LFM2, "lfm2-350m": LFM2, "qwen2.5-0.5b": QWEN2}
-SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m", "qwen2.5-0.5b")
+GIVEN = {"tiny": TINY, "tiny-lfm2": TINY_LFM2, "lfm2-350m": LFM2, "llama-0.5b": HALF}
+SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m", "llama-0.5b")
 """Of `dpo.huggingface.shapes`, where they are not in `GIVEN`."""
 
 SPECIAL = ("<pad>", "<bos>", "<end>")
@@ -131,8 +132,7 @@ def make_inputs(directory: Path, names: tuple[str, ...], *, rows: int) -> None:
 def make_model(name: str, directory: Path) -> None:
     """A Hugging Face directory with random bfloat16 weights; norms are 1. The tokenizer is written last."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = dict(GIVEN[name]) if name in GIVEN else read_shape(f"shape:{name}")
-    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = configuration(name)
     family, decoder = read_config(config)
     config["architectures"] = [family.architecture]
     (directory / "config.json").write_text(json.dumps(config, indent=1))
@@ -144,6 +144,12 @@ def make_model(name: str, directory: Path) -> None:
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     make_tokenizer().save_pretrained(directory)
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """What config.json says of a model, but for its class."""
+    given = GIVEN[name] if name in GIVEN else read_shape(f"shape:{name}")
+    return given | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

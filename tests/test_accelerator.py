@@ -27,6 +27,15 @@ def inputs(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("name", accelerator_inputs.SHAPES)
+def test_every_model_of_the_kit_has_the_tokenizer_that_was_made_for_it(tmp_path, name):
+    """transformers takes another for some types of models, which made all responses the same."""
+    (tmp_path / "config.json").write_text(json.dumps(accelerator_inputs.configuration(name)))
+    accelerator_inputs.make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("user w0 w1999 <end>")["input_ids"] == [3, 5, 2004, 2]
+
+
 def rehearse(inputs: Path, out: Path, cell: str, *more: str) -> None:
     accelerator.main(["--inputs", str(inputs), "--out", str(out), "--rehearse", "--only", cell, *more])
 
@@ -94,7 +103,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
         pytest.param("hybrid", "ours lfm2 350m ultrafeedback", marks=pytest.mark.slow),
         pytest.param("cudnn", "ours llama 1b fixed1024 cudnn", marks=pytest.mark.slow),
         pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
-        pytest.param("loop", "loop qwen2.5 0.5b ultrafeedback", marks=pytest.mark.slow),
+        pytest.param("loop", "loop llama 0.5b ultrafeedback", marks=pytest.mark.slow),
         pytest.param("K", "ours llama 1b helpsteer3 K=4", marks=pytest.mark.slow),
         pytest.param("long", "ours llama 1b long4096", marks=pytest.mark.slow),
     ],
