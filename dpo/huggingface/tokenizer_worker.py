@@ -76,6 +76,11 @@ def main(request: dict[str, Any]) -> None:
 
 def _try(path: str) -> int:
     tokenizer = _open(path)
+    if getattr(tokenizer.model, "dropout", None):
+        raise _WrongError(
+            f"its model leaves out merges at random (dropout is {tokenizer.model.dropout:g}), so that a text "
+            "has other tokens each time; allowed is null"
+        )
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         part = getattr(tokenizer, name)
         if part is not None:

@@ -74,6 +74,18 @@ def test_a_tokenizer_that_would_end_the_process_is_refused_by_file(directory, wh
         load_tokenizer(change(directory, **BAD[what]))
 
 
+@pytest.mark.parametrize(("dropout", "is_refused"), [(0.5, True), (0.0, False), (None, False)])
+def test_a_tokenizer_that_draws_its_tokens_is_refused(directory, dropout, is_refused):
+    model = {"type": "BPE", "dropout": dropout, "unk_token": None, "continuing_subword_prefix": None}
+    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    change(directory, model=model | {"vocab": {"a": 3, "b": 4, "ab": 5}, "merges": [["a", "b"]]})
+    if is_refused:
+        with pytest.raises(UserError, match=r"leaves out merges at random \(dropout is 0\.5\)"):
+            load_tokenizer(directory)
+    else:
+        assert load_tokenizer(directory).encode("ab", add_special_tokens=False) == [5]
+
+
 def without_file(directory: Path, tokenizer_class: str, **files: str) -> Path:
     (directory / "tokenizer.json").unlink()
     settings = directory / "tokenizer_config.json"
