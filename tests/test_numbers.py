@@ -79,14 +79,18 @@ LIMITED: list[tuple[str, tuple[object, ...]]] = [
         (limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
     ),
     (
-        "| {} GiB of addresses and four times the files' size; {} s of CPU time and one for each {} MB |",
+        "| {} GiB of addresses and four times the files' size, without their holes; {} s of CPU time "
+        "and one for each {} MB |",
         (limited.MEMORY >> 30, limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
     ),
     (
         "rows of one part but for its last | {} MiB; {} MiB |",
         (sources.MAX_ROW_BYTES >> 20, sources.MAX_PART_BYTES >> 20),
     ),
-    ("blank lines behind each other | {:,} |", (sources.MAX_BLANK_LINES,)),
+    (
+        "blank lines behind each other, of JSON lines and CSV; their bytes | {:,}; {} MiB |",
+        (sources.MAX_BLANK_LINES, sources.MAX_BLANK_BYTES >> 20),
+    ),
     (
         "{} MiB and {:,} times the file's size; {} MiB each {:,} rows",
         (BASE >> 20, FACTOR, table_worker.BATCH >> 20, table_worker.ROWS),
@@ -195,7 +199,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/troubleshooting.md", "After {} steps the loss is still", (watchdog.STUCK_AFTER,)),
     ("docs/troubleshooting.md", "{} steps in a row had no gradient", (WORDS[watchdog.ZERO_STEPS].title(),)),
     ("docs/troubleshooting.md", "the last {0} steps are half as long again as those of the first {0}", (50,)),
-    ("docs/from_trl.md", "within {} roundings of its log-probs", (metrics.RESOLUTION,)),
+    ("docs/from_trl.md", "within {} roundings of the pair's log-probs", (metrics.RESOLUTION,)),
     ("docs/from_trl.md", "`training.epochs` (**{:g}**)", (DEFAULT.training.epochs,)),
     ("docs/from_trl.md", "`data.max_length` (**{}**)", (DEFAULT.data.max_length,)),
     ("docs/from_trl.md", "`data.truncation` (**{}**", (DEFAULT.data.truncation,)),
