@@ -343,7 +343,7 @@ class GenerateConfig:
     """System message before the prompt; the chat template's own when not given."""
     template_kwargs: TemplateArguments = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}."""
-    template_characters: int = 1_000_000
+    template_characters: int = 100_000
     """Characters that the chat template may write for a text, beside twice those of its messages; a
     template that writes more is refused, and raising this says that it is trusted."""
     max_new_tokens: int = 256

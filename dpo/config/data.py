@@ -75,7 +75,7 @@ class DataConfig:
     data always give the same tokens."""
     template_kwargs: TemplateArguments = field(default_factory=dict)
     """Arguments of the chat template, such as {enable_thinking: false}, in training, sampling and judging."""
-    template_characters: int = field(default=1_000_000, metadata=marks(BESIDE))
+    template_characters: int = field(default=100_000, metadata=marks(BESIDE))
     """Characters that the chat template may write for a text, beside twice those of its messages; a
     template that writes more is refused, and raising this says that it is trusted."""
     layout: Literal["padded", "packed", "shared"] = "shared"

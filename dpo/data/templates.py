@@ -41,7 +41,7 @@ class Limits(NamedTuple):
 
     seconds: float = 5.0
     """Seconds of CPU time that rendering one text may take."""
-    characters: int = 1_000_000
+    characters: int = 100_000
     """Characters that a rendered text may have beside twice those that it is made of."""
     texts: int = 64
     """So many times `characters` all texts that are rendered in one go may have, beside the same."""

@@ -143,11 +143,11 @@ def test_a_bomb_is_stopped_by_name_and_what_comes_after_it_renders(bomb):
     assert make("{{ 1 + 1 }}").render({}) == "2"
 
 
-@pytest.mark.parametrize("text", ["{{ '😀' * 7999999 }}", "{{ 'x ' * 3999999 }}", "{{ 'x' * 1000005 }}"])
+@pytest.mark.parametrize("text", ["{{ '😀' * 7999999 }}", "{{ 'x ' * 3999999 }}", "{{ 'x' * 100005 }}"])
 def test_what_a_template_writes_of_its_own_is_little_beside_what_it_is_given(text):
     """The first took a minute to receive, the second gigabytes as tokens of a few rows."""
     with pytest.raises(
-        TemplateLimitError, match=r"wrote more than 1000\d\d\d characters; data\.this allows more"
+        TemplateLimitError, match=r"wrote more than 1000\d\d characters; data\.this allows more"
     ):
         SandboxedTemplate(text, name="the template", setting="data.this").render({})
 
@@ -155,7 +155,7 @@ def test_what_a_template_writes_of_its_own_is_little_beside_what_it_is_given(tex
 def test_a_long_text_of_the_data_is_written_however_long():
     content = "word " * 500_000
     assert make("{{ content }}{{ content }}").render({"content": content}) == 2 * content
-    assert make("{{ '😀' * 900000 }}").render({}) == "😀" * 900_000
+    assert make("{{ '😀' * 90000 }}").render({}) == "😀" * 90_000
 
 
 def test_texts_that_are_rendered_in_one_go_share_a_budget():
