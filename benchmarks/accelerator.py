@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accelerator_cells import CELLS, LFM2, Cell
+from benchmarks.accelerator_cells import CELLS, TINY, Cell
 from benchmarks.programs import run_program
 from dpo.planning.chips import CHIPS, FRACTIONS, chip_named
 
@@ -228,7 +228,7 @@ def rehearsed(arguments: list[str]) -> list[str]:
         if flag in changed:
             place = changed.index(flag) + 1
             source = Path(changed[place])
-            changed[place] = str(source.with_name("tiny-lfm2" if source.name == LFM2 else "tiny"))
+            changed[place] = str(source.with_name(TINY.get(source.name, "tiny")))
     if "--micro-batches" in changed:
         place = changed.index("--micro-batches") + 1
         changed[place] = str(min(2, int(changed[place])))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 LLAMA, QWEN, SMOLLM2, LFM2 = "llama-3.2-1b", "qwen3-0.6b", "smollm2-135m", "lfm2-350m"
-HALF_A_BILLION = "llama-0.5b"
+QWEN35, HALF_A_BILLION = "qwen3.5-0.8b", "llama-0.5b"
+TINY = {LFM2: "tiny-lfm2", QWEN35: "tiny-qwen3.5"}
+"""What stands for a model in a rehearsal, where it is not `tiny`."""
 
 
 class Cell(NamedTuple):
@@ -84,5 +86,7 @@ CELLS = (
     Cell("ours llama 1b fixed1024 unroll", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *UNROLL), 150),
     Cell("ours lfm2 350m ultrafeedback", ours(LFM2, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 120),
     Cell("trl lfm2 350m ultrafeedback", trl(LFM2, "ultrafeedback", 16, 4, *SHORT), 100),
+    Cell("ours qwen3.5 0.8b ultrafeedback", ours(QWEN35, "ultrafeedback", 16, *SHORT, *BIG_CHUNK), 150),
+    Cell("trl qwen3.5 0.8b ultrafeedback", trl(QWEN35, "ultrafeedback", 16, 4, *SHORT), 100),
     Cell("ours llama 1b fixed1024 plain", ours(LLAMA, "fixed1024", 16, *SHORT, *BIG_CHUNK, *PLAIN), 150),
 )  # fmt: skip

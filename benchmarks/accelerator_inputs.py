@@ -68,10 +68,33 @@ HALF: dict[str, Any] = {
 """The sizes of Qwen2.5-0.5B. A directory of its own type gets Qwen2's splitting of words from transformers,
 whatever tokenizer is in it."""
 
-TINY_LFM2 = LFM2 | {name: TINY[name] for name in TINY if name.endswith(("size", "heads"))}
-REHEARSED = ("tiny", "tiny-lfm2")
-GIVEN = {"tiny": TINY, "tiny-lfm2": TINY_LFM2, "lfm2-350m": LFM2, "llama-0.5b": HALF}
-SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m", "llama-0.5b")
+_TINY_SIZES = {name: TINY[name] for name in TINY if name.endswith(("size", "heads"))}
+TINY_LFM2 = LFM2 | _TINY_SIZES
+TINY_QWEN35: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    **_TINY_SIZES,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "full_attention_interval": 4,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""Three layers of the delta rule, and one of attention."""
+REHEARSED = ("tiny", "tiny-lfm2", "tiny-qwen3.5")
+GIVEN = {
+    "tiny": TINY,
+    "tiny-lfm2": TINY_LFM2,
+    "tiny-qwen3.5": TINY_QWEN35,
+    "lfm2-350m": LFM2,
+    "llama-0.5b": HALF,
+}
+SHAPES = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "lfm2-350m", "qwen3.5-0.8b", "llama-0.5b")
 """Of `dpo.huggingface.shapes`, where they are not in `GIVEN`."""
 
 SPECIAL = ("<pad>", "<bos>", "<end>")

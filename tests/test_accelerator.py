@@ -101,6 +101,7 @@ def test_every_cell_runs_a_program_with_options_that_it_has(inputs, tmp_path):
         pytest.param("ours", "ours smollm2 135m hh", marks=pytest.mark.ci),
         pytest.param("LoRA", "ours llama 1b helpsteer3 LoRA", marks=pytest.mark.slow),
         pytest.param("hybrid", "ours lfm2 350m ultrafeedback", marks=pytest.mark.slow),
+        pytest.param("delta rule", "ours qwen3.5 0.8b ultrafeedback", marks=pytest.mark.slow),
         pytest.param("cudnn", "ours llama 1b fixed1024 cudnn", marks=pytest.mark.slow),
         pytest.param("attention", "attention: ranges", marks=pytest.mark.slow),
         pytest.param("loop", "loop llama 0.5b ultrafeedback", marks=pytest.mark.slow),
