@@ -45,7 +45,8 @@ def read_any_text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise MalformedRowError(field, "wrong_type", f"found {name_type(value)}; allowed is a string")
     try:
-        value.isascii() or value.encode("utf-8")
+        if not value.isascii():
+            value.encode("utf-8")
     except UnicodeEncodeError as error:
         detail = f"character {error.start} is half a surrogate pair; allowed is valid Unicode"
         raise MalformedRowError(field, "invalid_unicode", detail) from None

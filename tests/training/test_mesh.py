@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
-from transformers import Lfm2Config, LlamaConfig, Qwen3_5TextConfig
+from transformers import Gemma4TextConfig, Lfm2Config, LlamaConfig, Qwen3_5TextConfig
 
 from dpo.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.loader import training_loader
@@ -48,12 +48,13 @@ class Case(NamedTuple):
     adapters: Method | None = None
     """None: all weights are trained."""
     layer_types: tuple[str, ...] = ()
-    """Of a model with convolutions or linear attention; Llama without."""
+    """Of a model with layers of several kinds; Llama without."""
     steps: int = STEPS
 
 
 RAGGED = (2, 4, 3, 1)
 DELTA = ("linear_attention", "full_attention", "linear_attention")
+SHARING = ("full_attention", "sliding_attention", "sliding_attention", "full_attention")
 CASES = {
     "pairs": Case({"name": "dpo", "beta": 0.3}),
     "ragged rankings": Case({"name": "plackett_luce", "beta": 0.3}, responses=RAGGED),
@@ -78,6 +79,7 @@ CASES = {
     "delta rule, packed adapters in two parts": Case(
         {"name": "dpo", "beta": 0.3}, "packed", 2, adapters=Method(), layer_types=DELTA, steps=2
     ),
+    "heads of two sizes, shared keys": Case({"name": "dpo", "beta": 0.3}, layer_types=SHARING, steps=2),
     "moving mean": Case({"name": "bco", "beta": 0.3}, "packed", 1),
     "own likelihood": Case({"name": "sft"}, "shared", 2),
     "weighted by collisions": Case({"name": "dpo", "wpo": True}),
@@ -127,6 +129,10 @@ def configuration(layer_types):
     """A class of configurations, with its own sizes of layers that do not attend."""
     if "conv" in layer_types:
         return partial(Lfm2Config, layer_types=list(layer_types), block_auto_adjust_ff_dim=False)
+    if "sliding_attention" in layer_types:
+        heads = {"head_dim": 8, "global_head_dim": 12, "num_kv_shared_layers": 2, "sliding_window": 4}
+        beside = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+        return partial(Gemma4TextConfig, layer_types=list(layer_types), **heads, **beside)
     if "linear_attention" not in layer_types:
         return LlamaConfig
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
