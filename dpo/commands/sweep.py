@@ -55,12 +55,14 @@ def _conclude(
     from dpo.pages.comparison import write_comparison
 
     choice = choose({name: load_heldout(run, configs[name]) for name, run in done.items()})
-    write_json(directory / RESULT_FILE, as_result(choice, done, codes))
+    result = as_result(choice, done, codes)
+    write_json(directory / RESULT_FILE, result)
     print_plain(choice_as_text(choice))
     if len(done) > 1:
         runs = [(done[one.name], configs[one.name]) for one in choice.judged]
-        failed = {name: code for name, code in codes.items() if code}
-        page = write_comparison(runs, output=directory / "comparison.html", choice=choice, failed=failed)
+        page = write_comparison(
+            runs, output=directory / "comparison.html", choice=choice, failed=result["failed"]
+        )
         print_plain(f"page        {page}")
     print_plain(f"figures     {directory / RESULT_FILE}")
     print_plain(f"policy      {done[choice.chosen.name] / configs[choice.chosen.name].policy_name}")
