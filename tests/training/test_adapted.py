@@ -199,7 +199,7 @@ def test_micro_batches_train_alike_and_adapters_alone_are_the_policy(finished, t
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert read_front_matter(tmp_path / "adapter" / "README.md")["library_name"] == "peft"
     for part in (
-        "LoRA adapters of rank 4 (0.",
+        "LoRA adapters of rank 4 (3,712 parameters",
         "PeftModel.from_pretrained",
         "| reference | the base model |",
     ):
