@@ -26,6 +26,7 @@ from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.gguf_sizes import rope_tensors, size_fields
 from dpo.huggingface.gguf_vocabulary import vocabulary_fields
 from dpo.huggingface.saving import flatten, hf_tensor
+from dpo.huggingface.streamed import loaded
 from dpo.models.decoder import Decoder
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.parts import WEIGHTS
@@ -106,9 +107,11 @@ def save_gguf(
         for values in ropes.values():
             writer.write_tensor_data(values)
         heads = _heads(table, model.config)
-        for own, (_, kind, parts) in named.items():
-            values = _values(table, own, parts, leaves, heads)
-            writer.write_tensor_data(_encoded(values, kind))
+        for _, together in itertools.groupby(named.items(), key=lambda item: item[1][2][0][0].key):
+            held: dict[str, Any] = {}  # the parameters of one binding at a time
+            for own, (_, kind, parts) in together:
+                held = held or loaded([binding for binding, _ in parts], leaves)
+                writer.write_tensor_data(_encoded(_values(table, own, parts, held, heads), kind))
         writer.close()
         _require_same(target, model.config)
     return path

@@ -1,7 +1,7 @@
 """A model as a Hugging Face directory: weights streamed into safetensors, configurations, tokenizer, card.
 
 Parameters are copied one tensor at a time (of a large one: a run of its rows), so that writing a model needs
-little memory beside the model.
+little memory beside the model, and of a checkpoint that of its largest parameters alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from dpo.huggingface.carried import Carried
 from dpo.huggingface.families import Family, classifier_architecture
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.spellings import respell_tokenizer, spelled_for_all
-from dpo.huggingface.streamed import take
+from dpo.huggingface.streamed import loaded, take
 from dpo.huggingface.text_models import family_of
 from dpo.huggingface.weights import SAFETENSORS_DTYPES
 from dpo.models.classifier import SequenceClassifier
@@ -79,6 +78,8 @@ def save_pretrained(
 
 _Part = tuple[Binding, int]
 """One tensor: the binding, and which of its tensors."""
+Place = tuple[Path, int]
+"""A file, and where in it a tensor begins."""
 
 
 def _save_weights(
@@ -95,15 +96,15 @@ def _save_weights(
     fixed = constants(family, model.config)
     others = [] if carried is None else carried.shards(max_shard_size)
     if len(shards) == 1 and not others:
-        _save_shard(target / "model.safetensors", shards[0], leaves, dtype, fixed)
+        _fill(_begin_shard(target / "model.safetensors", shards[0], dtype, fixed), bindings, leaves, dtype)
         return
-    weight_map: dict[str, str] = {}
+    places: dict[str, Place] = {}
     count = len(shards) + len(others)
     for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{count:05d}.safetensors"
         own = fixed if number == len(shards) else {}
-        _save_shard(target / name, shard, leaves, dtype, own)
-        weight_map |= {**{binding.names[index]: name for binding, index in shard}, **dict.fromkeys(own, name)}
+        places |= _begin_shard(target / f"model-{number:05d}-of-{count:05d}.safetensors", shard, dtype, own)
+    _fill(places, bindings, leaves, dtype)
+    weight_map = {name: path.name for name, (path, _) in places.items()}
     total = sum(leaf.size for leaf in leaves.values()) + len(fixed)
     size = total * dtype.itemsize
     for number, names in enumerate(others, start=len(shards) + 1):
@@ -132,42 +133,52 @@ def _plan_shards(bindings: Sequence[Binding], dtype: np.dtype, max_shard_size: i
     return shards
 
 
-def _save_shard(
-    path: Path,
-    shard: Sequence[_Part],
-    leaves: Mapping[str, Any],
-    dtype: np.dtype,
-    fixed: Mapping[str, float],
-) -> None:
-    """One safetensors file, the same bytes as the library writes of the same tensors."""
-    parts = {binding.names[index]: (binding, index) for binding, index in shard}
-    names = sorted([*parts, *fixed])
-    shapes = {name: parts[name][0].shape if name in parts else () for name in names}
-    tensors = (
-        _pieces(*parts[name], leaves) if name in parts else (np.asarray(fixed[name]),) for name in names
-    )
-    with path.open("wb") as file:
-        write_safetensors(file, shapes, dtype, tensors)
+def _begin_shard(
+    path: Path, shard: Sequence[_Part], dtype: np.dtype, fixed: Mapping[str, float]
+) -> dict[str, Place]:
+    """One file, of which nothing is written but what is fixed; returns where each tensor belongs."""
+    shapes = {binding.names[index]: binding.shape for binding, index in shard}
+    shapes |= dict.fromkeys(fixed, ())
+    places = begin_safetensors(path, {name: shapes[name] for name in sorted(shapes)}, dtype)
+    for name, value in fixed.items():
+        write_at(places[name], [np.asarray(value)], dtype)
+    return places
 
 
-def write_safetensors(
-    file: BufferedWriter,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    tensors: Iterable[Iterable[np.ndarray]],
+def _fill(
+    places: Mapping[str, Place], bindings: Sequence[Binding], leaves: Mapping[str, Any], dtype: np.dtype
 ) -> None:
-    """Write tensors of one dtype in the order of `shapes`, each given as runs of its rows."""
+    """Write every tensor where it belongs, parameter by parameter: no more than those of one are held."""
+    for binding in bindings:
+        held = loaded([binding], leaves)
+        for index, name in enumerate(binding.names):
+            write_at(places[name], _pieces(binding, index, held), dtype)
+
+
+def begin_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
+) -> dict[str, Place]:
+    """Write the header of a file of tensors of one dtype, in the order of `shapes`: filled, the file has the
+    same bytes as the library writes of the same tensors. Returns where each tensor belongs."""
     stored = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
     begin = 0
     for name, shape in shapes.items():
         end = begin + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
+        begins[name], begin = begin, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for pieces in tensors:
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return {name: (path, 8 + len(text) + begin) for name, begin in begins.items()}
+
+
+def write_at(place: Place, pieces: Iterable[np.ndarray], dtype: np.dtype) -> None:
+    """Write one tensor where it belongs, given as runs of its rows."""
+    path, begin = place
+    with path.open("r+b") as file:
+        file.seek(begin)
         for piece in pieces:
             file.write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
 

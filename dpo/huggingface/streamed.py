@@ -6,7 +6,7 @@ A model of such parameters has its shapes, and takes the memory of one tensor wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -33,6 +33,19 @@ class Streamed(Protocol):
 
     def part(self, index: int) -> np.ndarray:
         """What belongs to one tensor of a file, counted along the leading axes."""
+        ...
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A parameter that is read whole when it is asked for, and kept by who asked alone."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    size: int
+
+    def load(self) -> np.ndarray:
+        """All of it, on the host."""
         ...
 
 
@@ -90,6 +103,12 @@ def plain_model(model: Decoder) -> Decoder:
     flat = {path: _plain(model, ".".join(map(str, path)), shape) for path, shape in shapes.items()}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(flat))
     return nnx.merge(graphdef, state)
+
+
+def loaded(bindings: Iterable[Binding], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of some bindings, read where they are stored: to be given up before others are asked for."""
+    found = {path: leaves[path] for binding in bindings for path in binding.leaves}
+    return {path: leaf.load() if isinstance(leaf, Stored) else leaf for path, leaf in found.items()}
 
 
 def take(leaf: Any, index: int, num_leading: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,9 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path(step)} could not be restored: {error}") from error
 
-    def restore_params(self, step: int, like: Params, *, dtype: np.dtype | None = None) -> Params:
-        """The parameters alone after `step` updates, on the host; neither optimiser nor reference is read.
-
-        One after another, as numpy's arrays, each rounded to `dtype` at once where there is one: the peak is
-        the parameters and what is left to read of one.
+    def stored_params(self, step: int, like: Params) -> Params:
+        """The parameters alone after `step` updates, each of which is read when it is asked for (`Stored`);
+        neither optimiser nor reference is.
 
         Raises:
           ValueError: when the checkpoint holds other parameters.
@@ -198,18 +197,11 @@ class Checkpoints:
         saved, now = self.identity(step)["state"], _shapes({"params": like})
         if {name: text for name, text in saved.items() if name in now} != now:
             raise UserError(f"{self.path(step)} does not fit these settings: another model?")
-        leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-        largest_first = sorted(range(len(leaves)), key=lambda index: -leaves[index][1].size)
-        found: list[Any] = [None] * len(leaves)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            for index in largest_first:
-                path, leaf = leaves[index]
-                wanted = _nested(path, ocp.utils.to_shape_dtype_struct(leaf))
-                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-                part = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-                (values,) = jax.tree.leaves(checkpointer.restore(self.path(step) / STATE, part))
-                found[index] = values if dtype is None else values.astype(dtype, copy=False)
-        return jax.tree.unflatten(structure, found)
+        return jax.tree_util.tree_map_with_path(partial(_InCheckpoint, self.path(step) / STATE), like)
+
+    def restore_params(self, step: int, like: Params) -> Params:
+        """The same as numpy's arrays."""
+        return jax.tree.map(lambda stored: stored.load(), self.stored_params(step, like))
 
     def _require_there(self, step: int) -> None:
         """Orbax would make the directory anew, and what is left of the run would look like all of it."""
@@ -274,6 +266,23 @@ class Checkpoints:
             raise WriteError(
                 f"the checkpoint of step {step} could not be written to {self.path(step)}: {reason}; {left}"
             ) from error
+
+
+class _InCheckpoint:
+    """A parameter that stays in a checkpoint until it is asked for."""
+
+    def __init__(self, state: Path, path: tuple[Any, ...], like: Any):
+        self.shape, self.dtype, self.size = like.shape, like.dtype, like.size
+        self._state, self._path = state, path
+
+    def load(self) -> np.ndarray:
+        """Read it, on the host."""
+        wanted = _nested(self._path, jax.ShapeDtypeStruct(self.shape, self.dtype))
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        part = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            (values,) = jax.tree.leaves(checkpointer.restore(self._state, part))
+        return values
 
 
 def _shapes(state: TrainState | dict[str, Params]) -> dict[str, str]:

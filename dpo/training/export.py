@@ -58,8 +58,8 @@ def export_checkpoint(given: ExportConfig, config: Config) -> tuple[Path, int]:
         step = _choose_step(checkpoints, directory, given.step)
         _require_whole(checkpoints, step)
         policy = policy_to_write(config)
-        held = jnp.dtype(dtype) if given.format == "merged" and not config.lora.is_on else None
-        params = checkpoints.restore_params(step, policy.params, dtype=held)
+        read = checkpoints.restore_params if config.lora.is_on else checkpoints.stored_params
+        params = read(step, policy.params)
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     _require_replaceable(output, config)
     if given.format == "adapter":

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder, load_pretrained
-from dpo.huggingface.saving import save_pretrained, write_safetensors
+from dpo.huggingface.saving import begin_safetensors, save_pretrained, write_at
 from dpo.huggingface.spellings import NEWER, spelled_for_all
 from dpo.huggingface.text_models import read_config
 
@@ -32,9 +32,10 @@ def test_streamed_safetensors_are_the_librarys_bytes(dtype, tmp_path: Path) -> N
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     names = sorted(tensors)
-    pieces = ([tensors[name][:1], tensors[name][1:]] for name in names)
-    with (tmp_path / "own").open("wb") as file:
-        write_safetensors(file, {name: tensors[name].shape for name in names}, np.dtype(dtype), pieces)
+    shapes = {name: tensors[name].shape for name in names}
+    places = begin_safetensors(tmp_path / "own", shapes, np.dtype(dtype))
+    for name in reversed(names):
+        write_at(places[name], [tensors[name][:1], tensors[name][1:]], np.dtype(dtype))
     assert (tmp_path / "own").read_bytes() == path.read_bytes()
 
 
