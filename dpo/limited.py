@@ -29,6 +29,7 @@ _PATIENCE = 10
 _LONGEST = 7 * 24 * 3600
 """Seconds by the clock that none takes: a file may be terabytes."""
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL", "HOME")
+_ENVIRONMENT += ("TMPDIR", "TEMP", "TMP")
 _ALONE = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "OMP_NUM_THREADS": "1",

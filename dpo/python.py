@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dpo.config import Config, DataConfig, MeshConfig, ModelConfig
+from dpo.config.home import at_home
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Message, read_prompt, read_turns
 from dpo.data.preferences import ReadSummary, fingerprint
@@ -194,7 +195,7 @@ def load(
     Raises:
       ValueError: when there is no such model, or it is of a family that is not read.
     """
-    given = replace(data or DataConfig(max_length=LONGEST), truncation="error")
+    given = at_home(replace(data or DataConfig(max_length=LONGEST), truncation="error"))
     mesh, found = own_mesh(MeshConfig()), model_of(source)
     policy = load_policy(ModelConfig(source=found, compute_dtype=compute_dtype), mesh)
     if data is not None:  # it talks, and ends, as they say; else as `dpo generate` has it

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import os
+import pwd
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from dpo.config import (
 )
 from dpo.config.commands import HeldoutConfig
 from dpo.config.home import at_home
+from dpo.limited import look
 
 UNUSUAL = Config(
     run_dir="runs/ärger",
@@ -203,6 +206,11 @@ def test_the_home_directory_is_found_in_settings_made_in_python(monkeypatch, tmp
     assert at_home(["~/x", ("~/y", 1), None]) == [f"{tmp_path}/x", (f"{tmp_path}/y", 1), None]
     assert at_home(found) == found
     assert at_home(["~", "~x", "~~/x"]) == [str(tmp_path), "~x", "~~/x"], "no directory is called ~"
+    me = pwd.getpwuid(os.getuid())
+    assert at_home([f"~{me.pw_name}/x", "~nobody-is-called-so/x"]) == [
+        f"{me.pw_dir}/x",
+        "~nobody-is-called-so/x",
+    ]
 
 
 def test_the_home_directory_is_found_in_what_is_no_setting_of_a_run(monkeypatch, tmp_path):
@@ -213,6 +221,14 @@ def test_the_home_directory_is_found_in_what_is_no_setting_of_a_run(monkeypatch,
     assert cli.main(["sweep", "--over=objective.beta=[0.1]", "--sweep_dir=~/sweep"]) == 0
     assert cli.main(["report", "~/run", "other"]) == 0
     assert given == [f"{tmp_path}/sweep", [f"{tmp_path}/run", "other"]]
+
+
+def test_a_limited_process_has_the_place_for_temporary_files(tmp_path: Path, monkeypatch) -> None:
+    """Where /tmp cannot be written, libraries that want one would not be imported there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    script = tmp_path / "says.py"
+    script.write_text("import json, os\nprint(json.dumps({'place': os.environ.get('TMPDIR')}))\n")
+    assert look(script, {}, size=0) == {"place": str(tmp_path)}
 
 
 def test_nothing_overrides_what_the_environment_says():

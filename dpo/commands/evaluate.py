@@ -57,7 +57,8 @@ def describe_heldout(heldout: Heldout, *, beta: float, seed: int) -> HeldoutFigu
     """All figures, and what was left out of them."""
     from dpo.evaluation.accuracy import describe
 
-    return {**describe(heldout.rows, beta=beta, seed=seed), "left_out": heldout.left_out}
+    counts = {"left_out": heldout.left_out, "truncated": heldout.truncated}
+    return {**describe(heldout.rows, beta=beta, seed=seed), **counts}  # type: ignore[return-value]
 
 
 def _output_of(given: EvaluateConfig) -> str | None:

@@ -21,7 +21,7 @@ def measure_frontier(given: FrontierConfig, arguments: Sequence[str]) -> bool:
     from dpo.own_code import require_own_word, require_own_word_for_objectives
     from dpo.training.program import enable_compilation_cache
 
-    if ":" in given.reward:
+    if given.reward is not None and ":" in given.reward:
         require_own_word(given.reward, setting="reward", arguments=arguments)
     require_own_word_for_objectives(
         [{"name": name} for name in given.objectives], arguments=arguments, as_said="--objectives=[{}]"

@@ -30,6 +30,7 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
         "seed": given.seed,
         "template_kwargs": given.template_kwargs,
         "template_characters": given.template_characters,
+        "on_cut": lambda: _say_cut(given.max_new_tokens),
     }
     try:
         if prompt is None:
@@ -41,6 +42,11 @@ def answer(given: GenerateConfig, prompt: str | None) -> None:
         _write("\n")
     except BrokenPipeError:  # as in `| head -1`: who has read enough is no error
         lead_nowhere(unguarded(sys.stdout))
+
+
+def _say_cut(longest: int) -> None:
+    """Beside what was asked for: a response without its end looks like one that is bad."""
+    print(f"\n(cut off at {longest} tokens: --max_new_tokens)", file=sys.stderr, flush=True)
 
 
 def _write(piece: str) -> None:

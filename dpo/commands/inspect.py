@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo.commands.checks import check_settings
 from dpo.commands.output import write_json
-from dpo.config import Config, DataConfig, InspectConfig
+from dpo.config import Config, DataConfig, InspectConfig, starting_source
 from dpo.outcomes import UserError
 from dpo.terminal import console
 
@@ -27,7 +27,7 @@ def inspect_data(config: Config, given: InspectConfig, arguments: Sequence[str])
     from dpo.data.inspection import render_example, render_report
     from dpo.huggingface.tokenizer_files import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model.source)
+    tokenizer = load_tokenizer(starting_source(config))
     report, dataset = report_data(config, tokenizer, heldout=given.heldout)
     out = console()
     out.print(render_report(report))

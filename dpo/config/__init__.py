@@ -20,6 +20,7 @@ from dpo.config.commands import (
     WinrateConfig,
     heldout_settings,
     reference_source,
+    starting_source,
 )
 from dpo.config.data import DataConfig
 from dpo.config.experiments import (
@@ -62,6 +63,7 @@ __all__ = [
     "is_config",
     "reference_source",
     "save_config",
+    "starting_source",
 ]
 
 

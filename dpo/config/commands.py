@@ -420,7 +420,10 @@ def _policy_source(run_dir: str, run: Config) -> str:
 
 
 def reference_source(run: Config) -> str:
-    """What a run's reference is opened from: adapters that it starts with are on its own model, too."""
-    if run.model.reference is None and run.lora.init is not None:
-        return f"{run.lora.init} on {run.model.source}"
-    return run.model.reference or run.model.source
+    """What a run's reference is opened from."""
+    return run.model.reference or starting_source(run)
+
+
+def starting_source(run: Config) -> str:
+    """What a run's policy is as it starts, tokenizer included: adapters of its start are on its model."""
+    return run.model.source if run.lora.init is None else f"{run.lora.init} on {run.model.source}"

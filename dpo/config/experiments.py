@@ -25,8 +25,9 @@ class FrontierConfig:
     """The rankings to train on, the same for all objectives."""
     eval: str = "shipped:sentiment_eval.jsonl"
     """The held-out rankings, whose prompts the policies answer."""
-    reward: str = "vader"
-    """The true reward that ranks and judges: vader, or module:function of your own."""
+    reward: str | None = None
+    """The true reward that ranks and judges: vader, or module:function of your own; vader when not given,
+    where train and eval are shipped data."""
     objectives: list[str] = field(default_factory=lambda: ["dpo", "ipo", "plackett_luce"])
     """Names of the objectives to compare."""
     betas: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.5, 1.0])

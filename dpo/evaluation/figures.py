@@ -89,3 +89,5 @@ class HeldoutFigures(TypedDict):
     """Accuracy and the baselines', every source counting the same."""
     left_out: NotRequired[dict[str, int]]
     """Rows that no figure is of, by reason; in figures that are kept."""
+    truncated: NotRequired[int]
+    """Rows of which a part was scored."""

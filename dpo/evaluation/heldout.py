@@ -27,7 +27,7 @@ from dpo.training.reading import Dataset, read_dataset, read_texts
 from dpo.training.reference import score_rows
 from dpo.training.reference_model import open_reference
 from dpo.training.same_tokens import require_same_tokens
-from dpo.training.validation import DATA_KEY
+from dpo.training.validation import DATA_KEY, TRUNCATED_KEY
 
 
 class Heldout(NamedTuple):
@@ -37,6 +37,8 @@ class Heldout(NamedTuple):
     preferences: list[Preference]
     left_out: dict[str, int]
     """Rows that were malformed or dropped at tokenisation, by reason."""
+    truncated: int = 0
+    """Rows of which a part is scored, since they are longer than data.max_length."""
 
 
 def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
@@ -76,7 +78,7 @@ def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:
         "origin": tokens.origin,
     }
     preferences = read_texts(config.data, heldout=True).preferences
-    return _with_texts(numbers, preferences, left_out(dataset.read, tokens))
+    return _with_texts(numbers, preferences, left_out(dataset.read, tokens), tokens.num_truncated)
 
 
 def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
@@ -89,7 +91,8 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     if not path.is_file() or config.data.eval is None:
         raise UserError(f"{path} is not there: the run is not finished, or has no held-out data")
     read = read_texts(config.data, heldout=True)
-    numbers, then = _read_numbers(path)
+    numbers, facts = _read_numbers(path)
+    then = facts.get(DATA_KEY)
     changed = then is not None and then != read.content
     if changed or not 0 <= numbers["origin"].min() <= numbers["origin"].max() < len(read.preferences):
         raise UserError(
@@ -99,18 +102,19 @@ def load_heldout(run_dir: str | Path, config: Config) -> Heldout:
     dropped = len(read.preferences) - len(numbers["origin"])
     reason = "dropped at tokenisation" if isinstance(config.data.eval, str) else "not drawn or not tokenised"
     at_tokenization = {f"{reason} (dpo inspect --heldout says why)": dropped} if dropped else {}
-    found = _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization})
+    truncated = int(facts.get(TRUNCATED_KEY, 0))
+    found = _with_texts(numbers, read.preferences, {**read.skipped, **at_tokenization}, truncated)
     if not len(make_pairs(as_pairs(found.rows)).row):
         raise UserError(f"{path} is damaged: no row has two responses of different rank{_REMEDY}")
     return found
 
 
-def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
-    """The arrays that a held-out evaluation left, and of which data; None in runs of earlier versions."""
+def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays that a held-out evaluation left, and what is said of its data, by earlier versions less."""
     try:
         numbers = load_file(path)
         with safe_open(path, framework="np") as file:
-            then = (file.metadata() or {}).get(DATA_KEY)
+            facts = file.metadata() or {}
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is damaged: {error}{_REMEDY}") from error
     missing = [name for name in (*_OF_RESPONSES, "origin") if name not in numbers]
@@ -127,7 +131,7 @@ def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
         raise UserError(f"{path} is damaged: origin is {origin.dtype}{list(origin.shape)}{_REMEDY}")
     if not (numbers["present"].any(1).all() and (numbers["lengths"][numbers["present"] != 0] > 0).all()):
         raise UserError(f"{path} is damaged: a row has no response, or one of no token{_REMEDY}")
-    return numbers, then
+    return numbers, facts
 
 
 _REMEDY = "; dpo evaluate makes the figures anew"
@@ -150,7 +154,7 @@ def _score_policy(config: Config, mesh: Mesh) -> tuple[PreTrainedTokenizerBase, 
 
 
 def _with_texts(
-    numbers: dict[str, np.ndarray], preferences: list[Preference], left_out: dict[str, int]
+    numbers: dict[str, np.ndarray], preferences: list[Preference], left_out: dict[str, int], truncated: int
 ) -> Heldout:
     kept = [preferences[index] for index in numbers["origin"]]
     rows = Rows(
@@ -163,7 +167,7 @@ def _with_texts(
         sources=np.array([preference.source for preference in kept]),
     )
     check_finite(rows, [preference.location for preference in kept])
-    return Heldout(rows, kept, left_out)
+    return Heldout(rows, kept, left_out, truncated)
 
 
 def _number(texts: Sequence[str]) -> np.ndarray:

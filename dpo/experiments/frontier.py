@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import comb, log
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from dpo.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from dpo.distribution import is_shipped
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
 from dpo.experiments.frontier_results import BestOf, Drawn, FrontierResult, Point
@@ -43,7 +44,7 @@ from dpo.files import replace_text
 from dpo.huggingface.pretrained import load_pretrained, stop_tokens
 from dpo.judging.journal import Journal
 from dpo.judging.judges import RewardJudge, reward_judge
-from dpo.judging.prompts import read_prompts
+from dpo.judging.prompts import SHIPPED_JUDGE, read_prompts
 from dpo.judging.rewards import Prompt
 from dpo.judging.samples import Player, Request, model_identity, sample_responses
 from dpo.losses import make_objective
@@ -69,10 +70,12 @@ def run(given: FrontierConfig, *, log: Log) -> FrontierResult | None:
 
     None where a signal asked to stop: everything is saved, and the same settings go on from there.
     """
+    given = replace(given, reward=_choose_reward(given))
     output = Path(given.output)
     configs = run_configs(given)
     for config in configs.values():
         _require_same_settings(config)
+    assert given.reward is not None, "it was chosen"
     reward = reward_judge(given.reward, setting="reward")
     prompts = [row.prompt for row in read_prompts(next(iter(configs.values())), log)]
     with Journal(output / "points.jsonl") as points:
@@ -103,6 +106,23 @@ def run(given: FrontierConfig, *, log: Log) -> FrontierResult | None:
     draw_temperatures(output / "temperatures.svg", result)
     replace_text(output / "frontier.md", frontier_as_markdown(result), what="the tables")
     return result
+
+
+def _choose_reward(given: FrontierConfig) -> str:
+    """The reward that is named; without one, that of the data which come with the package.
+
+    Raises:
+      ValueError: for other data: their true reward is not known.
+    """
+    if given.reward is not None:
+        return given.reward
+    for source in (given.train, given.eval):
+        if not is_shipped(source):
+            raise UserError(
+                f"reward is not given, and {source} is none of the shipped data; allowed: the reward that "
+                f"ranked them, {SHIPPED_JUDGE} or module:function"
+            )
+    return SHIPPED_JUDGE
 
 
 def run_configs(given: FrontierConfig) -> dict[tuple[str, float], Config]:

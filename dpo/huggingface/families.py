@@ -96,9 +96,9 @@ class Family(NamedTuple):
     allowed: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
     """Values of configuration fields for which the decoder computes the same as transformers."""
     ignored: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
-    """Patterns of tensors that are no parameters."""
+    """Patterns of buffers, which follow from the configuration."""
     unread: Callable[[DecoderConfig], tuple[str, ...]] = lambda config: ()
-    """The same that only some layers have."""
+    """Patterns of weights that neither transformers nor the decoder uses; a run says which there are."""
     constants: Mapping[str, float] = {}
     """Tensors of one number that are no parameters, by name with `{layer}`."""
     is_part: bool = False
@@ -199,8 +199,12 @@ _BUFFERS = (
     r"\.attn\.(attention\.)?(masked_)?bias$",
     r"\.attention\.(masked_)?bias$",
 )
-_BESIDE = (r"\.rotary_emb\.inv_freq$", r"^mtp\.")
-"""A buffer, and what predicts several tokens at once, which transformers does not read either."""
+
+
+def _predictors(config: DecoderConfig) -> tuple[str, ...]:
+    """What predicts several tokens at once, which transformers does not read either."""
+    return (r"^mtp\.",)
+
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "model.", llama_family, LLAMA_RULES),
@@ -245,8 +249,8 @@ FAMILIES = {
     ),
     "lfm2": Family("Lfm2ForCausalLM", "model.", lfm2, LFM2_RULES),
     "lfm3": Family("Lfm3ForCausalLM", "model.", lfm3, LFM3_RULES),
-    "qwen3_5_text": Family("Qwen3_5ForCausalLM", "model.", qwen35, QWEN35_RULES, ignored=_BESIDE),
-    "qwen3_next": Family("Qwen3NextForCausalLM", "model.", qwen3_next, QWEN3_NEXT_RULES, ignored=_BESIDE),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", "model.", qwen35, QWEN35_RULES, unread=_predictors),
+    "qwen3_next": Family("Qwen3NextForCausalLM", "model.", qwen3_next, QWEN3_NEXT_RULES, unread=_predictors),
     "stablelm": Family("StableLmForCausalLM", "model.", stablelm, STABLELM_RULES),
     "gpt2": Family(
         "GPT2LMHeadModel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ class Pretrained(NamedTuple):
     """The source's name on the hub, where that is known."""
     carried: Carried | None = None
     """What the source has beside its text model, for an export."""
+    unread: tuple[str, ...] = ()
+    """Tensors of the source that nothing uses, and that no export has."""
 
 
 def load_pretrained(
@@ -83,7 +86,15 @@ def _as_pretrained(model: Decoder, checkpoint: Checkpoint) -> Pretrained:
         checkpoint.licence,
         checkpoint.hub_id,
         checkpoint.carried(),
+        _unread_tensors(checkpoint, model.config),
     )
+
+
+def _unread_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[str, ...]:
+    family, _ = _read_config_of(checkpoint)
+    patterns = family.unread(config)
+    names = checkpoint.tensors(family, ()).shapes if patterns else ()
+    return tuple(name for name in names if any(re.search(pattern, name) for pattern in patterns))
 
 
 def open_shapes(source: str | Path, *, compute_dtype: Any = jnp.float32) -> Pretrained:

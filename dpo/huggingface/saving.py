@@ -155,9 +155,7 @@ def _fill(
             write_at(places[name], _pieces(binding, index, held), dtype)
 
 
-def begin_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
-) -> dict[str, Place]:
+def begin_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, Place]:
     """Write the header of a file of tensors of one dtype, in the order of `shapes`: filled, the file has the
     same bytes as the library writes of the same tensors. Returns where each tensor belongs."""
     stored = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)

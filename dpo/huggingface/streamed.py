@@ -106,7 +106,7 @@ def plain_model(model: Decoder) -> Decoder:
 
 
 def loaded(bindings: Iterable[Binding], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of some bindings, read where they are stored: to be given up before others are asked for."""
+    """The parameters of some bindings, read where they are stored: to be given up before others are."""
     found = {path: leaves[path] for binding in bindings for path in binding.leaves}
     return {path: leaf.load() if isinstance(leaf, Stored) else leaf for path, leaf in found.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,10 @@ import numpy as np
 from dpo.config import Config, WinrateConfig
 from dpo.data.messages import response_text
 from dpo.data.preferences import Preference
+from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_pretrained
+from dpo.huggingface.text_models import read_config
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.figures import (
     AskedLine,
@@ -35,7 +38,10 @@ from dpo.judging.prompts import choose_judge, prompt_key, read_prompts, with_len
 from dpo.judging.results import VERDICTS_FILE, write_result
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.models.drawing import SamplingConfig
+from dpo.models.vocabulary import require_known
+from dpo.outcomes import UserError
 from dpo.training.reading import given_chat_template
+from dpo.training.same_tokens import name_alike
 from dpo.training.talk import as_trained
 
 DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
@@ -179,6 +185,10 @@ def log_ratios(
     ]
     missing = {key: pair.policy for key, pair in zip(keys, pairs, strict=True) if key not in journal.lines}
     if missing:
+        problem = _why_no_ratios(config, missing.values())
+        if problem is not None:
+            log(f"{problem}: no log-ratios")
+            return None
         log(f"scoring {len(missing)} responses of the policy under both models")
         prompts = [sample.prompt_tokens for sample in missing.values()]
         responses = [sample.tokens for sample in missing.values()]
@@ -189,6 +199,19 @@ def log_ratios(
         for place, key in enumerate(missing):
             journal.append({"key": key} | {role: float(values[place]) for role, values in logps.items()})
     return np.array([journal.lines[key]["policy"] - journal.lines[key]["opponent"] for key in keys])
+
+
+def _why_no_ratios(config: Config, responses: Iterable[Sample]) -> str | None:
+    """Why the opponent can give the policy's responses no log-probs, token by token; None where it can."""
+    policy, opponent = _sources(config)
+    rows = [[*sample.prompt_tokens, *sample.tokens] for sample in responses]
+    if not name_alike(load_tokenizer(policy), load_tokenizer(opponent), rows):
+        return "policy and opponent have different tokens under the same numbers"
+    try:
+        require_known(rows, read_config(open_checkpoint(opponent).config)[1], source=opponent)
+    except UserError:
+        return f"{opponent} lacks tokens, or positions, of the policy's responses"
+    return None
 
 
 def _sources(config: Config) -> tuple[str, str]:

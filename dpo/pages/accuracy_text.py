@@ -12,7 +12,8 @@ def figures_as_text(figures: HeldoutFigures) -> str:
     """The figures of `accuracy.describe`, and what was left out of them, in a few lines."""
     lines = [
         _counts(figures)
-        + "".join(f"; {count} left out: {reason}" for reason, count in figures.get("left_out", {}).items()),
+        + "".join(f"; {count} left out: {reason}" for reason, count in figures.get("left_out", {}).items())
+        + (f"; {count} truncated" if (count := figures.get("truncated")) else ""),
         _line("accuracy", figures["accuracy"], note=_ties(figures["ties"])),
         *(
             _line(f"  {words}", figures["baselines"][name], note=_gain(figures["over_baselines"][name]))

@@ -28,8 +28,12 @@ def respond(
     seed: int,
     template_kwargs: Mapping[str, Any] | None = None,
     template_characters: int = LIMITS.characters,
+    on_cut: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
-    """The response in pieces of whole characters, each as soon as it is drawn."""
+    """The response in pieces of whole characters, each as soon as it is drawn.
+
+    `on_cut` is called at its end where it was cut off, at the largest number of new tokens.
+    """
     tokenizer, stop = pretrained.tokenizer, stop_tokens(pretrained)
     (ids,) = tokenize_prompts(
         [prompt], tokenizer, template_kwargs=template_kwargs, template_characters=template_characters
@@ -46,6 +50,8 @@ def respond(
     rest = decode_ids(tokenizer, drawn, skip_special_tokens=True)
     if len(rest) > len(shown) and rest.startswith(shown):
         yield rest[len(shown) :]
+    if drawn[-1] not in stop:
+        on_cut()
 
 
 def converse(
@@ -58,6 +64,7 @@ def converse(
     write: Callable[[str], None],
     template_kwargs: Mapping[str, Any] | None = None,
     template_characters: int = LIMITS.characters,
+    on_cut: Callable[[], None] = lambda: None,
 ) -> None:
     """Answer line after line, each with all before it, until `read` raises EOFError.
 
@@ -81,6 +88,7 @@ def converse(
             seed=_seed_of(seed, turn),
             template_kwargs=template_kwargs,
             template_characters=template_characters,
+            on_cut=on_cut,
         ):
             pieces.append(piece)
             write(piece)

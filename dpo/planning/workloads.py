@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo.config import Config
+from dpo.config import Config, starting_source
 from dpo.config.sources import show_source
 from dpo.data.packing import Shape
 from dpo.data.shapes import Step, plan_shapes
@@ -125,7 +125,7 @@ def choose_lengths(config: Config, *, prompt: int | None, response: int | None, 
             f"prompt_tokens is {prompt} and response_tokens is {response}; both are needed for a model that "
             f"is a shape (model.source is {config.model.source!r}), or neither: then the data's lengths count"
         )
-    dataset = read_dataset(config.data, load_tokenizer(config.model.source))
+    dataset = read_dataset(config.data, load_tokenizer(starting_source(config)))
     objective = make_objective(specification(config))
     return data_lengths(fit_to_objective(dataset, objective, seed=config.training.seed).tokens)
 

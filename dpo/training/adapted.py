@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dpo.config import Config, LoraConfig
+from dpo.config import Config, LoraConfig, starting_source
 from dpo.huggingface.adapter_files import AdapterDirectory, load_adapters
 from dpo.huggingface.adapters import (
     Adapter,
@@ -30,7 +30,7 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, open_in_files, open_shapes
 from dpo.huggingface.streamed import plain_model
 from dpo.huggingface.text_models import read_config
-from dpo.huggingface.tokenizer_files import split_on_base
+from dpo.huggingface.tokenizer_files import load_tokenizer, split_on_base
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
@@ -58,6 +58,7 @@ def open_policy(config: Config, mesh: Mesh) -> Policy:
     hf_config = open_checkpoint(config.model.source).config
     adapters, method = starting_adapters(lora, hf_config, seed=config.training.seed)
     base = load_policy(config.model, mesh, base_dtype=lora.base_dtype, rules=rules)
+    base = base._replace(pretrained=_with_own_tokenizer(base.pretrained, config))
     model = base.merge(base.params)
     add_adapters(model, adapters, method)
     graphdef, params, frozen = nnx.split(model, nnx.LoRAParam, ...)
@@ -92,12 +93,20 @@ def policy_to_write(config: Config) -> Policy:
         pretrained = open_shapes(source, compute_dtype=compute_dtype)
         return _taken_apart(pretrained, pretrained.model, nnx.Param)
     pretrained = open_in_files(source, held=lora.base_dtype, compute_dtype=compute_dtype)
+    pretrained = _with_own_tokenizer(pretrained, config)
     adapters, method = starting_adapters(lora, pretrained.config, seed=config.training.seed)
     model = nnx.merge(*nnx.split(pretrained.model))
     add_adapters(model, map(_with_magnitude, adapters), method)
     return _taken_apart(pretrained, model, nnx.LoRAParam)._replace(
         base=_taken_apart(pretrained, pretrained.model, nnx.Param)
     )
+
+
+def _with_own_tokenizer(pretrained: Pretrained, config: Config) -> Pretrained:
+    """The model with the tokenizer, and so the template, that adapters in `lora.init` bring along."""
+    if config.lora.init is None:
+        return pretrained
+    return pretrained._replace(tokenizer=load_tokenizer(starting_source(config)))
 
 
 def _taken_apart(pretrained: Pretrained, model: Decoder, trained: type[nnx.Variable]) -> Policy:

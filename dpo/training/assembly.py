@@ -13,7 +13,7 @@ from dpo.training.datasets import Arrangement, as_trained, in_order, scoring_loa
 from dpo.training.hooks import Between
 from dpo.training.identity import take_probe
 from dpo.training.interrupt import stoppable
-from dpo.training.on_policy import Observe
+from dpo.training.on_policy import Observe, first_prompts
 from dpo.training.optimizer import learning_rates
 from dpo.training.policy import Policy
 from dpo.training.preparation import Run
@@ -23,7 +23,7 @@ from dpo.training.reading import all_processes
 from dpo.training.record import Record
 from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import Scoring, make_scoring, score_reference
-from dpo.training.same_tokens import require_same_tokens
+from dpo.training.same_tokens import require_same_tokens, require_same_vocabulary
 from dpo.training.saving import Probe, Resume, Saver, find_resume
 from dpo.training.step import TrainState
 from dpo.training.tracking import Tracker, open_trackers
@@ -78,6 +78,7 @@ def score_datasets(
         named = {"data.train": run.dataset} | ({} if run.heldout is None else {"data.eval": run.heldout})
         policy = run.policy.pretrained.source, run.policy.pretrained.tokenizer
         require_same_tokens(policy, reference.pretrained, run.config.data, named, peers=all_processes())
+        _require_known_samples(run, reference)
     of_policy = scoring
     if reference is not run.policy:
         scoring = make_scoring(run.config, reference, run.objective, run.mesh)
@@ -107,6 +108,15 @@ def score_datasets(
     arrangement = as_trained(config.training, tokens, run.loader)
     trained = stores(("train",), model, with_it.trained(model.params), arrangement)
     return trained | stores(("eval",), reference, score)
+
+
+def _require_known_samples(run: Run, reference: Policy) -> None:
+    """Samples of the policy hold any token, and the reference has to know each (`training.eval_samples`)."""
+    training, heldout = run.config.training, run.heldout
+    if training.eval_samples and heldout is not None:
+        prompts = first_prompts(heldout.tokens, training.eval_samples)
+        longest = max(map(len, prompts)) + training.eval_max_new_tokens
+        require_same_vocabulary(run.policy.pretrained, reference.pretrained, longest=longest)
 
 
 def validation_of(

@@ -47,17 +47,18 @@ def begin(run: Run, given: Config, settings: str) -> None:
 
 def finish(
     run: Run,
-    reference: Policy,
+    contents: Identity,
     metrics: dict[str, float] | None,
     *,
     settings: str,
     started: float,
     best: int | None,
 ) -> RunSummary:
-    """Write the summary, last: a run that has one is finished. `started` is of the monotonic clock."""
+    """Write the summary, last: a run that has one is finished. `contents` are `contents_of` the run,
+    `started` is of the monotonic clock."""
     summary: RunSummary = {
         "settings": settings,
-        "contents": _contents(run, reference),
+        "contents": contents,
         "steps": run.num_steps,
         "prompts": len(run.dataset.tokens),
         "eval": metrics,
@@ -108,13 +109,14 @@ def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]
     if "contents" not in summary:  # of an earlier version, which did not say
         return True
     run = prepare(config)
-    now = _contents(run, choose_reference(run.config, run.policy, run.mesh))
+    now = contents_of(run, choose_reference(run.config, run.policy, run.mesh))
     where = f"the finished run in {config.run_dir}"
     require_same(summary["contents"], now, allowed=config.training.allow_changed, where=where, log=log)
     return not differences(summary["contents"], now)
 
 
-def _contents(run: Run, reference: Policy) -> Identity:
+def contents_of(run: Run, reference: Policy) -> Identity:
+    """What a finished run was made from: data, tokenizer, template, weights and own code."""
     found = {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
     code = {name: value for name, value in run.identity["settings"].items() if name.startswith(CODE)}
     found |= {"settings": code} if code else {}

@@ -52,7 +52,7 @@ from dpo.training.assembly import (
     validation_of,
 )
 from dpo.training.checkpoint import Checkpoints
-from dpo.training.directory import begin, finish, may_stand, summary_of
+from dpo.training.directory import begin, contents_of, finish, may_stand, summary_of
 from dpo.training.export import export_adapters, export_model
 from dpo.training.hooks import Between, Done, Hook, before, every, halt_where_asked, is_due, once
 from dpo.training.identity import reference_identity, settings_fingerprint
@@ -166,7 +166,8 @@ def _fit(
     known = reference_identity(stores)
     resume.require_same(known, log=say)
     observe = observe or open_on_policy(run.config, run.policy, reference, run.heldout, run.mesh)
-    validation = validation_of(run, stores, log=say)
+    validation, contents = validation_of(run, stores, log=say), contents_of(run, reference)
+    del reference  # another model's weights are needed no more, unless the policy's samples are
 
     # The state, which takes the place of the policy's parameters and is donated from step to step.
     identity, probe = run.identity | known, probe_of(run, scoring)
@@ -198,7 +199,7 @@ def _fit(
     saver.save(step, state)
     metrics = _evaluate_and_export(run, state, evaluate, stop_requested)
     checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
-    summary = finish(run, reference, metrics, settings=start.settings, started=start.began, best=saver.best)
+    summary = finish(run, contents, metrics, settings=start.settings, started=start.began, best=saver.best)
     return RunResult(run.run_dir, "finished", summary)
 
 

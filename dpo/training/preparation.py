@@ -73,6 +73,8 @@ def prepare(config: Config) -> Run:
     policy = policy._replace(pretrained=as_trained(policy.pretrained, config.data))
     if policy.pretrained.carried is not None:
         say(f"trained is the text model; an export carries as they are {policy.pretrained.carried}")
+    if unread := policy.pretrained.unread:
+        say(f"{len(unread)} tensors of the model are not used, nor in an export: {unread[0]} and the like")
     tokenizer = policy.pretrained.tokenizer
     peers = all_processes()
     dataset = read_dataset(config.data, tokenizer, peers=peers, log=say)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,47 @@ def require_same_tokens(
                 f"{source} and {reference.source} make different tokens of {name}; a log-ratio needs "
                 "the same tokenizer and chat template in both (data.chat_template can give both the same)"
             )
+
+
+def require_same_vocabulary(policy: Pretrained, reference: Pretrained, *, longest: int) -> None:
+    """Refuse a reference that lacks tokens which the policy can sample, or means others by their numbers.
+
+    `longest` is the most tokens that a prompt and its sample have.
+
+    Raises:
+      ValueError: naming both models, and what is allowed.
+    """
+    ours, theirs = policy.model.config, reference.model.config
+    other = _first_other_name(policy.tokenizer, reference.tokenizer, range(ours.vocab_size))
+    problem = None
+    if ours.vocab_size > theirs.vocab_size:
+        problem = f"of {ours.vocab_size} tokens, of which it knows {theirs.vocab_size}"
+    elif other is not None:
+        problem = f"of other tokens: {other} is another one there"
+    elif theirs.position == "learned" and longest > theirs.max_positions:
+        problem = f"of up to {longest} tokens, and it has {theirs.max_positions} learned positions"
+    if problem is not None:
+        raise UserError(
+            f"training.eval_samples asks {reference.source} about samples of {policy.source}, {problem}; "
+            "allowed: training.eval_samples 0, or a reference of the same vocabulary"
+        )
+
+
+def name_alike(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, rows: Iterable[Iterable[int]]
+) -> bool:
+    """Whether two tokenizers mean the same tokens by the numbers in these rows."""
+    return _first_other_name(first, second, sorted({token for row in rows for token in row})) is None
+
+
+def _first_other_name(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, tokens: Sequence[int]
+) -> int | None:
+    """The first of the tokens that one of two tokenizers knows under another name, or not at all."""
+    if _makes(first) == _makes(second):
+        return None
+    ours, theirs = ({number: name for name, number in one.get_vocab().items()} for one in (first, second))
+    return next((token for token in tokens if ours.get(token) != theirs.get(token)), None)
 
 
 def _makes(tokenizer: PreTrainedTokenizerBase) -> object:

@@ -29,6 +29,8 @@ def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:
     template = given_chat_template(data) or tokenizer.chat_template
     if isinstance(template, str):
         template = with_arguments(template, data.template_kwargs)
+    elif template is not None:  # several by name
+        template = {name: with_arguments(text, data.template_kwargs) for name, text in template.items()}
     if template != tokenizer.chat_template:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template

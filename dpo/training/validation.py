@@ -28,6 +28,8 @@ from dpo.training.tracking import Tracker
 
 DATA_KEY = "preferences"
 """In the metadata of held-out log-probs: the fingerprint of the preferences that it is about."""
+TRUNCATED_KEY = "truncated"
+"""There, too: how many of them are scored in part only."""
 
 MeanLoss = Callable[[Scores], Float[Array, ""]]
 
@@ -83,9 +85,10 @@ class Validation(NamedTuple):
             "scores": known.scores,
             "origin": self.dataset.tokens.origin,
         }
+        about = {DATA_KEY: self.fingerprint, TRUNCATED_KEY: str(self.dataset.tokens.num_truncated)}
         with new_file("held-out log-probs", path) as beside:
             contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-            beside.write_bytes(save(contiguous, metadata={DATA_KEY: self.fingerprint}))
+            beside.write_bytes(save(contiguous, metadata=about))
 
 
 def make_mean_loss(objective: Objective, dataset: Dataset) -> MeanLoss:

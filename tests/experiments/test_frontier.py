@@ -16,7 +16,14 @@ import pytest
 from dpo.cli import main
 from dpo.config import FrontierConfig
 from dpo.experiments import frontier
-from dpo.experiments.frontier import best_of_n_kl, expected_best, finite_rewards, run_configs
+from dpo.experiments.frontier import (
+    _choose_reward,
+    best_of_n_kl,
+    expected_best,
+    finite_rewards,
+    run,
+    run_configs,
+)
 from dpo.experiments.frontier_figures import draw_frontier
 from dpo.judging.journal import Journal
 from dpo.judging.judges import RewardJudge
@@ -178,6 +185,13 @@ def test_the_defaults_are_what_the_results_page_records() -> None:
         assert f"step {step}" in words
     assert f"| {given.best_of} | " in section
     assert section.count("| Plackett-Luce | ") == section.count("| IPO | ") == len(given.betas)
+
+
+def test_the_reward_of_data_of_ones_own_is_not_guessed(tmp_path: Path) -> None:
+    assert _choose_reward(FrontierConfig()) == "vader"
+    assert _choose_reward(FrontierConfig(train="mine.jsonl", reward="vader")) == "vader"
+    with pytest.raises(ValueError, match=r"reward is not given, and mine.jsonl is none of the shipped data"):
+        run(FrontierConfig(output=str(tmp_path / "out"), train="mine.jsonl"), log=print)
 
 
 def test_a_reward_that_is_not_finite_is_named() -> None:

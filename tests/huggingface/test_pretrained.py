@@ -12,8 +12,9 @@ from tiny_models import ORACLES, batch_arrays, case_config, load_case, write_che
 
 from dpo.huggingface.embedded import EMBEDDED, cached_embedded, fetch_embedded
 from dpo.huggingface.opening import open_checkpoint
-from dpo.huggingface.pretrained import load_decoder, load_pretrained
+from dpo.huggingface.pretrained import _unread_tensors, load_decoder, load_pretrained
 from dpo.huggingface.saving import save_pretrained
+from dpo.huggingface.text_models import read_config
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
 
@@ -64,6 +65,22 @@ def test_a_tied_head_may_be_stored_and_buffers_are_no_parameters(tmp_path):
         return tensors | buffer | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
 
     assert_equal_parameters(rewrite(tmp_path, add), model)
+
+
+def test_a_bias_that_a_tied_head_does_not_have_is_left_over(tmp_path):
+    write_checkpoint(tmp_path, "llama")
+    with pytest.raises(ValueError, match=r"left over: lm_head.bias \[89\]"):
+        rewrite(tmp_path, lambda tensors: tensors | {"lm_head.bias": np.ones(89, np.float32)})
+
+
+def test_weights_that_nothing_uses_are_listed(tmp_path):
+    write_checkpoint(tmp_path, "qwen3_next")
+    checkpoint = open_checkpoint(tmp_path)
+    path = tmp_path / "model.safetensors"
+    more = {"mtp.fc.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path) | more, path)
+    _, config = read_config(checkpoint.config)
+    assert _unread_tensors(checkpoint, config) == ("mtp.fc.weight",)
 
 
 def test_names_without_the_models_prefix_are_understood(tmp_path):

@@ -36,6 +36,15 @@ def test_the_pieces_are_the_response(pretrained: Pretrained) -> None:
     assert "".join(pieces) == generated(pretrained, "Hello", 4)
 
 
+def test_a_response_that_ends_is_not_cut_off(pretrained: Pretrained) -> None:
+    ends = range(pretrained.model.config.vocab_size)
+    ending = pretrained._replace(generation_config={"eos_token_id": list(ends)})
+    for model, cuts in ((pretrained, [True]), (ending, [])):
+        found: list[bool] = []
+        list(respond(model, "Hello", sampling=RULES, seed=4, on_cut=lambda cut=found: cut.append(True)))
+        assert found == cuts
+
+
 def test_a_conversation_is_kept(pretrained: Pretrained) -> None:
     lines, written = iter(["Hello", "", "And now?"]), []
 
@@ -62,7 +71,9 @@ def test_turns_of_neighbouring_seeds_are_drawn_otherwise() -> None:
 def test_generate_prints_a_response(tiny_model_dir: Path, pretrained, capsys) -> None:
     arguments = ["generate", str(tiny_model_dir), "Hello", "--max_new_tokens=24", "--temperature=1"]
     assert main([*arguments, "--min_p=null", "--seed=4"]) == 0
-    assert capsys.readouterr().out == generated(pretrained, "Hello", 4) + "\n"
+    printed = capsys.readouterr()
+    assert printed.out == generated(pretrained, "Hello", 4) + "\n"
+    assert printed.err.endswith("(cut off at 24 tokens: --max_new_tokens)\n"), "of 24 random tokens none ends"
 
 
 @pytest.mark.parametrize("arguments", [[], ["Hello", "--interactive"]])

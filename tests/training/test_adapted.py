@@ -28,6 +28,7 @@ from dpo.config import (
     OptimizerConfig,
     TrainingConfig,
     heldout_settings,
+    starting_source,
 )
 from dpo.evaluation import heldout
 from dpo.evaluation.heldout import load_heldout, score_heldout
@@ -40,7 +41,7 @@ from dpo.judging.samples import model_identity
 from dpo.parallel.sharding import make_mesh
 from dpo.runs import model_of
 from dpo.training import export, preparation
-from dpo.training.adapted import open_policy
+from dpo.training.adapted import open_policy, policy_to_write
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.export import export_checkpoint
 from dpo.training.loop import train
@@ -273,6 +274,23 @@ def test_adapters_of_a_run_are_opened_on_its_own_model_whatever_base_they_name(f
         assert found == expected != other
         assert model_identity(name) != model_identity(str(moved))
         assert load_tokenizer(name).get_vocab() == load_tokenizer(source).get_vocab()
+
+
+def test_a_start_from_an_adapter_talks_as_that_was_trained(finished, tmp_path):
+    """With the template beside it: in training, in what is written, and in its reference."""
+    start = tmp_path / "start"
+    shutil.copytree(f"{finished.run_dir}/adapter", start)
+    (start / "SHA256SUMS").unlink()
+    tokenizer = load_tokenizer(finished.model.source)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(start)
+    config = replace(finished, lora=LoraConfig(init=str(start)))
+    policies = open_policy(config, mesh()), policy_to_write(config)
+    reference = heldout_settings(EvaluateConfig(run=finished.run_dir), config).model.reference
+    assert reference is not None
+    assert reference == starting_source(config)
+    for found in (*(one.pretrained.tokenizer for one in policies), load_tokenizer(reference)):
+        assert found.chat_template == tokenizer.chat_template
 
 
 def test_the_adapters_of_any_checkpoint_are_exported(finished, tmp_path):

@@ -83,8 +83,8 @@ print(json.dumps(peaks))
 @pytest.mark.as_users
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_an_export_takes_at_most_1_3_times_the_model(tmp_path: Path) -> None:
-    """With adapters of what is written, in its dtype: the base is read tensor by tensor. Else of the
-    parameters as a checkpoint holds them, in float32, which are read whole and rounded one after another."""
+    """Of what is written, in its dtype: with adapters the base is read tensor by tensor from its files, a whole
+    model parameter by parameter from its checkpoint."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
     def run(program: str, *given: str | Path) -> str:
@@ -97,8 +97,8 @@ def test_an_export_takes_at_most_1_3_times_the_model(tmp_path: Path) -> None:
     run(PREPARE, tmp_path / "small", json.dumps({}))
     count = int(run(PREPARE, tmp_path / "large", json.dumps(SIZES)))
     peaks = json.loads(run(MEASURE, tmp_path / "large", tmp_path / "small"))
-    sizes = {name: count * (2 if name == "lora bfloat16" else 4) for name in peaks}
+    sizes = {name: count * (2 if name.endswith("bfloat16") else 4) for name in peaks}
     ratios = {name: round(peak / sizes[name], 2) for name, peak in peaks.items()}
     print("the peak grows by", ratios)
     assert all(ratio <= 1.3 for ratio in ratios.values()), ratios
-    assert ratios["full float32"] > 0.9  # the measurement sees the weights
+    assert ratios["full float32"] > 0.15  # the measurement sees the largest parameter

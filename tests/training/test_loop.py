@@ -21,7 +21,7 @@ from dpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trainin
 from dpo.data.preferences import digest, fingerprint, read_preferences
 from dpo.files import write_checksums
 from dpo.parallel.sharding import make_mesh
-from dpo.training import checkpoint, preparation, program
+from dpo.training import checkpoint, loop, preparation, program
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.loop import train
 from dpo.training.validation import DATA_KEY
@@ -337,6 +337,30 @@ def test_a_resumed_run_holds_no_second_state(config, monkeypatch):
     assert train(config).status == "finished"
     params = sum(array.nbytes for array in weights(config).values())
     assert held[0] - before < params / 4
+
+
+@pytest.mark.ci
+def test_another_model_gives_its_place_back_when_it_has_scored(config, tmp_path, monkeypatch):
+    """Steps hold the state alone: the memory that a run is planned for has no other model in it."""
+    held = []
+
+    def measure(*_):
+        gc.collect()
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        raise KeyError("enough")
+
+    monkeypatch.setattr(loop, "begin", measure)
+    config = replace(config, data={"eval": None}, training={"steps": 1, "eval_every": None})
+    other = str(write_tiny_model(tmp_path / "reference", seed=1))
+    for reference in (None, other):
+        gc.collect()
+        before = sum(array.nbytes for array in jax.live_arrays())
+        with pytest.raises(KeyError, match="enough"):
+            train(replace(config, model={"reference": reference}))
+        held[-1] -= before
+    params = sum(path.stat().st_size for path in Path(other).glob("*.safetensors"))
+    assert held[0] > 2 * params
+    assert held[1] - held[0] < params / 4
 
 
 def test_a_run_that_goes_on_is_not_finished_any_more(config, two_steps, monkeypatch):

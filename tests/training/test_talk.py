@@ -99,6 +99,17 @@ def test_arguments_of_the_template_go_with_it(source: Path, tmp_path: Path) -> N
     assert as_trained(again, data).tokenizer.chat_template == again.tokenizer.chat_template
 
 
+def test_arguments_go_with_each_of_several_templates(source: Path) -> None:
+    given = open_shapes(source)
+    given.tokenizer.chat_template = {"default": ARGUED, "tool_use": "{{ depth }}"}
+    trained = as_trained(
+        given, DataConfig(train="x.jsonl", template_kwargs={"depth": 2, "who": ARGUMENTS["who"]})
+    )
+    messages = [{"role": "user", "content": "Hi"}]
+    assert trained.tokenizer.apply_chat_template(messages, tokenize=False, chat_template="tool_use") == "2"
+    assert "3" in trained.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
 def test_without_a_template_nothing_changes(source: Path) -> None:
     given = open_shapes(source)
     assert find_end_of_turn(given.tokenizer, DataConfig()) is None
