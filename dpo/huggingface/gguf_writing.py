@@ -107,7 +107,7 @@ def save_gguf(
         for values in ropes.values():
             writer.write_tensor_data(values)
         heads = _heads(table, model.config)
-        for _, together in itertools.groupby(named.items(), key=lambda item: item[1][2][0][0].key):
+        for _, together in itertools.groupby(named.items(), key=lambda item: item[1][2][0][0].leaves):
             held: dict[str, Any] = {}  # the parameters of one binding at a time
             for own, (_, kind, parts) in together:
                 held = held or loaded([binding for binding, _ in parts], leaves)
