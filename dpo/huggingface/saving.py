@@ -153,6 +153,7 @@ def _fill(
         held = loaded([binding], leaves)
         for index, name in enumerate(binding.names):
             write_at(places[name], _pieces(binding, index, held), dtype)
+        held.clear()  # before the next ones are read
 
 
 def begin_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, Place]:

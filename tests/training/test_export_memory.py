@@ -83,8 +83,8 @@ print(json.dumps(peaks))
 @pytest.mark.as_users
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_an_export_takes_at_most_1_3_times_the_model(tmp_path: Path) -> None:
-    """Of what is written, in its dtype: with adapters the base is read tensor by tensor from its files, a whole
-    model parameter by parameter from its checkpoint."""
+    """Of what is written, in its dtype: with adapters the base is read tensor by tensor from its files, a
+    whole model parameter by parameter from its checkpoint."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
     def run(program: str, *given: str | Path) -> str:
