@@ -3,12 +3,14 @@
     python -m venv llama && llama/bin/pip install llama-cpp-python      (builds it: some minutes)
     DPO_LLAMA_CPP_PYTHON=llama/bin/python pytest -m slow tests/huggingface
 
+For token ids and ends of whole models `cyllama` does as well, which brings llama.cpp built.
 Run as a program there, it reads {"model", "texts"} or {"model", "prompt", "new_tokens"} from standard input
 and prints {"ids", "ends"} or {"logits", "greedy"}.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -37,7 +39,10 @@ def _ask(question: dict[str, Any]) -> dict[str, Any]:
         pytest.skip("DPO_LLAMA_CPP_PYTHON is not set: a Python that has llama-cpp-python")
     result = subprocess.run([python, __file__], input=json.dumps(question), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
+    answer = json.loads(result.stdout)
+    if "skipped" in answer:
+        pytest.skip(answer["skipped"])
+    return answer
 
 
 def _tokenize(llama_cpp: Any, question: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +54,20 @@ def _tokenize(llama_cpp: Any, question: dict[str, Any]) -> dict[str, Any]:
         "ids": ids,
         "ends": [token for token in range(count) if llama_cpp.llama_vocab_is_eog(vocabulary, token)],
     }
+
+
+def _tokenize_by_cyllama(llama: Any, question: dict[str, Any]) -> dict[str, Any]:
+    params = llama.LlamaModelParams()
+    params.n_gpu_layers = 0
+    try:  # whole: of the vocabulary alone its llama.cpp aborts where a model has windows
+        model = llama.LlamaModel(question["model"], params)
+    except ValueError as error:
+        if "tensor_count=0" not in str(error):
+            raise
+        return {"skipped": "cyllama opens no file of a vocabulary alone: llama-cpp-python does"}
+    vocabulary = model.get_vocab()  # which does not keep the model
+    ids = [list(vocabulary.tokenize(text, False, True)) for text in question["texts"]]
+    return {"ids": ids, "ends": [token for token in range(vocabulary.n_vocab) if vocabulary.is_eog(token)]}
 
 
 def _run(llama_cpp: Any, question: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +93,14 @@ def _run(llama_cpp: Any, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer() -> None:
+    question = json.load(sys.stdin)
+    if "texts" in question and importlib.util.find_spec("llama_cpp") is None:
+        from cyllama.llama import llama_cpp as llama  # pyright: ignore[reportMissingImports]
+
+        json.dump(_tokenize_by_cyllama(llama, question), sys.stdout)
+        return
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
-    question = json.load(sys.stdin)
     json.dump((_tokenize if "texts" in question else _run)(llama_cpp, question), sys.stdout)
 
 
