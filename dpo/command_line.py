@@ -258,6 +258,7 @@ def explain(message: str, names: list[str]) -> str:
         return f"{unknown} is not a setting{_suggestion(unknown, names)}"
     message = re.sub(r"(?:a )?<class '(\w+)'>", lambda found: _TYPE_WORDS.get(found[1], found[1]), message)
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
+    message = re.sub(r"NestedArg\(key='([^']*)', val=(.*)\)", r"{\1: \2}", message)
     message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
     union = re.search(
         r"(\S+): Does not validate against any of the Union subtypes\s+"

@@ -56,6 +56,23 @@ def test_a_saved_configuration_is_complete_and_reads_back_equal(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.train.steps=3", r"data\.train\[0\] has no field 'steps'|data\.train.*steps"),
+        ("--data.train.rows=5", r"data\.train.*source"),
+        ("--data.eval+={source: c.csv, rows: 2} --data.eval.rows=3", r"data\.eval"),
+        ("--optimizer.schedule.x=3", r"optimizer\.schedule: Expected one of .* Got value: \{x: '3'\}"),
+    ],
+)
+def test_an_option_below_a_setting_that_is_no_group_is_refused(option, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        read_train_settings(re.split(r" (?=--)", option))
+    said = capsys.readouterr().err
+    assert error.value.code == 2
+    assert re.search(message, said) and "NestedArg" not in said, said
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (
