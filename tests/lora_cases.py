@@ -28,6 +28,9 @@ COMBINATIONS = [
 """Plain; two fusions; one that is not transposed; one that interleaves heads, with biases;
 two kinds of layers."""
 
+BY_NAME = [("gemma4_text", "lora"), ("gemma4_text", "rslora"), ("lfm3", "lora"), ("qwen3_5_text", "lora")]
+"""A linear that all layers share, and layers that read keys and values of others; gates; the delta rule."""
+
 
 @partial(jax.jit, static_argnums=0)
 def _hidden(graphdef, state):

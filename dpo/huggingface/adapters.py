@@ -30,11 +30,14 @@ from dpo.models.parts import WEIGHTS
 from dpo.outcomes import UserError
 
 ALL_LINEAR = "all-linear"
-"""Every linear of the layers; not the output head."""
+"""Every linear; not the output head."""
 
 
 class Adapter(NamedTuple):
-    """The adapters of one of Hugging Face's linears in all layers, [in, out], outputs in their order."""
+    """The adapters of one of Hugging Face's linears in all layers, [in, out], outputs in their order.
+
+    Of a linear that all layers share there is one.
+    """
 
     binding: Binding
     a: Float[Array | np.ndarray, "L D r"]
@@ -52,8 +55,8 @@ def model_bindings(family: Family, config: DecoderConfig) -> list[Binding]:
 
 
 def linear_bindings(bindings: Iterable[Binding]) -> list[Binding]:
-    """Those of kernels of the layers' linears: what may have an adapter."""
-    return [binding for binding in bindings if binding.leaves[0].endswith(".kernel") and binding.num_leading]
+    """Those of kernels of linears: what may have an adapter."""
+    return [binding for binding in bindings if binding.leaves[0].endswith(".kernel")]
 
 
 def module_names(binding: Binding) -> tuple[str, ...]:
@@ -109,14 +112,13 @@ def add_adapters(model: Decoder, adapters: Iterable[Adapter], method: Method) ->
     """Put adapters on a model's linears, in place; the linears themselves are shared, not copied."""
     for adapter in adapters:
         binding = adapter.binding
-        a = nnx.LoRAParam(jnp.asarray(adapter.a, jnp.float32))
-        alpha = jnp.asarray(adapter.alpha, jnp.float32)
+        a, alpha = nnx.LoRAParam(_held(binding, adapter.a)), _held(binding, adapter.alpha)
         magnitudes = _split(binding, adapter.magnitude)
         for leaf, b, magnitude in zip(binding.leaves, _split(binding, adapter.b), magnitudes, strict=True):
             parent, name = locate(model, leaf)
-            base, b = getattr(parent, name), jnp.asarray(b, jnp.float32)
+            base, b = getattr(parent, name), _held(binding, b)
             if method.use_dora:
-                magnitude = None if magnitude is None else jnp.asarray(magnitude, jnp.float32)
+                magnitude = None if magnitude is None else _held(binding, magnitude)
                 made = DoraLinear(base, a, b, alpha, method, magnitude=magnitude)
             else:
                 made = LoraLinear(base, a, b, alpha, method)
@@ -135,10 +137,10 @@ def get_adapters(model: Decoder, bindings: Iterable[Binding]) -> tuple[list[Adap
         adapters.append(
             Adapter(
                 binding,
-                a=np.asarray(modules[0].lora_a[...]),
+                a=_stacked(binding, modules[0].lora_a),
                 b=_join(binding, [module.lora_b for module in modules]),
                 magnitude=_join(binding, [module.lora_magnitude for module in modules]) if use_dora else None,
-                alpha=np.asarray(modules[0].lora_alpha[...]),
+                alpha=_stacked(binding, modules[0].lora_alpha),
             )
         )
     assert len(methods) == 1, "one method for all adapters, and at least one"
@@ -200,9 +202,21 @@ def _split(binding: Binding, outputs: Array | np.ndarray | None) -> Sequence[Any
     return [outputs] if fusion is None else fusion.split(np.asarray(outputs), binding.config)
 
 
+def _held(binding: Binding, values: Array | np.ndarray) -> Array:
+    """As the linear's module has it: stacked over layers, or by itself."""
+    held = jnp.asarray(values, jnp.float32)
+    return held if binding.num_leading else held[0]
+
+
+def _stacked(binding: Binding, variable: nnx.Variable) -> np.ndarray:
+    """The reverse, on the host."""
+    values = np.asarray(variable[...])
+    return values if binding.num_leading else values[None]
+
+
 def _join(binding: Binding, parts: Sequence[nnx.Variable]) -> np.ndarray:
     """The reverse."""
-    arrays, fusion = [np.asarray(part[...]) for part in parts], binding.rule.fusion
+    arrays, fusion = [_stacked(binding, part) for part in parts], binding.rule.fusion
     return arrays[0] if fusion is None else fusion.join(arrays, binding.config)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from lora_cases import COMBINATIONS, METHODS, bindings_of, hidden, random_adapters, with_adapters
+from lora_cases import BY_NAME, COMBINATIONS, METHODS, bindings_of, hidden, random_adapters, with_adapters
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import TOKENS, case_config, load_case, write_checkpoint
 
@@ -27,7 +27,7 @@ def logits(model):
 OFTEN = {("phi3", "dora"), ("gpt2", "lora")}
 EACH = [
     pytest.param(*chosen, marks=() if chosen in OFTEN else pytest.mark.ci, id="-".join(chosen))
-    for chosen in COMBINATIONS
+    for chosen in COMBINATIONS + BY_NAME
 ]
 
 
