@@ -147,6 +147,13 @@ CASES: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "gemma4_text-dense": {
+        **_SIZES,
+        **{"num_hidden_layers": 5, "hidden_size": 40, "num_attention_heads": 4, "sliding_window": 7},
+        **{"head_dim": 10, "global_head_dim": 18, "hidden_size_per_layer_input": 0},
+        "layer_types": [*_LOCAL_GLOBAL, *_LOCAL_GLOBAL[:2]],
+        "tie_word_embeddings": False,
+    },
     "phi3": {**_SIZES, "sliding_window": 9},
     "phi3-longrope": {
         **_SIZES,

@@ -5,6 +5,7 @@ What a file cannot say (llama.cpp has it in its code) is said here, with a comme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,6 +108,77 @@ def _gemma3(file: GgufMetadata) -> JsonObject:
             for layer in range(config["num_hidden_layers"])
         ],
         "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+    }
+
+
+def _gemma4(file: GgufMetadata) -> JsonObject:
+    slides, shared = _sliding_layers(file)
+    by_size = {each: slides.index(each) for each in dict.fromkeys(slides)}
+    local, wide = by_size.get(True, 0), by_size.get(False, 0)
+    kv_heads = file.by_layer("attention.head_count_kv", int)
+    hidden = file.by_layer("feed_forward_length", int)
+    return {
+        "model_type": "gemma4_text",
+        "hidden_size": file.count("embedding_length"),
+        "intermediate_size": hidden[0],
+        "use_double_wide_mlp": hidden[-1] == 2 * hidden[0],
+        "num_hidden_layers": file.num_layers,
+        "num_attention_heads": file.count("attention.head_count"),
+        "num_key_value_heads": kv_heads[local],
+        "num_global_key_value_heads": kv_heads[wide],
+        "head_dim": file.count("attention.key_length_swa"),
+        "global_head_dim": file.count("attention.key_length"),
+        "attention_k_eq_v": not file.has(f"blk.{wide}.attn_v.weight"),
+        "attention_bias": False,
+        "num_kv_shared_layers": shared,
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "sliding_window": file.count("attention.sliding_window"),
+        "hidden_size_per_layer_input": file.whole("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": file.tensor("token_embd.weight").shape[0],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": file.count("context_length"),
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
+        "final_logit_softcapping": file.number("final_logit_softcapping", 30.0) or None,  # llama.cpp: 30
+        "rope_parameters": {
+            "full_attention": _proportional(file),
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": file.number("rope.freq_base_swa", 10000.0),
+            },
+        },
+    }
+
+
+def _sliding_layers(file: GgufMetadata) -> tuple[list[bool], int]:
+    """Which of Gemma 4's layers slide, and how many of the last read the keys and values of others."""
+    slides, shared = (
+        file.by_layer("attention.sliding_window_pattern", bool),
+        file.whole("attention.shared_kv_layers", 0),
+    )
+    first = file.num_layers - shared
+    # llama.cpp: they read those of the last two layers before them, a sliding one and a global one
+    if shared and (first < 2 or slides[first - 2 : first] != [True, False]):
+        raise UserError(
+            f"{file.path}: gemma4.attention.shared_kv_layers is {shared} of {file.num_layers}; llama.cpp "
+            "computes those that come after a sliding and then a global layer"
+        )
+    return slides, shared
+
+
+def _proportional(file: GgufMetadata) -> JsonObject:
+    """Rotation of some channels of a whole head: those that do not turn have a divisor beyond all others."""
+    divisors = file.values("rope_freqs.weight")
+    turning = int((divisors == 1).sum())
+    channels = file.count("attention.key_length")
+    if turning == 0 or len(divisors) != channels // 2 or not (divisors[turning:] == changes.STILL).all():
+        raise UserError(f"{file.path}: rope_freqs.weight holds divisors that are not Gemma 4's")
+    share = 2 * turning / channels
+    if share * channels // 2 < turning:  # a quotient that was rounded down
+        share = math.nextafter(share, 1)
+    return {
+        "rope_type": "proportional",
+        "rope_theta": file.number("rope.freq_base", 10000.0),
+        "partial_rotary_factor": share,
     }
 
 
@@ -327,6 +399,7 @@ ARCHITECTURES = {
     "gemma": Architecture(_ARCH.GEMMA, _gemma, changes.OFFSET_NORMS),
     "gemma2": Architecture(_ARCH.GEMMA2, _gemma2, changes.OFFSET_NORMS),
     "gemma3": Architecture(_ARCH.GEMMA3, _gemma3, changes.OFFSET_NORMS),
+    "gemma4": Architecture(_ARCH.GEMMA4, _gemma4),
     "phi3": Architecture(_ARCH.PHI3, _phi3),
     "stablelm": Architecture(_ARCH.STABLELM, _stablelm),
     "gpt2": Architecture(_ARCH.GPT2, _gpt2, changes.TURNED_CONV1D),

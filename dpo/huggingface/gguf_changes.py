@@ -12,6 +12,8 @@ import numpy as np
 Heads = tuple[int, int]
 """Query heads, and key/value heads; of the delta rule key heads, and value heads."""
 Shape = tuple[int, ...]
+STILL = np.float32(1e30)
+"""Divisor of the frequency of channels that do not turn (Gemma 4)."""
 
 
 def _same(kind: str, shape: Shape) -> Shape:
@@ -42,10 +44,12 @@ class Change(NamedTuple):
 def file_name(name_map: gguf.TensorNameMap, name: str) -> str | None:
     """llama.cpp's name of a tensor of Hugging Face's; None where it has none.
 
-    StableLM's norms of single heads are one tensor, and the delta rule's steps are named as Mamba's.
+    StableLM's norms of single heads are one tensor, the delta rule's steps are named as Mamba's, and a
+    layer's scalar is a weight.
     """
     name = re.sub(r"\.norms\.\d+\.weight$", ".weight", name)
     name = re.sub(r"linear_attn\.dt_bias$", "linear_attn.dt_proj.bias", name)
+    name = re.sub(r"layer_scalar$", "layer_scalar.weight", name)
     return name_map.get_name(name, try_suffixes=(".weight", ".bias"))
 
 

@@ -38,6 +38,11 @@ class GgufMetadata:
             )
         return value
 
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A number from 0 of the architecture's metadata; `ValueError` where it is none."""
+        value = self.find(key, default)
+        return 0 if type(value) is int and value == 0 else self.count(key, default)
+
     def number(self, key: str, default: float | None = None) -> float:
         """A number of the architecture's metadata; `ValueError` where it is none."""
         value = self.find(key, default)
@@ -51,6 +56,15 @@ class GgufMetadata:
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         return published(value) if isinstance(value, float) else value
+
+    def by_layer(self, key: str, kind: type) -> list[Any]:
+        """A value for each layer, of which the file has a list or one for all; `ValueError` for others."""
+        value = self.fields.get(f"{self.architecture}.{key}")
+        found = value if isinstance(value, list) else [value] * self.num_layers
+        if len(found) != self.num_layers or not all(type(each) is kind for each in found):
+            allowed = f"one {kind.__name__}, or one a layer, {self.num_layers}"
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is {allowed}")
+        return found
 
     def has(self, name: str) -> bool:
         """Whether the file has a tensor of this name."""

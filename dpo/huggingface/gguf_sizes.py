@@ -6,8 +6,9 @@ import numpy as np
 from transformers import CONFIG_MAPPING
 
 from dpo.huggingface.foreign_json import JsonObject
+from dpo.huggingface.gguf_changes import STILL
 from dpo.models.attention import NO_WINDOW
-from dpo.models.decoder_config import DecoderConfig
+from dpo.models.decoder_config import DecoderConfig, split_kind
 from dpo.outcomes import UserError
 
 
@@ -40,6 +41,7 @@ def size_fields(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
         "logit_scale": 1 / config.logit_scale if has_granite_scales else None,
         **(_rotation(config, hf_config) if config.ropes else {}),
         **(_delta_rule(config) if config.delta is not None else {}),
+        **(_two_sizes(config, hf_config) if config.global_heads is not None else {}),
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -64,6 +66,26 @@ def _delta_rule(config: DecoderConfig) -> JsonObject:
         "full_attention_interval": 1 + (attending[0] if attending else config.num_layers),
         # Pairs of channels by the axis of an image's position that turns them; of text all are equal.
         "rope.dimension_sections": [-(-pairs // 3), -(-(pairs - 1) // 3), pairs // 3, 0],
+    }
+
+
+def _two_sizes(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
+    """Layers of sliding and of global attention, and those that read the keys and values of others."""
+    wide, kinds = config.of_kind("global"), config.layer_kinds
+    return {
+        "feed_forward_length": [config.of_kind(kind).intermediate_size for kind in kinds],
+        "attention.head_count_kv": [config.of_kind(kind).num_kv_heads for kind in kinds],
+        "attention.key_length": wide.head_dim,
+        "attention.value_length": wide.head_dim,
+        "attention.key_length_swa": config.head_dim,
+        "attention.value_length_swa": config.head_dim,
+        "attention.sliding_window": hf_config["sliding_window"],
+        "attention.sliding_window_pattern": [split_kind(kind)[0] == "attention" for kind in kinds],
+        "attention.shared_kv_layers": sum(kind.endswith("_reader") for kind in kinds),
+        "embedding_length_per_layer_input": config.per_layer_size,
+        "final_logit_softcapping": config.logit_softcap or 0.0,
+        "rope.dimension_count": wide.head_dim,
+        "rope.dimension_count_swa": config.head_dim,
     }
 
 
@@ -106,6 +128,10 @@ def rope_tensors(config: DecoderConfig, hf_config: JsonObject) -> dict[str, np.n
     """Divisors of the frequencies."""
     if not config.ropes:
         return {}
+    if config.global_heads is not None:
+        layer = next(layer for layer, kind in enumerate(config.layer_kinds) if kind.startswith("global"))
+        turns = np.asarray(config.ropes[config.layer_rope[layer]].inv_freq) != 0
+        return {"rope_freqs.weight": np.where(turns, np.float32(1), STILL)}
     rope = _rope_parameters(hf_config)
     if rope.get("rope_type") == "longrope":
         return {

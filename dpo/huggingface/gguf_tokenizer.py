@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
@@ -28,12 +28,12 @@ def make_tokenizer(
       ValueError: when the metadata `fields` of the file at `path` have none, or none that can be built.
     """
     metadata = GgufVocabulary(path, fields)
-    build = {"gpt2": _byte_level, "llama": _sentencepiece}
+    build = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _by_lines}
     if metadata.model not in build:
         raise UserError(
             f"{path}: tokenizer.ggml.model is {metadata.model!r}; allowed: {', '.join(sorted(build))}"
         )
-    adds_bos = metadata.model == "llama" or _pre_tokenizer(metadata, architecture).adds_bos
+    adds_bos = metadata.model in ("llama", "gemma4") or _pre_tokenizer(metadata, architecture).adds_bos
     try:
         backend = build[metadata.model](metadata, architecture)
         _add_tokens(backend, metadata, architecture)
@@ -165,7 +165,21 @@ def _sentencepiece(metadata: GgufVocabulary, architecture: str) -> Tokenizer:
         merges = _pairs(metadata)
     else:
         merges = generate_merges(vocabulary, _priorities(metadata, tokens, is_gemma=is_gemma))
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True))
+    return _of_characters(vocabulary, merges, prefix=prefix)
+
+
+def _by_lines(metadata: GgufVocabulary, architecture: str) -> Tokenizer:
+    """Gemma 4's kind: SentencePiece's with merges of its own, none across the border of line ends."""
+    tokenizer = _of_characters(_numbered(metadata.tokens, metadata.path), _pairs(metadata), prefix=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    return tokenizer
+
+
+def _of_characters(
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], *, prefix: bool
+) -> Tokenizer:
+    """Merges of characters, spaces as ▁, what is unknown as its bytes."""
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[*merges], fuse_unk=True, byte_fallback=True))
     replace = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
     tokenizer.decoder = decoders.Sequence(

@@ -54,15 +54,21 @@ def vocabulary_fields(
     tokens = _tokens(backend, vocab_size)
     is_sentencepiece = bool(model.get("byte_fallback"))
     kinds = _kinds(backend, tokens, is_sentencepiece=is_sentencepiece)
-    if is_sentencepiece and architecture.startswith("gemma"):  # found in a text before spaces become ▁
+    by_lines = is_sentencepiece and architecture == "gemma4"
+    if (
+        is_sentencepiece and not by_lines and architecture.startswith("gemma")
+    ):  # found in a text before spaces become ▁
         tokens = [
             " " * len(token) if kind == _USER_DEFINED and re.fullmatch("▁+", token) else token
             for token, kind in zip(tokens, kinds, strict=True)
         ]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    kind_fields = (
-        _sentencepiece(backend, tokens, merges) if is_sentencepiece else _byte_level(backend, merges)
-    )
+    if by_lines:
+        kind_fields = {"ggml.model": "gemma4", "ggml.merges": _joined(merges), "ggml.add_space_prefix": False}
+    elif is_sentencepiece:
+        kind_fields = _sentencepiece(backend, tokens, merges)
+    else:
+        kind_fields = _byte_level(backend, merges)
     found = {
         **kind_fields,
         "ggml.tokens": tokens,
@@ -135,8 +141,12 @@ def _byte_level(backend: Tokenizer, merges: Sequence[Sequence[str]]) -> JsonObje
     return {
         "ggml.model": "gpt2",
         "ggml.pre": find_cut(backend, bool(getattr(backend.model, "ignore_merges", False))),
-        "ggml.merges": [f"{first} {second}" for first, second in merges],
+        "ggml.merges": _joined(merges),
     }
+
+
+def _joined(merges: Sequence[Sequence[str]]) -> list[str]:
+    return [f"{first} {second}" for first, second in merges]
 
 
 def _sentencepiece(backend: Tokenizer, tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> JsonObject:

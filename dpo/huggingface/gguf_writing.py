@@ -54,6 +54,7 @@ _IN_FLOAT32 = ("norm.weight", "position_embd.weight", "shortconv.conv.weight", "
 _WRITTEN_AS = {
     "mistral": ("llama", "mistral"),
     "gemma3_text": ("gemma3", "gemma3_text"),
+    "gemma4_text": ("gemma4", "gemma4_text"),
     "granitemoehybrid": ("granite", "granite"),
     "hunyuan_v1_dense": ("hunyuan-dense", "hunyuan_v1_dense"),
     "qwen3_5_text": ("qwen35", "qwen3_5_text"),
@@ -125,7 +126,7 @@ def find_architecture(model_type: str) -> tuple[str, str]:
     """
     architecture, names = _WRITTEN_AS.get(model_type, (model_type, model_type))
     if architecture not in ARCHITECTURES:
-        allowed = sorted({*ARCHITECTURES, *_WRITTEN_AS} - {"gemma3", "hunyuan-dense", "qwen35"})
+        allowed = sorted({*ARCHITECTURES, *_WRITTEN_AS} - {"gemma3", "gemma4", "hunyuan-dense", "qwen35"})
         raise UserError(
             f"model_type {model_type} is not written as a GGUF file; supported: {', '.join(allowed)}"
         )

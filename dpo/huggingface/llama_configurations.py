@@ -130,10 +130,11 @@ def gemma4(hf: PreTrainedConfig) -> DecoderConfig:
     sizes = {kind: hf.per_layer_config[kind] for kind in types}  # refuses those that differ within a type
     local = sizes.get("sliding_attention", hf.per_layer_config[0])
     wide = sizes.get("full_attention", local)
+    reader_size = hf.intermediate_size * (2 if hf.use_double_wide_mlp else 1)
     return _llama(
         local,
         layer_kinds=_gemma4_kinds(hf),
-        reader_intermediate_size=hf.intermediate_size * (2 if hf.use_double_wide_mlp else 1),
+        reader_intermediate_size=reader_size if hf.num_kv_shared_layers else 0,
         per_layer_size=beside,
         global_heads=GlobalHeads(wide.num_key_value_heads, wide.head_dim, hf.attention_k_eq_v),
         activation=act(hf.hidden_activation),

