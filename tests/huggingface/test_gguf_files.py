@@ -159,7 +159,7 @@ def small_path(tmp_path_factory):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model", "gpt1", r"tokenizer\.ggml\.model is 'gpt1'; allowed: gpt2, llama"),
+        ("model", "gpt1", r"tokenizer\.ggml\.model is 'gpt1'; allowed: gemma4, gpt2, llama"),
         ("model", ["gpt2"], r"tokenizer\.ggml\.model is \['gpt2'\]; allowed: str"),
         ("tokens", ["a", 3], r"tokenizer\.ggml\.tokens\[1\] is 3; allowed: str"),
         ("eos_token_id", 4096, r"tokenizer\.ggml\.eos_token_id is 4096; allowed is 0 to 2"),

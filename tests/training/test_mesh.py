@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
-from transformers import Gemma4TextConfig, Lfm2Config, LlamaConfig, Qwen3_5TextConfig
+from transformers import Gemma4TextConfig, Lfm2Config, Lfm3Config, LlamaConfig, Qwen3_5TextConfig
 
 from dpo.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from dpo.data.loader import training_loader
@@ -54,6 +54,7 @@ class Case(NamedTuple):
 
 RAGGED = (2, 4, 3, 1)
 DELTA = ("linear_attention", "full_attention", "linear_attention")
+GATED = ("conv", "sliding_attention", "conv", "full_attention")
 SHARING = ("full_attention", "sliding_attention", "sliding_attention", "full_attention")
 CASES = {
     "pairs": Case({"name": "dpo", "beta": 0.3}),
@@ -79,6 +80,7 @@ CASES = {
     "delta rule, packed adapters in two parts": Case(
         {"name": "dpo", "beta": 0.3}, "packed", 2, adapters=Method(), layer_types=DELTA, steps=2
     ),
+    "convolutions, gates, windows": Case({"name": "dpo", "beta": 0.3}, layer_types=GATED),
     "heads of two sizes, shared keys": Case({"name": "dpo", "beta": 0.3}, layer_types=SHARING, steps=2),
     "moving mean": Case({"name": "bco", "beta": 0.3}, "packed", 1),
     "own likelihood": Case({"name": "sft"}, "shared", 2),
@@ -127,6 +129,8 @@ def make_decoder(
 
 def configuration(layer_types):
     """A class of configurations, with its own sizes of layers that do not attend."""
+    if layer_types == GATED:
+        return partial(Lfm3Config, layer_types=list(layer_types), head_dim=8, sliding_window=4)
     if "conv" in layer_types:
         return partial(Lfm2Config, layer_types=list(layer_types), block_auto_adjust_ff_dim=False)
     if "sliding_attention" in layer_types:
