@@ -9,6 +9,7 @@ function of δ.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import jax
@@ -157,7 +158,7 @@ def exo(
         the mean instead
     Use: mode-seeking behaviour; badly wrong pairs get little gradient
     """
-    log_right, log_wrong = jnp.log1p(-label_smoothing), jnp.log(label_smoothing)
+    log_right, log_wrong = math.log1p(-label_smoothing), math.log(label_smoothing)  # on no device
 
     def loss(chosen: Side, rejected: Side) -> Float[Array, "P M"]:
         delta = beta * (chosen.log_ratio - rejected.log_ratio)
