@@ -590,9 +590,10 @@ def test_one_program_is_compiled_for_each_shape_that_was_announced(config, monke
 def test_the_host_reads_one_step_while_the_next_is_under_way(config, monkeypatch):
     """A step is sent, the metrics of the one before are read in one go, and nothing else is.
 
-    The first step is waited for: its loss is checked, and its line is shown.
+    The first step is waited for: its loss is checked, and its line is shown. A step's state takes the place
+    of the one before: every array of that is given up.
     """
-    events, sent, fetch, value = [], [], jax.device_get, ArrayImpl._value
+    events, sent, kept, fetch, value = [], [], [], jax.device_get, ArrayImpl._value
     make_train_step, wait = program.make_train_step, ArrayImpl.block_until_ready
 
     def read(array):
@@ -616,6 +617,7 @@ def test_the_host_reads_one_step_while_the_next_is_under_way(config, monkeypatch
         def call(*inputs):
             state, metrics = step(*inputs)
             sent.append((len(sent), metrics))
+            kept.extend(leaf.shape for leaf in jax.tree.leaves(inputs[0]) if not leaf.is_deleted())
             events.append("sent")
             return state, metrics
 
@@ -630,6 +632,7 @@ def test_the_host_reads_one_step_while_the_next_is_under_way(config, monkeypatch
     read_between = [[event for event in part.split(",") if event] for part in between]
     later = [[f"metrics of {number}"] for number in range(1, 4)]
     assert read_between == [["array", "metrics of 0"], [], *later]
+    assert kept == []
 
 
 @pytest.mark.slow

@@ -276,6 +276,20 @@ def test_a_run_under_a_limit_trains_alike(config, tmp_path):
     assert np.ptp(losses(config)) > 0.05
 
 
+@pytest.mark.ci
+@pytest.mark.usefixtures("own_compilation_cache")
+def test_a_later_run_compiles_no_step_anew(tiny_model_dir, tmp_path):
+    """A second run takes what a first one kept; what is new only opens the stored reference."""
+    config = four_steps(tmp_path, tiny_model_dir, words=5)
+    train(config)
+    before = kept_programs()
+    jax.clear_caches()
+    train(dataclasses.replace(config, run_dir=str(tmp_path / "later")))
+    new = kept_programs() - before
+    assert any(name.startswith("jit_train_step-") for name in before)
+    assert {name.split("-")[0] for name in new} <= {"jit_convert_element_type"}
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, tiny_model_dir):
     """The configuration of a run without any pressure that was stopped after two of its four steps."""
@@ -343,5 +357,9 @@ def test_samples_of_the_policy_count_with_their_cache(tiny_model_dir):
 
 def compiled_steps():
     """Training steps in the persistent compilation cache."""
-    cache = Path(jax.config.jax_compilation_cache_dir)  # type: ignore[arg-type]
-    return len(list(cache.glob("jit_train_step-*-cache")))
+    return sum(name.startswith("jit_train_step-") for name in kept_programs())
+
+
+def kept_programs():
+    """Names of the programs in the persistent compilation cache."""
+    return {path.name for path in Path(jax.config.jax_compilation_cache_dir or "").glob("*-cache")}
