@@ -46,10 +46,11 @@ TESTS = {
     "losses/unpaired.py": "unpaired formulas golden",
     "losses/whole_batch.py": "whole_batch pairs",
     "losses/weighting.py": "weighting",
-    "models/log_probs.py": "log_probs",
+    "models/log_probs.py": "log_probs "
+    "parallel/partition::test_log_probs_and_their_gradients_are_those_of_one_device",
     "models/quantized.py": "quantized",
     "models/rotary.py": "rotary",
-    "models/sampling.py": "sampling",
+    "models/sampling.py": "sampling huggingface/recurrent::test_prompts_of_different_lengths_decode_as_alone",
     "data/encoding.py": "tokenization turns",
     "data/mismatched.py": "mismatched",
     "data/packing.py": "packing shapes",
@@ -61,12 +62,15 @@ TESTS = {
     "intervals.py": "intervals",
     "evaluation/statistics.py": "statistics",
     "judging/length_control.py": "length_control",
-    "huggingface/adapters.py": "adapter_files",
-    "huggingface/weight_names.py": "weights families",
+    "huggingface/adapters.py": "adapter_files models/lora",
+    "huggingface/weight_names.py": "weight_names weights families",
     "training/checkpoint.py": "checkpoint",
     "training/identity.py": "identity",
 }
-"""The tests that are to notice a fault in a module; `pairs` is `test_pairs.py` in the room that mirrors."""
+"""The tests that are to notice a fault in a module; `pairs` is `test_pairs.py` in the room that mirrors.
+
+`models/lora` is in another room, and `lora::test_x` that test alone.
+"""
 
 PREIMPORTED = ("numpy", "jax", "jax.numpy", "flax.linen", "flax.nnx", "optax", "transformers", "beartype")
 PREIMPORTED += ("yaml", "pyarrow.parquet", "safetensors.numpy", "tokenizers", "jinja2", "scipy.stats")
@@ -216,7 +220,7 @@ def try_module(name: str, *, count: int, minutes: float, seed: int) -> Iterator[
     """
     path = ROOT / "dpo" / name
     text = path.read_text(encoding="utf-8")
-    tests = [str((ROOT / "tests" / name).parent / f"test_{test}.py") for test in TESTS[name].split()]
+    tests = [_path_of(test, Path(name).parent) for test in TESTS[name].split()]
     faults = possible_faults(text)
     drawn = random.Random(f"{seed} {name}").sample(faults, min(count, len(faults)))
     planter = Planter(path, text, drawn, minutes=minutes)
@@ -227,6 +231,13 @@ def try_module(name: str, *, count: int, minutes: float, seed: int) -> Iterator[
     seconds, *found = _beside("found").read_text(encoding="utf-8").split()
     for fault, noticed in zip(drawn, found, strict=False):
         yield fault, noticed == "1" or not passes(path, fault.plant(text), tests, seconds=60 + float(seconds))
+
+
+def _path_of(test: str, room: Path) -> str:
+    """What pytest is given for a test that `TESTS` names."""
+    file, *case = test.split("::")
+    place = room / file if "/" not in file else Path(file)
+    return "::".join([str(ROOT / "tests" / place.with_name(f"test_{place.name}.py")), *case])
 
 
 def main() -> None:

@@ -94,6 +94,7 @@ def test_facts_of_all_prompts_are_those_of_their_batches(shapes, batch_size):
     dataset = random_dataset(shapes)
     known, loader = facts(dataset), evaluation_loader(dataset, batch_size=batch_size)
     assert known.index.tolist() == list(range(len(dataset)))
+    assert {getattr(known, name).shape for name in ROW_FIELDS} == {(0, 0)}
     for step in range(loader.num_steps):
         batch = loader.batch(step)
         real = batch.index >= 0
@@ -192,6 +193,30 @@ def test_what_fits_to_the_last_token_is_laid_out_and_no_more():
     for wrong in ({"row_length": 13}, {"scored": 4}):
         with pytest.raises(ValueError, match="do not fit"):
             lay_out([9], [[5]], **(lengths | wrong))
+
+
+def test_a_row_has_room_for_its_tokens_where_scored_ones_leave_some():
+    lengths: Any = {"row_length": 14, "scored": 30, "layout": "shared"}
+    assert len(lay_out([9], [[3, 2]], **lengths)[0]) == 1
+    assert len(lay_out([9], [[3, 3]], **lengths)[0]) == 2
+
+
+def test_the_longest_prompts_go_to_the_emptiest_micro_batches_first():
+    parts = lay_out([1] * 3, [[2], [3], [5]], row_length=9, scored=9, layout="padded", micro_batches=2)
+    assert [sorted(piece.prompt for row in part for piece in row) for part in parts] == [[2], [0, 1]]
+
+
+def test_a_prompt_without_responses_is_as_long_as_a_row_at_most():
+    assert lay_out([14], [[]], row_length=14, scored=0, layout="shared") == [[]]
+    with pytest.raises(ValueError, match="a prompt of 15 and a response of 0 tokens do not fit"):
+        lay_out([15], [[]], row_length=14, scored=0, layout="shared")
+
+
+def test_every_response_has_to_fit():
+    rooms: list[Any] = [{"row_length": 14, "scored": 9}, {"row_length": 30, "scored": 5}]
+    for room in rooms:
+        with pytest.raises(ValueError, match="a prompt of 9 and a response of 6 tokens do not fit"):
+            lay_out([9], [[1, 6, 2]], layout="packed", **room)
 
 
 def test_what_does_not_fit_is_an_error():

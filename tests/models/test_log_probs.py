@@ -197,8 +197,23 @@ def test_extreme_logits_stay_finite():
     assert jnp.isfinite(gradient).all()
 
 
-def test_chunk_below_one_is_an_error():
+def test_logits_are_kept_where_one_chunk_holds_those_of_all_rows():
+    """Then the backward pass has two products, else three."""
+    hidden, embedding, _, target = _inputs((R,))
+
+    def num_products(chunk):
+        def loss(hidden, embedding):
+            return token_log_probs(hidden, embedding, target, chunk=chunk).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)).count("dot_general[")
+
+    assert [num_products(chunk) for chunk in (R * N, R * N - 1, 2 * R)] == [3, 4, 4]
+
+
+def test_a_chunk_has_at_least_one_position():
     hidden, embedding, _, target = _inputs()
+    one = token_log_probs(hidden, embedding, target, chunk=1)
+    np.testing.assert_allclose(one, _naive(hidden, embedding, target), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="at least 1"):
         token_log_probs(hidden, embedding, target, chunk=0)
 

@@ -210,6 +210,15 @@ def test_new_adapters_are_a_function_of_the_seed_and_differ_between_linears():
     assert np.abs(first[0].a).max() <= 1 / np.sqrt(first[0].a.shape[1])
 
 
+def test_new_adapters_are_nothing_in_layers_that_are_not_chosen():
+    chosen = choose_linears(bindings_of("llama"), ["layers.1.self_attn.q_proj", "k_proj"])
+    q, k = new_adapters(chosen, rank=2, alpha=4.0, seed=0)
+    assert [np.asarray(a).any() for a in q.a] == [False, True, False]
+    assert (np.asarray(q.alpha).tolist(), np.asarray(k.alpha).tolist()) == ([0.0, 4.0, 0.0], [4.0] * 3)
+    assert np.asarray(k.a).all()
+    assert not any(np.asarray(adapter.b).any() for adapter in (q, k))
+
+
 def test_every_linear_of_the_model_has_a_name():
     names = [name for binding in linear_bindings(bindings_of("gpt_neox")) for name in module_names(binding)]
     assert "gpt_neox.layers.2.attention.query_key_value" in names

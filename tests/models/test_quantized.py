@@ -10,7 +10,7 @@ from tiny_models import TOKENS, batch_arrays, load_case
 
 from dpo.models.linear import Linear
 from dpo.models.norms import UnscaledRMSNorm
-from dpo.models.quantized import Int8Linear, hold
+from dpo.models.quantized import Int8Linear, as_held, hold
 
 
 def make_linear(*, zero_output=False):
@@ -43,6 +43,22 @@ def test_an_output_of_zeros_has_a_scale_all_the_same():
     assert (held.kernel[...][:, 3] == 0).all()
     others = np.delete(np.asarray(held.kernel[...]), 3, axis=1)
     assert (np.abs(others).max(0) == 127).all(), "the largest weight of an output has the largest number"
+
+
+def test_parameters_by_themselves_are_what_a_held_model_computes_with():
+    linear = make_linear()
+    values = np.asarray(linear.kernel[...])
+    rounded = np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32)
+    assert (rounded != values).any()
+    for leaf in ("kernel", "embedding", "scale", "bias"):
+        assert as_held(values, leaf, "float32") is values
+    for leaf in ("kernel", "embedding"):
+        np.testing.assert_array_equal(as_held(values, leaf, "bfloat16"), rounded, strict=True)
+    np.testing.assert_array_equal(as_held(values, "embedding", "int8"), rounded, strict=True)
+    of_int8 = np.asarray(Int8Linear(linear).full_kernel)
+    np.testing.assert_array_equal(as_held(values, "kernel", "int8"), of_int8, strict=True)
+    for leaf in ("scale", "bias"):
+        assert as_held(values, leaf, "bfloat16") is as_held(values, leaf, "int8") is values
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("int8", 0.2)])

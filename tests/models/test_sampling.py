@@ -4,11 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_models import load_case
 
 from dpo.models.drawing import SamplingConfig, filter_logits, sample
-from dpo.models.sampling import _check_prompts, generate, stream
+from dpo.models.sampling import (
+    _check_prompts,
+    _make_batch,
+    _prefill,
+    _round_up,
+    generate,
+    lower_generation,
+    stream,
+)
 
 PROMPTS = [[5, 7, 11], [3, 1, 4, 1, 5, 9, 2, 6], [8], [2, 7, 1, 8, 2]]
 RULES = SamplingConfig(
@@ -70,6 +79,17 @@ def test_greedy_takes_the_most_probable_token_of_the_whole_forward_pass(model):
     assert generate(model, [PROMPTS[1]], sampling=greedy, seeds=[0], stop_tokens=[]) == [tokens[8:]]
 
 
+def test_what_was_drawn_goes_on_as_a_prompt_would(model):
+    """Also from a prompt of one token."""
+    greedy = SamplingConfig(max_new_tokens=6, temperature=0.0)
+
+    def drawn(prompt):
+        return generate(model, [prompt], sampling=greedy, seeds=[0], stop_tokens=[])[0]
+
+    first, *others = drawn(PROMPTS[2])
+    assert drawn([*PROMPTS[2], first])[:-1] == others
+
+
 @pytest.mark.parametrize("k", [1, 7, 999, 2000])
 def test_top_k_keeps_the_k_largest(logits, k):
     rank = np.argsort(np.argsort(-np.asarray(logits), axis=-1), axis=-1)
@@ -114,6 +134,34 @@ def test_the_repetition_penalty_lowers_what_was_seen(model):
     assert len(set(row) | set(PROMPTS[0])) == 15
 
 
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_what_was_seen_is_kept_where_there_is_a_penalty(model, penalty):
+    rules = SamplingConfig(max_new_tokens=1, repetition_penalty=penalty)
+    graphdef, params = nnx.split(model)
+    batch = _make_batch([[1, 2]], [0], 1)
+    state = jax.eval_shape(lambda *arrays: _prefill(graphdef, rules, (), *arrays), params, batch)
+    assert (state.seen is not None) == (penalty != 1)
+
+
+@pytest.mark.parametrize(("prompts", "rows"), [(1, 1), (2, 2), (3, 4), (5, 6)])
+def test_rows_are_padded_to_a_power_of_two_or_the_whole_batch(prompts, rows):
+    batch = _make_batch([[7] * 33] * prompts, [9] * prompts, 6)
+    assert batch.tokens.shape == (rows, 64)
+    assert batch.lengths.tolist() == [33] * prompts + [0] * (rows - prompts)
+    assert batch.seeds.tolist() == [9] * prompts + [0] * (rows - prompts)
+    assert (batch.tokens == 7).sum() == 33 * prompts
+    assert [_round_up(length) for length in (1, 32, 33)] == [32, 32, 64]
+
+
+def test_the_lowered_program_is_for_all_rows_and_the_longest_prompt(model):
+    lowered = lower_generation(model, rows=3, longest_prompt=33, sampling=RULES, stop_tokens=[2])
+    (params, batch, limit), _ = lowered.args_info
+    assert [info.shape for info in batch] == [(3, 64), (3,), (3,)]
+    assert limit.shape == ()
+    assert jax.tree.structure(params) == jax.tree.structure(nnx.split(model)[1])
+    assert [info.shape for info in lowered.out_info[5:]] == [(3, 32), (3,), ()]
+
+
 def test_settings_out_of_range_are_named():
     with pytest.raises(ValueError, match=r"top_p is 1\.5; allowed is above 0 and at most 1"):
         SamplingConfig(top_p=1.5)
@@ -129,7 +177,7 @@ def test_tokens_that_the_model_does_not_know_are_refused(model):
 def test_positions_that_a_learned_table_lacks_are_refused(tmp_path):
     gpt2 = load_case(tmp_path, "gpt2")
     with pytest.raises(ValueError, match="need 66 positions; the model has 64"):
-        generate(gpt2, [[1] * 54], sampling=RULES, seeds=[0], stop_tokens=[])
+        generate(gpt2, [[1], [1] * 54, [1] * 2], sampling=RULES, seeds=[0] * 3, stop_tokens=[])
     _check_prompts(gpt2, [[1] * 52], RULES.max_new_tokens)  # what just fits
 
 
