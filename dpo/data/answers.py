@@ -151,6 +151,36 @@ def ranked_answers(row: Columns) -> Answers:
     )
 
 
+def voted_answers(row: Columns) -> Answers:
+    """Stack Exchange's `answers` to a question, each with a score of its votes."""
+    items = [row.item(item) for item in read_objects(row["answers"], "answers", least=2)]
+    responses = {f"answers[{k}].text": item.get("text") for k, item in enumerate(items)}
+    scores = [finite(item.get("pm_score"), f"answers[{k}].pm_score") for k, item in enumerate(items)]
+    return _by_scores(responses, scores)
+
+
+def scored_sides(row: Columns) -> Answers:
+    """WebGPT's two answers with a score each, of which one is the other's negative."""
+    scores = [finite(row[name], name) for name in ("score_0", "score_1")]
+    return _by_scores({name: row[name] for name in ("answer_0", "answer_1")}, scores)
+
+
+def last_turns(row: Columns) -> Answers:
+    """ms-swift's `messages`, which end with the preferred response, and another for its place."""
+    turns = read_list(row["messages"], "messages", least=2)
+    other = [*turns[:-1], {"role": "assistant", "content": row["rejected_response"]}]
+    return Answers({"messages": turns, "rejected_response": other}, (1, 2))
+
+
+def exchanges(value: Any, field: str) -> list[Message] | None:
+    """Turns of a list of `{"input": ..., "output": ...}`, as Capybara's are; None where it is none."""
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        return None
+    if not value or not all({"input", "output"} <= item.keys() and "role" not in item for item in value):
+        return None
+    return [turn for item in value for turn in _exchange(item["input"], item["output"])]
+
+
 def labelled(response: str, label: str) -> Callable[[Columns], Answers]:
     """One response with a label that says whether it is desirable."""
 

@@ -37,7 +37,8 @@ def _whole(name: str) -> Callable[[Columns], FoundPrompt | None]:
     """Of a column that in some data sets is the prompt, in others the prompt with its best response."""
 
     def read(row: Columns) -> FoundPrompt | None:
-        found = read_prompt_column(row[name], name)
+        given = answers.exchanges(row[name], name)
+        found = read_prompt_column(row[name] if given is None else given, name)
         return None if as_turns(found[0])[-1]["role"] == "assistant" else found
 
     return read
@@ -46,6 +47,14 @@ def _whole(name: str) -> Callable[[Columns], FoundPrompt | None]:
 def _single(row: Columns) -> FoundPrompt | None:
     """A prompt that is not a list of what was asked turn by turn."""
     return None if is_list_text(row["prompt"]) else read_prompt_column(row["prompt"], "prompt")
+
+
+def _question(row: Columns) -> FoundPrompt | None:
+    """A text, messages, or WebGPT's object with the whole text of a question."""
+    given = as_object(row["question"], "question")
+    if given is not None and "full_text" in given:
+        return read_prompt_column(given["full_text"], "question.full_text")
+    return read_prompt_column(row["question"], "question")
 
 
 def _instruction(row: Columns) -> FoundPrompt | None:
@@ -74,7 +83,7 @@ def _input(row: Columns) -> FoundPrompt | None:
 PROMPTS: dict[str, Callable[[Columns], FoundPrompt | None]] = {
     "prompt": _column("prompt"),
     "single prompt": _single,
-    "question": _column("question"),
+    "question": _question,
     "instruction": _instruction,
     "query": _column("query"),
     "conversations": _whole("conversations"),
@@ -153,6 +162,12 @@ LAYOUTS: dict[str, RowLayout] = {
     "distilabel": RowLayout("generations ratings|rating|scores", answers.generations, ANY, "chosen rejected"),
     "ultrafeedback": RowLayout("instruction completions", answers.completions, ("instruction",)),
     "nectar": RowLayout("prompt answers", answers.ranked_answers, _PROMPT),
+    "stack_exchange": RowLayout("question answers", answers.voted_answers, ("question",), "prompt"),
+    "stack_pairs": RowLayout(
+        "question response_j response_k", answers.pair_of("response_j", "response_k"), ("question",)
+    ),
+    "webgpt": RowLayout("question answer_0 answer_1 score_0 score_1", answers.scored_sides, ("question",)),
+    "swift": RowLayout("messages rejected_response", answers.last_turns, (), "prompt chosen rejected"),
     "completion": RowLayout("completion label", answers.labelled("completion", "label")),
     "messages_label": RowLayout(
         "messages label", answers.labelled("messages", "label"), (), "completion response_a answer_a output_1"

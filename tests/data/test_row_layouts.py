@@ -60,6 +60,15 @@ PAIRS = {
         "prompt": f"\n\nHuman: {ASK}\n\nAssistant: ",
         "answers": [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}],
     },
+    "stack_exchange": {
+        "qid": 4, "question": ASK, "answers": [{"text": BAD, "pm_score": 0}, {"text": GOOD, "pm_score": 5}]
+    },
+    "stack_pairs": {"qid": 4, "question": ASK, "response_j": GOOD, "response_k": BAD},
+    "webgpt": {
+        "question": {"full_text": ASK, "id": "q"},
+        "answer_0": BAD, "answer_1": GOOD, "score_0": -1, "score_1": 1,
+    },
+    "swift": {"messages": say(ASK, GOOD), "rejected_response": BAD},
     "helpsteer2_preference": {
         "prompt": ASK, "response_1": BAD, "response_2": GOOD, "preference_strength": 2
     },
@@ -262,6 +271,28 @@ def test_a_conversation_of_several_turns_is_compared_from_where_it_parts():
     found = read(row).preference
     assert found.prompt == tuple(say("q"))
     assert found.responses == (tuple(say("q", "x", "more", "y")[1:]), "v")
+
+
+def test_capybaras_exchanges_are_the_turns_that_both_responses_share():
+    """`conversation` has the preferred response at its end, and is what the conversations say."""
+    exchanges = [{"input": "Hi.", "output": "Yes?"}, {"input": ASK, "output": GOOD}]
+    row = {
+        "conversation": exchanges,
+        "original_response": GOOD,
+        "chosen": say("Hi.", "Yes?", ASK, GOOD),
+        "rejected": say("Hi.", "Yes?", ASK, BAD),
+    }
+    found = read(row).preference
+    assert found.prompt == tuple(say("Hi.", "Yes?", ASK))
+    assert (found.responses, found.ranks) == ((GOOD, BAD), (0, 1))
+
+
+def test_the_other_response_of_swift_takes_the_last_place():
+    found = read({"messages": say("Hi.", "Yes?", ASK, GOOD), "rejected_response": BAD}).preference
+    assert found.prompt == tuple(say("Hi.", "Yes?", ASK))
+    assert (found.responses, found.ranks) == ((GOOD, BAD), (0, 1))
+    with pytest.raises(MalformedRowError):
+        read({"messages": say("Hi.", "Yes?", ASK), "rejected_response": BAD})
 
 
 def test_a_battle_of_several_turns_is_two_conversations():
