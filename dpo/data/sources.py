@@ -84,7 +84,7 @@ def cut_every(source: str, split: str, *, rows: int, limit: int | None = None) -
     borders = [0]
     while borders[-1] < len(starts):
         most = np.searchsorted(starts[:, 0], starts[borders[-1], 0] + MAX_PART_BYTES, side="right")
-        borders.append(min(borders[-1] + rows, max(int(most), borders[-1] + 1), len(starts)))
+        borders.append(min(borders[-1] + rows, int(most)))
     return _parts(starts, borders, size)
 
 

@@ -170,7 +170,7 @@ def _power(count: int, rate: float, baseline: float, confidence: float) -> float
 
 
 def _check(values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> None:
-    if len(values) == 0 or weights.sum() <= 0:
+    if weights.sum() <= 0:
         raise UserError("no value to average; allowed is one or more with a positive weight")
     if not np.isfinite(values).all():
         raise UserError(

@@ -221,6 +221,11 @@ def test_skipped_rows_are_counted_by_reason(tmp_path):
     assert read.skipped == {"empty": 2, "wrong_type": 1}
 
 
+def test_rows_with_a_column_that_nobody_reads_are_counted(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", PAIR, {**PAIR, "id": 1}, {**PAIR, "id": 2, "model": "m"})
+    assert read_preferences(path).unused == {"id": 2, "model": 1}
+
+
 def test_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no usable row"):
         read_preferences(write_lines(tmp_path / "rows.jsonl", []), on_error="skip")

@@ -101,3 +101,35 @@ def test_a_file_that_is_terabytes_of_nothing_is_refused(tmp_path, name):
     os.truncate(path, 1 << 40)
     with pytest.raises(UserError, match=name):
         rows_of(path)
+
+
+def test_parts_have_so_many_rows_and_of_long_ones_fewer(tmp_path, monkeypatch):
+    """Lines of ten bytes; a part is cut where its rows but the last have reached what it may have."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 12}\n' * 7)
+
+    def cut_into(rows):
+        return [
+            (part.offset, part.number, part.rows, part.end)
+            for part in cut_every(str(path), "train", rows=rows)
+        ]
+
+    assert cut_into(3) == [(0, 1, 3, 30), (30, 4, 3, 60), (60, 7, 1, None)]
+    assert cut_into(9) == [(0, 1, 7, None)]
+    monkeypatch.setattr(sources, "MAX_PART_BYTES", 15)
+    assert cut_into(3) == [(0, 1, 2, 20), (20, 3, 2, 40), (40, 5, 2, 60), (60, 7, 1, None)]
+    monkeypatch.setattr(sources, "MAX_PART_BYTES", 5)
+    assert [part[2] for part in cut_into(3)] == [1] * 7
+
+
+def test_blank_lines_are_passed_by_up_to_a_number_or_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BLANK_LINES", 3)
+    monkeypatch.setattr(sources, "MAX_BLANK_BYTES", 20)
+    path = tmp_path / "rows.jsonl"
+    for fits in ("\n" * 3, " " * 19 + "\n"):
+        path.write_text(fits + "1\n" + fits + "2" + fits)
+        assert rows_of(path) == [1, 2]
+    for text in ("\n" * 5, "1\n" + "\n" * 4, "1\n" + " " * 20 + "\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"rows\.jsonl:\d: more than 3 blank lines, or 20 bytes"):
+            rows_of(path)

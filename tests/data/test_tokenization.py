@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from dpo.config import DataConfig
 from dpo.data.preferences import Preference, read_preferences
@@ -210,6 +211,53 @@ def test_without_a_template_a_prompt_keeps_what_the_longest_response_leaves(toke
         return
     assert texts(tokenizer, dataset) == [kept, "yy<e>", "n<e>"]
     assert dataset.remarks == {"the beginning of the prompt is cut off": 1}
+
+
+def test_a_prompt_that_is_cut_leaves_room_for_bos(tokenizer):
+    tokenizer.chat_template = None
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    rows = [make("abcdefghi", "yy", "n")]
+    dataset = tokenize(rows, tokenizer, max_length=9, truncation="truncate_prompt_left")
+    assert texts(tokenizer, dataset) == ["<s>efghi", "yy<e>", "n<e>"]
+
+
+def test_a_response_alone_may_be_cut(tokenizer):
+    dataset = tokenize(
+        [make("hi", "yesyesyes")], tokenizer, max_length=16, truncation="truncate_response_right"
+    )
+    assert len(dataset.prompt(0)) + len(dataset.responses(0)[0]) == 16
+    assert dataset.num_truncated == 1
+
+
+def test_a_prompt_or_a_response_without_tokens_is_left_out(tokenizer):
+    tokenizer.chat_template = None
+    rows = [make("hi", "yes", "no"), make("hi", "", "no"), make("", "yes", "no")]
+    dataset = tokenize(rows, tokenizer, end_token="none")
+    assert dataset.origin.tolist() == [0]
+    assert dataset.dropped == {"no_tokens": 2}
+
+
+def test_a_template_that_is_none_is_named_by_where_it_comes_from(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.chat_template"):
+        tokenize([make("hi", "yes", "no")], tokenizer, chat_template="{% if %}")
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ValueError, match="the tokenizer's chat template"):
+        tokenize([make("hi", "yes", "no")], tokenizer)
+
+
+def test_an_added_token_that_is_not_called_special_ends_a_response(tokenizer):
+    tokenizer.add_tokens(["<end>"])
+    template = tokenizer.chat_template.replace("<e>", "<end>")
+    dataset = tokenize([make("hi", "yes", "no")], tokenizer, end_token="eos_only", chat_template=template)
+    assert decoded(tokenizer, dataset) == ["yes<end>", "no<end>"]
+
+
+def test_prompts_answers_and_contexts_are_as_many(tokenizer):
+    with pytest.raises(ValueError, match="zip"):
+        tokenize_answers(["hi", "ho"], ["yes"], tokenizer)
+    with pytest.raises(ValueError, match="zip"):
+        tokenize_prompts(["hi", "ho"], tokenizer, contexts=[None])
 
 
 def test_rows_are_the_same_whatever_is_encoded_at_a_time(tokenizer, monkeypatch):

@@ -123,6 +123,28 @@ def test_a_block_that_the_template_opens_ends_the_prompt_before_it():
     assert "leaves out part of the content of a response" in said
 
 
+def test_a_block_that_one_response_writes_itself_is_no_part_of_the_prompt():
+    dataset = encode([make("(six", "seven")], CHATML + "{% if add_generation_prompt %}({% endif %}")
+    assert shown(dataset) == ["<s>u:q<e>\n<s>a:", "six<e>\n", "seven<e>\n"]
+
+
+def test_a_response_of_which_nothing_is_scored_is_left_out():
+    silent = tuple({**turn, "weight": 0} for turn in say("one?", "2", "done"))
+    dataset = encode([make("yes", "no"), make("yes", silent), make(silent, "yes")], CHATML)
+    assert dataset.origin.tolist() == [0]
+    assert dataset.dropped == {"no_tokens": 2}
+
+
+def test_of_several_answers_the_one_that_differs_first_is_shown():
+    hides = (
+        "{% if add_generation_prompt %}ab?{% else %}{{ 'ab' if messages[-1].content | length > 2 else 'a' }}!"
+        "{% endif %}"
+    )
+    for answers in (("xx", "yyy"), ("yyy", "xx")):
+        with pytest.raises(ValueError, match=r"from character 1 the prompt alone has 'b\?', .* '!'"):
+            encode([make(*answers)], hides)
+
+
 def test_a_template_that_hides_the_answer_names_the_characters_that_differ():
     hides = "{% if add_generation_prompt %}?{% else %}!{{ messages[-1].content | length }}{% endif %}"
     differs = r"does not write.*has '\?', with its response '!2'.*data\.chat_template"

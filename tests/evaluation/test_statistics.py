@@ -190,6 +190,15 @@ def test_small_differences_take_the_normal_approximation() -> None:
     assert num_needed(0.51) == pytest.approx((1.96 * 0.5 + 0.8416 * 0.4999) ** 2 / 0.01**2, rel=1e-3)
 
 
+def test_up_to_500_the_test_itself_is_asked() -> None:
+    """The normal approximation says 500 of this rate."""
+    assert num_needed(0.5625) > 500
+
+
+def test_one_value_is_its_own_mean() -> None:
+    assert cluster_bootstrap(np.array([0.3]), np.zeros(1)) == pytest.approx((0.3, 0.3, 0.3))
+
+
 def test_few_prompts_are_said_to_be_few() -> None:
     assert few_clusters(10) == []
     assert "too narrow" in few_clusters(9)[0]

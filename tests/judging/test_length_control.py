@@ -102,6 +102,16 @@ def test_draws_that_are_fitted_some_at_a_time_are_the_same(monkeypatch: pytest.M
     assert pieces.win_rate == pytest.approx(whole.win_rate)
 
 
+def test_draws_are_as_many_as_asked_for_and_of_the_seed() -> None:
+    values, gap = planted(20, quality=0.8, length=0.5, mean_gap=20.0, seed=4)
+    found = length_controlled(values, gap, np.arange(20))
+    assert found == length_controlled(values, gap, np.arange(20), seed=0, resamples=1000, confidence=0.95)
+    assert found != length_controlled(values, gap, np.arange(20), seed=1)
+    single = length_controlled(values, gap, np.arange(20), resamples=1)
+    assert single is not None
+    assert single.win_rate.low == single.win_rate.high
+
+
 def test_two_pairs_are_enough_to_fit() -> None:
     assert length_controlled(np.array([1.0, 0.0]), np.array([1.0, 2.0]), np.arange(2)) is not None
 

@@ -1,16 +1,19 @@
 import itertools
+import shutil
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from numpy.testing import assert_array_equal
 
 from dpo.files import WriteError
 from dpo.losses import RunningMean
 from dpo.outcomes import StopRequested
+from dpo.training import checkpoint
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.step import TrainState
 
@@ -77,8 +80,6 @@ def test_the_newest_whole_one_is_found_and_damaged_ones_are_set_aside(tmp_path):
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """The state is copied by `save`; what becomes of it afterwards changes nothing that is on its way."""
-    from dpo.training import checkpoint
-
     go_on = threading.Event()
     write_checksums = checkpoint.write_checksums
 
@@ -98,19 +99,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         assert_array_equal(checkpoints.restore(1, state_of(0)).params["a"]["kernel"], np.ones((3, 4)))
 
 
-@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+@pytest.mark.parametrize("jump", [30 * 86_400.0, -30 * 86_400.0])
 def test_a_clock_that_is_set_while_a_checkpoint_is_written_does_not_stop_it(tmp_path, monkeypatch, jump):
-    """Each look at the wall clock finds it a day further on than the last one, or a day back."""
-    days, now = itertools.count(), time.time
+    """Each look at the wall clock finds it a month further on than the last one, or a month back."""
+    looks, now = itertools.count(), time.time
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: now() + next(days) * jump)
+        patch.setattr(time, "time", lambda: now() + next(looks) * jump)
         save(tmp_path, 1, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch):
-    from dpo.training import checkpoint
-
     save(tmp_path, 1)
 
     def full(directory):
@@ -124,8 +123,6 @@ def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch
 
 
 def test_a_bug_in_the_thread_that_writes_is_not_lost(tmp_path, monkeypatch):
-    from dpo.training import checkpoint
-
     monkeypatch.setattr(checkpoint, "write_checksums", lambda directory: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         save(tmp_path, 1)
@@ -184,7 +181,6 @@ def test_what_was_to_be_saved_and_is_not_is_said_where_a_stop_ends_the_run(
     tmp_path, monkeypatch, ended_by, raised
 ):
     """Another error is the reason itself, and stays."""
-    from dpo.training import checkpoint
 
     def full(directory):
         raise OSError(28, "No space left on device")
@@ -201,8 +197,6 @@ def test_what_was_to_be_saved_and_is_not_is_said_where_a_stop_ends_the_run(
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_the_new_one_is_whole(tmp_path, monkeypatch):
-    from dpo.training import checkpoint
-
     def locked(path, *given, **choices):
         raise PermissionError(13, "Permission denied")
 
@@ -224,8 +218,6 @@ def test_of_many_arrays_that_differ_three_are_named_and_all_are_counted(tmp_path
 
 
 def test_the_reason_is_one_line(tmp_path, monkeypatch):
-    from dpo.training import checkpoint
-
     def fail(directory):
         raise ValueError("  first\nsecond")
 
@@ -242,3 +234,37 @@ def test_a_save_that_fails_before_anything_is_there_is_named_too(tmp_path, monke
         monkeypatch.setattr(checkpoints._orbax, "save", full)
         with pytest.raises(WriteError, match=r"/1: No space left on device; there is none before it$"):
             checkpoints.save(1, state_of(1), {})
+
+
+def test_a_save_of_which_nothing_is_left_when_it_fails_is_named_too(tmp_path, monkeypatch):
+    def lost(directory):
+        shutil.rmtree(directory)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "write_checksums", lost)
+    with pytest.raises(WriteError, match=r"/1: Input/output error; there is none before it$"):
+        save(tmp_path, 1)
+
+
+def test_a_directory_that_was_deleted_is_not_made_anew(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        (tmp_path / "checkpoints").rmdir()
+        with pytest.raises(WriteError, match="was deleted or renamed while the run went on"):
+            checkpoints.save(1, state_of(1), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_stands_where_a_checkpoint_is_to_be_written_is_replaced(tmp_path):
+    """A save that failed may leave it, and what it waits for is no run of a reader's."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        (tmp_path / "1.writing" / "state").mkdir(parents=True)
+        checkpoints.save(1, state_of(1), {})
+        checkpoints.wait()
+        assert checkpoints.newest_whole() == (1, {})
+
+
+def test_one_process_waits_for_ever_and_several_as_long_as_orbax_says(monkeypatch):
+    alone = checkpoint._async_options()
+    assert (alone.timeout_secs, alone.create_directories_asynchronously) == (100 * 365 * 86_400, False)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert checkpoint._async_options() == ocp.options.AsyncOptions()

@@ -18,8 +18,10 @@ from dpo.training.directory import summary_of
 from dpo.training.identity import (
     Probe,
     check_probe,
+    decide_alike,
     differences,
     fingerprint_tokenizer,
+    reference_identity,
     require_same,
     run_identity,
     settings_fingerprint,
@@ -142,10 +144,29 @@ def test_a_probe_tells_rounding_from_another_policy():
 )
 def test_rounding_is_a_hundredth_of_a_nat_and_a_thousandth_of_what_was_there(logp, near, far):
     saved: Probe = {"rows": [3], "logps": [[logp]]}
+    if logp == 0:
+        check_probe(saved, {"rows": [3], "logps": [[0.01]]}, where="it")
     for sign in (1, -1):
         check_probe(saved, {"rows": [3], "logps": [[logp + sign * near]]}, where="it")
         with pytest.raises(ValueError, match="row 3, response 0"):
             check_probe(saved, {"rows": [3], "logps": [[logp + sign * far]]}, where="it")
+
+
+def test_what_a_kept_file_lacks_and_no_default_has_is_a_difference():
+    assert decide_alike({}, Config())
+    assert not decide_alike({}, Config(objective={"name": "ipo", "beta": 0.1}))
+
+
+def test_the_rows_of_a_reference_are_told_apart_by_name_shape_and_values():
+    rows = {"logps": np.arange(6.0)[None], "other": np.zeros((1, 2))}
+
+    def found(**changes):
+        store = SimpleNamespace(rows=rows | changes)
+        return inspect.unwrap(reference_identity)({"train": store})["reference"]["train"]
+
+    assert found() == found(logps=np.arange(12.0)[None, :6])
+    others = [{"logps": np.arange(6.0).reshape(2, 3)}, {"logps": np.ones((1, 6))}, {"a": np.zeros((1, 2))}]
+    assert len({found(), *(found(**changes) for changes in others)}) == 4
 
 
 def test_a_probe_has_zero_where_there_is_no_response():
@@ -173,7 +194,11 @@ def test_fingerprints_do_not_see_the_order_of_names():
     assert fingerprint_tokenizer(slow[0]) != fingerprint_tokenizer(slow[1])
 
 
-def test_what_a_run_is_on_one_device_without_held_out_data():
+@pytest.mark.parametrize(("given", "expected"), [(None, None), ("{{ messages }}", 64)])
+def test_what_a_run_is_on_one_device_without_held_out_data(given, expected, tmp_path):
+    if given is not None:
+        (tmp_path / "template.jinja").write_text(given)
+        given = str(tmp_path / "template.jinja")
     tokenizer = SimpleNamespace(
         is_fast=False, get_vocab=lambda: {"a": 0}, special_tokens_map={}, chat_template=None
     )
@@ -182,7 +207,7 @@ def test_what_a_run_is_on_one_device_without_held_out_data():
     policy = SimpleNamespace(pretrained=pretrained, fingerprint="w")
     rows = SimpleNamespace(content="c", tokens=SimpleNamespace(fingerprint="t"))
     found = inspect.unwrap(run_identity)(
-        Config(),
+        Config(data=dataclasses.replace(Config().data, chat_template=given)),
         policy=policy,
         dataset=rows,
         heldout=None,
@@ -195,7 +220,8 @@ def test_what_a_run_is_on_one_device_without_held_out_data():
     assert differences({"weights": {"policy": "w"}}, {"weights": weights}) == {}, "of an earlier version"
     turned = weights | {"architecture.policy.ropes": "another"}
     assert differences({"weights": turned}, {"weights": weights}).keys() == {"weights"}
-    assert (found["template"], found["steps"]) == ({"sha256": None}, {"total": 7})
+    template = found["template"]["sha256"]
+    assert (template and len(template), found["steps"]) == (expected, {"total": 7})
     assert found["devices"]["mesh"] == "data 1 x fsdp 1 x tensor 1"
     assert "run_dir" not in found["settings"]
     assert found["settings"]["training.seed"] == 0
