@@ -159,7 +159,7 @@ def test_a_settings_file_alone_does_not_run_an_objective(
     said = f"--objective.name={function}"
     if command == "frontier":
         (here / "rows.jsonl").write_text(json.dumps({"prompt": "Say A.", "chosen": "A", "rejected": "B"}))
-        settings = {"objectives": [function], "train": "rows.jsonl", "eval": "rows.jsonl"}
+        settings = {"objectives": [function], "train": "rows.jsonl", "eval": "rows.jsonl", "reward": "vader"}
         said = f"--objectives=[{function}]"
     (here / "run.yaml").write_text(json.dumps(settings))
     assert main([command, "--config=run.yaml"]) == 2

@@ -2,7 +2,7 @@
 
 A pair is two responses of one prompt, one ranked above the other. It is ordered correctly when its δ, the
 difference of implicit rewards, is positive. Figures are means within a row first, then over rows; a δ that
-rounding cannot tell from zero (`Rows.resolved_ratio`) counts ½ and is reported apart; intervals draw prompts,
+rounding cannot tell from zero (`Pairs.resolved_gap`) counts ½ and is reported apart; intervals draw prompts,
 so that rows of one prompt stay together. Single labelled responses are compared with the reference itself
 (`as_pairs`).
 """
@@ -58,14 +58,14 @@ def describe(rows: Rows, *, beta: float, seed: int = 0) -> HeldoutFigures:
     pairs = make_pairs(rows)
     if len(pairs.row) == 0:
         raise UserError("no row has two responses of different rank: there is nothing to be right about")
-    delta, resolved = beta * pairs.gap(rows.log_ratio), pairs.gap(rows.resolved_ratio)
+    delta, resolved = beta * pairs.gap(rows.log_ratio), pairs.resolved_gap(rows)
     result: HeldoutFigures = {
         "prompts": len(np.unique(rows.prompts[pairs.row])),
         "rows": len(np.unique(pairs.row)),
         "pairs": len(pairs.row),
         "unpaired": rows is not given,
         "beta": beta,
-        "accuracy": list(accuracy(rows, pairs, rows.resolved_ratio, seed=seed)),
+        "accuracy": list(accuracy(rows, pairs, resolved, seed=seed)),
         "ties": int((resolved == 0).sum()),
         "margin": list(cluster_bootstrap(delta, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)),
         "log_ratio": log_ratios(given, seed=seed),
@@ -117,23 +117,22 @@ def outcomes(gap: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     return (np.sign(gap) + 1) / 2
 
 
-def accuracy(rows: Rows, pairs: Pairs, values: Shaped[np.ndarray, "n K"], *, seed: int = 0) -> Interval:
-    """Part of the pairs that `values` order as the ranks do."""
-    right = outcomes(pairs.gap(values))
-    return bounded_mean(right, rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
+def accuracy(rows: Rows, pairs: Pairs, gap: Float[np.ndarray, " m"], *, seed: int = 0) -> Interval:
+    """Part of the pairs whose `gap`, of the better response over the worse, is above 0; 0 counts ½."""
+    return bounded_mean(outcomes(gap), rows.prompts[pairs.row], weights=pairs.weight, seed=seed)
 
 
 def baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
     """What the same pairs give to scores that took no training: length, and the reference's own log-probs."""
     return {
-        name: list(accuracy(rows, pairs, values, seed=seed))
+        name: list(accuracy(rows, pairs, pairs.gap(values), seed=seed))
         for name, values in _untrained_scores(rows).items()
     }
 
 
 def over_baselines(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[Baseline, Estimate]:
     """Accuracy minus that of each baseline, paired: on the same pairs, so that what they share cancels."""
-    right = outcomes(pairs.gap(rows.resolved_ratio))
+    right = outcomes(pairs.resolved_gap(rows))
     clusters = rows.prompts[pairs.row]
     mean = partial(cluster_bootstrap, clusters=clusters, weights=pairs.weight, seed=seed)
     return {
@@ -195,7 +194,7 @@ def describe_part(
     part = Pairs(*(array[kept] for array in pairs))
     clusters = rows.prompts[part.row]
     mean = partial(cluster_bootstrap, clusters=clusters, weights=part.weight, seed=seed)
-    gap, resolved = part.gap(rows.log_ratio), part.gap(rows.resolved_ratio)
+    gap, resolved = part.gap(rows.log_ratio), part.resolved_gap(rows)
     return {
         "pairs": len(gap),
         "prompts": len(np.unique(clusters)),
@@ -236,9 +235,10 @@ def mean_of_sources(rows: Rows, pairs: Pairs, *, seed: int = 0) -> dict[str, Est
     """Accuracy, and that of each baseline, every subset counting the same (as in RewardBench)."""
     clusters, sources = rows.prompts[pairs.row], rows.sources[pairs.row]
     mean = partial(mean_of_groups, clusters=clusters, groups=sources, weights=pairs.weight, seed=seed)
+    gaps = {name: pairs.gap(values) for name, values in _untrained_scores(rows).items()}
     return {
-        name: list(mean(outcomes(pairs.gap(values))))
-        for name, values in {"accuracy": rows.resolved_ratio, **_untrained_scores(rows)}.items()
+        name: list(mean(outcomes(gap)))
+        for name, gap in {"accuracy": pairs.resolved_gap(rows), **gaps}.items()
     }
 
 

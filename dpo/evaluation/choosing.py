@@ -78,7 +78,7 @@ def choose(policies: Mapping[str, Heldout], *, seed: int = 0) -> Choice:
 
     def accuracy_of(half: Common, policy: int) -> Interval:
         rows = half.rows[policy]
-        return accuracy(rows, half.pairs, rows.resolved_ratio, seed=seed)
+        return accuracy(rows, half.pairs, half.pairs.resolved_gap(rows), seed=seed)
 
     figures = [accuracy_of(halves[0], policy) for policy in range(len(names))]
     order = sorted(range(len(names)), key=lambda policy: -figures[policy].estimate)

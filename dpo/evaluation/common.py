@@ -40,7 +40,7 @@ class Common(NamedTuple):
 
     def difference(self, policy: int, other: int, *, seed: int = 0) -> Interval:
         """Accuracy of one policy minus another's, paired: much tighter than two intervals."""
-        ours, theirs = (outcomes(self.pairs.gap(self.rows[one].resolved_ratio)) for one in (policy, other))
+        ours, theirs = (outcomes(self.pairs.resolved_gap(self.rows[one])) for one in (policy, other))
         clusters = self.rows[0].prompts[self.pairs.row]
         return cluster_bootstrap(ours - theirs, clusters, weights=self.pairs.weight, seed=seed)
 

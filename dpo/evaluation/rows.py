@@ -32,10 +32,11 @@ class Rows(NamedTuple):
 
     @property
     def resolved_ratio(self) -> Float[np.ndarray, "n K"]:
-        """By which responses are ordered: log_ratio, 0 where the log-probs' precision cannot tell it from 0.
+        """By which rankings are ordered: log_ratio, 0 where the log-probs' precision cannot tell it from 0.
 
         One model's log-probs of a response differ in their last digits from one shape of a batch to another,
-        so that without it rounding would order the responses of a policy that is the reference still.
+        so that without it rounding would order the responses of a policy that is the reference still. Of two
+        responses `Pairs.resolved_gap` asks both at once.
         """
         finest = RESOLUTION * np.finfo(np.float32).eps * np.abs(self.policy)
         return np.where(np.abs(self.log_ratio) <= finest, 0.0, self.log_ratio)
@@ -57,6 +58,17 @@ class Pairs(NamedTuple):
     def gap(self, values: Shaped[np.ndarray, "n K"]) -> Float[np.ndarray, " m"]:
         """Value of the better response minus that of the worse one."""
         return (values[self.row, self.better] - values[self.row, self.worse]).astype(np.float64)
+
+    def resolved_gap(self, rows: Rows) -> Float[np.ndarray, " m"]:
+        """Gap of the log-ratios, 0 where the precision of the pair's log-probs cannot tell it from 0.
+
+        The rule of the metrics that training writes (`dpo.training.metrics`): both log-probs round.
+        """
+        gap, size = self.gap(rows.log_ratio), np.abs(rows.policy)
+        finest = (
+            RESOLUTION * np.finfo(np.float32).eps * (size[self.row, self.better] + size[self.row, self.worse])
+        )
+        return np.where(np.abs(gap) <= finest, 0.0, gap)
 
 
 def make_pairs(rows: Rows) -> Pairs:

@@ -173,7 +173,7 @@ def _accuracies(runs: Sequence[ComparedRun], shared: Common | None) -> list[Esti
     """On the pairs that all have, where there are any."""
     if shared is None:
         return [run.figures["accuracy"] if run.figures else None for run in runs]
-    return [list(accuracy(rows, shared.pairs, rows.resolved_ratio)) for rows in shared.rows]
+    return [list(accuracy(rows, shared.pairs, shared.pairs.resolved_gap(rows))) for rows in shared.rows]
 
 
 def _log_ratios(runs: Sequence[ComparedRun], shared: Common | None) -> list[dict[str, Estimate]]:

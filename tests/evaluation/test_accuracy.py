@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import permutations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +14,9 @@ from dpo.evaluation import accuracy as acc
 from dpo.evaluation import ranking
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.rows import Rows, make_pairs
+from dpo.losses.scores import Scores
 from dpo.pages.accuracy_text import figures_as_text
+from dpo.training.metrics import RESOLUTION, preference_metrics
 
 
 def make_rows(seed: int = 0, *, n: int = 60, K: int = 5, ragged: bool = True, ties: bool = True) -> Rows:
@@ -61,7 +64,9 @@ def test_accuracy_of_pairs_is_the_part_with_positive_delta() -> None:
 
 
 def test_accuracy_of_rankings_is_the_brute_force_mean_within_then_over_prompts() -> None:
-    rows = make_rows()
+    rows = make_rows(1)
+    pairs = make_pairs(rows)
+    assert np.abs(pairs.gap(rows.log_ratio)).min() > 0.001, "no pair that rounding might order"
     expected = []
     for policy, reference, present, ranks in zip(*rows[:2], *rows[3:5], strict=True):
         right = [
@@ -362,6 +367,25 @@ def test_the_figures_are_printed_with_whole_names_and_no_interval_of_few_prompts
     assert "95%" not in few
     assert "(policy +0.000, 95% -" in lines["longer"]
     assert "! the interval of the mean of the sources is too narrow" in figures_as_text(figures)
+
+
+def test_a_pair_is_a_tie_where_training_counts_it_as_one() -> None:
+    """Two responses' rounding adds up: a gap of 1.5 times what one alone may have orders nothing."""
+    one = RESOLUTION * np.finfo(np.float32).eps * 32  # of a log-prob of 32
+    policy = np.full((3, 2), -32.0)
+    log_ratio = np.array([[1.5 * one, 0.0], [2.5 * one, 0.0], [0.0, 2.5 * one]])
+    rows = pair_rows(np.zeros(3), policy=policy, reference=policy - log_ratio)
+    result = describe(rows, beta=0.1)
+    assert (result["ties"], result["accuracy"][0]) == (1, 0.5)
+    scores = Scores(
+        policy=jnp.asarray(rows.policy, jnp.float32),
+        reference=jnp.asarray(rows.reference, jnp.float32),
+        lengths=jnp.asarray(rows.lengths),
+        present=jnp.asarray(rows.present),
+        ranks=jnp.asarray(rows.ranks),
+        scores=jnp.full((3, 2), jnp.nan),
+    )
+    assert float(preference_metrics(scores, 0.1)["rewards/accuracies"]) == result["accuracy"][0]
 
 
 @pytest.mark.parametrize("K", [2, 4])

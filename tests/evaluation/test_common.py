@@ -60,7 +60,7 @@ def test_a_ranking_and_all_its_pairs_say_the_same(second: list[Row]) -> None:
     common = find_common([heldout(RANKINGS, RATIOS), heldout(second, OTHER)])
     assert common is not None
     assert len(common.pairs.row) == 36
-    rates = [accuracy(rows, common.pairs, rows.log_ratio).estimate for rows in common.rows]
+    rates = [accuracy(rows, common.pairs, common.pairs.gap(rows.log_ratio)).estimate for rows in common.rows]
     assert rates == pytest.approx([5 / 6, 3 / 6])
     assert common.difference(0, 1).estimate == pytest.approx(2 / 6)
     rankings = common.rankings()
@@ -102,5 +102,5 @@ def test_single_labelled_responses_are_compared_with_the_reference_itself() -> N
     ]
     common = find_common([heldout(single, RATIOS), heldout(single[2:], OTHER)])
     assert common is not None
-    rates = [accuracy(rows, common.pairs, rows.log_ratio).estimate for rows in common.rows]
+    rates = [accuracy(rows, common.pairs, common.pairs.gap(rows.log_ratio)).estimate for rows in common.rows]
     assert rates == pytest.approx([0.75, 0.25]), "3 > 0 and 0 = 0; 0 = 0 and 1 > 0"
