@@ -17,8 +17,8 @@ def at_home(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         found = {field.name: at_home(getattr(value, field.name)) for field in fields(value)}
         return replace(value, **found)
-    if getattr(value, "_fields", ()) == ("key", "val"):  # jsonargparse's, of --data.train.rows=5: no group
-        return {value.key: value.val}
+    if isinstance(value, tuple) and getattr(value, "_fields", ()) == ("key", "val"):
+        return dict([value])  # jsonargparse's, of --data.train.rows=5: no group
     if isinstance(value, list | tuple):
         return type(value)(map(at_home, value))
     if isinstance(value, str) and (value == "~" or re.match(r"~[\w.-]*/", value)):

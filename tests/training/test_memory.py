@@ -362,4 +362,4 @@ def compiled_steps():
 
 def kept_programs():
     """Names of the programs in the persistent compilation cache."""
-    return {path.name for path in Path(jax.config.jax_compilation_cache_dir or "").glob("*-cache")}
+    return {path.name for path in Path(jax.config.values["jax_compilation_cache_dir"] or "").glob("*-cache")}
