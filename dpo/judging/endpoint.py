@@ -201,11 +201,13 @@ def _keep(path: Path, reply: Completion) -> None:
 
 
 def _verdict(reply: Completion, *, cached: bool) -> Verdict:
-    choice = read_answer(reply.answer)
+    choice = read_answer(reply.answer, is_cut=reply.is_cut)
     details: Counted = {
         "cached": cached,
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
     }
     problem = None if choice else "no single verdict [[A]], [[B]] or [[C]] in the answer"
+    if problem is not None and reply.is_cut:
+        problem += ", which was cut off at its longest (max_tokens in endpoint.options)"
     return Verdict(choice, reply.answer, problem, details=details)

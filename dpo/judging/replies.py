@@ -50,6 +50,8 @@ class Completion(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     """Both counts are 0 where the server reports none."""
+    is_cut: bool = False
+    """Whether the server ended it at its longest (`finish_reason` is length)."""
 
 
 async def receive(
@@ -103,8 +105,8 @@ def parse_completion(content: bytes) -> Completion:
     except (ValueError, RecursionError) as error:
         raise MalformedReplyError(f"not a chat completion: {server_message(content)!r}") from error
     match value:
-        case {"choices": [{"message": {"content": answer}}, *_]}:
-            pass
+        case {"choices": [{"message": {"content": answer}} as choice, *_]}:
+            is_cut = choice.get("finish_reason") == "length"
         case _:
             raise MalformedReplyError(f"not a chat completion: {server_message(content)!r}")
     usage = value.get("usage") or {}
@@ -114,7 +116,7 @@ def parse_completion(content: bytes) -> Completion:
         answer = ""
     _require_text(answer)
     counts = [_count(usage.get(name), name) for name in ("prompt_tokens", "completion_tokens")]
-    return Completion(answer, *counts)
+    return Completion(answer, *counts, is_cut=is_cut)
 
 
 def server_message(content: bytes) -> str:
@@ -150,15 +152,18 @@ def read_kept(path: Path) -> Completion:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         answer = kept["answer"]
-        if not isinstance(answer, str) or set(kept) != set(Completion._fields):
+        is_cut = kept.get("is_cut", False)  # an earlier version did not keep it
+        if not isinstance(answer, str) or {*kept, "is_cut"} != set(Completion._fields):
             raise MalformedReplyError("it has other fields")
+        if not isinstance(is_cut, bool):
+            raise MalformedReplyError("is_cut is neither true nor false")
         _require_text(answer)
         counts = [_count(kept[name], name) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, LookupError, RecursionError, MalformedReplyError) as error:
         raise UserError(
             f"{path} is no kept reply ({error}); delete it, and the judge is asked again"
         ) from error
-    return Completion(answer, *counts)
+    return Completion(answer, *counts, is_cut=is_cut)
 
 
 def _require_text(answer: str) -> None:

@@ -62,7 +62,7 @@ def reply(data: bytes) -> object:
     answer = KEY.cut_from(completion.answer)
     assert "sk-0123456789" not in answer
     answer.encode("utf-8")
-    return read_answer(answer), completion.prompt_tokens > 0
+    return read_answer(answer, is_cut=completion.is_cut), completion.prompt_tokens > 0
 
 
 def is_malformed(error: BaseException) -> bool:

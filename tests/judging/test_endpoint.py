@@ -34,6 +34,7 @@ class Response(NamedTuple):
     status: int = 200
     body: bytes | None = None
     answer: str | None = "Good. [[A]]"
+    finish_reason: str = "stop"
     headers: tuple[tuple[str, str], ...] = ()
     delay: float = 0.0
     between_bytes: float = 0.0
@@ -76,7 +77,8 @@ class Server:
                 if content is None:
                     usage = {"prompt_tokens": 100, "completion_tokens": 7}
                     message = {"role": "assistant", "content": response.answer}
-                    content = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+                    choice = {"message": message, "finish_reason": response.finish_reason}
+                    content = json.dumps({"choices": [choice], "usage": usage}).encode()
                 server.end()
                 try:
                     self.send_response(response.status)
@@ -276,6 +278,19 @@ def test_an_answer_without_a_verdict_is_invalid_and_kept(
     assert (verdict.choice, verdict.answer, verdict.was_asked) == (None, answer or "", True)
     assert verdict.problem.startswith(problem)
     assert len(server.requests) == 1
+
+
+def test_an_answer_that_was_cut_off_is_no_verdict_now_and_from_the_cache(server: Server, make_judge) -> None:
+    """What a model says on its way to a verdict is none."""
+    cut = Response(answer="At first sight [[A]] is", finish_reason="length")
+    server.script = lambda number, body: cut
+    for _ in range(2):
+        ((_, verdict),) = make_judge().ask(questions(1))
+        assert (verdict.choice, verdict.was_asked) == (None, True)
+        assert "cut off at its longest (max_tokens in endpoint.options)" in verdict.problem
+    assert len(server.requests) == 1
+    server.script = lambda number, body: cut._replace(answer="[[B]] at first sight")
+    assert [verdict.choice for _, verdict in make_judge(model="other").ask(questions(1))] == ["second"]
 
 
 def test_a_refused_question_is_invalid_and_the_rest_goes_on(server: Server, make_judge) -> None:

@@ -111,6 +111,43 @@ def test_an_answer_has_exactly_one_verdict_or_none(answer: str, choice: str | No
     assert read_answer(answer) == choice
 
 
+@pytest.mark.parametrize(
+    ("opens", "closes"),
+    [
+        ("<think>", "</think>"),
+        ("<seed:think>", "</seed:think>"),
+        ("<analysis>", "</analysis>"),
+        ("[THINK]", "[/THINK]"),
+        ("◁think▷", "◁/think▷"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("<|channel>thought\n", "<channel|>"),
+    ],
+)
+def test_reasoning_is_told_by_the_marks_of_its_maker(opens: str, closes: str) -> None:
+    assert read_answer(f"{opens}A? [[A]]{closes} [[B]]") == "second"
+    assert read_answer(f"it was opened before. [[A]]{closes}B") == "second"
+    assert read_answer(f"{opens}it was cut: [[A]]") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("If length counted, [[A]] would", None),
+        ("First I weigh them.\n[[A]]", None),
+        ("[[A]] because it is", "first"),
+        ("**[[B]]**\nThe second", "second"),
+        ("[[A]] would be said by some, but [[B]]", None),
+        ("</think>[[C]] since", "tie"),
+        ("B", "second"),
+        ("", None),
+    ],
+)
+def test_of_an_answer_that_was_cut_off_the_beginning_counts(answer: str, choice: str | None) -> None:
+    assert read_answer(answer, is_cut=True) == choice
+
+
 @pytest.mark.parametrize("kind", ["endpoint", "local"])
 def test_the_shipped_templates_show_all_and_run_nothing(kind) -> None:
     template = Template(default_template(kind))

@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,8 @@ def test_an_answer_with_its_counts() -> None:
         "[[A]]", 7, 2
     )
     assert parse_completion(completion(None, prompt_tokens=None)) == Completion("", 0, 0)
+    cut = completion().replace(b'"message"', b'"finish_reason": "length", "message"')
+    assert parse_completion(cut).is_cut
     for other in (b"\xef\xbb\xbf" + completion(), completion().decode().encode("utf-16")):
         assert parse_completion(other).answer == "[[A]]"
 
@@ -89,10 +92,13 @@ def test_the_servers_own_message_is_found_and_short() -> None:
 
 def test_a_kept_reply_is_checked_too(tmp_path: Path) -> None:
     path = tmp_path / "reply.json"
-    good = {"answer": "[[A]]", "prompt_tokens": 1, "completion_tokens": 2}
+    good: dict[str, Any] = {"answer": "[[A]]", "prompt_tokens": 1, "completion_tokens": 2}
     path.write_text(json.dumps(good))
     assert read_kept(path) == Completion(**good)
+    path.write_text(json.dumps({**good, "is_cut": True}))
+    assert read_kept(path) == Completion(**good, is_cut=True)
     for bad in (
+        {**good, "is_cut": 1},
         {**good, "answer": 5},
         {**good, "prompt_tokens": -1},
         {**good, "more": 1},
