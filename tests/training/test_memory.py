@@ -281,6 +281,7 @@ def test_a_run_under_a_limit_trains_alike(config, tmp_path):
 def test_a_later_run_compiles_no_step_anew(tiny_model_dir, tmp_path):
     """A second run takes what a first one kept; what is new only opens the stored reference."""
     config = four_steps(tmp_path, tiny_model_dir, words=5)
+    jax.clear_caches()  # what earlier tests compiled would not be kept
     train(config)
     before = kept_programs()
     jax.clear_caches()
