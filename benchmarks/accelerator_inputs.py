@@ -153,12 +153,17 @@ def make_inputs(directory: Path, names: tuple[str, ...], *, rows: int) -> None:
 
 
 def make_model(name: str, directory: Path) -> None:
-    """A Hugging Face directory with random bfloat16 weights; norms are 1. The tokenizer is written last."""
+    """A Hugging Face directory with random weights. The tokenizer is written last."""
+    write_weights(configuration(name), directory)
+    make_tokenizer().save_pretrained(directory)
+
+
+def write_weights(config: dict[str, Any], directory: Path) -> None:
+    """config.json and random bfloat16 weights of a model that has it; norms are 1."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = configuration(name)
     family, decoder = read_config(config)
-    config["architectures"] = [family.architecture]
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    described = config | {"architectures": [family.architecture]}
+    (directory / "config.json").write_text(json.dumps(described, indent=1))
     generator = np.random.default_rng(0)
     tensors = {
         name: _random(generator, name, binding.shape)
@@ -166,7 +171,6 @@ def make_model(name: str, directory: Path) -> None:
         for name in binding.names
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    make_tokenizer().save_pretrained(directory)
 
 
 def configuration(name: str) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class Contestant(NamedTuple):
 CONTESTANTS = {
     "dpo_float32": Contestant("dpo", ("--dtype", "float32")),
     "dpo_float32_full": Contestant("dpo", ("--dtype", "float32", "--remat", "full")),
+    "dpo_packed": Contestant("dpo", ("--layout", "packed"), is_default=False),
+    "dpo_padded": Contestant("dpo", ("--layout", "padded"), is_default=False),
     "dpo_rounded_backward": Contestant("dpo", ("--round-products", "backward")),
     "dpo_rounded": Contestant("dpo", ("--round-products", "both", "--remat", "full")),
     "dpo_bfloat16": Contestant("dpo", ("--dtype", "bfloat16", "--remat", "full")),
