@@ -16,6 +16,8 @@ from dpo.outcomes import UserError
 
 SETTING = "data.template_characters (template_characters in dpo evaluate, winrate and generate)"
 PROBE = "Zwölf Boxkämpfer jagen Viktor"
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning, the one that counts first; templates read the first two."""
 _MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
@@ -41,16 +43,41 @@ class ChatTemplate:
         date: str,
         arguments: Mapping[str, Any],
         characters: int = LIMITS.characters,
+        with_tools: str | None = None,
     ) -> None:
+        """`with_tools` is the text of another one, which writes conversations that have tools."""
         self.text = text
+        self._with_tools = None
+        if with_tools is not None and with_tools != text:
+            self._with_tools = ChatTemplate(
+                tokenizer, with_tools, name=name, date=date, arguments=arguments, characters=characters
+            )
         self.has_marks = _MARKS.search(text) is not None
         limits = LIMITS._replace(characters=characters)
         self._template = SandboxedTemplate(text, name=name, date=date, limits=limits, setting=SETTING)
         self._fixed = {**tokenizer.special_tokens_map, **arguments}
 
+    @property
+    def texts(self) -> str | list[str]:
+        """The text, and that of the one for tools where there is one."""
+        return self.text if self._with_tools is None else [self.text, self._with_tools.text]
+
+    def of(self, context: Mapping[str, Any] | None) -> ChatTemplate:
+        """The template that writes a row with this context."""
+        has_tools = context is not None and context.get("tools") is not None
+        return self._with_tools if has_tools and self._with_tools is not None else self
+
     def write(self, inputs: Sequence[ChatInput]) -> list[Marked | Refusal]:
         """The text of every input, or the template's error."""
-        return self._template.render_marked([self._variables(given) for given in inputs])
+        if self._with_tools is None:
+            return self._template.render_marked([self._variables(given) for given in inputs])
+        writers = [self.of(given.context) for given in inputs]
+        found: dict[int, Marked | Refusal] = {}
+        for writer in (self, self._with_tools):
+            mine = [i for i, one in enumerate(writers) if one is writer]
+            variables = [writer._variables(inputs[i]) for i in mine]
+            found |= zip(mine, writer._template.render_marked(variables), strict=True)
+        return [found[i] for i in range(len(inputs))]
 
     def write_one(self, messages: Sequence[Message], *, open_turn: bool = False) -> str:
         """One conversation's text.
@@ -85,8 +112,11 @@ class ChatTemplate:
         }
 
     def _message(self, message: Message) -> dict[str, Any]:
-        """A message in the form that this template reads: of content and arguments there are two."""
-        seen = dict(message)
+        """A message in the form that this template reads: of content and arguments there are two.
+
+        As transformers gives it: without what is null, and with reasoning by each name that templates read.
+        """
+        seen = _with_reasoning({key: value for key, value in message.items() if value is not None})
         if isinstance(seen.get("content"), list) and not self._reads_parts:
             seen["content"] = message_text(message)
         calls = seen.get("tool_calls")
@@ -117,6 +147,11 @@ class ChatTemplate:
         variables = {"messages": turns[message["role"] == "user" :], "tools": None, "documents": None}
         (found,) = self._template.render_all([variables | {"add_generation_prompt": False} | self._fixed])
         return None if isinstance(found, Refusal) else found
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    found = next((message[name] for name in REASONING if name in message), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def _has_text_arguments(call: Any) -> bool:

@@ -14,8 +14,17 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.chat_template import ChatInput, ChatTemplate
-from dpo.data.left_out import MUST_SHOW, Conversations, Field, find_left_out, has_fields
-from dpo.data.messages import Turns, answer_turns, as_turns, message_text
+from dpo.data.left_out import (
+    MUST_SHOW,
+    Conversations,
+    Field,
+    find_left_out,
+    find_rewritten,
+    find_unwritten,
+    has_fields,
+    is_as_it_stands,
+)
+from dpo.data.messages import answer_turns, as_turns
 from dpo.data.preferences import Preference
 from dpo.data.templates import LIMITS, Marked, Refusal
 from dpo.data.tokenizer_calls import encode_texts, encode_with_special, token_places
@@ -72,8 +81,8 @@ def make_encoder(
         ending = [] if end_token == "none" else [_eos_id(tokenizer)]
         return Encoder(tokenizer, None, bos, None, ending)
     name = "the tokenizer's chat template" if chat_template is None else "data.chat_template"
-    text = tokenizer.get_chat_template(chat_template)
-    how: dict[str, Any] = {"name": name, "date": date, "arguments": arguments or {}}
+    text, with_tools = _template_texts(tokenizer, chat_template)
+    how: dict[str, Any] = {"name": name, "date": date, "arguments": arguments or {}, "with_tools": with_tools}
     template = ChatTemplate(tokenizer, text, **how, characters=characters)
     if end_token == "template":
         return Encoder(tokenizer, template, [], None, [])
@@ -82,6 +91,20 @@ def make_encoder(
     end = next((token for token in trailer if token in special), None)
     ending = [] if end_token == "none" else [_eos_id(tokenizer) if end is None else end]
     return Encoder(tokenizer, template, [], trailer, ending)
+
+
+def _template_texts(tokenizer: PreTrainedTokenizerBase, given: str | None) -> tuple[str, str | None]:
+    """The chat template, and the one for rows with tools where a tokenizer has several by name."""
+    own = tokenizer.chat_template
+    if given is not None or not isinstance(own, dict):
+        return tokenizer.get_chat_template(given), None
+    if "default" not in own:
+        named = ", ".join(sorted(own))
+        raise UserError(
+            f"the tokenizer has the chat templates {named} and none named default; allowed is one of them in "
+            "a file that data.chat_template names"
+        )
+    return own["default"], own.get("tool_use")
 
 
 def encode(preferences: Sequence[Preference], encoder: Encoder) -> Iterator[Row | Drop]:
@@ -144,7 +167,7 @@ def _texts(written: Sequence[Marked | Refusal], given: Sequence[ChatInput]) -> _
     if refusal is None:
         return [one for one in written if isinstance(one, Marked)]
     is_null = any(turn.get("content") is None for one in given for turn in one.messages)
-    null = " (a message's content is null, which this template joins as text)" if is_null else ""
+    null = " (a message has no content, which this template reads)" if is_null else ""
     said = f"the chat template refuses the conversation: {refusal.reason}{null}"
     return Drop("template_error", f"{said}; another can be given by data.chat_template")
 
@@ -169,29 +192,31 @@ def _note_left_out(
 ) -> tuple[list[_Written | Drop], list[list[str]]]:
     """Drop what would be another thing than its row, and remark what else of the rows is not shown."""
     kept, remarks = list(written), [[] for _ in written]
+    if encoder.template is None:
+        return kept, remarks
     rows: list[int] = []
     conversations: list[Conversations] = []
     for number, (preference, mine) in enumerate(zip(preferences, written, strict=True)):
-        prompt, answers = as_turns(preference.prompt), list(map(answer_turns, preference.responses))
-        if encoder.template is None or isinstance(mine, Drop):
+        if isinstance(mine, Drop):
             continue
-        if has_fields(prompt, answers, preference.context):
+        prompt, answers = as_turns(preference.prompt), list(map(answer_turns, preference.responses))
+        texts = [one.text for one in mine[1:]]
+        one = Conversations(prompt, answers, preference.context, texts)
+        stands = is_as_it_stands(one)
+        if not stands:
+            remarks[number] += [
+                f"the chat template leaves out part of {part}" for part in find_rewritten(one)
+            ]
+        if not stands or has_fields(prompt, answers, preference.context):
             rows.append(number)
-            texts = [one.text for one in mine[1:]]
-            conversations.append(Conversations(prompt, answers, preference.context, texts))
-        if _is_rewritten(answers, mine[1:]):
-            remarks[number].append("the chat template leaves out part of the content of a response")
-    if encoder.template is not None:
-        for number, fields in zip(rows, find_left_out(conversations, encoder.template), strict=True):
-            remarks[number] += [f"the chat template leaves out {field}" for field in fields]
-            missing = next((field for field in fields if field.name in MUST_SHOW), None)
-            kept[number] = kept[number] if missing is None else _not_shown(missing)
+            conversations.append(one)
+    fields = find_left_out(conversations, encoder.template)
+    unwritten = find_unwritten(conversations, encoder.template)
+    for number, found, contents in zip(rows, fields, unwritten, strict=True):
+        remarks[number] += [f"the chat template leaves out {field}" for field in (*found, *contents)]
+        missing = next((field for field in found if field.name in MUST_SHOW), None)
+        kept[number] = kept[number] if missing is None else _not_shown(missing)
     return kept, remarks
-
-
-def _is_rewritten(answers: Sequence[Turns], wholes: Sequence[Marked]) -> bool:
-    pairs = zip(answers, wholes, strict=True)
-    return any(message_text(turns[-1]).strip() not in whole.text for turns, whole in pairs)
 
 
 def _not_shown(field: Field) -> Drop:
@@ -214,7 +239,11 @@ def _find_spans(
     continues = all(ids[whole.text][:start] == ids[opened.text] for whole in wholes)
     answers = list(map(answer_turns, preference.responses))
     template = encoder.template
-    if continues and all(len(turns) == 1 for turns in answers) and not (template and template.has_marks):
+    if (
+        continues
+        and all(len(turns) == 1 for turns in answers)
+        and not (template and template.of(preference.context).has_marks)
+    ):
         return None
     if template is None:
         return [[(len(opened.text), len(whole.text))] for whole in wholes]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo.data.chat_template import ChatInput, ChatTemplate
-from dpo.data.messages import Message, Turns
+from dpo.data.chat_template import PROBE, REASONING, ChatInput, ChatTemplate
+from dpo.data.messages import Message, Turns, message_text
 from dpo.data.templates import Marked, Refusal
 
 MUST_SHOW = frozenset({"tool_calls", "tools", "documents"})
@@ -43,6 +43,22 @@ def has_fields(prompt: Turns, answers: Sequence[Turns], context: Mapping[str, An
     )
 
 
+def is_as_it_stands(one: Conversations) -> bool:
+    """Whether every message's content is in the texts, as nearly all are."""
+    pairs = zip(one.answers, one.texts, strict=True)
+    return not any(_missed((*one.prompt, *turns), text) for turns, text in pairs)
+
+
+def find_rewritten(one: Conversations) -> list[str]:
+    """Where the assistant says what is not written as it stands, such as reasoning in its content."""
+    pairs = zip(one.answers, one.texts, strict=True)
+    places = {
+        "the content of a response": any("assistant" in _missed(turns, text) for turns, text in pairs),
+        "what the assistant says in the prompt": "assistant" in _missed(one.prompt, one.texts[0]),
+    }
+    return [place for place, is_there in places.items() if is_there]
+
+
 def find_left_out(conversations: Sequence[Conversations], template: ChatTemplate) -> list[list[Field]]:
     """Of each preference, the fields without which the template writes the same."""
     asked = [
@@ -57,6 +73,56 @@ def find_left_out(conversations: Sequence[Conversations], template: ChatTemplate
         if _same(texts, conversations[number].texts):
             found[number].append(field)
     return found
+
+
+def find_unwritten(conversations: Sequence[Conversations], template: ChatTemplate) -> list[list[Field]]:
+    """Of each preference, whose messages (the tool's, the system's, …) have contents that are not written.
+
+    Another text in their place then changes nothing. A template may write a content otherwise than it stands
+    (as JSON, say), so that to miss it is no more than a reason to try.
+    """
+    asked = [
+        (number, field, inputs)
+        for number, one in enumerate(conversations)
+        for field, inputs in _with_others(one)
+    ]
+    written = iter(template.write([given for _, _, inputs in asked for given in inputs]))
+    found: list[list[Field]] = [[] for _ in conversations]
+    for number, field, inputs in asked:
+        texts = [next(written) for _ in inputs]
+        if _same(texts, conversations[number].texts):
+            found[number].append(field)
+    return found
+
+
+def _with_others(one: Conversations) -> Iterator[tuple[Field, list[ChatInput]]]:
+    """Whose contents are missed, and all conversations with other ones in their place."""
+    for role in dict.fromkeys(_missed(one.prompt, one.texts[0])):
+        prompt = _replace(one.prompt, role, one.texts[0])
+        inputs = [ChatInput((*prompt, *turns), one.context) for turns in one.answers]
+        yield Field(f"the content of {role} messages", "prompt"), inputs
+    pairs = list(zip(one.answers, one.texts, strict=True))
+    for role in dict.fromkeys(role for turns, text in pairs for role in _missed(turns, text)):
+        answers = [_replace(turns, role, text) for turns, text in pairs]
+        inputs = [ChatInput((*one.prompt, *turns), one.context) for turns in answers]
+        yield Field(f"the content of {role} messages", "response"), inputs
+
+
+def _missed(turns: Turns, text: str) -> list[str]:
+    return [turn["role"] for turn in turns if not _is_written(turn, text)]
+
+
+def _is_written(turn: Message, text: str) -> bool:
+    """Whether a text has the content of a message as it stands."""
+    return message_text(turn).strip() in text
+
+
+def _replace(turns: Turns, role: str, text: str) -> Turns:
+    """The messages with another content where a role's is missed."""
+    return tuple(
+        {**turn, "content": PROBE} if turn["role"] == role and not _is_written(turn, text) else turn
+        for turn in turns
+    )
 
 
 def _same(written: Sequence[Marked | Refusal], texts: Sequence[str]) -> bool:
@@ -82,7 +148,13 @@ def _names(turns: Turns) -> list[str]:
 
 
 def _without(turns: Turns, name: str) -> list[Message]:
-    return [{key: value for key, value in turn.items() if key != name} for turn in turns]
+    return [_without_field(turn, name) for turn in turns]
+
+
+def _without_field(turn: Message, name: str) -> Message:
+    """Reasoning goes by all names by which it says the same."""
+    names = REASONING if name in REASONING else (name,)
+    return {key: value for key, value in turn.items() if key not in names or value != turn.get(name)}
 
 
 def _without_context(context: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

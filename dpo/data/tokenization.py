@@ -121,7 +121,7 @@ def tokenize_part(
     )
     policies = {"truncation": truncation, "max_length": max_length, "end_token": end_token}
     policies |= {"template_kwargs": dict(template_kwargs)} if template_kwargs else {}
-    text = None if encoder.template is None else encoder.template.text
+    text = None if encoder.template is None else encoder.template.texts
     return TokenizedPart(
         arrays,
         np.asarray([index for index, _ in kept], dtype=np.int64),

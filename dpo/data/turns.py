@@ -48,6 +48,7 @@ def scored_spans(written: Written, template: ChatTemplate) -> list[Span]:
     Raises:
       TurnsNotFoundError: when neither marks nor beginnings say.
     """
+    template = template.of(written.context)
     if template.has_marks:
         return _marked(written)
     return [
@@ -64,15 +65,28 @@ def common_start(left: str, right: str) -> int:
 
 
 def _marked(written: Written) -> list[Span]:
+    """All that is marked behind the prompt's own marks: a template may mark a turn in several pieces."""
     speakers = [turn for turn in written.answer if turn["role"] == "assistant"]
-    marks = [mark for mark in written.whole.marks if mark[0] < mark[1]]
-    mine = marks[len(marks) - len(speakers) :] if len(marks) >= len(speakers) else []
-    if not mine:
+    of_prompt, marks = (_not_empty(one.marks) for one in (written.opened, written.whole))
+    shared = common_start(written.opened.text, written.whole.text)
+    mine = [mark for mark in marks[len(of_prompt) :] if mark[1] > shared]
+    if len(mine) < len(speakers):
         raise TurnsNotFoundError(
-            f"the template marks {len(marks)} turns of the assistant ({{% generation %}}), and the response "
+            f"the template marks {len(mine)} turns of the assistant ({{% generation %}}), and the response "
             f"has {len(speakers)}"
         )
+    if all(map(is_scored, speakers)):
+        return mine
+    if len(mine) > len(speakers):
+        raise TurnsNotFoundError(
+            f"the template marks {len(mine)} pieces of the assistant's {len(speakers)} turns "
+            "({% generation %}), which does not say which have the weight 0"
+        )
     return [mark for mark, turn in zip(mine, speakers, strict=True) if is_scored(turn)]
+
+
+def _not_empty(marks: Sequence[Span]) -> list[Span]:
+    return [mark for mark in marks if mark[0] < mark[1]]
 
 
 def _find(written: Written, place: int, template: ChatTemplate) -> Span:

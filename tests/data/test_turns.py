@@ -8,6 +8,7 @@ from toy_tokenizer import make_tokenizer
 from transformers import BatchEncoding
 
 from dpo.data.preferences import Preference
+from dpo.data.rows import read_row
 from dpo.data.tokenization import tokenize, tokenize_prompts
 
 ASK = ({"role": "user", "content": "q"},)
@@ -171,27 +172,33 @@ def test_a_field_that_the_template_reads_changes_tokens_and_another_is_counted()
     assert without.remarks == {"the chat template leaves out reasoning_content (of the response)": 1}
 
 
-fields = st.sampled_from(["reasoning_content", "name", "thinking", "tool_call_id", "audio_id", "note"])
+REASONING = ("reasoning_content", "thinking", "reasoning")
+fields = st.sampled_from([*REASONING, "name", "tool_call_id", "audio_id", "note"])
+
+
+def seen(there):
+    """The fields of a message as a template finds them: its reasoning by each name that templates read."""
+    found = next((there[name] for name in REASONING if name in there), None)
+    return there if found is None else {"thinking": found, **there, "reasoning_content": found}
 
 
 @settings(max_examples=25, deadline=None)
 @given(read=st.sets(fields), there=st.dictionaries(fields, st.sampled_from("xyz"), min_size=1))
 def test_every_field_is_read_or_counted(read, there):
-    reading = "".join(f"{{{{ m.{name} or '' }}}}" for name in sorted(read))
+    """Reasoning that stands there by two names is one field as long as both say the same."""
+    names = sorted(read)
+    reading = "".join(f"{{{{ m.{name} or '' }}}}|" for name in names)
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}" + reading)
-    row = make(({"role": "assistant", "content": "yes", **there},), "no")
-    dataset = encode([row], template)
-    left_out = {
-        f"the chat template leaves out {name} (of the response)" for name in there if name not in read
-    }
-    assert set(dataset.remarks) == left_out
+    dataset = encode([make(({"role": "assistant", "content": "yes", **there},), "no")], template)
+    written = [seen(there).get(name, "") for name in names]
+    assert shown(dataset)[1] == f"yes{''.join(f'{text}|' for text in written)}<e>\n"
+    left_out = set()
     for name in there:
-        rest = {key: value for key, value in there.items() if key != name}
-        other = encode(
-            [row._replace(responses=(({"role": "assistant", "content": "yes", **rest},), "no"))], template
-        )
-        same = dataset.response_tokens.tolist() == other.response_tokens.tolist()
-        assert same == (name not in read)
+        same = REASONING if name in REASONING else (name,)
+        rest = {n: text for n, text in there.items() if n not in same or text != there[name]}
+        if [seen(rest).get(n, "") for n in names] == written:
+            left_out.add(f"the chat template leaves out {name} (of the response)")
+    assert set(dataset.remarks) == left_out
 
 
 def call(city):
@@ -278,3 +285,150 @@ def test_a_prompt_for_sampling_has_the_tools_of_its_row():
     contexts = [None, {"tools": [{"name": "f"}]}]
     found = tokenize_prompts([ASK, ASK], make_tokenizer(), chat_template=template, contexts=contexts)
     assert len(found[1]) == len(found[0]) + 2
+
+
+CALLS = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}<e>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+IN_PIECES = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<s>a:{% generation %}{{ m.reasoning_content }}"
+    "{% endgeneration %}|{% generation %}{{ m.content }}<e>{% endgeneration %}\n"
+    "{% else %}<s>{{ m.role[0] }}:{{ m.content }}<e>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+
+
+def of_transformers(turns, template, tools=None):
+    """Ids, and which of them it takes for the assistant's."""
+    found = make_tokenizer().apply_chat_template(
+        [dict(turn) for turn in turns],
+        chat_template=template,
+        tools=tools,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert isinstance(found, BatchEncoding)
+    return found["input_ids"], np.array(found["assistant_masks"], bool)
+
+
+def whole(dataset, row=0, response=0):
+    return [*dataset.prompt(row).tolist(), *dataset.responses(row)[response].tolist()]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": "", "name": None}])
+def test_a_null_in_a_message_is_written_as_transformers_writes_it(content):
+    """It prints nothing, where a template that joins it as text would write the word None."""
+    turn = {"role": "assistant", **content, "tool_calls": [CALL]}
+    row = {"prompt": list(ASK), "chosen": [turn], "rejected": "no"}
+    dataset = encode([read_row(row, location="f:1", source="f").preference], CALLS)
+    assert shown(dataset)[1] == "[f]<e>\n"
+    assert whole(dataset) == of_transformers([*ASK, turn], CALLS)[0]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_reasoning_reaches_a_template_by_whichever_name_it_reads(name, read):
+    template = REASONS.replace("reasoning_content", read)
+    turn = {"role": "assistant", "content": "yes", name: "why"}
+    dataset = encode([make((turn,), "no")], template)
+    assert shown(dataset)[1] == "(why)yes<e>\n"
+    assert whole(dataset) == of_transformers([*ASK, turn], template)[0]
+    assert not dataset.remarks
+
+
+def reason(*texts):
+    return tuple(
+        {**turn, "reasoning_content": f"r{turn['content']}"} if turn["role"] == "assistant" else turn
+        for turn in say(*texts)
+    )
+
+
+def test_all_pieces_of_a_turn_that_the_template_marks_are_scored():
+    prompt = (*ASK, *reason("old"), *ASK)
+    turns = reason("one?", "2", "done")
+    dataset = encode([make(turns, reason("no"), prompt=prompt)], IN_PIECES)
+    assert shown(dataset)[1:] == ["rone?|one?<e>|rdone|done<e>", "rno|no<e>"]
+    ids, mask = of_transformers([*prompt, *turns], IN_PIECES)
+    assert whole(dataset) == ids
+    assert dataset.scored_of(0)[0].tolist() == mask[len(dataset.prompt(0)) :].tolist()
+
+
+def test_marks_in_pieces_do_not_say_which_turn_has_no_weight():
+    turns = reason("one?", "2", "done")
+    with pytest.raises(ValueError, match=r"marks 4 pieces of the assistant's 2 turns .* have the weight 0"):
+        encode([make(({**turns[0], "weight": 0}, *turns[1:]), reason("no"))], IN_PIECES)
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "user"])
+def test_messages_that_the_template_leaves_out_are_counted(role):
+    """Of the prompt, and of a response of several turns."""
+    template = CHATML.replace("<s>", f"{{% if m.role != '{role}' %}}<s>", 1).replace(
+        "<e>\n", "<e>\n{% endif %}", 1
+    )
+    said = {"role": role, "content": "Be kind."}
+    turns = (say("one?")[0], said, say("done")[0])
+    prompt = (*ASK, say("old")[0], said) if role != "system" else (said, *ASK)
+    dataset = encode(
+        [
+            make("yes", "no", prompt=prompt),
+            make(turns, "no"),
+            make("yes", "no", prompt=say("q", role="user")),
+        ],
+        template,
+    )
+    assert (
+        dataset.remarks.pop(f"the chat template leaves out the content of {role} messages (of the prompt)")
+        >= 1
+    )
+    assert (
+        dataset.remarks.pop(f"the chat template leaves out the content of {role} messages (of the response)")
+        == 1
+    )
+    assert not dataset.remarks
+
+
+def test_a_content_that_is_written_in_another_form_is_not_taken_for_left_out():
+    template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    )
+    turns = (say("one?")[0], {"role": "tool", "content": 'a "b"'}, say("done")[0])
+    assert not encode([make(turns, "no")], template).remarks
+
+
+def test_reasoning_that_is_stripped_from_earlier_turns_is_counted():
+    template = CHATML.replace("m.content", "(m.content if loop.last else m.content.split(')')[-1])")
+    turns = say("(a)one?", "2", "(b)done")
+    dataset = encode(
+        [make(turns, "no"), make("yes", "no", prompt=say("q", "(c)old", "r", role="user"))], template
+    )
+    assert shown(dataset)[1] == "one?<e>\n|(b)done<e>\n"
+    assert dataset.remarks == {
+        "the chat template leaves out part of the content of a response": 1,
+        "the chat template leaves out part of what the assistant says in the prompt": 1,
+    }
+
+
+def test_of_templates_by_name_the_one_for_tools_writes_rows_with_tools():
+    """As transformers takes them; the others are written by the default one."""
+    tokenizer = make_tokenizer()
+    shows_tools = "{% if tools %}<s>t:{{ tools[0].name }}<e>\n{% endif %}" + CALLS
+    tokenizer.chat_template = {"tool_use": shows_tools, "default": CHATML}  # pyright: ignore[reportAttributeAccessIssue]
+    tools = [{"name": "f"}]
+    rows = [make("yes", "no"), make("yes", "no", context={"tools": tools}), make("yes", say("a", "b", "c"))]
+    dataset = tokenize(rows, tokenizer)
+    assert [shown(dataset, row)[0] for row in range(3)] == [
+        "<s>u:q<e>\n<s>a:",
+        "<s>t:f<e>\n<s>u:q<e>\n<s>a:",
+        "<s>u:q<e>\n<s>a:",
+    ]
+    assert whole(dataset, 1) == of_transformers([*ASK, *say("yes")], shows_tools, tools)[0]
+    opened = tokenize_prompts([ASK], tokenizer, contexts=[{"tools": tools}])
+    assert opened == [dataset.prompt(1).tolist()]
+    tokenizer.chat_template = {"tool_use": shows_tools}  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(
+        ValueError, match=r"chat templates tool_use and none named default; .* data.chat_template"
+    ):
+        tokenize(rows, tokenizer)
