@@ -27,6 +27,11 @@ _OF_A_BAR = re.compile(r"(?:\x1b\[A)+")
 """What tqdm writes to draw in a line above."""
 
 
+def plural(count: int, what: str) -> str:
+    """A number of things in words: 1 row, 2 rows."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def show_controls(text: str) -> str:
     """The text with control characters as symbols (␛ for escape), line ends and tabs as they are.
 

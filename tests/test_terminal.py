@@ -22,7 +22,7 @@ from dpo.commands import generate
 from dpo.config import GenerateConfig
 from dpo.files import WriteError
 from dpo.outcomes import UserError
-from dpo.terminal import Guard, console, guarded_output, print_plain, shortened, show_controls
+from dpo.terminal import Guard, console, guarded_output, plural, print_plain, shortened, show_controls
 from dpo.training.progress import PlainLines, Terminal, say
 from dpo.training.tracking import Tracker
 
@@ -238,3 +238,7 @@ def test_an_answer_ends_quietly_where_its_reader_has_gone(error, prompt, monkeyp
     gone = isinstance(error, BrokenPipeError)
     with contextlib.nullcontext() if gone else pytest.raises(OSError, match="No space left"):
         generate.answer(GenerateConfig(model="/no/model"), prompt)
+
+
+def test_one_thing_is_not_several() -> None:
+    assert [plural(count, "row") for count in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]

@@ -8,6 +8,7 @@ from dpo.planning.chips import FRACTIONS, GIB, memory_fraction
 from dpo.planning.plan import Plan
 from dpo.planning.targets import Target
 from dpo.planning.travel import Travel
+from dpo.terminal import plural
 
 _LISTED = 6
 """Collectives that are listed one by one."""
@@ -22,7 +23,8 @@ def plan_as_text(plan: Plan, target: Target, *, compute_dtype: str) -> str:
         f"{target.topology.text}: {target.topology.num_devices} x {target.chip.name}, mesh {mesh}; "
         f"{target.compiler} in {plan.compile_seconds:.0f} s",
         f"lengths {plan.workload.source}",
-        f"step    {plan.workload.prompts} prompts in {shape.rows} rows of {shape.row_length} tokens "
+        f"step    {plural(plan.workload.prompts, 'prompt')} in {plural(shape.rows, 'row')} of "
+        f"{shape.row_length} tokens "
         f"({shape.scored} scored), {fill:.0%} filled; {compute_dtype}",
         "",
         *_memory_lines(plan, target),

@@ -17,6 +17,7 @@ from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.models.attention import choose_implementation, skips_blocks
 from dpo.parallel.partition import Partition
+from dpo.terminal import plural
 from dpo.training.model_card import show_parameters
 from dpo.training.preflight import describe_reference
 from dpo.training.preparation import Run
@@ -48,7 +49,7 @@ def introduction(run: Run) -> list[str]:
         ),
         *([] if run.memory is None else [run.memory.text]),
         *_advice(config),
-        f"training   {_plural(run.num_steps, 'step')} of {step} into {config.run_dir}",
+        f"training   {plural(run.num_steps, 'step')} of {step} into {config.run_dir}",
     ]
 
 
@@ -117,7 +118,7 @@ def _batches(run: Run) -> str:
     return (
         f"{shapes} tokens (rows x length, layout {report['layout']}): {report['fill']:.0%} filled, "
         f"{report['saving_versus_padded']:.1f}x fewer positions than padded, "
-        f"{_plural(len(run.loader.shapes), 'program')} to compile"
+        f"{plural(len(run.loader.shapes), 'program')} to compile"
     )
 
 
@@ -127,16 +128,12 @@ def _a_step(size: int, first: Iterable[Int[np.ndarray, " P"]], trained_on: Seque
     Pairs that were made of one ranking share their prompts, as copies do.
     """
     if len(set(trained_on)) == len(trained_on):
-        return _plural(size, "prompt")
+        return plural(size, "prompt")
     distinct = [len({trained_on[row] for row in rows if row >= 0}) for rows in first]
     return f"{size} preferences (about {sum(distinct) / len(distinct):.0f} different prompts a step)"
 
 
 _STEPS_LOOKED_AT = 16
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _advice(config: Config) -> list[str]:
@@ -191,7 +188,7 @@ def _counts(dataset: Dataset, prompts: Sequence[bytes]) -> str:
     if distinct < len(tokens):
         what = f"{len(tokens)} preferences of {distinct} different prompts"
     return (
-        f"{what}, {int(tokens.num_responses.sum())} responses, from {_plural(dataset.read.num_rows, 'row')}"
+        f"{what}, {int(tokens.num_responses.sum())} responses, from {plural(dataset.read.num_rows, 'row')}"
         + (f" (left out: {', '.join(why)})" if why else "")
         + (f" ({tokens.num_truncated} truncated)" if tokens.num_truncated else "")
     )
