@@ -128,7 +128,7 @@ class DataError(UserError):
     def __init__(self, source: str, problems: Sequence[Problem], num_malformed: int, num_rows: int) -> None:
         self.problems = list(problems)
         lines = [f"{source}: {num_malformed} of {num_rows} rows are malformed"]
-        lines += [f"  {problem}" for problem in problems]
+        lines += _list_problems(problems)
         if num_malformed > len(problems):
             lines.append(f"  and {num_malformed - len(problems)} more")
         lines.append(
@@ -136,6 +136,18 @@ class DataError(UserError):
         )
         super().__init__("\n".join(lines))
 
+
+def _list_problems(problems: Sequence[Problem]) -> list[str]:
+    """A line for each, shortened where the one before has the same field and says the same."""
+    lines: list[str] = []
+    for before, problem in zip([None, *problems], problems, strict=False):
+        same = before is not None and before[1:] == problem[1:] and len(problem.detail) > _SHORT
+        lines.append(f"  {problem.location}: the same" if same else f"  {problem}")
+    return lines
+
+
+_SHORT = 80
+"""Characters of a detail that may stand there on each line."""
 
 Expand = Literal["ranking", "best_worst", "adjacent", "all_pairs"]
 OnError = Literal["stop", "skip"]

@@ -196,6 +196,18 @@ def test_the_list_of_problems_is_capped_and_counted(tmp_path):
     assert len(caught.value.problems) == MAX_PROBLEMS == 20
 
 
+def test_what_is_wrong_with_one_row_as_with_the_one_before_is_said_once(tmp_path):
+    """A long list of what is allowed stands there once, each row with its place."""
+    path = write_lines(tmp_path / "rows.jsonl", *[{"a": 1}] * 3, {"b": 1}, {**PAIR, "chosen": ""})
+    with pytest.raises(DataError) as caught:
+        read_preferences(path)
+    lines = str(caught.value).splitlines()[1:6]
+    assert [line.split(": ")[0].strip() for line in lines] == [f"{path}:{n}" for n in range(1, 6)]
+    assert lines[1:3] == [f"  {path}:2: the same", f"  {path}:3: the same"]
+    assert [line.count("docs/data.md has all") for line in lines] == [1, 0, 0, 1, 0]
+    assert [problem.location for problem in caught.value.problems] == [f"{path}:{n}" for n in range(1, 6)]
+
+
 def test_a_list_of_all_problems_says_nothing_of_more(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", *[{**PAIR, "chosen": ""}] * MAX_PROBLEMS)
     with pytest.raises(DataError) as caught:
