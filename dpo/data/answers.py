@@ -54,6 +54,8 @@ _PAIR_SCORES = (
     ("chosen-rating", "rejected-rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
     ("rating_chosen", "rating_rejected"),
+    ("chosen_reward", "rejected_reward"),
+    ("reward_chosen", "reward_rejected"),
 )
 _FIRST_SCORES = tuple(names[0] for names in _PAIR_SCORES)
 
@@ -151,6 +153,15 @@ def ranked_answers(row: Columns) -> Answers:
     )
 
 
+def ranked_completions(row: Columns) -> Answers:
+    """NeMo RL's `completions`, each with its rank and the messages of a response."""
+    items = [row.item(item) for item in read_objects(row["completions"], "completions", least=2)]
+    responses = {f"completions[{k}].completion": item.get("completion") for k, item in enumerate(items)}
+    return Answers(
+        responses, [finite(item.get("rank"), f"completions[{k}].rank") for k, item in enumerate(items)]
+    )
+
+
 def voted_answers(row: Columns) -> Answers:
     """Stack Exchange's `answers` to a question, each with a score of its votes."""
     items = [row.item(item) for item in read_objects(row["answers"], "answers", least=2)]
@@ -233,7 +244,14 @@ _VERDICTS = ("winner", "preference", "label", "choice", "preferred")
 
 def sides(row: Columns) -> Answers:
     """Two responses in columns of one kind, and a verdict on them, a tie among its words."""
-    names = next((names for names in _SIDES if all(name in row for name in names)), None)
+    kinds = [names for names in _SIDES if all(name in row for name in names)]
+    if len(kinds) > 1:
+        detail = (
+            f"found {' and '.join(map(' + '.join, kinds))}; allowed are two responses of one kind, others by "
+            "data.ignore_columns"
+        )
+        raise MalformedRowError("(row)", "ambiguous_format", detail)
+    names = kinds[0] if kinds else None
     verdict = row.find(*_VERDICTS)
     if names is None or verdict is None:
         detail = (

@@ -16,8 +16,11 @@ MEANING = frozenset(
     {
         "audio",
         "audios",
+        "chat_history",
         "chat_template_kwargs",
         "context",
+        "conversation_history",
+        "developer_prompt",
         "documents",
         "functions",
         "history",
@@ -25,16 +28,52 @@ MEANING = frozenset(
         "images",
         "input",
         "instruction",
+        "instructions",
+        "passage",
+        "passages",
         "query",
         "question",
+        "sys_prompt",
         "system",
+        "system_instruction",
+        "system_message",
         "system_prompt",
         "tools",
         "video",
         "videos",
     }
 )
-"""Names of columns that, in the data sets that have them, say what a model is to answer to."""
+"""Names of columns that, in the data sets that have them, say what a model is to answer to; in any case."""
+_ASKS = MEANING | {
+    "dialog",
+    "dialogue",
+    "message",
+    "post",
+    "problem",
+    "request",
+    "task",
+    "text",
+    "user",
+    "user_input",
+    "user_prompt",
+}
+"""Those that may be the prompt where a layout has found none."""
+
+
+def has_meaning(name: str) -> bool:
+    """Whether a column's name says that it changes what is learned."""
+    return _plain_name(name) in MEANING
+
+
+def may_ask(name: str, value: Any) -> bool:
+    """Whether a column could be the prompt of a row: by its name, or because it holds more than a word."""
+    if isinstance(value, str):
+        return _plain_name(name) in _ASKS or len(value.split()) > 1
+    return isinstance(value, list) and all(isinstance(item, Mapping) and len(item) > 1 for item in value)
+
+
+def _plain_name(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 class RowReading(NamedTuple):
@@ -57,11 +96,13 @@ class Columns(dict[str, Any]):
     Every row is asked for many names that it has not: a dictionary answers at once.
     """
 
-    __slots__ = ("_ignored", "_read", "_reading", "_row")
+    __slots__ = ("_ignored", "_read", "_reading", "_row", "replaced")
 
     def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
         values = {str(name): value for name, value in row.items() if value is not None}
         super().__init__(_rename(row, values, reading) if reading.columns else values)
+        self.replaced = _replaced(values, reading)
+        """Columns of a row for which the settings read others, with these, as they are named to the user."""
         self._row, self._reading = row, reading
         self._ignored = {name: self.pop(name) for name in reading.ignored if name in self}
         self._read: list[str] = []
@@ -94,6 +135,10 @@ class Columns(dict[str, Any]):
             ours: value[theirs] for ours, theirs in self._reading.columns if theirs in value
         }
 
+    def asked(self) -> dict[str, Any]:
+        """The columns that nobody has read and that are not ignored, and their values."""
+        return {name: _VALUE(self, name) for name in self.keys() - self._read}
+
     def unread(self) -> dict[str, Any]:
         """The columns that nobody has read, and their values."""
         unread = {name: _VALUE(self, name) for name in self.keys() - self._read}
@@ -113,6 +158,15 @@ def _rename(row: Mapping[str, Any], values: dict[str, Any], reading: RowReading)
             detail = f"data.columns reads {ours!r} from it; found {show_names(row)}"
             raise MalformedRowError(their, "missing_column", detail)
     return renamed
+
+
+def _replaced(values: Mapping[str, Any], reading: RowReading) -> tuple[str, ...]:
+    moved = {their for _, their in reading.columns}
+    return tuple(
+        f"{ours} (for it {their} is read)"
+        for ours, their in reading.columns
+        if ours in values and their in values and ours not in moved
+    )
 
 
 def _is_in_items(name: str, values: Mapping[str, Any]) -> bool:

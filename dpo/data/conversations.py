@@ -118,7 +118,10 @@ def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Re
     prompt = low[:end].rstrip(" ")
     if not prompt.strip():
         raise MalformedRowError(
-            "prompt", "no_common_prompt", "no prompt, and the strings share no first words"
+            "prompt",
+            "no_common_prompt",
+            "no prompt, and the strings share no first words; allowed is a prompt, by data.columns under "
+            "another name",
         )
     responses: list[Response] = [text[len(prompt) :] for text in texts]
     for field, response in zip(fields, responses, strict=True):

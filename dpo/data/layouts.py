@@ -62,14 +62,27 @@ def _instruction(row: Columns) -> FoundPrompt | None:
     text = read_text(row["instruction"], "instruction")
     if not is_empty(row.get("input")):
         text = f"{text}\n{read_text(row['input'], 'input')}"
+    return _after_history(row, text, "instruction")
+
+
+def _query(row: Columns) -> FoundPrompt | None:
+    """ms-swift's: a query, and earlier turns; messages in other data sets."""
+    value = row["query"]
+    return (
+        _after_history(row, value, "query") if isinstance(value, str) else read_prompt_column(value, "query")
+    )
+
+
+def _after_history(row: Columns, text: str, name: str) -> FoundPrompt | None:
+    """What is asked, after the pairs of what was asked and answered before."""
     earlier = row.get("history")
     if is_empty(earlier):
-        return read_prompt_column(text, "instruction")
+        return read_prompt_column(text, name)
     turns: list[dict[str, str]] = []
     for i, pair in enumerate(read_list(earlier, "history")):
         asked, answered = read_two(pair, f"history[{i}]")
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return read_prompt_column([*turns, {"role": "user", "content": text}], "instruction")
+    return read_prompt_column([*turns, {"role": "user", "content": text}], name)
 
 
 def _input(row: Columns) -> FoundPrompt | None:
@@ -85,7 +98,7 @@ PROMPTS: dict[str, Callable[[Columns], FoundPrompt | None]] = {
     "single prompt": _single,
     "question": _question,
     "instruction": _instruction,
-    "query": _column("query"),
+    "query": _query,
     "conversations": _whole("conversations"),
     "conversation": _whole("conversation"),
     "messages": _whole("messages"),
@@ -167,6 +180,19 @@ LAYOUTS: dict[str, RowLayout] = {
         "question response_j response_k", answers.pair_of("response_j", "response_k"), ("question",)
     ),
     "webgpt": RowLayout("question answer_0 answer_1 score_0 score_1", answers.scored_sides, ("question",)),
+    "swift_messages": RowLayout(
+        "messages rejected_messages",
+        answers.pair_of("messages", "rejected_messages"),
+        (),
+        "prompt chosen rejected rejected_response",
+    ),
+    "swift_query": RowLayout(
+        "query response rejected_response",
+        answers.pair_of("response", "rejected_response"),
+        ("query",),
+        "messages",
+    ),
+    "nemo_rl": RowLayout("context completions", answers.ranked_completions, ("context",), "instruction"),
     "swift": RowLayout("messages rejected_response", answers.last_turns, (), "prompt chosen rejected"),
     "completion": RowLayout("completion label", answers.labelled("completion", "label")),
     "messages_label": RowLayout(

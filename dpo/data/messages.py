@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo.data.json_text import DECODER
 from dpo.data.malformed import MalformedRowError
 from dpo.data.values import (
     is_plain_text,
@@ -70,6 +71,8 @@ _SAYS_NOTHING = frozenset({"role", "content", "weight", "name", "id"})
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _PARTS = _TEXT_PARTS | {"thinking", "reasoning"}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_JSON_OBJECTS = re.compile(r"""\s*(\[\s*)?\{\s*\"""")
+_BODIES = frozenset({"content", "tool_calls"})
 _JSON_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
 
 
@@ -142,9 +145,10 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
         text = read_text(value, field)
         if _HH_TURN.match(text):
             return _parse_human_assistant(text, field, may_be_open)
-        if not _JSON_MESSAGES.match(text):
+        given = _messages_of_json(text, field)
+        if given is None:
             return text
-        value = parse_json(text, field)
+        value = given
     if type(value) is not list and isinstance(value, Mapping) and _is_message(value):
         value = [value]
     if type(value) is not list and (not isinstance(value, Sequence) or isinstance(value, bytes)):
@@ -160,6 +164,32 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
         )
         raise MalformedRowError(field, "wrong_type", detail)
     return tuple([_plain(turn) or _message(turn, f"{field}[{i}]") for i, turn in enumerate(value)])
+
+
+def _messages_of_json(text: str, field: str) -> Any:
+    """The message or messages that a JSON text says; None for any other text."""
+    if _JSON_MESSAGES.match(text):
+        return parse_json(text, field)
+    if not _JSON_OBJECTS.match(text):
+        return None
+    try:
+        value = DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    value = value.get("messages", value) if isinstance(value, Mapping) else value
+    turns = [value] if isinstance(value, Mapping) else value
+    return value if turns and all(map(_says_message, turns)) else None
+
+
+def _says_message(value: Any) -> bool:
+    """Whether an object can be nothing but a message."""
+    if not isinstance(value, Mapping):
+        return False
+    role = value.get("role")
+    is_ours = isinstance(role, str) and role.lower() in _ROLES and not _BODIES.isdisjoint(value)
+    return is_ours or (
+        isinstance(value.get("from"), str) and value["from"] in _SHAREGPT_ROLES and "value" in value
+    )
 
 
 def _is_message(value: Mapping[str, Any]) -> bool:
@@ -201,6 +231,9 @@ def _message(turn: Any, field: str) -> Message:
     rest = {key: value for key, value in turn.items() if value is not None and key not in ("role", "content")}
     if rest:
         read_json(rest, field)
+        if role == "assistant" and rest.get("weight", 1) not in (0, 1):
+            detail = f"found {show(rest['weight'])}; allowed are 1, and 0 for what is read and not learned"
+            raise MalformedRowError(f"{field}.weight", "unknown_weight", detail)
     turn = turn if turn["role"] == role else {**turn, "role": role}
     content = _content(turn, rest, field)
     if not rest:

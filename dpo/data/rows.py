@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo.data.columns import BY_COLUMNS, MEANING, Columns, RowReading
+from dpo.data.columns import BY_COLUMNS, Columns, RowReading, has_meaning, may_ask
 from dpo.data.conversations import mentions, split_prompt, with_system
 from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
 from dpo.data.malformed import MalformedRowError
@@ -100,13 +100,13 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
     preference = _read_columns(columns, layout, location, source)
     unread = columns.unread()
     if not unread:
-        return ReadRow(preference, name, ())
+        return ReadRow(preference, name, columns.replaced)
     unused = {column: value for column, value in unread.items() if not is_empty(value)}
-    for column in MEANING.intersection(unused).difference(reading.ignored):
+    for column in sorted(filter(has_meaning, unused.keys() - reading.ignored)):
         value = unused[column]
         if not isinstance(value, str) or not mentions(preference.prompt, value):
             raise _unused_meaning(column, name)
-    return ReadRow(preference, name, tuple(sorted(unused)))
+    return ReadRow(preference, name, (*sorted(unused), *columns.replaced))
 
 
 def _require_object(row: Any) -> None:
@@ -179,12 +179,15 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
         and not is_human_assistant(prompt)
     ):
         raise MalformedRowError("prompt", "null", f"found null, {_NO_GUESS}")
-    for name in ("system", "system_prompt"):
+    shared = prompt if found is None and isinstance(prompt, str) else None
+    for name in SYSTEM_COLUMNS:
         if name in columns and not is_empty(columns[name]):
             prompt = with_system(prompt, read_text(columns[name], name), name)
     given = columns.get("source")
     named = read_text(given, "source") if isinstance(given, str) else source
     context = _read_context(columns)
+    if shared is not None:
+        _require_no_other(columns, layout, shared)
     scores = None if answers.scores is None else tuple(map(float, answers.scores))
     if len(responses) == 1:
         ranks = UNRANKED if layout.groups else (int(answers.ranks[0]),)
@@ -194,6 +197,24 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
         responses = [responses[k] for k in order]
         scores = scores and tuple([scores[k] for k in order])
     return Preference(prompt, tuple(responses), ranks, scores, named, location, context)
+
+
+def _require_no_other(columns: Columns, layout: RowLayout, shared: str) -> None:
+    """Refuse words that responses begin with as a prompt where the row has something that may be it.
+
+    Raises:
+      MalformedRowError: naming the column.
+    """
+    tried = {name: dict.__getitem__(columns, name) for name in layout.prompts if columns.was_read(name)}
+    others = {name: value for name, value in columns.asked().items() if may_ask(name, value)}
+    for name, value in (tried | others).items():
+        if not (isinstance(value, str) and value.strip() in shared):
+            ends = ", which ends with the assistant" if name in tried else ""
+            detail = (
+                f"may be the prompt{ends}, and what the responses begin with alike is not taken for it; "
+                f"allowed: its place by data.columns, or data.ignore_columns [{name}]"
+            )
+            raise MalformedRowError(name, "unused_meaning", detail)
 
 
 def join_responses(members: Sequence[Preference]) -> Preference:
@@ -228,9 +249,10 @@ def _read_context(columns: Columns) -> Mapping[str, Any] | None:
     inside = as_object(columns["input"], "input") if columns.was_read("input") else None
     for name in ("tools", "documents"):
         value = columns.get(name) if name in columns else (inside or {}).get(name)
+        if isinstance(value, str) and not is_empty(value):
+            value = parse_json(value, name)
         if not is_empty(value):
-            value = parse_json(value, name) if isinstance(value, str) else value
-            context[name] = read_json(read_objects(value, name), name)
+            context[name] = read_json(read_objects(_parsed_items(value, name), name), name)
     arguments = columns.get("chat_template_kwargs")
     if not is_empty(arguments):
         given = as_object(arguments, "chat_template_kwargs")
@@ -242,6 +264,16 @@ def _read_context(columns: Columns) -> Mapping[str, Any] | None:
     return context or None
 
 
+def _parsed_items(value: Any, field: str) -> Any:
+    """A list of which each item that is the JSON text of an object is that object."""
+    if not isinstance(value, list):
+        return value
+    return [
+        as_object(item, f"{field}[{i}]") if isinstance(item, str) and item.lstrip().startswith("{") else item
+        for i, item in enumerate(value)
+    ]
+
+
 def check_arguments(given: Mapping[str, Any], field: str) -> None:
     """Refuse template arguments of names that have their meaning already."""
     taken = [name for name in _GIVEN if name in given]
@@ -250,6 +282,7 @@ def check_arguments(given: Mapping[str, Any], field: str) -> None:
         raise MalformedRowError(field, "wrong_type", detail)
 
 
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 _CONTEXT = ("tools", "documents", "chat_template_kwargs")
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 

@@ -15,7 +15,7 @@ from dpo.data.layouts import LAYOUTS, find_layout
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import answer_turns, as_turns
 from dpo.data.preferences import read_preferences
-from dpo.data.rows import read_row, row_reading
+from dpo.data.rows import SYSTEM_COLUMNS, read_row, row_reading
 
 
 def say(*texts):
@@ -67,6 +67,14 @@ PAIRS = {
     "webgpt": {
         "question": {"full_text": ASK, "id": "q"},
         "answer_0": BAD, "answer_1": GOOD, "score_0": -1, "score_1": 1,
+    },
+    "swift_messages": {"messages": say(ASK, GOOD), "rejected_messages": say(ASK, BAD)},
+    "swift_query": {"query": ASK, "response": GOOD, "rejected_response": BAD, "system": "", "history": []},
+    "nemo_rl": {
+        "context": say(ASK),
+        "completions": [
+            {"rank": 1, "completion": say("", BAD)[1:]}, {"rank": 0, "completion": say("", GOOD)[1:]}
+        ],
     },
     "swift": {"messages": say(ASK, GOOD), "rejected_response": BAD},
     "helpsteer2_preference": {
@@ -323,7 +331,7 @@ def test_an_instruction_has_its_input_and_its_history():
 
 
 @pytest.mark.parametrize(
-    "column", sorted(MEANING - {"system", "system_prompt", "tools", "documents", "chat_template_kwargs"})
+    "column", sorted(MEANING - {*SYSTEM_COLUMNS, "tools", "documents", "chat_template_kwargs"})
 )
 def test_a_column_that_changes_the_meaning_is_refused_unless_it_says_nothing_new(column):
     row = {**PAIRS["pair"], column: "Something else."}
@@ -747,3 +755,121 @@ def test_the_page_about_data_has_a_line_for_every_layout():
     assert {line.split("|")[2].strip(" `") for line in text.splitlines() if line.startswith("|")} >= set(
         LAYOUTS
     )
+
+
+SHARED = {"chosen": "The answer is four.", "rejected": "The answer is five."}
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"Question": "2+2?"},
+        {"problem": "2+2?"},
+        {"title of it": "What is two and two?"},
+        {"turns": say("What is two and two?")},
+        {"messages": say("2+2?", "Four.")},
+    ],
+)
+def test_words_that_responses_share_are_no_prompt_beside_a_column_that_may_be_one(column):
+    (name,) = column
+    with pytest.raises(MalformedRowError, match=rf"{name}'.*may be the prompt.*data\.columns"):
+        read({**SHARED, **column})
+    ignored = read({**SHARED, **column}, ignored=frozenset(column))
+    assert ignored.preference.prompt == "The answer is"
+
+
+def test_words_that_responses_share_are_the_prompt_beside_what_is_none():
+    row = {
+        **SHARED,
+        "id": "a-1",
+        "source": "a set of ours",
+        "score": 3,
+        "tags": ["a", "b"],
+        "of it": "The answer",
+    }
+    found = read({**row, "system": "Be kind."})
+    assert [turn["content"] for turn in found.preference.prompt] == ["Be kind.", "The answer is"]  # pyright: ignore
+    assert found.unused == ("id", "of it", "score", "tags")
+
+
+@pytest.mark.parametrize("name", ["Context", "SYSTEM", "Chat History", "System-Instruction"])
+def test_the_name_of_a_column_says_what_it_is_in_any_case(name):
+    with pytest.raises(MalformedRowError, match="would change what is learned"):
+        read({"prompt": ASK, "chosen": GOOD, "rejected": BAD, name: "More."})
+
+
+@pytest.mark.parametrize("name", SYSTEM_COLUMNS)
+def test_a_system_text_may_have_several_names(name):
+    found = read({"prompt": ASK, "chosen": GOOD, "rejected": BAD, name: "Be kind."})
+    assert as_turns(found.preference.prompt)[0] == {"role": "system", "content": "Be kind."}
+
+
+def test_a_column_in_whose_place_another_is_read_is_named():
+    row = {"prompt": "old", "query2": ASK, "chosen": GOOD, "rejected": BAD}
+    found = read(row, columns=(("prompt", "query2"),))
+    assert (found.preference.prompt, found.unused) == (ASK, ("prompt (for it query2 is read)",))
+    swapped = read(
+        {**row, "chosen": BAD, "rejected": GOOD}, columns=(("chosen", "rejected"), ("rejected", "chosen"))
+    )
+    assert (swapped.preference.responses, swapped.unused) == ((GOOD, BAD), ("query2",))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"role": "assistant", "content": GOOD},
+        {"content": GOOD, "role": "Assistant"},
+        {"from": "gpt", "value": GOOD},
+        [{"weight": None, "role": "assistant", "content": GOOD}],
+        {"messages": [{"id": None, "role": "assistant", "content": GOOD}]},
+    ],
+)
+def test_messages_in_json_text_are_read_whatever_stands_first(given):
+    row = {"prompt": ASK, "chosen": json.dumps(given), "rejected": BAD}
+    assert read(row).preference.responses == (GOOD, BAD)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "admin", "name": "x"}',
+        '{"role": "user"}',
+        '{"messages": []}',
+        '[{"a": 1}]',
+        '{"a',
+        "{}",
+        "[{ x }]",
+    ],
+)
+def test_other_json_text_is_text(text):
+    assert read({"prompt": ASK, "chosen": text, "rejected": BAD}).preference.responses == (text, BAD)
+
+
+@pytest.mark.parametrize("weight", ["0", 0.5, -1, float("nan"), "none"])
+def test_a_weight_that_is_neither_0_nor_1_is_refused(weight):
+    turns = [{"role": "assistant", "content": GOOD, "weight": weight}]
+    with pytest.raises(MalformedRowError, match=r"chosen\[0\]\.weight.*allowed are 1, and 0"):
+        read({"prompt": ASK, "chosen": turns, "rejected": BAD})
+
+
+@pytest.mark.parametrize("tools", ["[]", "null", " ", []])
+def test_no_tools_are_no_tools_in_json_text_too(tools):
+    assert read({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "tools": tools}).preference.context is None
+
+
+@pytest.mark.parametrize("tools", [['{"name": "f"}'], '["{\\"name\\": \\"f\\"}"]', [{"name": "f"}]])
+def test_each_tool_may_be_json_text(tools):
+    found = read({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "tools": tools})
+    assert found.preference.context == {"tools": [{"name": "f"}]}
+
+
+def test_two_sides_out_of_three_are_not_guessed():
+    row = {"prompt": ASK, "response_0": "x", "response_1": BAD, "response_2": GOOD, "label": 2}
+    with pytest.raises(MalformedRowError, match=r"response_1 \+ response_2 and response_0 \+ response_1"):
+        read(row)
+    assert read(row, ignored=frozenset({"response_0"})).preference.responses == (GOOD, BAD)
+
+
+def test_a_query_has_its_history():
+    row = {"query": ASK, "response": GOOD, "rejected_response": BAD, "history": [["Hi", "Hello"]]}
+    assert [turn["content"] for turn in read(row).preference.prompt] == ["Hi", "Hello", ASK]  # pyright: ignore
