@@ -149,6 +149,7 @@ def _open(source: str, split: str) -> _Source:
             "bytes",
             lambda: _fingerprint_file(path),
         )
+    _refuse_parts_of_a_file(source)
     looks_local = suffix in _READERS or path.is_absolute() or source.startswith((".", "~"))
     if looks_local and not path.is_dir():
         raise UserError(f"{source}: no such file or directory (the working directory is {Path.cwd()})")
@@ -160,6 +161,17 @@ def _open(source: str, split: str) -> _Source:
         "rows",
         lambda: fingerprint_data_set(data_set()),
     )
+
+
+def _refuse_parts_of_a_file(source: str) -> None:
+    """A subset and a revision are a hub data set's, and what is named before them is not asked for there."""
+    named = source.partition("@")[0].partition(":")[0]
+    is_file = Path(named).is_file() or (is_file_name(named) and not Path(named).is_dir())
+    if named != source and is_file:
+        raise UserError(
+            f"{source}: {named} is the name of a file, which has no subset (:) and no revision (@); allowed "
+            f"is {named} alone"
+        )
 
 
 def _fingerprint_file(path: Path) -> str:
@@ -206,12 +218,24 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
 def _read_json(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
     """One JSON list of rows; anything else is taken for JSON lines."""
     if not begins_a_list(path):
+        _refuse_one_object(path)
         yield from _read_json_lines(path, part)
         return
     for number, row in enumerate(
         islice(list_rows(path, most=MAX_ROW_BYTES), part.offset, None), start=part.number
     ):
         yield f"{path}:{number}", row
+
+
+def _refuse_one_object(path: Path) -> None:
+    """An object over many lines is no row a line: each would be named as malformed."""
+    _, number, line = next(_lines(path, Part()), (0, 0, b"{}"))
+    text = line.removeprefix(codecs.BOM_UTF8).strip()
+    if text.startswith(b"{") and b"}" not in text and b"]" not in text:
+        raise UserError(
+            f"{path}:{number}: an object over several lines; allowed is a list of rows, [{{…}}, {{…}}], or "
+            "one row a line"
+        )
 
 
 def _json_starts(path: Path) -> Iterator[tuple[int, int]]:

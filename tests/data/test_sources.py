@@ -133,3 +133,38 @@ def test_blank_lines_are_passed_by_up_to_a_number_or_size(tmp_path, monkeypatch)
         path.write_text(text)
         with pytest.raises(UserError, match=r"rows\.jsonl:\d: more than 3 blank lines, or 20 bytes"):
             rows_of(path)
+
+
+ROW = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("end", [":subset", "@main", ":subset@main"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "not_there.parquet"])
+def test_a_part_of_a_file_is_refused_before_the_hub_is_asked(tmp_path, name, end):
+    """It was asked for the name six times, with pauses, and then said to be out of reach."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW))
+    with (
+        patch.object(sources, "open_data_set", side_effect=AssertionError),
+        pytest.raises(UserError, match=rf"{name} is the name of a file, which has no subset .*{name} alone"),
+    ):
+        rows_of(Path(f"{tmp_path / name}{end}"))
+
+
+@pytest.mark.parametrize("value", [ROW, {"data": [ROW, ROW]}, {"prompt": ["p", "q"]}])
+def test_one_object_over_several_lines_is_refused_as_what_it_is(tmp_path, value):
+    path = tmp_path / "rows.json"
+    path.write_text("\n" + json.dumps(value, indent=1))
+    with pytest.raises(
+        UserError, match=r"rows\.json:2: an object over several lines; allowed is a list of rows"
+    ):
+        rows_of(path)
+    path.write_text(f"{json.dumps(value)}\n{json.dumps(value)}\n")
+    assert rows_of(path) == [value, value]
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_working_directory_is_a_directory_like_others(tmp_path, monkeypatch, place):
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "inside").mkdir() if place == ".." else None
+    monkeypatch.chdir(tmp_path / "inside" if place == ".." else tmp_path)
+    assert [row for _, row in read_rows(place, "train", Part())] == [ROW]
