@@ -392,6 +392,7 @@ def test_a_win_rate_can_follow_training(settings: Path, tmp_path: Path) -> None:
     assert (run / "winrate" / "samples.jsonl").read_bytes() == sampled
 
 
+@pytest.mark.ci
 def test_a_run_is_repeated_from_its_saved_settings(settings: Path, tmp_path: Path) -> None:
     main(
         [

@@ -129,6 +129,7 @@ def test_ctrl_c_at_any_moment_of_the_first_second_ends_a_command_without_a_trace
         assert "Traceback" not in said
 
 
+@pytest.mark.ci
 def test_a_command_and_the_report_after_it_run_as_they_are_started():
     """What `run` does to the process before a command must not be in the way of any library's import."""
     program = (

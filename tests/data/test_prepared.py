@@ -118,6 +118,7 @@ row = st.one_of(
 )
 
 
+@pytest.mark.ci
 @given(st.lists(row, min_size=1, max_size=12), st.sampled_from(["ranking", "all_pairs"]), st.integers(1, 4))
 def test_what_is_kept_is_what_is_made_at_once(tmp_path_factory, rows, expand, size):
     folder = tmp_path_factory.mktemp("rows")
@@ -316,6 +317,7 @@ def test_several_processes_make_what_one_makes(tmp_path, in_two_processes, monke
     assert_same(found, source, on_error="skip", reading=reading)
 
 
+@pytest.mark.ci
 def test_errors_of_several_processes_are_those_of_one(tmp_path, in_two_processes):
     rows = pairs(30)
     rows[4]["rejected"] = rows[20]["rejected"] = "no" * 30

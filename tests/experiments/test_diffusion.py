@@ -38,6 +38,7 @@ def test_preferences_follow_the_reward() -> None:
     assert abs(agrees.mean() - expected.mean()) < 4 * np.sqrt((expected * (1 - expected)).mean() / len(gap))
 
 
+@pytest.mark.ci
 def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [f"--{name}={value}" for name, value in TINY.items()]
     config = ROOT / "configs" / "diffusion_mixture.yaml"

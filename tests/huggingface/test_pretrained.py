@@ -186,6 +186,7 @@ def test_smollm2_has_transformers_logits(smollm2, smollm2_oracle):
     assert_allclose(logits, smollm2_oracle["logits"], rtol=0, atol=2e-4)
 
 
+@pytest.mark.ci
 def test_smollm2_decodes_as_transformers(smollm2, smollm2_oracle):
     expected = smollm2_oracle["greedy"]
     sampling = SamplingConfig(max_new_tokens=len(expected), temperature=0.0)

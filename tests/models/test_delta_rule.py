@@ -98,6 +98,7 @@ def test_equal_keys_without_decay_are_solved_stably() -> None:
     assert_allclose(read, v, atol=1e-5)
 
 
+@pytest.mark.ci
 def test_gradients_are_those_of_differences() -> None:
     rng = np.random.default_rng(3)
     group, branch, _ = draw_row(rng)

@@ -178,6 +178,7 @@ def test_the_reference_is_the_frozen_model_on_the_same_arrays(config):
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(policy.base.params)} <= frozen
 
 
+@pytest.mark.ci
 def test_an_interrupted_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
     config = replace(finished, run_dir=str(tmp_path))
     stop_after(2, monkeypatch)

@@ -234,6 +234,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(config, finished, interrupt
         assert_array_equal(weights(config)[name], array, err_msg=name)
 
 
+@pytest.mark.ci
 def test_a_checkpoint_of_other_settings_is_refused_unless_that_is_allowed(config, two_steps):
     go_on_in_a_copy(config, two_steps)
     files = [Path(config.run_dir) / name for name in ("config.yaml", "summary.json", "metrics.jsonl")]
@@ -288,6 +289,7 @@ def test_a_finished_run_is_not_finished_for_other_data(config, tmp_path, monkeyp
     assert (Path(config.run_dir) / "summary.json").exists()
 
 
+@pytest.mark.ci
 def test_a_finished_run_is_not_finished_for_another_reference(config, tmp_path):
     """Other weights in the directory that model.reference names, as in the policy's own."""
     reference = write_tiny_model(tmp_path / "reference")
@@ -309,6 +311,7 @@ def test_a_finished_run_is_not_finished_for_another_reference(config, tmp_path):
         train(config)
 
 
+@pytest.mark.ci
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_finished(config, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
@@ -385,6 +388,7 @@ def test_fewer_steps_than_were_done_are_refused(config, two_steps):
         train(replace(config, training={"steps": 1, "allow_changed": ["settings"]}))
 
 
+@pytest.mark.ci
 def test_data_may_move_but_not_change(config, interrupted, tmp_path):
     go_on_in_a_copy(config, interrupted)
     moved = (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
@@ -398,6 +402,7 @@ def test_data_may_move_but_not_change(config, interrupted, tmp_path):
     assert train(config).status == "finished"
 
 
+@pytest.mark.ci
 def test_another_version_of_a_package_is_refused_unless_allowed(config, interrupted, monkeypatch):
     from dpo.training import identity
 

@@ -73,7 +73,7 @@ def run(objective, batch, micro_batches):
     ("name", "micro_batches"),
     [
         ("dpo", 2),
-        ("plackett_luce", 4),
+        pytest.param("plackett_luce", 4, marks=pytest.mark.ci),
         pytest.param("dpo", 8, marks=pytest.mark.as_users),
         pytest.param("plackett_luce", 8, marks=pytest.mark.as_users),
         pytest.param("dpo", 4, marks=pytest.mark.slow),
