@@ -172,6 +172,10 @@ class SandboxedTemplate:
         return found, last.get("spent", 0.0)
 
 
+_MAX_FILE = 1 << 22
+"""Bytes of a template file that is read."""
+
+
 def read_template(path: str | Path, *, name: str) -> str:
     """The text of a template file.
 
@@ -179,6 +183,8 @@ def read_template(path: str | Path, *, name: str) -> str:
       ValueError: when it cannot be read, or is not UTF-8.
     """
     try:
+        if Path(path).exists() and (not Path(path).is_file() or Path(path).stat().st_size > _MAX_FILE):
+            raise UserError(f"{name} {path}: must be a regular file of at most {_MAX_FILE} bytes")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error

@@ -26,6 +26,7 @@ from dpo.judging.rewards import Prompt
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
 from dpo.models.vocabulary import require_known
+from dpo.outcomes import UserError
 
 
 class Request(NamedTuple):
@@ -131,7 +132,9 @@ def model_identity(source: str) -> str:
     names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
     files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
     digest = hashlib.sha256()
-    for file in files:
+    for file in (file for file in files if not file.is_dir()):
+        if not file.is_file():
+            raise UserError(f"{file}: must be a regular file")
         digest.update(file.name.encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
