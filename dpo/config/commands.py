@@ -93,7 +93,7 @@ class HeldoutConfig:
 
     template_characters: int | None = None
     """Characters that a template may write for a text, as data.template_characters has it; the run's, or
-    else 1,000,000, when not given."""
+    else 100,000, when not given."""
 
     def check_data(self) -> None:
         """Refuse numbers and template arguments that nothing can be done with."""
