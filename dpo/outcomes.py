@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from dpo.hidden import cut_secrets
+
 
 class Outcome(NamedTuple):
     """One way to end."""
@@ -210,8 +212,8 @@ def failure_of(outcome: Outcome, text: str) -> BaseException:
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says; a bug, and one that says nothing, with the name of its class."""
-    text = str(error).strip()
+    """What an error says, without secrets; a bug, and one that says nothing, with the name of its class."""
+    text = cut_secrets(str(error).strip())
     if type(error) is KeyboardInterrupt and not text:
         return "by Ctrl-C"
     if not text or (outcome_of(error) is BUG and not isinstance(error, BugError)):

@@ -20,6 +20,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from dpo.hidden import cut_secrets
+
 LONGEST_LINE = 2000
 MOST_LINES = 60
 """What an error may take of a terminal: names come from files, and a file can be full of them."""
@@ -36,9 +38,9 @@ def show_controls(text: str) -> str:
     """The text with control characters as symbols (␛ for escape), line ends and tabs as they are.
 
     What turns the direction of a line, ends one or hides shows by its number, ⟨U+202E⟩; so does half of a
-    surrogate pair, which cannot be written at all.
+    surrogate pair, which cannot be written at all. The environment's secrets do not show.
     """
-    return _ACTS.sub(_show, text)
+    return _ACTS.sub(_show, cut_secrets(text))
 
 
 def _show(found: re.Match[str]) -> str:

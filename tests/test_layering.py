@@ -14,12 +14,14 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "dpo").rglob("*.py"))
 }
-ANYWHERE = {"distribution", "terminal"}
-"""They import nothing of the package: the files that come with it, and what a terminal is shown."""
+ANYWHERE = {"distribution", "hidden", "terminal"}
+"""They import nothing else of the package: the files that come with it, and what a terminal is shown."""
 # What each layer may import besides itself.
 BELOW = {
     "": {"python", "losses", "config"},
     "outcomes": set(),
+    "hidden": set(),
+    "proxies": {"outcomes"},
     "terminal": set(),
     "limited": set(),
     "intervals": {"outcomes"},
@@ -35,10 +37,11 @@ BELOW = {
     "losses": {"outcomes", "own_code"},
     "diffusion": {"outcomes", "losses"},
     "parallel": {"outcomes"},
-    "data": {"outcomes", "parallel", "losses", "intervals", "files", "limited"},
+    "data": {"outcomes", "parallel", "losses", "intervals", "files", "limited", "proxies"},
     "models": {"outcomes", "parallel"},
-    "huggingface": {"outcomes", "models", "parallel", "files", "limited"},
+    "huggingface": {"outcomes", "models", "parallel", "files", "limited", "proxies"},
     "training": {
+        "proxies",
         "outcomes",
         "overwriting",
         "huggingface",
@@ -73,6 +76,7 @@ BELOW = {
         "config",
     },
     "judging": {
+        "proxies",
         "outcomes",
         "own_code",
         "evaluation",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dpo.data.table_checks import check_arrow, check_card, require_tables, unnamed_subsets
 from dpo.files import is_inside
 from dpo.outcomes import UserError
+from dpo.proxies import check_proxies
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
@@ -42,6 +43,7 @@ def look_at_card(repository: str, revision: str | None, subset: str) -> Card:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    check_proxies()
     commit = None
     for name in _CARDS:
         try:

@@ -19,12 +19,15 @@ from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.tokenizer_settings import check_tokenizer_file
 from dpo.limited import look
 from dpo.outcomes import UserError, raising_user_errors
+from dpo.proxies import check_proxies
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 """Patterns of all files of a model but its weights."""
 WORKER = Path(__file__).with_name("tokenizer_worker.py")
 _TRIED: set[tuple[str, int, int]] = set()
 """Files and directories that were tried, with size and time."""
+_MORE_TEMPLATES = "additional_chat_templates"
+"""A directory in which transformers looks for templates by name."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _WRITES = 1 << 12
 """Bytes of a file that the process may write: what transformers imports looks for a place for such ones."""
@@ -93,6 +96,8 @@ def _check_files(directory: Path) -> None:
     for name, most in _LARGEST.items():
         if os.path.lexists(directory / name):
             require_file(directory / name, most)
+    for path in sorted((directory / _MORE_TEMPLATES).glob("*.jinja")):
+        require_file(path, _LARGEST["chat_template.jinja"])
     if (directory / "tokenizer.json").is_file() and "fast_tokenizer_files" not in settings:
         _try(directory / "tokenizer.json")
     else:
@@ -223,6 +228,8 @@ def fetch_files(hub_id: str, revision: str | None, patterns: Sequence[str], *, o
     """
     from huggingface_hub import snapshot_download
 
+    if not offline:
+        check_proxies()
     only: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
     try:
         return Path(snapshot_download(hub_id, revision=revision, local_files_only=offline, **only))

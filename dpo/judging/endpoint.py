@@ -37,7 +37,8 @@ from dpo.judging.judges import (
 from dpo.judging.keys import read_key
 from dpo.judging.replies import Completion, read_kept
 from dpo.judging.server import Server
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, raising_user_errors
+from dpo.proxies import check_proxies
 
 ROOM_FOR_REPLY = 16 * 2**10
 """Bytes on the disk of the cache that a reply may take, its directory included."""
@@ -56,6 +57,9 @@ class EndpointJudge:
         self._settings, self._template, self._cache, self._log = settings, template, cache, log
         self._url = f"{settings.base_url.rstrip('/')}/chat/completions"
         self._key = read_key(settings.api_key_env)
+        check_proxies()
+        with raising_user_errors("endpoint.base_url"):  # of a host that no name can be
+            httpx.URL(self._url)
         warning = self._key.warning(self._url)
         if warning is not None:
             log(warning)

@@ -7,11 +7,9 @@ import re
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from dpo.hidden import CUT, SHORTEST_SECRET, cut_secrets
 from dpo.outcomes import UserError
 
-SHORTEST_SECRET = 5
-"""Characters: a shorter key is a placeholder, and cutting it out would take single letters from answers."""
-CUT = "[key]"
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|::1")
 
 
@@ -28,7 +26,8 @@ class Key(NamedTuple):
         return {} if self.value is None else {"Authorization": f"Bearer {self.value}"}
 
     def cut_from(self, text: str) -> str:
-        """The text without the key, however JSON or a URL may spell its characters."""
+        """The text without the key, however JSON or a URL may spell its characters, and without others."""
+        text = cut_secrets(text)
         if self.value is None or len(self.value) < SHORTEST_SECRET:
             return text
         return re.sub("".join(map(_spellings, self.value)), CUT, text)

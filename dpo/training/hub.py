@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.proxies import check_proxies
 
 _FAILURES = (httpx2.HTTPError, OSError)
 """An answer of the hub, which is both, a connection that failed, a file that could not be read."""
@@ -23,6 +24,7 @@ def check_hub_id(hub_id: str) -> None:
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise UserError(f"hub_id is {hub_id!r}; allowed: OWNER/NAME")
+    check_proxies()
     if get_token() is None:
         raise UserError(
             f"hub_id is {hub_id!r}, but there is no token to write there with: run `hf auth login`, or set "
