@@ -43,7 +43,8 @@ _ALONE = {
 def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0) -> dict[str, Any]:
     """What a script says of a request about files of `size` bytes; {"error": …} where it could not.
 
-    The script gets the limits and the request as one JSON object on its input, and holds itself to them.
+    The script gets the limits and the request as one JSON object on its input, and holds itself to them. What
+    it says last is the answer; where that is {"at": a file's name}, the process ended at that file.
     It may write files of at most `writes` bytes.
     """
     memory, seconds = MEMORY + 4 * size, SECONDS + size // BYTES_A_SECOND
@@ -62,13 +63,25 @@ def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0
             start_new_session=True,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return {"error": f"the process that looks at it does not end within {patience} s"}
+    except subprocess.TimeoutExpired as error:
+        how = f"the process that looks at it does not end within {patience} s"
+        return {"error": f"{_where(_last(error.stdout))}{how}"}
+    said = _last(done.stdout)
+    if said is not None and "at" not in said:
+        return said
+    return {"error": f"{_where(said)}{_how(done.returncode, seconds, memory)}"}
+
+
+def _last(output: bytes | None) -> dict[str, Any] | None:
+    """The last whole line that a script said."""
     with contextlib.suppress(ValueError, IndexError):
-        said = json.loads(done.stdout.splitlines()[-1])
-        if isinstance(said, dict):
-            return said
-    return {"error": _how(done.returncode, seconds, memory)}
+        said = json.loads((output or b"").splitlines()[-1])
+        return said if isinstance(said, dict) else None
+    return None
+
+
+def _where(said: dict[str, Any] | None) -> str:
+    return "" if said is None or "at" not in said else f"{said['at']}: "
 
 
 def stored_bytes(path: Path) -> int:

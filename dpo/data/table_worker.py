@@ -5,7 +5,7 @@
     {"kind": "arrow", "paths": [...]} gives {"rows": of each file}
     {"kind": "data_set", "reader", "files": {split: paths}, "config", "info", …, "directory": where to}
         gives {"made": true}
-    anything that is wrong gives {"error": what}
+    anything that is wrong gives {"error": what}; before it a line says {"at": file} of each that it opens
 
 Of tables every value is decoded and validated, and what the rows will take as Python's values is counted.
 Files of a folder or of the hub are made into what `datasets` keeps of them. It runs without the rest of the
@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
-import re
 import resource
 import signal
 import sys
@@ -213,14 +211,19 @@ def _is_text(kind: Any) -> bool:
 READERS = {"csv": "Csv", "json": "Json", "parquet": "Parquet", "arrow": "Arrow"}
 """Modules of `datasets` that make tables of files, and the class in each."""
 _AT_FAULT: list[str] = []
-"""Files that a reader said it could not read."""
+"""The file that is being read: errors of readers do not name it."""
 
 
-class _Faults(logging.Handler):
-    """What a reader logs of a file that it cannot read: its error does not name the file."""
+def _tell_what_is_read(paths: set[str]) -> None:
+    """Note each of some files when it is opened, and say so: where the process ends, this was its last."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        _AT_FAULT.extend(re.findall(r"Failed to read file '([^']+)'", record.getMessage())[:1])
+    def note(event: str, given: tuple[Any, ...]) -> None:
+        path = given[0] if event == "open" else None
+        if isinstance(path, str) and path in paths and path not in _AT_FAULT:
+            _AT_FAULT[:] = [path]
+            os.write(1, json.dumps({"at": os.path.basename(path)}).encode() + b"\n")
+
+    sys.addaudithook(note)
 
 
 def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
     from pyarrow.parquet import read_schema
 
     datasets.disable_progress_bars()
-    logging.getLogger("datasets").addHandler(_Faults(logging.ERROR))
+    _tell_what_is_read({path for paths in request["files"].values() for path in paths})
     reader, features = request["reader"], request["features"]
     module = importlib.import_module(f"datasets.packaged_modules.{reader}.{reader}")
     files = {split: DataFilesList(paths, []) for split, paths in request["files"].items()}

@@ -329,8 +329,9 @@ def test_parts_of_long_rows_have_fewer(tmp_path, monkeypatch):
 def test_lists_in_each_other_in_a_folder_end_no_process(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "train.jsonl").write_text('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
-    assert "could not be" in refusal(folder)
+    (folder / "a.jsonl").write_text(json.dumps(PAIR) + "\n")
+    (folder / "b.jsonl").write_text('{"prompt": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    assert "could not be read: b.jsonl: it makes the library that reads it crash" in refusal(folder)
 
 
 @pytest.mark.parametrize(
