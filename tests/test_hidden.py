@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from dpo.cli import main
+from dpo.config import EndpointConfig
 from dpo.hidden import PROXIES, TOKENS, cut_secrets
+from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.journal import Journal
+from dpo.judging.judges import Template, default_template
 from dpo.judging.keys import Key
 from dpo.judging.samples import model_identity
 from dpo.outcomes import EnvironmentFailure, describe
@@ -88,13 +91,18 @@ def test_a_proxy_that_requests_can_go_by_is_let_pass(address: str, monkeypatch: 
     check_proxies()
 
 
-@pytest.mark.parametrize("asks_the_hub", [["generate", "some/model", "hi"], ["inspect", "--data.train=a/b"]])
 def test_a_wrong_proxy_ends_a_command_by_name(
-    asks_the_hub: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "evil://bob:hunter2@proxy")
-    assert main(asks_the_hub) == 2
+    assert main(["generate", "some/model", "hi"]) == 2
     assert "HTTP_PROXY does not begin with" in capsys.readouterr().err
+
+
+def test_a_host_that_no_name_can_be_is_refused(tmp_path: Path) -> None:
+    settings = EndpointConfig(base_url="http://ho\x1bst/v1", model="m")
+    with pytest.raises(ValueError, match=r"endpoint\.base_url: InvalidURL"):
+        EndpointJudge(settings, Template(default_template("endpoint")), cache=tmp_path, log=print)
 
 
 # ---- pipes ----
@@ -107,7 +115,7 @@ def test_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "verdicts.jsonl")
     with pytest.raises(ValueError, match=r"verdicts\.jsonl must be a regular file"):
         Journal(tmp_path / "verdicts.jsonl")
-    with pytest.raises(ValueError, match=r"verdicts\.jsonl: must be a regular file"):
+    with pytest.raises(ValueError, match=r"verdicts\.jsonl: cannot be read: it is no regular file"):
         read_template(tmp_path / "verdicts.jsonl", name="template")
     model = tmp_path / "model"
     model.mkdir()
