@@ -26,6 +26,8 @@ MOST_GROWTH = 64
 MOST_RULES = 200
 LONGEST_ADDED = 1000
 """Characters that are put before a text."""
+MOST_ADDED_TOKENS = 1000
+"""Tokens that are put around a text."""
 TEXTS = (
     *(
         "",
@@ -85,6 +87,8 @@ def _try(path: str) -> int:
         part = getattr(tokenizer, name)
         if part is not None:
             check_rules(name, json.loads(part.__getstate__()))
+    if tokenizer.post_processor is not None:
+        check_added_tokens(json.loads(tokenizer.post_processor.__getstate__()))
     for text in TEXTS:
         for special in (True, False):
             _try_text(tokenizer, text, special)
@@ -150,12 +154,25 @@ def check_rules(name: str, rules: Any) -> None:
         )
 
 
+def check_added_tokens(rule: Any) -> None:
+    """A post-processor: how many tokens its templates put around any text."""
+    added = 0
+    for part in _flatten(rule):
+        ids = {name: len(one.get("ids") or ()) for name, one in (part.get("special_tokens") or {}).items()}
+        used = [piece.get("SpecialToken") or {} for piece in part.get("single") or ()]
+        added += sum(ids.get(token.get("id"), 0) for token in used)
+    if added > MOST_ADDED_TOKENS:
+        raise _WrongError(
+            f"its post_processor adds {added} tokens to a text; allowed are {MOST_ADDED_TOKENS}"
+        )
+
+
 def _flatten(rule: Any) -> Iterator[dict[str, Any]]:
     """A rule, and those that it consists of, in order."""
     if not isinstance(rule, dict):
         return
     yield rule
-    for name in ("normalizers", "pretokenizers", "decoders"):
+    for name in ("normalizers", "pretokenizers", "decoders", "processors"):
         for inner in rule.get(name) or ():
             yield from _flatten(inner)
 

@@ -64,6 +64,14 @@ BAD = {
             "pad_id": 0, "pad_type_id": 0, "pad_token": "x",
         }
     },
+    "thousands of tokens around each text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "z", "type_id": 0}}] * 2000,
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"z": {"id": "z", "ids": [1] * 2000, "tokens": ["z"] * 2000}},
+        }
+    },
     "much put before": {"normalizer": {"type": "Prepend", "prepend": "x" * 100_000}},
 }  # fmt: skip
 
