@@ -184,7 +184,10 @@ def read_template(path: str | Path, *, name: str) -> str:
     """
     try:
         if Path(path).exists() and (not Path(path).is_file() or Path(path).stat().st_size > _MAX_FILE):
-            raise OSError(f"it is no regular file of at most {_MAX_FILE} bytes")
+            raise UserError(
+                f"{name} {path}: cannot be read: it is no regular file of at most {_MAX_FILE} bytes; "
+                "allowed is a UTF-8 file"
+            )
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error
