@@ -23,10 +23,12 @@ from jaxtyping import Bool, Float, Int
 
 from dpo.config import Config, DataConfig, MeshConfig, ModelConfig
 from dpo.config.home import at_home
+from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Message, read_prompt, read_turns
 from dpo.data.preferences import ReadSummary, fingerprint
 from dpo.data.rows import Preference, digest, parse_row
+from dpo.data.settling import settle_rows
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.data.tokenizer_calls import decode_ids
@@ -211,7 +213,8 @@ def implicit_rewards(
     Raises:
       ValueError: naming a row that is malformed, or when the two models make different tokens of the rows.
     """
-    read = [_read_row(row, f"rows[{i}]") for i, row in enumerate(rows)]
+    reading = settle_rows(lambda: map(dict, rows), BY_COLUMNS)
+    read = [_read_row(row, f"rows[{i}]", reading) for i, row in enumerate(rows)]
     ours, tokens = policy._score(read)
     theirs, other = reference._score(read)
     same = np.array_equal(tokens.response_tokens, other.response_tokens)
@@ -245,9 +248,9 @@ def train(config: Config, *, winrate: str | None = None) -> Any:
     return train_and_report(config, judge=winrate, arguments=[*word, f"--winrate={winrate}"])
 
 
-def _read_row(row: Mapping[str, Any], where: str) -> Preference:
+def _read_row(row: Mapping[str, Any], where: str, reading: RowReading) -> Preference:
     try:
-        return parse_row(dict(row), location=where, source="rows")
+        return parse_row(dict(row), location=where, source="rows", reading=reading)
     except MalformedRowError as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dpo.config.addresses import check_address
-from dpo.config.data import TemplateArguments, check_template_arguments
+from dpo.config.data import DataConfig, TemplateArguments, check_template_arguments
 from dpo.config.model import LoraConfig
 from dpo.config.ranges import check_range
 from dpo.config.run import Config
+from dpo.config.sources import spellings
 from dpo.outcomes import UserError
 
 
@@ -387,7 +388,7 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
     is_held = given.reference is None and base.model.reference is None and not base.lora.is_all_there_is
     data = {
         "eval": given.data,
-        "eval_split": given.split,
+        "eval_split": given.split or _split_of(given.data),
         "max_eval": given.limit,
         "expand": given.expand,
         "max_length": given.max_length,
@@ -411,6 +412,12 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
         data=replace(base.data, **{name: value for name, value in data.items() if value is not None}),
         model=replace(base.model, **{name: value for name, value in model.items() if value is not None}),
     )
+
+
+def _split_of(data: str | list[Any] | None) -> str | None:
+    """No split but the usual one where files take the place of a run's data; else the run's."""
+    is_files = data is not None and all(Path(name).is_file() for name in spellings(data))
+    return DataConfig().eval_split if is_files else None
 
 
 def _policy_source(run_dir: str, run: Config) -> str:

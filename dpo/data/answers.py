@@ -244,6 +244,17 @@ _VERDICTS = ("winner", "preference", "label", "choice", "preferred")
 
 def sides(row: Columns) -> Answers:
     """Two responses in columns of one kind, and a verdict on them, a tie among its words."""
+    names, verdict = find_sides(row)
+    ranks = by_side(row[verdict], verdict, names, row.reading.counts_from)
+    return Answers({name: row[name] for name in names}, ranks)
+
+
+def find_sides(row: Columns) -> tuple[tuple[str, str], str]:
+    """The columns of two responses, and that of the verdict on them.
+
+    Raises:
+      MalformedRowError: where there are none, or columns of several kinds.
+    """
     kinds = [names for names in _SIDES if all(name in row for name in names)]
     if len(kinds) > 1:
         detail = (
@@ -258,7 +269,7 @@ def sides(row: Columns) -> Answers:
             f"found {show_names(row)}; allowed are two of one kind: {' | '.join(map(' + '.join, _SIDES))}"
         )
         raise MalformedRowError("(row)", "missing_field", detail)
-    return Answers({name: row[name] for name in names}, by_side(row[verdict], verdict, names))
+    return names, verdict
 
 
 def flagged(row: Columns) -> Answers:

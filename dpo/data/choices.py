@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,21 +33,71 @@ _NO = (
 )
 
 
-def by_side(value: Any, field: str, names: tuple[str, str]) -> Ranks:
+OTHER_NUMBERS = "other_numbers"
+"""The reason of a row whose number is none of those that this project reads there.
+
+Other rows' numbers may then mean something else too: they are not learned, whatever else may be skipped.
+"""
+
+
+def by_side(value: Any, field: str, names: tuple[str, str], counts_from: int | None = None) -> Ranks:
     """A side by its name (a, model_a, the column's own), by a number, or a tie.
 
-    A number says which of the columns it is where their names end in numbers; else they count from 0.
+    A number says which of the columns it is where their names end in numbers; else `counts_from` is the first
+    one's, and with None it is not known.
     """
     text = _as_word(value)
-    first, second = _number_of(names[0], 0), _number_of(names[1], 1)
-    if text in _FIRST or text == names[0].lower() or text == str(first):
+    if (named := side_of_word(text, names)) is not None:
+        return named
+    first = _number_of(names[0], counts_from)
+    number = _number(text)
+    if first is not None and number is not None and number - first in _BY_NUMBER:
+        return _BY_NUMBER[number - first]
+    words = f"{names[0]}, {names[1]}, a, b, tie"
+    if number is None:
+        numbers = "" if first is None else f", {first}, {first + 1}"
+        raise MalformedRowError(field, "unknown_side", f"found {show(value)}; allowed are {words}{numbers}")
+    if first is None:
+        detail = (
+            f"found {show(value)}, and no other row says whether {names[0]} is 0 or 1; allowed are {words}, "
+            f"or names that say it: data.columns {{response_0: {names[0]}, response_1: {names[1]}}} or "
+            f"{{response_1: {names[0]}, response_2: {names[1]}}}"
+        )
+    else:
+        detail = (
+            f"found {show(value)}, where {names[0]} is {first}; allowed are {words}, {first}, {first + 1}"
+        )
+    raise MalformedRowError(field, OTHER_NUMBERS, detail)
+
+
+_BY_NUMBER = {0.0: FIRST, 0.5: TIE, 1.0: SECOND}
+
+
+def side_of_word(text: str, names: tuple[str, str]) -> Ranks | None:
+    """A side by a word in lower case; None for a number, or a word that is none."""
+    if text in _FIRST or text == names[0].lower():
         return FIRST
-    if text in _SECOND or text == names[1].lower() or text == str(second):
+    if text in _SECOND or text == names[1].lower():
         return SECOND
-    if text in _TIES or text == "0.5":
-        return TIE
-    detail = f"found {show(value)}; allowed are {names[0]}, {names[1]}, a, b, tie, {first}, {second}"
-    raise MalformedRowError(field, "unknown_side", detail)
+    return TIE if text in _TIES else None
+
+
+def count_of(value: Any, names: tuple[str, str]) -> int | Ranks | None:
+    """What a verdict says of how verdicts beside it count: the first one's number, or that it is a word.
+
+    None where it says nothing of it: a tie, a 1, anything else.
+    """
+    text = _as_word(value)
+    named = side_of_word(text, names)
+    if named in (FIRST, SECOND):
+        return named
+    number = _number(text)
+    return None if number is None else {0.0: 0, 2.0: 1}.get(number)
+
+
+def counts_by_name(names: tuple[str, str]) -> bool:
+    """Whether the columns' names say how numbers of them count."""
+    return _number_of(names[0], None) is not None
 
 
 def by_strength(value: Any, field: str) -> Ranks:
@@ -59,7 +110,7 @@ def by_index(value: Any, field: str, first: int) -> Ranks:
     """The number of the better response, 0 or 1, where the first one's is `first`."""
     number = finite(value, field)
     if number not in (0, 1):
-        raise MalformedRowError(field, "unknown_side", f"found {show(value)}; allowed are 0 and 1")
+        raise MalformedRowError(field, OTHER_NUMBERS, f"found {show(value)}; allowed are 0 and 1")
     return FIRST if number == first else SECOND
 
 
@@ -80,7 +131,8 @@ def is_desirable(value: Any, field: str) -> bool:
     if word in _NO:
         return False
     detail = f"found {show(value)}; allowed are {', '.join(_YES)} (desirable) and {', '.join(_NO)}"
-    raise MalformedRowError(field, "wrong_type", detail)
+    is_more = (number := _number(word)) is not None and not -1 <= number <= 1
+    raise MalformedRowError(field, OTHER_NUMBERS if is_more else "wrong_type", detail)
 
 
 def _as_word(value: Any) -> str:
@@ -92,5 +144,14 @@ def _as_word(value: Any) -> str:
     return value.strip().lower() if isinstance(value, str) else ""
 
 
-def _number_of(name: str, place: int) -> int:
-    return int(name[-1]) if name[-1].isdecimal() else place
+def _number(word: str) -> float | None:
+    """A finite number that a text is; None for any other text."""
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number_of(name: str, otherwise: int | None) -> int | None:
+    return int(name[-1]) if name[-1].isdecimal() else otherwise

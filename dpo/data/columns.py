@@ -85,6 +85,10 @@ class RowReading(NamedTuple):
     """Names that a layout reads, each with the name that the source has instead."""
     ignored: frozenset[str] = frozenset()
     """Columns that are not read, although their names may be in `MEANING`."""
+    counts_from: int | None = None
+    """The number of the first of two responses whose columns do not say it; not known when not given."""
+    repeats: bool = False
+    """Whether responses that are text begin with their prompt, which is cut off there."""
 
 
 BY_COLUMNS = RowReading()
@@ -96,14 +100,14 @@ class Columns(dict[str, Any]):
     Every row is asked for many names that it has not: a dictionary answers at once.
     """
 
-    __slots__ = ("_ignored", "_read", "_reading", "_row", "replaced")
+    __slots__ = ("_ignored", "_read", "_row", "reading", "replaced")
 
     def __init__(self, row: Mapping[str, Any], reading: RowReading = BY_COLUMNS) -> None:
         values = {str(name): value for name, value in row.items() if value is not None}
         super().__init__(_rename(row, values, reading) if reading.columns else values)
         self.replaced = _replaced(values, reading)
-        """Columns of a row for which the settings read others, with these, as they are named to the user."""
-        self._row, self._reading = row, reading
+        """What else of a row is not used, as it is named to the user: columns for which others are read."""
+        self._row, self.reading = row, reading
         self._ignored = {name: self.pop(name) for name in reading.ignored if name in self}
         self._read: list[str] = []
 
@@ -126,14 +130,12 @@ class Columns(dict[str, Any]):
     @property
     def prompt_is_null(self) -> bool:
         """Whether the row says null for its prompt, and it is to be read."""
-        named = dict(self._reading.columns).get("prompt", "prompt")
-        return self._row.get(named, "") is None and "prompt" not in self._reading.ignored
+        named = dict(self.reading.columns).get("prompt", "prompt")
+        return self._row.get(named, "") is None and "prompt" not in self.reading.ignored
 
     def item(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """An object in a column, with the names that layouts know."""
-        return dict(value) | {
-            ours: value[theirs] for ours, theirs in self._reading.columns if theirs in value
-        }
+        return dict(value) | {ours: value[theirs] for ours, theirs in self.reading.columns if theirs in value}
 
     def asked(self) -> dict[str, Any]:
         """The columns that nobody has read and that are not ignored, and their values."""

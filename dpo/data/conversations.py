@@ -130,6 +130,48 @@ def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Re
     return prompt, responses
 
 
+def repeats_prompt(prompt: Prompt, responses: Sequence[Response]) -> bool | None:
+    """Whether responses that are text all begin with a prompt that is one text; None where they are not.
+
+    White space at the end of the prompt does not matter.
+    """
+    text = _lone_text(prompt)
+    texts = [response for response in responses if isinstance(response, str)]
+    if text is None or len(texts) < len(responses):
+        return None
+    return all(response.startswith(text) for response in texts)
+
+
+def cut_repeated(
+    prompt: Prompt, responses: list[Response], fields: Sequence[str]
+) -> tuple[list[Response], bool]:
+    """Responses without the prompt that they begin with, and whether they did.
+
+    Raises:
+      MalformedRowError: where some begin with it and others do not, or nothing follows it.
+    """
+    repeats = repeats_prompt(prompt, responses)
+    text = _lone_text(prompt)
+    if repeats is None or text is None:
+        return responses, False
+    for field, response in zip(fields, responses, strict=True):
+        if not repeats and str(response).startswith(text) is False:
+            detail = "does not begin with the prompt, as the responses of most rows do; allowed is one way"
+            raise MalformedRowError(field, "prompt_not_repeated", detail)
+    whole = prompt if isinstance(prompt, str) else message_text(prompt[0])
+    cut = [str(r)[len(whole if str(r).startswith(whole) else text) :] for r in responses]
+    for field, response in zip(fields, cut, strict=True):
+        if not response.strip():
+            raise MalformedRowError(field, "empty", "nothing is left after the prompt that it begins with")
+    return list(cut), True
+
+
+def _lone_text(prompt: Prompt) -> str | None:
+    """The text of a prompt of one message, as far as a response may repeat it."""
+    turns = as_turns(prompt)
+    return message_text(turns[0]).rstrip() or None if len(turns) == 1 else None
+
+
 def _check_response(turns: Turns, field: str) -> Response:
     """One or several messages of which the assistant says the first and the last."""
     if len(turns) == 1 and turns[0]["role"] == "assistant" and len(turns[0]) == 2:

@@ -15,7 +15,8 @@ from dpo.outcomes import UserError
 def csv_rows(path: Path, *, most: int, blank: int) -> Iterator[tuple[int, Any]]:
     """Rows of text with the lines that they begin on; "4" is no number here, "None" and "NA" are no nulls.
 
-    Tabs part the values of a file whose name ends in .tsv, commas those of any other.
+    Tabs part the values of a file whose name ends in .tsv, commas those of any other. A column without a
+    name, as indices and ends of lines have it, is called by its place: "column 1".
 
     Raises:
       UserError: when the file cannot be read, its values are parted by something else, or a row has more than
@@ -29,6 +30,7 @@ def csv_rows(path: Path, *, most: int, blank: int) -> Iterator[tuple[int, Any]]:
             rows = csv.reader(lines, strict=True, delimiter=delimiter)
             names = next(rows, [])
             _require_parted(path, names, delimiter)
+            names = [name if name.strip() else f"column {i}" for i, name in enumerate(names, start=1)]
             if len(set(names)) < len(names):
                 raise UserError(f"{path}:1: a column's name stands there twice; allowed is once")
             line, in_a_row = rows.line_num + 1, 0

@@ -25,6 +25,7 @@ from dpo.data.preferences import (
     join_summaries,
     read_part,
 )
+from dpo.data.settling import settle
 from dpo.data.sources import Part, cut
 from dpo.data.tokenized import TokenizedDataset
 
@@ -62,10 +63,12 @@ def read_together(
       ValueError: in every process, as `read_preferences` does.
     """
     parts = peers.on_main(lambda: _cut(source, split, peers.count, limit, reading))
+    counts_from, repeats = peers.on_main(lambda: list(settle(source, split, reading)[3:]))
+    settled = reading._replace(counts_from=counts_from, repeats=repeats)
     own: list[ReadPreferences] = []
 
     def read() -> bytes:
-        own.append(read_part(source, split, Part(*parts[peers.index]), expand, reading))
+        own.append(read_part(source, split, Part(*parts[peers.index]), expand, settled))
         locations = [preference.location for preference in own[0].preferences]
         return json.dumps([*own[0][1:], locations]).encode()
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo.data.choices import OTHER_NUMBERS
 from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.conversations import same_prompt
 from dpo.data.layouts import LAYOUTS
 from dpo.data.malformed import MalformedRowError
 from dpo.data.rows import Preference, digest, join_responses, parse_row, read_row
+from dpo.data.settling import settle
 from dpo.data.sources import Part, read_rows
 from dpo.outcomes import UserError
 
@@ -74,7 +76,7 @@ class ReadSummary(NamedTuple):
     skipped: dict[str, int]
     """Rows (or tied pairs of an expanded ranking) left out, by reason."""
     problems: list[Problem]
-    """The first malformed rows, at most MAX_PROBLEMS."""
+    """The first malformed rows, at most MAX_PROBLEMS, and the first that may not be skipped."""
     layouts: dict[str, int]
     """How many rows were read in each layout."""
     unused: dict[str, int]
@@ -97,8 +99,17 @@ def join_summaries(summaries: Iterable[ReadSummary]) -> ReadSummary:
         skipped.update(summary.skipped)
         layouts.update(summary.layouts)
         unused.update(summary.unused)
-        problems += summary.problems[: MAX_PROBLEMS - len(problems)]
+        for problem in summary.problems:
+            _note(problems, problem)
     return ReadSummary(num_rows, dict(sorted(skipped.items())), problems, dict(layouts), dict(unused))
+
+
+def _note(problems: list[Problem], problem: Problem) -> None:
+    """Add it to the first ones, and to more of them if it is the first that may not be skipped."""
+    if len(problems) < MAX_PROBLEMS or (
+        problem.reason == OTHER_NUMBERS and all(one.reason != OTHER_NUMBERS for one in problems)
+    ):
+        problems.append(problem)
 
 
 class ReadPreferences(NamedTuple):
@@ -110,7 +121,7 @@ class ReadPreferences(NamedTuple):
     skipped: dict[str, int]
     """Rows (or tied pairs of an expanded ranking) left out, by reason."""
     problems: list[Problem]
-    """The first malformed rows, at most MAX_PROBLEMS."""
+    """The first malformed rows, at most MAX_PROBLEMS, and the first that may not be skipped."""
     layouts: dict[str, int] = {}  # noqa: RUF012 (nobody changes it)
     """How many rows were read in each layout."""
     unused: dict[str, int] = {}  # noqa: RUF012
@@ -122,18 +133,26 @@ class ReadPreferences(NamedTuple):
         return ReadSummary(*self[1:])
 
 
+_REMEDY = "Correct them, or set data.on_error to skip, which leaves malformed rows out and counts them."
+
+
 class DataError(UserError):
     """Rows of the data do not have an accepted format. `problems` holds the first of them."""
 
-    def __init__(self, source: str, problems: Sequence[Problem], num_malformed: int, num_rows: int) -> None:
+    def __init__(
+        self,
+        source: str,
+        problems: Sequence[Problem],
+        num_malformed: int,
+        num_rows: int,
+        remedy: str = _REMEDY,
+    ) -> None:
         self.problems = list(problems)
         lines = [f"{source}: {num_malformed} of {num_rows} rows are malformed"]
         lines += _list_problems(problems)
         if num_malformed > len(problems):
             lines.append(f"  and {num_malformed - len(problems)} more")
-        lines.append(
-            "Correct them, or set data.on_error to skip, which leaves malformed rows out and counts them."
-        )
+        lines.append(remedy)
         super().__init__("\n".join(lines))
 
 
@@ -171,7 +190,7 @@ def read_preferences(
     the malformed rows, up to MAX_PROBLEMS, unless `on_error` is "skip".
     """
     name = str(source)
-    read = read_part(name, split, Part(rows=limit), expand, reading)
+    read = read_part(name, split, Part(rows=limit), expand, settle(name, split, reading))
     check_read(name, read.summary, len(read.preferences), on_error)
     return read
 
@@ -211,15 +230,16 @@ def each_preference(
     source: str, split: str, part: Part, expand: Expand, reading: RowReading = BY_COLUMNS
 ) -> Iterator[Preference]:
     """The preferences of some rows, one by one; what cannot be read is left out."""
-    notes = _RowNotes()
-    for preference in _grouped(_each_row(read_rows(source, split, part), source, reading, notes), notes):
+    notes, settled = _RowNotes(), settle(source, split, reading)
+    for preference in _grouped(_each_row(read_rows(source, split, part), source, settled, notes), notes):
         yield from expand_ranking(preference, expand)[0]
 
 
 def has_groups(source: str, split: str, limit: int | None, reading: RowReading) -> bool:
-    """Whether the first row is one that its neighbours may belong to."""
-    first = read_part(source, split, Part(rows=1 if limit is None else min(limit, 1)), "ranking", reading)
-    return any(LAYOUTS[name].groups for name in first.layouts)
+    """Whether the first row that can be read is one that its neighbours may belong to."""
+    notes = _RowNotes()
+    found = _each_row(read_rows(source, split, Part(rows=limit)), source, reading, notes)
+    return any(is_part for _, is_part in islice(found, 1))
 
 
 class _RowNotes:
@@ -235,8 +255,7 @@ class _RowNotes:
     def leave_out(self, location: str, error: MalformedRowError) -> None:
         """One more malformed row."""
         self.skipped[error.reason] += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(Problem(location, error.field, error.reason, error.detail))
+        _note(self.problems, Problem(location, error.field, error.reason, error.detail))
 
 
 def _each_row(
@@ -290,10 +309,17 @@ def _joined(members: Sequence[Preference], notes: _RowNotes) -> Iterator[Prefere
 
 
 def check_read(source: str, read: ReadSummary, num_preferences: int, on_error: OnError) -> None:
-    """Refuse malformed rows, unless they are to be skipped, and data of which nothing is left."""
+    """Refuse malformed rows that are not to be skipped, or may not be, and data of which nothing is left."""
     if read.problems and on_error == "stop":
         num_malformed = sum(count for reason, count in read.skipped.items() if reason != TIED_PAIR)
         raise DataError(source, read.problems, num_malformed, read.num_rows)
+    if OTHER_NUMBERS in read.skipped:
+        problems = [problem for problem in read.problems if problem.reason == OTHER_NUMBERS]
+        remedy = (
+            "They cannot be skipped: numbers that do not fit say that those of other rows may mean something "
+            "else too. Say it in words, or take these rows out."
+        )
+        raise DataError(source, problems, read.skipped[OTHER_NUMBERS], read.num_rows, remedy)
     if not num_preferences:
         left_out = ", ".join(f"{count} x {reason}" for reason, count in read.skipped.items())
         found = f"no usable row among {read.num_rows}: left out {left_out}" if left_out else "it has no rows"

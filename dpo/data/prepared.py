@@ -30,6 +30,7 @@ from dpo.data.preferences import (
     has_groups,
     join_summaries,
 )
+from dpo.data.settling import settle
 from dpo.data.sources import Part, cut, cut_every, fingerprint_rows, is_read_whole
 from dpo.data.token_processes import Numbered, count_processes, make_chunks
 from dpo.data.token_store import Stored, TokenStore
@@ -117,12 +118,12 @@ def prepare(
                 f"{type(job.tokenizer).__name__} is no tokenizer with a tokenizer.json: it is slow, and its "
                 "tokens are made anew at every start; allowed: a model directory with a tokenizer.json"
             )
-        return work.in_memory()
+        return work.settled().in_memory()
     key = _fingerprint(job, on_error, limit, rules)
     kept = TokenStore(store.directory, key, limit=store.limit, log=log)
     with kept.held():
         found = kept.open()
-        return _as_prepared(work.into(kept, rules) if found is None else found)
+        return _as_prepared(work.settled().into(kept, rules) if found is None else found)
 
 
 class _Work(NamedTuple):
@@ -132,6 +133,11 @@ class _Work(NamedTuple):
     on_error: OnError
     limit: int | None
     log: Log
+
+    def settled(self) -> _Work:
+        """The same, with what the rows say together of how each is read, which follows from them."""
+        job = self.job
+        return self._replace(job=job._replace(reading=settle(job.source, job.split, job.reading)))
 
     def in_memory(self) -> Prepared:
         """All of it, kept nowhere."""

@@ -40,7 +40,12 @@ def left_out(read: ReadSummary, tokens: TokenizedDataset) -> dict[str, int]:
 
 def remarks(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
     """What is to be said of the data once: columns not used, what templates leave out or write otherwise."""
-    said = [f"not used: {', '.join(read.unused)}"] if read.unused else []
+    whole = sum(read.layouts.values())
+    unused = [
+        f"{name if name.strip() else repr(name)}{f' ({count} of {whole} rows)' if count < whole else ''}"
+        for name, count in read.unused.items()
+    ]
+    said = [f"not used: {', '.join(unused)}"] if unused else []
     return said + [
         f"{count} of {len(tokens)}: {remark} (first: {tokens.first_remarks[remark]})"
         for remark, count in tokens.remarks.items()

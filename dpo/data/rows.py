@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.columns import BY_COLUMNS, Columns, RowReading, has_meaning, may_ask
-from dpo.data.conversations import mentions, split_prompt, with_system
+from dpo.data.conversations import cut_repeated, mentions, split_prompt, with_system
 from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Prompt, Response, is_human_assistant
@@ -39,6 +39,9 @@ from dpo.data.values import (
     show_names,
 )
 from dpo.outcomes import UserError
+
+REPEATED = "the prompt at the beginning of responses"
+"""What is cut off there, as it is named among what is not used."""
 
 UNRANKED = (-1,)
 """The rank of a response that has only a score, until its neighbours are known."""
@@ -172,6 +175,9 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
     prompt, responses = split_prompt(
         found and found[0], answers.responses, strip=found is not None and found[1]
     )
+    if columns.reading.repeats and found is not None:
+        responses, is_cut = cut_repeated(prompt, responses, list(answers.responses))
+        columns.replaced += (REPEATED,) * is_cut
     if (
         found is None
         and columns.prompt_is_null

@@ -108,6 +108,13 @@ def is_file_name(source: str) -> bool:
     return source.endswith((*_READERS, ".jsonl.gz"))
 
 
+def has_splits(source: str) -> bool:
+    """Whether a source may be cut into named parts: no file is, and no single table that was saved."""
+    path = Path(find_data(source))
+    is_one_table = (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file()
+    return not (path.is_file() or is_file_name(source) or is_one_table)
+
+
 def is_read_whole(source: str) -> bool:
     """Whether a part of a source takes reading all of it: a file of JSON, which may be one list."""
     return source.endswith(".json")

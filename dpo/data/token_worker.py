@@ -2,7 +2,7 @@
 
 It reads lines of JSON from standard input, first a job, then parts, and answers each part by one line:
 
-    {"source", "split", "expand", "reading": [layout, columns, ignored], "rules": the tokenizer's, "policies"}
+    {"source", "split", "expand", "reading": as `RowReading` has it, "rules": the tokenizer's, "policies"}
     [part, where to write its chunk; null to read the rows only]
     {"chunk": true} once it is written, {"summary", "count"} of rows read only, or null for who asks to do it
 
@@ -37,8 +37,8 @@ def main() -> None:
 
 def _reader(job: Mapping[str, Any]) -> ChunkReader | None:
     tokenizer = make_tokenizer(job["rules"])
-    layout, columns, ignored = job["reading"]
-    reading = RowReading(layout, tuple(map(tuple, columns)), frozenset(ignored))
+    layout, columns, ignored, *settled = job["reading"]
+    reading = RowReading(layout, tuple(map(tuple, columns)), frozenset(ignored), *settled)
     if tokenizer is None:
         return None
     return ChunkReader(

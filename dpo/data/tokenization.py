@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.conversations import repeats_prompt
 from dpo.data.encoding import (
     Drop,
     Encoder,
@@ -108,7 +109,7 @@ def tokenize_part(
                 notes.num_truncated += isinstance(row, Row)
             if isinstance(row, Row):
                 kept.append((start + offset, row))
-                notes.remark(row.remarks, location)
+                notes.remark((*row.remarks, *_said_twice(chunk[offset])), location)
             else:
                 notes.drop(*row, location)
     chosen = [preferences[index] for index, _ in kept]
@@ -217,6 +218,13 @@ _CHUNK = 512
 
 
 # ---- length ----
+
+
+def _said_twice(preference: Preference) -> tuple[str, ...]:
+    """A remark on text responses that begin with the text of their prompt, and go on."""
+    if not repeats_prompt(preference.prompt, preference.responses):
+        return ()
+    return ("the responses begin with the prompt, unlike those of most rows, and are learned as they are",)
 
 
 def _length(row: Row) -> int:

@@ -13,6 +13,7 @@ from dpo.data.columns import RowReading
 from dpo.data.mixing import Share
 from dpo.data.preferences import Preference
 from dpo.data.rows import row_reading
+from dpo.data.sources import has_splits
 from dpo.distribution import find_data
 from dpo.outcomes import UserError
 
@@ -49,13 +50,30 @@ def places(config: DataConfig, *, heldout: bool) -> list[Place]:
     if source is None:
         raise UserError(f"{name} is not set; allowed: a JSONL or Parquet file, a directory or a hub id")
     if isinstance(source, str):
+        if split != _SPLITS[name]:
+            _require_splits(f"{name}_split", split, source)
         reading = row_reading(config.row_layout, config.columns, config.ignore_columns)
         return [Place(name, source, split, limit, reading)]
     given = parse_sources(name, source)
+    asked = [one.source for one in given if one.split is None]
+    if split != _SPLITS[name] and asked and not any(map(has_splits, asked)):
+        _require_splits(f"{name}_split", split, asked[0])
     named = zip(given, _names(given), strict=True)
     return [
         _place_of(config, one, f"{name}[{i}]", short, split, limit) for i, (one, short) in enumerate(named)
     ]
+
+
+_SPLITS = {"data.train": "train", "data.eval": "test"}
+"""Splits where no setting names one."""
+
+
+def _require_splits(setting: str, split: str, source: str) -> None:
+    """Refuse a split of what has none: a file, or a table that was saved alone."""
+    if not has_splits(source):
+        raise UserError(
+            f"{setting} is {split!r}, and {source} is one table without splits; allowed is to leave it out"
+        )
 
 
 def _place_of(
@@ -67,6 +85,8 @@ def _place_of(
         config.ignore_columns if given.ignore_columns is None else given.ignore_columns,
         name="data" if given.layout is None and given.columns is None else setting,
     )
+    if given.split is not None:
+        _require_splits(f"{setting}.split", given.split, given.source)
     share = Share(setting, name, given.rows, given.weight, given.seed)
     return Place(setting, given.spelling, given.split or split, limit, reading, share)
 

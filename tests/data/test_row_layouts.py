@@ -171,7 +171,7 @@ def test_a_label_that_says_neither_is_refused(label):
 @pytest.mark.parametrize("column", ["winner", "preference", "label"])
 def test_a_side_is_named_or_numbered(column, verdict, responses, ranks):
     row = {"prompt": ASK, "response_a": BAD, "response_b": GOOD, column: verdict}
-    found = read(row).preference
+    found = read(row, counts_from=0).preference
     assert (found.responses, found.ranks) == (responses, ranks)
 
 
@@ -638,6 +638,12 @@ def test_a_csv_of_another_coding_is_refused_by_what_is_allowed(tmp_path):
         (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\né,b,c\n", encoding=coding)
         with pytest.raises(ValueError, match=r"rows\.csv: cannot be read as CSV: .*; allowed is UTF-8"):
             read_preferences(tmp_path / "rows.csv")
+
+
+def test_a_column_without_a_name_is_called_by_its_place(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(",prompt,chosen,rejected, \n0,Name a river.,The Nile.,The moon.,\n")
+    assert read_preferences(path).unused == {"column 1": 1}
 
 
 def test_values_are_parted_by_what_the_name_of_the_file_says(tmp_path):
