@@ -90,6 +90,8 @@ class MatchResult(TypedDict):
     """The whole of winrate.json."""
 
     policy: str
+    policy_files: NotRequired[str | None]
+    """`listed_files` of the policy; versions before did not say."""
     opponent: str
     data: list[Any] | str | None
     judge: JudgeIdentity

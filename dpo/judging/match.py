@@ -22,7 +22,7 @@ from dpo.data.preferences import Preference
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.text_models import read_config
-from dpo.huggingface.tokenizer_files import load_tokenizer
+from dpo.huggingface.tokenizer_files import load_tokenizer, split_on_base
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.figures import (
     AskedLine,
@@ -35,7 +35,7 @@ from dpo.judging.kinds import find_kind, open_judge
 from dpo.judging.local_judge import sequence_log_probs
 from dpo.judging.match_figures import Pair, describe_cut, describe_temperature, describe_usage
 from dpo.judging.prompts import choose_judge, prompt_key, read_prompts, with_length
-from dpo.judging.results import VERDICTS_FILE, write_result
+from dpo.judging.results import VERDICTS_FILE, listed_files, write_result
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.models.drawing import SamplingConfig
 from dpo.models.vocabulary import require_known
@@ -86,8 +86,10 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
     if given.kl and config.model.reference not in DATA_OPPONENTS:
         with Journal(output / "log_probs.jsonl") as journal:
             ratios = log_ratios(given, config, pairs, journal, log)
+    directory, _ = split_on_base(config.model.source) or (Path(config.model.source).expanduser(), None)
     result: MatchResult = {
         "policy": config.model.source,
+        "policy_files": listed_files(directory),
         "opponent": config.model.reference,
         "data": config.data.eval,
         "judge": judge.identity,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
-from dpo.files import replace_text
+from dpo.files import CHECKSUMS_FILE, replace_text
 from dpo.judging.figures import MatchResult
 from dpo.outcomes import UserError
 from dpo.typed_json import read_typed
@@ -25,6 +26,29 @@ def read_results(directory: Path) -> dict[Path, MatchResult]:
     """
     paths = sorted(directory.glob("winrate*.json"), key=lambda path: (path.name != RESULT_FILE, path.name))
     return {path: _read(path) for path in paths}
+
+
+def listed_files(directory: Path) -> str | None:
+    """SHA-256 of the checksums that a model's directory lists of its files; None without a list.
+
+    It takes no time, since no weights are read: who opens the model compares them with the list. The model
+    card is left out, which says more of a model than what it computes.
+    """
+    try:
+        lines = (directory / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    files = sorted(line for line in lines if not line.endswith("  README.md"))
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def is_of(result: MatchResult, policy: Path) -> bool:
+    """Whether a match may be shown as the policy's: it is no other's, and none that was there before.
+
+    Where either says nothing of its files, as in versions before, it may.
+    """
+    now = listed_files(policy)
+    return now is None or "policy_files" not in result or result["policy_files"] == now
 
 
 def write_result(directory: Path, result: MatchResult) -> Path:

@@ -129,7 +129,7 @@ def model_identity(source: str) -> str:
     path, base = split_on_base(source) or (Path(source).expanduser(), None)
     if not path.exists():
         return open_checkpoint(source).source
-    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+    names = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
     files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
     digest = hashlib.sha256()
     for file in (file for file in files if not file.is_dir()):

@@ -27,7 +27,7 @@ from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
 from dpo.pages.page import REPORT_TEMPLATE, percent, percents, render, with_interval, write_page
 from dpo.pages.report_data import read_data
-from dpo.pages.report_match import all_warnings, read_matches
+from dpo.pages.report_match import all_warnings, matches_of_others, read_matches
 from dpo.pages.report_pairs import LEGEND, describe_extremes
 from dpo.runs import (
     CONFIG_FILE,
@@ -86,6 +86,7 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
         "figures": None,
         "lost": None,
         "matches": matches,
+        "other_matches": ", ".join(matches_of_others(run_dir, config)),
         "warnings": all_warnings(matches) if matches else [],
         "measure": shlex.join(["dpo", "winrate", "--run", str(run_dir), *_judge_to_name(config)]),
         "curves": draw_run(add_log_ratios(metrics, beta=beta)),

@@ -17,12 +17,12 @@ from dpo.judging.figures import Estimate, MatchResult, WinrateFigures
 from dpo.judging.journal import read_lines
 from dpo.judging.judges import JudgeIdentity, VerdictDetails
 from dpo.judging.kinds import find_kind
-from dpo.judging.results import VERDICTS_FILE, read_results
+from dpo.judging.results import VERDICTS_FILE, is_of, read_results
 from dpo.judging.winrate import cut_as_text, warnings_of
 from dpo.outcomes import UserError
 from dpo.pages import plots
 from dpo.pages.page import percent, percent_with_interval, prompt_text, with_interval
-from dpo.runs import WINRATE_DIRECTORY
+from dpo.runs import SUMMARY_FILE, WINRATE_DIRECTORY
 from dpo.typed_json import require_typed
 
 NUM_SAMPLES = 6
@@ -80,7 +80,19 @@ class ShownMatch(TypedDict):
 def read_matches(run_dir: Path, config: Config) -> list[ShownMatch]:
     """What a page shows of the run's win-rates: one for each judge, opponent and data set, in their order."""
     found = read_results(run_dir / WINRATE_DIRECTORY)
-    return [_read_match(run_dir, config, path, result) for path, result in found.items()]
+    mine = {path: kept for path, kept in found.items() if _is_the_runs(kept, run_dir, config)}
+    return [_read_match(run_dir, config, path, kept) for path, kept in mine.items()]
+
+
+def matches_of_others(run_dir: Path, config: Config) -> list[str]:
+    """Files of win-rates of another policy than the run's, or of one that it had before: not shown."""
+    found = read_results(run_dir / WINRATE_DIRECTORY)
+    return [path.name for path, kept in found.items() if not _is_the_runs(kept, run_dir, config)]
+
+
+def _is_the_runs(result: MatchResult, run_dir: Path, config: Config) -> bool:
+    """A run that is not finished has no policy: what is there is that of the run before."""
+    return (run_dir / SUMMARY_FILE).is_file() and is_of(result, run_dir / config.policy_name)
 
 
 def _read_match(run_dir: Path, config: Config, path: Path, result: MatchResult) -> ShownMatch:

@@ -18,7 +18,16 @@ from dpo.config import Config, save_config
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
-from dpo.runs import CONFIG_FILE, SUMMARY_FILE, Identity, RunSummary, read_summary
+from dpo.runs import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    HELDOUT_FILE,
+    SUMMARY_FILE,
+    TOKENS_FILE,
+    Identity,
+    RunSummary,
+    read_summary,
+)
 from dpo.training.identity import CODE, decide_alike, differences, identity_of_weights, require_same
 from dpo.training.lock import require_standing
 from dpo.training.memory import keep_choice
@@ -31,14 +40,15 @@ from dpo.training.versions import versions
 def begin(run: Run, given: Config, settings: str) -> None:
     """Write down what a start that was accepted was given; a refused one leaves the directory as it was.
 
-    A summary that is there is of other settings: the run is not finished any more. Of several processes the
-    main one writes.
+    A summary that is there is of other settings: the run is not finished any more, and held-out figures are
+    of a policy that it no longer has. Of several processes the main one writes.
     """
     if not is_main():
         return
     require_standing(run.run_dir)
     with writing("the settings", run.run_dir / CONFIG_FILE):  # what may differ is so for one start only
-        (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # first: it is of the settings beside it
+        for name in (SUMMARY_FILE, HELDOUT_FILE, EVALUATION_FILE, TOKENS_FILE):  # the first says of all
+            (run.run_dir / name).unlink(missing_ok=True)
         start = replace(given, training=replace(given.training, allow_changed=[]))
         save_config(start, run.run_dir / CONFIG_FILE)
     if run.memory is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dpo.judging.judges import Template
 from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.judging.prompts import choose_judge, with_length
+from dpo.judging.samples import model_identity
 from dpo.models import sampling
 
 PROMPTS = ["Say A.", "Say B.", "What now?", "Name a fruit.", "Is it late?", "Say A."]
@@ -61,6 +63,7 @@ def test_a_model_against_itself(
     out = tmp_path / "out"
     assert main([*command, "--judge=longer", "--samples=3", "--temperatures=[0,1]"]) == 0
     figures = result_of(out)
+    assert json.loads((out / "winrate.json").read_text())["policy_files"] is not None, "by which it is known"
     assert (figures["prompts"], figures["pairs"]) == (5, 15), "a prompt that was there is left out"
     low, high = figures["win_rate"][1:]
     assert low <= 0.5 <= high
@@ -254,6 +257,27 @@ def test_samples_depend_on_seed_part_and_prompt_only(command: list[str], tmp_pat
     assert drawn["few"].items() <= drawn["all"].items()
     assert drawn["other"] != drawn["all"]
     assert drawn["all"]["policy", "Say A."] != drawn["all"]["opponent", "Say A."]
+
+
+def test_every_file_that_a_model_is_read_from_is_in_its_identity(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Templates of other names among them, which a prompt with tools takes."""
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_model_dir, copied)
+    other = copied / "additional_chat_templates" / "tool_use.jinja"
+    other.parent.mkdir()
+    other.write_text("{{ messages }}")
+    beside = {"README.md", "SHA256SUMS"}
+    read = [path for path in copied.rglob("*") if path.is_file() and path.name not in beside]
+    assert other in read
+    before = model_identity(str(copied))
+    for path in read:
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        assert model_identity(str(copied)) != before, path
+        path.write_bytes(content)
+    assert model_identity(str(copied)) == before
 
 
 def test_a_local_model_judges_by_the_log_probs_of_its_verdicts(

@@ -17,6 +17,7 @@ from dpo.config import Config, save_config
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
+from dpo.judging.results import listed_files
 from dpo.pages import plots
 from dpo.pages.page import with_interval
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
@@ -156,6 +157,29 @@ def test_the_command_of_an_endpoint_says_where_it_is(run: tuple[Path, Config]) -
 def test_a_run_without_win_rate_says_how_to_measure_it(run: tuple[Path, Config]) -> None:
     shutil.rmtree(run[0] / "winrate")
     assert f"dpo winrate --run '{run[0]}'" in Page(write_report(*run).read_text()).text
+
+
+def test_a_win_rate_of_another_policy_is_not_shown(run: tuple[Path, Config]) -> None:
+    """Of a model that `--policy` named, of one that was trained away, and of a run that goes on."""
+    run_dir, _ = run
+    export, path = run_dir / "export", run_dir / "winrate" / "winrate.json"
+    export.mkdir()
+    listed = "0  model.safetensors\n1  README.md\n"
+    (export / "SHA256SUMS").write_text(listed)
+    result = json.loads(path.read_text())
+    for files, shown in ((listed_files(export), True), ("other", False), (None, False)):
+        path.write_text(json.dumps(result | {"policy_files": files}))
+        text = Page(write_report(*run).read_text()).text
+        assert ("Win-rate over the" in text) == shown
+        assert ("measured another policy than this run has: winrate.json." in text) != shown
+    path.write_text(json.dumps(result | {"policy_files": listed_files(export)}))
+    (export / "SHA256SUMS").write_text(listed.replace("1 ", "2 "))  # another model card
+    assert "Win-rate over the" in Page(write_report(*run).read_text()).text
+    (export / "SHA256SUMS").write_text(listed.replace("0 ", "2 "))
+    assert "Win-rate over the" not in Page(write_report(*run).read_text()).text
+    (export / "SHA256SUMS").write_text(listed)
+    (run_dir / "summary.json").unlink()
+    assert "Win-rate over the" not in Page(write_report(*run).read_text()).text
 
 
 def test_a_line_separator_in_an_answer_ends_no_line(run: tuple[Path, Config]) -> None:

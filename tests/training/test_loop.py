@@ -368,9 +368,13 @@ def test_another_model_gives_its_place_back_when_it_has_scored(config, tmp_path,
 
 def test_a_run_that_goes_on_is_not_finished_any_more(config, two_steps, monkeypatch):
     go_on_in_a_copy(config, two_steps)
+    of_the_policy = ["summary.json", "heldout.safetensors", "evaluation.json", "evaluation.tokens.json"]
+    for name in of_the_policy[2:]:  # which `dpo train` leaves
+        (Path(config.run_dir) / name).write_text("{}")
+    assert all((Path(config.run_dir) / name).is_file() for name in of_the_policy)
     stop_after(1, monkeypatch)
     assert train(replace(config, training={"allow_changed": ["settings"]})).status == "interrupted"
-    assert not (Path(config.run_dir) / "summary.json").exists()
+    assert not [name for name in of_the_policy if (Path(config.run_dir) / name).exists()]
 
 
 def test_rows_too_short_for_held_out_data_are_found_before_anything_is_scored(config, tmp_path):
