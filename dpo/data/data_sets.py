@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,10 @@ def _open_hub(repository: str, subset: str, revision: str) -> _Place:
 
 
 def row_without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """The same below a row's columns: a column that is null is told from one that is not there."""
+    """The same below a row's columns: a column that is null is told from one that is not there.
+
+    Decimal numbers, as databases write them, are numbers like others.
+    """
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -143,7 +147,9 @@ def _without_nulls(value: Any) -> Any:
     """A row of Arrow without the nulls in its objects: a struct has every key that any row's object has."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return float(value) if isinstance(value, Decimal) else value
 
 
 class _Digest(io.RawIOBase):

@@ -287,9 +287,10 @@ def _each_batch(path: Path, file: Any, first: int) -> Iterator[Any]:
 
 
 def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
-    """Rows of Arrow's batches but for the first ones."""
+    """Rows of Arrow's batches but for the first ones; a map is an object, as it was before it was a table."""
     for batch in batches:
-        yield from map(row_without_nulls, batch.slice(min(skip, len(batch))).to_pylist())
+        rows = batch.slice(min(skip, len(batch))).to_pylist(maps_as_pydicts="strict")
+        yield from map(row_without_nulls, rows)
         skip = max(0, skip - len(batch))
 
 
@@ -307,7 +308,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
 
 

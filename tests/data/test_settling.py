@@ -1,13 +1,17 @@
 """How rows are read where all rows together say it: what numbers count from, and prompts said twice."""
 
 import json
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpo.config import DataConfig
 from dpo.config.commands import EvaluateConfig, heldout_settings
 from dpo.config.run import Config
 from dpo.data.columns import BY_COLUMNS, RowReading
+from dpo.data.messages import answer_turns
 from dpo.data.preferences import DataError, read_preferences
 from dpo.data.settling import settle_rows
 from dpo.training.places import places
@@ -144,3 +148,22 @@ def test_files_in_place_of_a_runs_data_have_not_its_split(tmp_path):
         == "test"
     )
     assert heldout_settings(EvaluateConfig(run="r", data="org/other"), run).data.eval_split == "test_prefs"
+
+
+def test_numbers_of_a_database_are_numbers_and_a_map_is_an_object(tmp_path):
+    call = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [("x", "1")]}]}]
+    arguments = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    turns = pa.list_(pa.struct([("role", pa.string()), ("tool_calls", pa.list_(arguments))]))
+    table = pa.table(
+        {
+            "prompt": [ASK, ASK],
+            "response_a": [A, A],
+            "response_b": pa.array([call, call], turns),
+            "winner": [Decimal("1.0"), Decimal("2.0")],
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    first, second = read_preferences(tmp_path / "rows.parquet").preferences
+    assert first.responses[0] == second.responses[1] == A
+    (turn,) = answer_turns(second.responses[0])
+    assert turn["tool_calls"] == [{"name": "f", "arguments": {"x": "1"}}]
