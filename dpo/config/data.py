@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -30,6 +31,19 @@ def check_template_arguments(name: str, arguments: TemplateArguments) -> None:
             f"{name} has {taken[0]!r}; allowed are arguments other than {', '.join(TEMPLATE_DATA)}, which "
             "the data say"
         )
+    unreadable = [one for one in arguments if not one.isidentifier() or one.lower() in _WORDS_OF_TEMPLATES]
+    if unreadable:
+        raise UserError(
+            f"{name} has {unreadable[0]!r}; allowed are names that a template can read: letters, digits, _"
+        )
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} is {arguments!r}: {error}; allowed is what JSON can say") from error
+
+
+_WORDS_OF_TEMPLATES = frozenset(["and", "or", "not", "in", "is", "if", "else", "true", "false", "none"])
+"""Words of Jinja, which name nothing there."""
 
 
 @dataclass(frozen=True)

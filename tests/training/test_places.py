@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
@@ -302,3 +303,17 @@ def test_a_sample_is_of_each_sources_first_rows_and_draws_none_by_number(files, 
     dataset = read_dataset(config, tokenizer, log=quiet)
     assert [(one.kept, one.drawn) for one in dataset.mixture] == [(6, 6), (6, 2), (6, 6)]
     assert (config.max_train, config.max_eval) == (6, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"enable-thinking": False}, "'enable-thinking'; allowed are names"),
+        ({"not": 1}, "'not'; allowed are names"),
+        ({"x": [float("inf")]}, "allowed is what JSON can say"),
+        ({"day": date(2024, 1, 1)}, "allowed is what JSON can say"),
+    ],
+)
+def test_arguments_that_no_exported_template_can_have_are_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        DataConfig(template_kwargs=arguments)
