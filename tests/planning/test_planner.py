@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpo.cli import main
 from dpo.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
 from dpo.huggingface.shapes import read_shape
 from dpo.huggingface.text_models import read_config
@@ -205,10 +206,17 @@ def test_known_shapes_have_the_published_number_of_parameters(name, millions):
 
 
 def test_an_unknown_shape_names_the_known():
-    with pytest.raises(
-        ValueError, match=r"'shape:llama-9' is no known shape; allowed are shape:smollm2-135m"
-    ):
-        read_shape("shape:llama-9")
+    with pytest.raises(ValueError, match=r"'shape:my-own' is no known shape; allowed are shape:smollm2-135m"):
+        read_shape("shape:my-own")
+    with pytest.raises(ValueError, match=r"no known shape; did you mean shape:qwen3-0.6b\? allowed are"):
+        read_shape("shape:qwen3-0.6")
+
+
+def test_a_misspelt_shape_is_said_before_other_settings_are_asked_for(monkeypatch, capsys):
+    """Not that lengths are not given, nor that the default data are not there."""
+    monkeypatch.setattr("dpo.commands.plan.prepare_compiler", lambda _: None)
+    assert main(["plan", "--model.source=shape:qwen3-0.6", "--memory=24", "--data.train=none.jsonl"]) == 2
+    assert "error: 'shape:qwen3-0.6' is no known shape" in capsys.readouterr().err
 
 
 def test_what_an_objective_adds_to_the_data_is_planned(tmp_path, tiny_model_dir):
