@@ -392,6 +392,38 @@ def test_a_win_rate_can_follow_training(settings: Path, tmp_path: Path) -> None:
     assert (run / "winrate" / "samples.jsonl").read_bytes() == sampled
 
 
+OWN_OBJECTIVE = """
+import jax
+from dpo import Objective
+from dpo.losses.pairs import on_pairs
+
+
+def margin(beta: float = 0.1, gamma: float = 0.5) -> Objective:
+    return Objective(
+        on_pairs(lambda w, l: jax.nn.softplus(gamma - beta * (w.log_ratio - l.log_ratio)), "all")
+    )
+"""
+"""As docs/python.md has it."""
+
+
+@pytest.mark.ci
+def test_a_run_of_an_own_objective_is_opened_by_every_command_without_its_code(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, run = "objective_of_a_run_in_test_cli", tmp_path / "run"
+    (tmp_path / f"{module}.py").write_text(OWN_OBJECTIVE)
+    given = [f"--objective.name={module}:margin", "--objective.gamma=1.0"]
+    assert main(["train", "--config", str(settings), "--training.steps=1", *given]) == 0
+    (tmp_path / f"{module}.py").unlink()
+    monkeypatch.delitem(sys.modules, module)
+    for words in (["report", str(run)], ["evaluate", "--run", str(run)]):
+        assert main(words) == 0, words
+    assert main(["winrate", "--run", str(run), "--judge", "longer", "--max_new_tokens", "4"]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["beta"] == 0.5, "the settings' own"
+    assert f"{module}:margin" in (run / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.ci
 def test_a_run_is_repeated_from_its_saved_settings(settings: Path, tmp_path: Path) -> None:
     main(
