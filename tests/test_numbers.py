@@ -6,6 +6,7 @@ A row is a page, what it says with {} for each number, and the numbers. Spaces a
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from dpo.models.rotary import ROPE_TYPES
 from dpo.outcomes import STOPPED, STOPPED_AT_ONCE
 from dpo.parallel import deadline
 from dpo.planning import chips
+from dpo.runs import flat_settings
 from dpo.training import (
     interrupt,
     metrics,
@@ -236,3 +238,19 @@ def test_the_steps_that_lengths_are_compared_over() -> None:
     assert watchdog.DRIFT_RATIO == 1.5
     assert preferences.MAX_PROBLEMS == 20
     assert licences.MAX_README_BYTES == table_checks.MAX_CARD, "of a model and of a folder of data"
+
+
+IN_BRACKETS = re.compile(r"`(?:--)?([a-z]\w*(?:\.\w+)+)` \(\W*((?:an? )?[\w.,]+)")
+"""A setting by its whole name, and what stands in brackets behind it: "(50)", "(a million)"."""
+IN_WORDS = {"a hundred": "100", "a thousand": "1000", "a million": "1000000"}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_a_number_in_brackets_behind_a_setting_is_its_default(page: Path) -> None:
+    defaults = flat_settings(asdict(DEFAULT))
+    for name, said in IN_BRACKETS.findall(re.sub(r"\s+", " ", page.read_text(encoding="utf-8"))):
+        number = IN_WORDS[said] if said in IN_WORDS else said.strip(".,").replace(",", "")
+        if name in defaults and re.fullmatch(r"\d+(\.\d+)?|\d\w*e-?\d+", number):
+            assert defaults[name] == float(number), f"{name} ({said})"
