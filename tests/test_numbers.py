@@ -147,7 +147,7 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/models.md", "lists the {})", (len(PRE_TOKENIZERS),)),
     ("docs/models.md", "Rope scaling: {}.", (", ".join(ROPE_TYPES),)),
     ("docs/security.md", "{:,} characters and twice those", (DEFAULT.data.template_characters,)),
-    ("docs/data.md", "`data.template_characters` (a million)", ()),
+    ("docs/data.md", "`data.template_characters` ({:,})", (DEFAULT.data.template_characters,)),
     ("docs/security.md", "header at most {} MB", (weights.MAX_HEADER_BYTES // 10**6,)),
     ("docs/security.md", "{:g} s of CPU time", (templates.LIMITS.seconds,)),
     ("docs/security.md", "{} GiB of memory", (templates.MEMORY // 2**30,)),

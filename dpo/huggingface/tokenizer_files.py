@@ -26,6 +26,15 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 WORKER = Path(__file__).with_name("tokenizer_worker.py")
 _TRIED: set[tuple[str, int, int]] = set()
 """Files and directories that were tried, with size and time."""
+_OF_MODELS = {
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "LICENSE",
+    ".gitattributes",
+    CHECKSUMS_FILE,
+}
+"""Files that say nothing of a tokenizer."""
 _MORE_TEMPLATES = "additional_chat_templates"
 """A directory in which transformers looks for templates by name."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -106,9 +115,14 @@ def _check_files(directory: Path) -> None:
 
 def _try_directory(directory: Path) -> None:
     """The same of what transformers makes of other files, whatever their names are."""
-    for path in sorted(directory.iterdir()):
-        if not path.is_dir() and path.suffix not in _WEIGHTS:
-            require_file(path, _LARGEST["tokenizer.json"])
+    paths = [one for one in sorted(directory.iterdir()) if not one.is_dir() and one.suffix not in _WEIGHTS]
+    if all(path.name in _OF_MODELS or path.name.endswith(".index.json") for path in paths):
+        raise UserError(
+            f"{directory} has no tokenizer; allowed: a tokenizer.json, or another vocabulary with its "
+            "tokenizer_config.json, beside the weights"
+        )
+    for path in paths:
+        require_file(path, _LARGEST["tokenizer.json"])
     _try(directory)
 
 
@@ -126,7 +140,8 @@ def _try(path: Path) -> None:
     if key not in _TRIED:
         said = look(WORKER, {"path": key[0]}, size=key[1], writes=_WRITES)
         if "error" in said:
-            raise UserError(f"{path}: its tokenizer cannot be opened: {said['error']}")
+            reason = " ".join(str(said["error"]).split())  # transformers' takes five lines
+            raise UserError(f"{path}: its tokenizer cannot be opened: {reason}")
         _TRIED.add(key)
 
 

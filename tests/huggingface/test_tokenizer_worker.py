@@ -138,6 +138,21 @@ def test_a_tokenizer_of_other_files_is_refused_by_name(directory, tokenizer_clas
         load_tokenizer(without_file(directory, tokenizer_class, **files))
 
 
+def test_a_missing_tokenizer_is_one_line(directory):
+    """Before a process is started to find it; transformers' own word for it has five lines."""
+    for path in directory.glob("*token*"):
+        path.unlink()
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(
+        UserError, match=f"^{re.escape(str(directory))} has no tokenizer; allowed: .*weights$"
+    ):
+        load_tokenizer(directory)
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="its tokenizer cannot be opened: ") as caught:
+        load_tokenizer(directory)
+    assert "\n" not in str(caught.value)
+
+
 def test_no_file_beside_it_is_a_pipe(directory):
     path = without_file(directory, "T5Tokenizer")
     os.mkfifo(path / "spiece.model")
