@@ -130,7 +130,7 @@ def test_a_template_that_takes_null_for_text_is_told_from_others(tokenizer):
     prompt = ({"role": "user", "content": "hi"}, call, {"role": "tool", "content": "it is there"})
     dataset = tokenize([make(prompt, "a", "b"), make("hi", "a", "b")], tokenizer)
     said = dataset.first_dropped["template_error"]
-    assert "content is null" in said
+    assert "a message has no content, which this template reads" in said
     assert "data.chat_template" in said
 
 
