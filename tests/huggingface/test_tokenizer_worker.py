@@ -138,6 +138,7 @@ def test_a_tokenizer_of_other_files_is_refused_by_name(directory, tokenizer_clas
         load_tokenizer(without_file(directory, tokenizer_class, **files))
 
 
+@pytest.mark.ci
 def test_a_missing_tokenizer_is_one_line(directory):
     """Before a process is started to find it; transformers' own word for it has five lines."""
     for path in directory.glob("*token*"):
