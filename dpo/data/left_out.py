@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.chat_template import PROBE, REASONING, ChatInput, ChatTemplate
@@ -61,18 +61,7 @@ def find_rewritten(one: Conversations) -> list[str]:
 
 def find_left_out(conversations: Sequence[Conversations], template: ChatTemplate) -> list[list[Field]]:
     """Of each preference, the fields without which the template writes the same."""
-    asked = [
-        (number, field, inputs)
-        for number, one in enumerate(conversations)
-        for field, inputs in _without_each(one)
-    ]
-    written = iter(template.write([given for _, _, inputs in asked for given in inputs]))
-    found: list[list[Field]] = [[] for _ in conversations]
-    for number, field, inputs in asked:
-        texts = [next(written) for _ in inputs]
-        if _same(texts, conversations[number].texts):
-            found[number].append(field)
-    return found
+    return _change_nothing(conversations, template, _without_each)
 
 
 def find_unwritten(conversations: Sequence[Conversations], template: ChatTemplate) -> list[list[Field]]:
@@ -81,10 +70,17 @@ def find_unwritten(conversations: Sequence[Conversations], template: ChatTemplat
     Another text in their place then changes nothing. A template may write a content otherwise than it stands
     (as JSON, say), so that to miss it is no more than a reason to try.
     """
+    return _change_nothing(conversations, template, _with_others)
+
+
+def _change_nothing(
+    conversations: Sequence[Conversations],
+    template: ChatTemplate,
+    change: Callable[[Conversations], Iterable[tuple[Field, list[ChatInput]]]],
+) -> list[list[Field]]:
+    """Of each preference, the changed fields with which the template writes the same; it is asked once."""
     asked = [
-        (number, field, inputs)
-        for number, one in enumerate(conversations)
-        for field, inputs in _with_others(one)
+        (number, field, inputs) for number, one in enumerate(conversations) for field, inputs in change(one)
     ]
     written = iter(template.write([given for _, _, inputs in asked for given in inputs]))
     found: list[list[Field]] = [[] for _ in conversations]
