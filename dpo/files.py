@@ -21,7 +21,7 @@ from typing import IO
 
 import safetensors
 
-from dpo.outcomes import EnvironmentFailure
+from dpo.outcomes import EnvironmentFailure, UserError
 
 CHECKSUMS_FILE = "SHA256SUMS"
 UNFINISHED = ".writing"
@@ -291,6 +291,17 @@ def _read_checksums(path: Path) -> dict[str, str]:
             )
         expected[name] = digest
     return expected
+
+
+def require_regular(path: Path) -> Path:
+    """The path of a file that ends; a pipe or a device may not.
+
+    Raises:
+      UserError: naming what is no regular file, or is not there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: must be a regular file")
+    return path
 
 
 def is_inside(name: str) -> bool:

@@ -21,7 +21,7 @@ import yaml
 
 from dpo import terminal
 from dpo.data.table_worker import BASE, FACTOR, READERS
-from dpo.files import is_inside
+from dpo.files import is_inside, require_regular
 from dpo.limited import look, stored_bytes
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
@@ -104,7 +104,7 @@ def check_saved(directory: Path) -> None:
     if not all(map(_is_name, names)):
         raise UserError(f"{state}: _data_files is {files!r:.200}; allowed is a list of files beside it")
     _read_json(directory / "dataset_info.json")
-    check_arrow([_regular(directory / str(name)) for name in names])
+    check_arrow([require_regular(directory / str(name)) for name in names])
 
 
 _FORMATS = (None, "python", "numpy", "pandas", "arrow", "polars", "torch", "tensorflow", "jax")
@@ -113,12 +113,6 @@ _FORMATS = (None, "python", "numpy", "pandas", "arrow", "polars", "torch", "tens
 
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and is_inside(name) and len(PurePosixPath(name).parts) == 1
-
-
-def _regular(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path}: must be a regular file")
-    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -132,7 +126,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_small(path: Path) -> str:
-    if _regular(path).stat().st_size > 16 * MAX_CARD:
+    if require_regular(path).stat().st_size > 16 * MAX_CARD:
         raise UserError(f"{path}: is longer than {16 * MAX_CARD} bytes")
     return path.read_text(encoding="utf-8", errors="replace")
 

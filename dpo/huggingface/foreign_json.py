@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo.files import require_regular
 from dpo.outcomes import UserError
 
 MAX_JSON_BYTES = 1 << 24
@@ -49,9 +50,7 @@ def read_small_json(path: Path, *, most: int = MAX_JSON_BYTES) -> JsonObject:
 
 def require_file(path: Path, most: int) -> None:
     """Refuse what is no regular file (a pipe has no end), or is longer than `most` bytes."""
-    if not path.is_file():
-        raise UserError(f"{path}: must be a regular file")
-    if (size := path.stat().st_size) > most:
+    if (size := require_regular(path).stat().st_size) > most:
         raise UserError(f"{path}: is {size} bytes long; allowed are {most}")
 
 

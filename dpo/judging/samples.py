@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dpo.data.templates import LIMITS, TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenizer_calls import decode_ids
+from dpo.files import require_regular
 from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
@@ -26,7 +27,6 @@ from dpo.judging.rewards import Prompt
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
 from dpo.models.vocabulary import require_known
-from dpo.outcomes import UserError
 
 
 class Request(NamedTuple):
@@ -133,8 +133,7 @@ def model_identity(source: str) -> str:
     files = [path] if path.is_file() else sorted(file for name in names for file in path.glob(name))
     digest = hashlib.sha256()
     for file in (file for file in files if not file.is_dir()):
-        if not file.is_file():
-            raise UserError(f"{file}: must be a regular file")
+        require_regular(file)
         digest.update(file.name.encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
