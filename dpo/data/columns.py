@@ -6,7 +6,7 @@ learned (`MEANING`) may not go unread, unless what it says stands in the prompt 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.malformed import MalformedRowError
@@ -89,6 +89,16 @@ class RowReading(NamedTuple):
     """The number of the first of two responses whose columns do not say it; not known when not given."""
     repeats: bool = False
     """Whether responses that are text begin with their prompt, which is cut off there."""
+
+    def as_json(self) -> list[Any]:
+        """What another process makes the same of, by `from_json`."""
+        return [self.layout, self.columns, sorted(self.ignored), self.counts_from, self.repeats]
+
+    @classmethod
+    def from_json(cls, given: Sequence[Any]) -> RowReading:
+        """The reading of which `as_json` made a list that went through JSON."""
+        layout, columns, ignored, *settled = given
+        return cls(layout, tuple(map(tuple, columns)), frozenset(ignored), *settled)
 
 
 BY_COLUMNS = RowReading()

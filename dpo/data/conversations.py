@@ -155,7 +155,7 @@ def cut_repeated(
     if repeats is None or text is None:
         return responses, False
     for field, response in zip(fields, responses, strict=True):
-        if not repeats and str(response).startswith(text) is False:
+        if not repeats and not str(response).startswith(text):
             detail = "does not begin with the prompt, as the responses of most rows do; allowed is one way"
             raise MalformedRowError(field, "prompt_not_repeated", detail)
     whole = prompt if isinstance(prompt, str) else message_text(prompt[0])

@@ -63,8 +63,7 @@ def read_together(
       ValueError: in every process, as `read_preferences` does.
     """
     parts = peers.on_main(lambda: _cut(source, split, peers.count, limit, reading))
-    counts_from, repeats = peers.on_main(lambda: list(settle(source, split, reading)[3:]))
-    settled = reading._replace(counts_from=counts_from, repeats=repeats)
+    settled = RowReading.from_json(peers.on_main(lambda: settle(source, split, reading).as_json()))
     own: list[ReadPreferences] = []
 
     def read() -> bytes:

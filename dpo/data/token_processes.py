@@ -102,9 +102,8 @@ class _Shares:
 
 @contextmanager
 def _started(job: TokenJob, rules: Sequence[Any], count: int) -> Iterator[list[_Worker]]:
-    reading = [*job.reading[:2], sorted(job.reading.ignored), *job.reading[3:]]
-    facts = {"source": job.source, "split": job.split, "expand": job.expand, "reading": reading}
-    facts |= {"rules": rules, "policies": dict(job.policies)}
+    facts = {"source": job.source, "split": job.split, "expand": job.expand}
+    facts |= {"reading": job.reading.as_json(), "rules": rules, "policies": dict(job.policies)}
     workers = [_Worker() for _ in range(count)]
     try:
         for worker in workers:

@@ -37,8 +37,7 @@ def main() -> None:
 
 def _reader(job: Mapping[str, Any]) -> ChunkReader | None:
     tokenizer = make_tokenizer(job["rules"])
-    layout, columns, ignored, *settled = job["reading"]
-    reading = RowReading(layout, tuple(map(tuple, columns)), frozenset(ignored), *settled)
+    reading = RowReading.from_json(job["reading"])
     if tokenizer is None:
         return None
     return ChunkReader(
