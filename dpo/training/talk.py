@@ -48,11 +48,13 @@ def as_trained(pretrained: Pretrained, data: DataConfig) -> Pretrained:
 
 
 def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """A chat template that takes these arguments where its caller gives none of their names."""
+    """A chat template that takes these arguments where its caller gives none of their names.
+
+    Names are Jinja's and values JSON's: `dpo.config.data.check_template_arguments` refuses others.
+    """
     sets = [
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in arguments.items()
-        if name.isidentifier()
     ]
     if not sets:
         return template

@@ -73,7 +73,6 @@ ARGUMENTS: dict[str, Any] = {
     "depth": 2,
     "none_given": None,
     "who": {"names": ['Ann "O\'N" {% x %} \\n\n'], "mark": "<|end|>"},
-    "not-a-name": 1,
 }
 
 
