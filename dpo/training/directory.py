@@ -28,7 +28,7 @@ from dpo.runs import (
     RunSummary,
     read_summary,
 )
-from dpo.training.identity import CODE, decide_alike, differences, identity_of_weights, require_same
+from dpo.training.identity import CODE, WORDS, decide_alike, differences, identity_of_weights, require_same
 from dpo.training.lock import require_standing
 from dpo.training.memory import keep_choice
 from dpo.training.policy import Policy
@@ -127,7 +127,7 @@ def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]
 
 def contents_of(run: Run, reference: Policy) -> Identity:
     """What a finished run was made from: data, tokenizer, template, weights and own code."""
-    found = {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights")}
+    found = {kind: run.identity[kind] for kind in ("data", "tokenizer", "template", "weights", WORDS)}
     code = {name: value for name, value in run.identity["settings"].items() if name.startswith(CODE)}
     found |= {"settings": code} if code else {}
     if run.config.model.reference is not None:

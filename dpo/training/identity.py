@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from dpo.config import Config
 from dpo.config.marks import BESIDE, OWN, PLACE, Mark, marked
+from dpo.config.sources import show_source
 from dpo.data.batch import Batch
 from dpo.losses import default_values, own_code_of
 from dpo.models.decoder_config import DecoderConfig
@@ -47,6 +48,8 @@ CODE = "code of "
 """Begins the name of an objective that is the user's own function, beside the settings."""
 TOLD_ONLY = "devices"
 """The kind that may differ without leave."""
+WORDS = "words"
+"""Beside the kinds, and never compared: where what a fingerprint stands for was read, for people."""
 
 PROBE_RELATIVE, PROBE_ABSOLUTE = 1e-3, 1e-2
 
@@ -64,26 +67,35 @@ def run_identity(
     tokenizer = policy.pretrained.tokenizer
     given = given_chat_template(config.data)
     template = tokenizer.chat_template if given is None else given
-    data = {"train": dataset.content}
-    tokens = {"train": dataset.tokens.fingerprint}
-    if heldout is not None:
-        data["eval"] = heldout.content
-        tokens["eval"] = heldout.tokens.fingerprint
+    read = {"train": dataset} if heldout is None else {"train": dataset, "eval": heldout}
     return {
         "settings": without(resolved_settings(config), PLACE)
         | {f"{CODE}{name}": code for name, code in own_code_of(objective_terms(config)).items()},
-        "data": data,
+        "data": {name: one.content for name, one in read.items()},
         "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
         "template": {"sha256": None if template is None else _sha256(json.dumps(template))},
-        "tokens": tokens,
+        "tokens": {name: one.tokens.fingerprint for name, one in read.items()},
         "weights": identity_of_weights("policy", policy.fingerprint, policy.pretrained.model.config),
         "versions": package_versions(),
         "steps": {"total": num_steps},
+        WORDS: _in_words(config, {name: one.read.num_rows for name, one in read.items()}),
         TOLD_ONLY: {
             "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
             "kind": mesh.devices.flat[0].device_kind,
             "processes": jax.process_count(),
         },
+    }
+
+
+def _in_words(config: Config, rows: Mapping[str, int]) -> dict[str, dict[str, str]]:
+    """By kind and name: the place, and of data how many rows were read there."""
+    model, data = config.model, config.data
+    sources = {"train": data.train, "eval": data.eval}
+    return {
+        "data": {name: f"{show_source(sources[name])}, {count:,} rows" for name, count in rows.items()},
+        "tokenizer": {"fingerprint": model.source},
+        "template": {"sha256": data.chat_template or f"of {model.source}"},
+        "weights": {"policy": model.source, "reference": model.reference or model.source},
     }
 
 
@@ -150,14 +162,20 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
-    """Of each kind that is in `now`, what differs, as "name: old → new"."""
+    """Of each kind that is in `now`, what differs, as "name: old → new".
+
+    A fingerprint is shown with the place that it was read at, where that was kept.
+    """
     found = {}
     for kind, values in now.items():
+        if kind == WORDS:
+            continue
         old = saved.get(kind, {})
         if kind == "settings":
             old, values = _with_defaults(old), _with_defaults(values)
+        before, after = (one.get(WORDS, {}).get(kind, {}) for one in (saved, now))
         lines = [
-            f"{name}: {_show(old, name)} → {_show(values, name)}"
+            f"{name}: {_show(old, name, before)} → {_show(values, name, after)}"
             for name in dict.fromkeys([*old, *values])
             if _show(old, name) != _show(values, name)
             and not (name.startswith(ARCHITECTURE) and name not in old)
@@ -242,8 +260,9 @@ def _fingerprint_rows(rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def _show(values: Mapping[str, Any], name: str) -> str:
-    return json.dumps(values[name]) if name in values else "not set"
+def _show(values: Mapping[str, Any], name: str, words: Mapping[str, str] | None = None) -> str:
+    shown = json.dumps(values[name]) if name in values else "not set"
+    return f"{words[name]} ({shown})" if words and name in words and name in values else shown
 
 
 def _sha256(text: str) -> str:

@@ -49,6 +49,16 @@ def test_the_same_is_the_same():
     assert allow(SAVED)[1] == []
 
 
+def test_a_fingerprint_is_shown_with_its_place_and_a_place_alone_is_no_difference():
+    """An earlier version's checkpoint has no places, and is compared all the same."""
+    here = {"words": {"data": {"train": "old.jsonl, 1,000 rows"}, "weights": {"policy": "models/a"}}}
+    there = {"words": {"data": {"train": "new.jsonl, 990 rows"}, "weights": {"policy": "models/b"}}}
+    assert differences(SAVED | here, SAVED | there) == {}
+    found = differences(SAVED | here, OTHER_DATA | there)
+    assert found["data"] == ['train: old.jsonl, 1,000 rows ("a") → new.jsonl, 990 rows ("c")']
+    assert differences(SAVED, OTHER_DATA | there)["data"] == ['train: "a" → new.jsonl, 990 rows ("c")']
+
+
 def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default():
     """A checkpoint of before goes on with the same settings, and not where the new one is set."""
     later = {"settings": SAVED["settings"] | {"optimizer.first_moment": "float32", "data.row_layout": None}}
@@ -205,7 +215,9 @@ def test_what_a_run_is_on_one_device_without_held_out_data(given, expected, tmp_
     _, model = read_config(tiny_config(byte_tokenizer()))
     pretrained = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=model))
     policy = SimpleNamespace(pretrained=pretrained, fingerprint="w")
-    rows = SimpleNamespace(content="c", tokens=SimpleNamespace(fingerprint="t"))
+    rows = SimpleNamespace(
+        content="c", tokens=SimpleNamespace(fingerprint="t"), read=SimpleNamespace(num_rows=1200)
+    )
     found = inspect.unwrap(run_identity)(
         Config(data=dataclasses.replace(Config().data, chat_template=given)),
         policy=policy,
@@ -215,6 +227,7 @@ def test_what_a_run_is_on_one_device_without_held_out_data(given, expected, tmp_
         num_steps=7,
     )
     assert (found["data"], found["tokens"]) == ({"train": "c"}, {"train": "t"})
+    assert found["words"]["data"] == {"train": f"{Config().data.train}, 1,200 rows"}
     weights = found["weights"]
     assert (weights["policy"], weights["architecture.policy.hidden_size"]) == ("w", 32)
     assert differences({"weights": {"policy": "w"}}, {"weights": weights}) == {}, "of an earlier version"

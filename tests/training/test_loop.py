@@ -277,15 +277,23 @@ def test_a_finished_run_is_not_finished_for_other_data(config, tmp_path, monkeyp
     )
     train(config)
     assert train(config).status == "already finished"
+    with pytest.raises(ValueError, match=r"is a finished run and training.resume is 'never'"):
+        train(replace(config, training={"resume": "never"}))
     before = code.read_text()
     code.write_text(before.replace("dpo(beta)", "dpo(2 * beta)"))
     with pytest.raises(ValueError, match=r"(?s)other settings:\n  settings: code of loss_of_a_finished_run:"):
         train(config)
     code.write_text(before)
     path = Path(config.data.train)
-    path.write_text(path.read_text().replace('"ranks": [1, 2]', '"ranks": [2, 1]'))
-    with pytest.raises(ValueError, match=r"(?s)the finished run in .* other data:.*--allow-changed data"):
+    rows = path.read_text().splitlines()
+    flipped = [row.replace('"ranks": [1, 2]', '"ranks": [2, 1]') for row in rows[1:]]
+    path.write_text("\n".join(flipped) + "\n")
+    shown = [rf"{re.escape(str(path))}, {count} rows \(" for count in (len(rows), len(flipped))]
+    with pytest.raises(
+        ValueError, match=rf"(?s)the finished run in .* other data:.*{'.* → '.join(shown)}"
+    ) as no:
         train(config)
+    assert str(no.value).endswith("--allow-changed data")
     assert (Path(config.run_dir) / "summary.json").exists()
 
 
