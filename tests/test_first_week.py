@@ -13,6 +13,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "first_week.md"
 STARTS = {"inspect", "train", "sweep"}
 """Commands that take the default model where the page names none."""
 
+BAR = r"\d%\|.*|it/s|\r(?!\n)"
+"""What tqdm draws."""
+
 
 def commands() -> list[list[str]]:
     """The words of each command in a block of the page."""
@@ -48,7 +51,9 @@ def test_the_first_week(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytes
         own = words[0] in STARTS and not any("model.source" in word for word in words)
         model = [f"--model.source={tiny_model_dir}"] if own else []
         assert main([*words, *model]) == 0, " ".join(words)
-        print(capfd.readouterr().out)
+        said, complained = capfd.readouterr()
+        print(said)
+        assert not re.findall(BAR, said + complained), f"a library's progress bar in: {' '.join(words)}"
     for left in ("runs/first/report.html", "runs/comparison.html", "runs/sweep/sweep.json"):
         assert (tmp_path / left).is_file(), left
     for left in ("runs/adapters/adapter", "my-model", "runs/second/export", "runs/first/winrate"):

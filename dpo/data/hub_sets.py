@@ -125,6 +125,7 @@ def fetch(repository: str, builder: Any) -> dict[str, list[Path]]:
         tqdm_class=tqdm,
         desc=f"{repository}: files",
         leave=False,
+        disable=None,  # but on a terminal
     )
     found = dict(zip(names, paths, strict=True))
     check_arrow([path for path in paths if path.suffix == ".arrow"])
