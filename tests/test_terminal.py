@@ -242,3 +242,13 @@ def test_an_answer_ends_quietly_where_its_reader_has_gone(error, prompt, monkeyp
 
 def test_one_thing_is_not_several() -> None:
     assert [plural(count, "row") for count in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+
+
+@pytest.mark.parametrize(
+    ("margin", "shown"), [(4.041e-06, "0"), (-1.907e-07, "0"), (0.0004321, "0.00043"), (-12.3456, "-12.35")]
+)
+def test_a_margin_of_rounding_alone_is_shown_as_none(margin, shown):
+    out = io.StringIO()
+    lines = PlainLines(console(file=out, width=200), total_steps=9, first_step=0, clock=lambda: 0.0)
+    lines.update(0, {"loss": 0.6931472, "rewards/margins": margin})
+    assert out.getvalue() == f"step 1/9  loss 0.6931  margin {shown}\n"

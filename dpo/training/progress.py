@@ -13,10 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from dpo import terminal
 from dpo.parallel.distributed import is_main
 
+MARGIN = "rewards/margins"
+MARGIN_DIGITS = 5
+"""Decimals of a margin that are shown: log-probs of some hundred nats in float32 are rounded about there,
+so that the margin of a first step, where policy and reference are equal, is shown as the 0 that it means."""
 SHOWN = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
+    MARGIN: "margin",
     "tokens/s": "tokens/s",
 }
 """Metrics in the live progress, with the words they go by there."""
@@ -140,12 +144,20 @@ def _is_training(metrics: Mapping[str, int | float]) -> bool:
 
 
 def _shown(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{word} {metrics[name]:.4g}" for name, word in SHOWN.items() if name in metrics)
+    return "  ".join(
+        f"{word} {_figure(name, metrics[name])}" for name, word in SHOWN.items() if name in metrics
+    )
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{round(value, MARGIN_DIGITS) + 0.0 if name == MARGIN else value:.4g}"  # + 0.0: no -0
 
 
 def _heldout_line(step: int, metrics: Mapping[str, float]) -> str:
     """Held-out figures in the words of the training lines; others by their own names."""
     named = {name.removeprefix("eval/"): value for name, value in metrics.items()}
     shown = SHOWN if "rewards/accuracies" in named else named
-    figures = "  ".join(f"{SHOWN.get(name, name)} {named[name]:.4g}" for name in named if name in shown)
+    figures = "  ".join(
+        f"{SHOWN.get(name, name)} {_figure(name, named[name])}" for name in named if name in shown
+    )
     return f"held out after {step} steps: {figures}"
