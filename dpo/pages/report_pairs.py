@@ -122,11 +122,12 @@ class _Kept(TypedDict):
 def _find(kept: Sequence[ScoredPair], heldout: Heldout, pair: OrderedPair) -> ScoredSides | None:
     """The kept tokens of a pair: the same responses, and put as far apart as the held-out log-probs say.
 
-    None where the file is missing, or is of another evaluation.
+    None where the file is missing, or is of another evaluation. A row of the data may be several here
+    (`data.expand`), at one location.
     """
-    location = heldout.preferences[pair.row].location
+    place = (pair.row, heldout.preferences[pair.row].location, pair.better, pair.worse)
     for one in kept:
-        same_place = (one["location"], one["better"], one["worse"]) == (location, pair.better, pair.worse)
+        same_place = (one["row"], one["location"], one["better"], one["worse"]) == place
         if same_place and abs(one["delta"] - pair.delta) <= _SAME * max(1.0, abs(pair.delta)):
             return one["sides"]
     return None

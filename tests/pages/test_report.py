@@ -129,6 +129,16 @@ def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) ->
     assert "log-ratio" in text
 
 
+def test_pairs_of_one_ranking_have_each_their_own_tokens(run: tuple[Path, Config]) -> None:
+    """`data.expand` makes several rows of one, at one location, and often about as far apart."""
+    path = run[0] / "evaluation.tokens.json"
+    kept = json.loads(path.read_text())
+    for pair in kept["pairs"]:
+        pair["row"] += 1
+    path.write_text(json.dumps(kept))
+    assert ' title="+3.00 nats' not in write_report(*run).read_text()
+
+
 def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
     shown = Page(write_report(*run).read_text()).text
     assert f"dpo train --config '{run[0]}/config.yaml'" in shown, "quoted: the directory is run<b>"
