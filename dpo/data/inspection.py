@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.preferences import Preference, ReadPreferences, ReadSummary
-from dpo.data.remaining import warnings
+from dpo.data.remaining import drawn_or_not, warnings
 from dpo.data.text_counts import TextCounts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.data.tokenizer_calls import decode_ids
@@ -182,7 +182,8 @@ def _render_counts(report: Report) -> Table:
     table = Table("preferences", "", box=None, header_style="bold")
     table.add_row("rows read", str(report["rows"]))
     table.add_row("preferences", f"{report['preferences']}, of {report['distinct_prompts']} distinct prompts")
-    table.add_row("kept as tokens", f"{report['kept']} ({report['truncated']} truncated)")
+    cut = f"{report['truncated']} truncated{drawn_or_not(report['dropped'])}"
+    table.add_row("kept as tokens", f"{report['kept']} ({cut})")
     for title, key in (("malformed or tied, left out", "skipped"), ("dropped", "dropped")):
         table.add_row(title, join_counts(report[key]))
     table.add_row("layout", join_counts(report["layouts"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from dpo.data.mixing import NOT_DRAWN
 from dpo.data.preferences import TIED_PAIR, ReadSummary
@@ -38,6 +39,11 @@ def left_out(read: ReadSummary, tokens: TokenizedDataset) -> dict[str, int]:
     return dict(reasons.most_common())
 
 
+def drawn_or_not(left_out: Mapping[str, int]) -> str:
+    """What is said behind a count that is of all rows of a mixture's sources, where some are not drawn."""
+    return ", drawn or not" if NOT_DRAWN in left_out else ""
+
+
 def remarks(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
     """What is to be said of the data once: columns not used, what templates leave out or write otherwise."""
     whole = sum(read.layouts.values())
@@ -46,8 +52,9 @@ def remarks(read: ReadSummary, tokens: TokenizedDataset) -> list[str]:
         for name, count in read.unused.items()
     ]
     said = [f"not used: {', '.join(unused)}"] if unused else []
+    of = f"{len(tokens) + tokens.dropped.get(NOT_DRAWN, 0)}{drawn_or_not(tokens.dropped)}"
     return said + [
-        f"{count} of {len(tokens)}: {remark} (first: {tokens.first_remarks[remark]})"
+        f"{count} of {of}: {remark} (first: {tokens.first_remarks[remark]})"
         for remark, count in tokens.remarks.items()
     ]
 

@@ -37,9 +37,9 @@ class TokenizedDataset:
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Where the first preference of each reason stands, and what was found."""
     num_truncated: int = 0
-    """Preferences that lost tokens to the truncation policy."""
+    """Preferences that lost tokens to the truncation policy; of a mixture also those that it leaves."""
     remarks: dict[str, int] = field(default_factory=dict)
-    """What else is to be known of the tokens, and of how many preferences it holds."""
+    """What else is to be known of the tokens, and of how many preferences it holds, as above."""
     first_remarks: dict[str, str] = field(default_factory=dict)
     """Where the first preference of each remark stands."""
     scored: Bool[np.ndarray, " B"] | None = None

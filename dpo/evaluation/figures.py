@@ -90,4 +90,4 @@ class HeldoutFigures(TypedDict):
     left_out: NotRequired[dict[str, int]]
     """Rows that no figure is of, by reason; in figures that are kept."""
     truncated: NotRequired[int]
-    """Rows of which a part was scored."""
+    """Rows of which a part was scored; of a mixture also those that were not drawn."""

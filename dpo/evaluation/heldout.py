@@ -38,7 +38,7 @@ class Heldout(NamedTuple):
     left_out: dict[str, int]
     """Rows that were malformed or dropped at tokenisation, by reason."""
     truncated: int = 0
-    """Rows of which a part is scored, since they are longer than data.max_length."""
+    """Rows of which a part is scored, since they are longer than data.max_length; drawn or not."""
 
 
 def score_heldout(config: Config, *, log: Callable[[str], None]) -> Heldout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dpo.data.remaining import drawn_or_not
 from dpo.evaluation.accuracy import BASELINES, cautions, part_interval
 from dpo.evaluation.figures import HeldoutFigures, PartFigures, RankingFigures
 
@@ -13,7 +14,11 @@ def figures_as_text(figures: HeldoutFigures) -> str:
     lines = [
         _counts(figures)
         + "".join(f"; {count} left out: {reason}" for reason, count in figures.get("left_out", {}).items())
-        + (f"; {count} truncated" if (count := figures.get("truncated")) else ""),
+        + (
+            f"; {count} truncated{drawn_or_not(figures.get('left_out', {}))}"
+            if (count := figures.get("truncated"))
+            else ""
+        ),
         _line("accuracy", figures["accuracy"], note=_ties(figures["ties"])),
         *(
             _line(f"  {words}", figures["baselines"][name], note=_gain(figures["over_baselines"][name]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.data.inspection import FOUND_IN_TEXTS, QUANTILES, in_brackets, join_counts
+from dpo.data.remaining import drawn_or_not
 from dpo.outcomes import UserError
 from dpo.pages.page import percent
 from dpo.typed_json import read_typed
@@ -44,8 +45,8 @@ def read_data(path: Path) -> DataSection | None:
 def _sentences(report: Report) -> Iterator[str]:
     rows = f"{report['rows']} rows were read ({join_counts(report['layouts'])})"
     kept = f"{report['kept']} of {report['preferences']} preferences are tokens to train on"
-    cut = report["truncated"]
-    yield f"{rows}; {kept}{f', {cut} of them truncated' if cut else ''}."
+    cut, of_all = report["truncated"], drawn_or_not(report["dropped"])
+    yield f"{rows}; {kept}{f', {cut} truncated{of_all}' if cut else ''}."
     sizes = ", ".join(f"{count} with {size}" for size, count in report["responses"].items())
     scores = report["with_scores"]
     yield (
@@ -60,7 +61,7 @@ def _sentences(report: Report) -> Iterator[str]:
     if report["dropped"]:
         yield f"Left out: {_with_first(report['dropped'], report['first_dropped'])}."
     for remark, count in report["remarks"].items():
-        yield f"{count} times: {remark} (first: {report['first_remarks'][remark]})."
+        yield f"{count} times{of_all}: {remark} (first: {report['first_remarks'][remark]})."
     if report["unused_columns"]:
         yield f"Columns that were not read, and in how many rows: {join_counts(report['unused_columns'])}."
     yield _longer(report["longer_is_better"])

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from dpo.config import Config, OptimizerConfig
 from dpo.config.sources import show_source
 from dpo.data.distinct import prompt_digests
-from dpo.data.remaining import left_out, remarks, warnings
+from dpo.data.remaining import drawn_or_not, left_out, remarks, warnings
 from dpo.data.tokenized import TokenizedDataset
 from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.models.attention import choose_implementation, skips_blocks
@@ -190,5 +190,9 @@ def _counts(dataset: Dataset, prompts: Sequence[bytes]) -> str:
     return (
         f"{what}, {int(tokens.num_responses.sum())} responses, from {plural(dataset.read.num_rows, 'row')}"
         + (f" (left out: {', '.join(why)})" if why else "")
-        + (f" ({tokens.num_truncated} truncated)" if tokens.num_truncated else "")
+        + (
+            f" ({tokens.num_truncated} truncated{drawn_or_not(tokens.dropped)})"
+            if tokens.num_truncated
+            else ""
+        )
     )

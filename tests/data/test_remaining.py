@@ -1,8 +1,9 @@
 import dataclasses
 
+from rich.console import Console
 from toy_tokenizer import make_tokenizer
 
-from dpo.data.inspection import inspect_dataset
+from dpo.data.inspection import inspect_dataset, render_report
 from dpo.data.preferences import Preference, ReadPreferences
 from dpo.data.remaining import left_out, remarks, warnings
 from dpo.data.tokenization import tokenize
@@ -44,6 +45,19 @@ def test_what_a_mixture_does_not_draw_is_counted_and_is_no_warning():
     assert warnings(found, tokens) == []
     more = dataclasses.replace(tokens, dropped=tokens.dropped | {"too_long": 6})
     assert warnings(found, more)[0].startswith("6 of 30 preferences (20%) are left out: 6 too_long")
+
+
+def test_what_is_counted_before_a_mixture_draws_says_of_how_many():
+    found, tokens = read(*[1] * 4)
+    noted = {"remarks": {"a space": 16}, "first_remarks": {"a space": "d.jsonl:1"}, "num_truncated": 16}
+    tokens = dataclasses.replace(tokens, dropped={"not_drawn": 12}, **noted)
+    assert remarks(found.summary, tokens) == ["16 of 16, drawn or not: a space (first: d.jsonl:1)"]
+    terminal = Console(width=200)
+    with terminal.capture() as shown:
+        terminal.print(render_report(inspect_dataset(found, tokens)))
+    assert "4 (16 truncated, drawn or not)" in shown.get()
+    whole = dataclasses.replace(tokens, dropped={}, remarks={"a space": 3})
+    assert remarks(found.summary, whole) == ["3 of 4: a space (first: d.jsonl:1)"]
 
 
 def test_columns_that_were_not_used_are_said_once():
