@@ -117,14 +117,20 @@ _ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
 def completions(row: Columns) -> Answers:
-    """UltraFeedback's: the overall score of each completion, or the mean of its ratings by aspect."""
+    """UltraFeedback's: the overall score of each completion, or the mean of its ratings by aspect.
+
+    All of a row are compared by the same: an overall score is of 10, a fine-grained one of 5.
+    """
     items = [row.item(item) for item in read_objects(row["completions"], "completions", least=2)]
-    responses, scores = {}, []
-    for k, item in enumerate(items):
-        field = f"completions[{k}]"
-        responses[f"{field}.response"] = item.get("response")
-        name = next((name for name in _ULTRAFEEDBACK_SCORES if item.get(name) is not None), None)
-        scores.append(_mean_rating(item, field) if name is None else finite(item[name], f"{field}.{name}"))
+    responses = {f"completions[{k}].response": item.get("response") for k, item in enumerate(items)}
+    known = [[name for name in _ULTRAFEEDBACK_SCORES if item.get(name) is not None] for item in items]
+    shared = next((name for name in _ULTRAFEEDBACK_SCORES if all(name in mine for mine in known)), None)
+    scores = [
+        _mean_rating(item, f"completions[{k}]")
+        if shared is None
+        else finite(item[shared], f"completions[{k}].{shared}")
+        for k, item in enumerate(items)
+    ]
     return _by_scores(responses, scores)
 
 
@@ -137,9 +143,8 @@ def _mean_rating(item: Mapping[str, Any], field: str) -> float:
         if isinstance(rating := ratings.get(aspect), Mapping)
     ]
     if not found:
-        detail = (
-            f"has none of {', '.join(_ULTRAFEEDBACK_SCORES)}, annotations.*.Rating; allowed is one of them"
-        )
+        names = f"{', '.join(_ULTRAFEEDBACK_SCORES)}, annotations.*.Rating"
+        detail = f"has no score that the others have; allowed is one of {names} in all completions"
         raise MalformedRowError(field, "missing_field", detail)
     return sum(found) / len(found)
 

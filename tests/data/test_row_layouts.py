@@ -247,6 +247,18 @@ def test_fine_grained_ratings_stand_in_for_an_overall_score():
     assert read({"instruction": ASK, "completions": items}).preference.scores == (4.5, 1.0)
 
 
+def test_completions_are_compared_by_a_score_that_all_of_them_have():
+    """An overall score is of 10, a fine-grained one of 5: 6 of 10 is no more than 4.5 of 5."""
+    items = [
+        {"response": BAD, "overall_score": 6, "fine-grained_score": 2.5},
+        {"response": GOOD, "overall_score": None, "fine-grained_score": 4.5},
+    ]
+    found = read({"instruction": ASK, "completions": items}).preference
+    assert (found.responses, found.scores) == ((GOOD, BAD), (4.5, 2.5))
+    with pytest.raises(MalformedRowError, match=r"completions\[0\].*no score that the others have"):
+        read({"instruction": ASK, "completions": [{"response": BAD, "overall_score": 6}, items[1]]})
+
+
 def test_a_score_inside_a_list_may_be_named_too():
     items = [{"response": t, "overall_score": 1, "fine-grained_score": s} for t, s in ((BAD, 2), (GOOD, 4))]
     found = read(
