@@ -267,6 +267,22 @@ def test_a_score_inside_a_list_may_be_named_too():
     assert found.preference.scores == (4.0, 2.0)
 
 
+@pytest.mark.parametrize("opens", ["", "<extra_id_1>User\n"])
+@pytest.mark.parametrize("closes", ["", "\n", "\n<extra_id_1>Assistant\n"])
+def test_turns_between_the_marks_of_nemo_are_messages(opens, closes):
+    """As HelpSteer2 has prompts of several turns, a third of it."""
+    prompt = f"{opens}Hi\n<extra_id_1>Assistant\nHello.\n\nWell?\n<extra_id_1>User\n{ASK}{closes}"
+    expected = tuple(say("Hi", "Hello.\n\nWell?", ASK))
+    found = read({**PAIRS["helpsteer2_preference"], "prompt": prompt}).preference
+    assert (found.prompt, found.responses) == (expected, (GOOD, BAD))
+    assert read({**PAIRS["pair"], "prompt": prompt}).preference.prompt == expected
+    ends = {**PAIRS["pair"], "prompt": "Hi\n<extra_id_1>Assistant\nHello."}
+    with pytest.raises(MalformedRowError, match="ends with an assistant message"):
+        read(ends)
+    for text in ("Fill in <extra_id_1> and <extra_id_1>User\n", "<extra_id_1>Robot\n"):
+        assert read({**PAIRS["pair"], "prompt": text}).preference.prompt == text
+
+
 def test_rated_rows_with_one_prompt_are_one(tmp_path):
     rows = [
         {"prompt": "a", "response": "x", "helpfulness": 1, "verbosity": 2},
