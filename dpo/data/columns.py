@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.malformed import MalformedRowError
-from dpo.data.values import show_names
+from dpo.data.values import as_object, is_empty, show_names
 
 MEANING = frozenset(
     {
@@ -58,11 +58,28 @@ _ASKS = MEANING | {
     "user_prompt",
 }
 """Those that may be the prompt where a layout has found none."""
+_PROMPTS = (_ASKS - MEANING) | {
+    "context",
+    "conversation",
+    "conversations",
+    "history",
+    "input",
+    "instruction",
+    "messages",
+    "prompt",
+    "query",
+    "question",
+}
+"""Those in which a row says so by saying nothing that its prompt is not there."""
 
 
-def has_meaning(name: str) -> bool:
-    """Whether a column's name says that it changes what is learned."""
-    return _plain_name(name) in MEANING
+def has_meaning(name: str, reading: RowReading) -> bool:
+    """Whether a column's name says that it changes what is learned; in an object, of which a part is read
+    (`question.system` beside `question.text`), the last of it.
+    """
+    column, _, inside = name.partition(".")
+    is_opened = any(theirs.startswith(f"{column}.") for _, theirs in reading.columns)
+    return _plain_name(inside if is_opened else name) in MEANING
 
 
 def may_ask(name: str, value: Any) -> bool:
@@ -138,10 +155,16 @@ class Columns(dict[str, Any]):
         return name in self._read
 
     @property
-    def prompt_is_null(self) -> bool:
-        """Whether the row says null for its prompt, and it is to be read."""
-        named = dict(self.reading.columns).get("prompt", "prompt")
-        return self._row.get(named, "") is None and "prompt" not in self.reading.ignored
+    def empty_prompt(self) -> tuple[str, Any] | None:
+        """A column that the prompt would stand in, which is empty or null, unless it is not to be read."""
+        moved = {theirs: ours for ours, theirs in self.reading.columns}
+        whole = {str(name): value for name, value in self._row.items()}
+        whole |= {name: _at(whole, name) for name in moved if "." in name and name not in whole}
+        for name, value in whole.items():
+            ours = moved.get(name, name)
+            if is_empty(value) and ours not in self.reading.ignored and _plain_name(ours) in _PROMPTS:
+                return name, value
+        return None
 
     def item(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """An object in a column, with the names that layouts know."""
@@ -162,14 +185,47 @@ _VALUE = dict[str, Any].__getitem__
 
 def _rename(row: Mapping[str, Any], values: dict[str, Any], reading: RowReading) -> dict[str, Any]:
     theirs = {their for _, their in reading.columns}
-    renamed = {name: value for name, value in values.items() if name not in theirs}
+    inside = {their for their in theirs if their not in row and _at(values, their) is not _NOT_THERE}
+    opened = {name.split(".")[0] for name in inside}
+    renamed = {name: value for name, value in values.items() if name not in theirs | opened}
+    renamed |= _rest(values, opened, inside)
     for ours, their in reading.columns:
-        if their in values:
-            renamed[ours] = values[their]
-        elif their not in row and not _is_in_items(their, values):
-            detail = f"data.columns reads {ours!r} from it; found {show_names(row)}"
-            raise MalformedRowError(their, "missing_column", detail)
+        found = _at(values, their) if their in inside else values.get(their)
+        if found is not None:
+            renamed[ours] = found
+        elif their not in row and their not in inside and not _is_in_items(their, values):
+            raise _missing_column(ours, their, row, values)
     return renamed
+
+
+def _rest(values: Mapping[str, Any], opened: set[str], inside: set[str]) -> dict[str, Any]:
+    """What else stands in objects of which a part is read, under the names that say where."""
+    objects = {name: as_object(values[name], name) or {} for name in sorted(opened)}
+    named = {f"{name}.{key}": value for name, found in objects.items() for key, value in found.items()}
+    read = {".".join(name.split(".")[:2]) for name in inside}
+    return {name: value for name, value in named.items() if name not in read and value is not None}
+
+
+_NOT_THERE = object()
+
+
+def _at(values: Mapping[str, Any], name: str) -> Any:
+    """What stands in the objects of a column, one in the other: `a.b` is b of the object in a."""
+    first, *rest = name.split(".")
+    found = values.get(first, _NOT_THERE) if rest else _NOT_THERE
+    for i, key in enumerate(rest, start=1):
+        given = as_object(found, ".".join([first, *rest][:i]))
+        found = _NOT_THERE if given is None else given.get(key, _NOT_THERE)
+    return found
+
+
+def _missing_column(
+    ours: str, their: str, row: Mapping[str, Any], values: Mapping[str, Any]
+) -> MalformedRowError:
+    last = their.rpartition(".")[2]
+    of_items = f"; of the objects in a list it is {last!r} alone" if _is_in_items(last, values) else ""
+    detail = f"data.columns reads {ours!r} from it; found {show_names(row)}{of_items}"
+    return MalformedRowError(their, "missing_column", detail)
 
 
 def _replaced(values: Mapping[str, Any], reading: RowReading) -> tuple[str, ...]:

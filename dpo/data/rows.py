@@ -27,7 +27,7 @@ from dpo.data.columns import BY_COLUMNS, Columns, RowReading, has_meaning, may_a
 from dpo.data.conversations import cut_repeated, mentions, split_prompt, with_system
 from dpo.data.layouts import LAYOUTS, Answers, RowLayout, find_layout, find_prompt
 from dpo.data.malformed import MalformedRowError
-from dpo.data.messages import Prompt, Response, is_human_assistant
+from dpo.data.messages import Prompt, Response
 from dpo.data.values import (
     as_object,
     is_empty,
@@ -105,7 +105,8 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
     if not unread:
         return ReadRow(preference, name, columns.replaced)
     unused = {column: value for column, value in unread.items() if not is_empty(value)}
-    for column in sorted(filter(has_meaning, unused.keys() - reading.ignored)):
+    meant = {column for column in unused.keys() - reading.ignored if has_meaning(column, reading)}
+    for column in sorted(meant):
         value = unused[column]
         if not isinstance(value, str) or not mentions(preference.prompt, value):
             raise _unused_meaning(column, name)
@@ -152,11 +153,6 @@ def read_prompt_row(row: Any, *, location: str, source: str, reading: RowReading
     return _read_columns(columns, _PROMPT_ALONE, location, source)._replace(responses=(), ranks=())
 
 
-_NO_GUESS = (
-    "and what the responses begin with alike is not taken for it; allowed is text or messages, or "
-    "data.ignore_columns [prompt] where the responses begin with the prompt"
-)
-
 _PROMPT_ALONE = RowLayout("prompt", lambda row: Answers({"(response)": "-"}, (0,)))
 """A response that is taken off again stands in for those that are not there."""
 
@@ -178,13 +174,8 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
     if columns.reading.repeats and found is not None:
         responses, is_cut = cut_repeated(prompt, responses, list(answers.responses))
         columns.replaced += (REPEATED,) * is_cut
-    if (
-        found is None
-        and columns.prompt_is_null
-        and isinstance(prompt, str)
-        and not is_human_assistant(prompt)
-    ):
-        raise MalformedRowError("prompt", "null", f"found null, {_NO_GUESS}")
+    if found is None and isinstance(prompt, str):
+        _require_no_empty(columns)
     shared = prompt if found is None and isinstance(prompt, str) else None
     for name in SYSTEM_COLUMNS:
         if name in columns and not is_empty(columns[name]):
@@ -203,6 +194,23 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
         responses = [responses[k] for k in order]
         scores = scores and tuple([scores[k] for k in order])
     return Preference(prompt, tuple(responses), ranks, scores, named, location, context)
+
+
+def _require_no_empty(columns: Columns) -> None:
+    """Refuse words that responses begin with as a prompt where a column that is for it says nothing.
+
+    Raises:
+      MalformedRowError: naming the column.
+    """
+    found = columns.empty_prompt
+    if found is not None:
+        name, value = found
+        detail = (
+            f"found {'null' if value is None else 'nothing'}, and what the responses begin with alike is not "
+            f"taken for the prompt; allowed is text or messages, or data.ignore_columns [{name}] where the "
+            "responses begin with the prompt"
+        )
+        raise MalformedRowError(name, "null" if value is None else "empty", detail)
 
 
 def _require_no_other(columns: Columns, layout: RowLayout, shared: str) -> None:

@@ -259,6 +259,43 @@ def test_completions_are_compared_by_a_score_that_all_of_them_have():
         read({"instruction": ASK, "completions": [{"response": BAD, "overall_score": 6}, items[1]]})
 
 
+def test_a_part_of_an_object_may_be_named():
+    row = {
+        "question": {"text": ASK, "id": 3, "note": None},
+        "answers": {"good": {"text": GOOD}, "bad": BAD},
+    }
+    mapping = (("prompt", "question.text"), ("chosen", "answers.good.text"), ("rejected", "answers.bad"))
+    found = read(row, columns=mapping)
+    assert (found.preference.prompt, found.preference.responses) == (ASK, (GOOD, BAD))
+    assert found.unused == ("question.id",)
+    as_text = {**row, "question": json.dumps(row["question"])}
+    assert read(as_text, columns=mapping).preference == found.preference
+    flat = {"question.text": ASK, "answers.good.text": GOOD, "answers.bad": BAD}
+    assert read(flat, columns=mapping).preference == found.preference
+    for question in ({"id": 3}, "a text", None):
+        with pytest.raises(MalformedRowError, match=r"question\.text.*reads 'prompt' from it"):
+            read({**row, "question": question}, columns=mapping)
+
+
+def test_what_stands_beside_a_part_that_is_read_is_used_or_refused():
+    row = {"question": {"text": ASK, "system": "Be kind."}, "chosen": GOOD, "rejected": BAD}
+    mapping = (("prompt", "question.text"),)
+    with pytest.raises(MalformedRowError, match=r"question\.system.*would change what is learned"):
+        read(row, columns=mapping)
+    assert read(row, columns=mapping, ignored=frozenset({"question.system"})).preference.prompt == ASK
+    both = read(row, columns=(*mapping, ("system", "question.system"))).preference
+    assert as_turns(both.prompt) == tuple([{"role": "system", "content": "Be kind."}, *say(ASK)])
+    with pytest.raises(MalformedRowError, match="found null, and what the responses begin with alike"):
+        read({**SHARED, "question": {"text": None}}, columns=mapping)
+
+
+def test_a_part_of_the_objects_in_a_list_is_named_alone():
+    row = {"instruction": ASK, "completions": [{"response": BAD, "s": 1}, {"response": GOOD, "s": 2}]}
+    with pytest.raises(MalformedRowError, match="of the objects in a list it is 's' alone"):
+        read(row, columns=(("overall_score", "completions.s"),))
+    assert read(row, columns=(("overall_score", "s"),)).preference.responses == (GOOD, BAD)
+
+
 def test_a_score_inside_a_list_may_be_named_too():
     items = [{"response": t, "overall_score": 1, "fine-grained_score": s} for t, s in ((BAD, 2), (GOOD, 4))]
     found = read(
@@ -393,6 +430,18 @@ def test_a_prompt_that_is_null_is_not_guessed():
         name: f"\n\nHuman: {ASK}\n\nAssistant: {text}" for name, text in (("chosen", GOOD), ("rejected", BAD))
     }
     assert read({"prompt": None, **told}).preference.responses == (GOOD, BAD)
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "conversations", "input", "Problem"])
+@pytest.mark.parametrize(("value", "reason"), [("", "empty"), (" ", "empty"), ([], "empty"), (None, "null")])
+def test_a_prompt_of_any_name_that_says_nothing_is_not_guessed(name, value, reason):
+    row = {name: value, **SHARED}
+    with pytest.raises(MalformedRowError, match="is not taken for the prompt") as caught:
+        read(row)
+    assert (caught.value.field, caught.value.reason) == (name, reason)
+    assert read(row, ignored=frozenset({name})).preference.prompt == "The answer is"
+    shared = {name: value, "chosen": say(ASK, GOOD), "rejected": say(ASK, BAD)}
+    assert text_of(read(shared).preference.prompt) == ASK
 
 
 def test_an_empty_column_of_another_name_is_no_prompt_and_an_empty_prompt_is_refused():

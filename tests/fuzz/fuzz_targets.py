@@ -121,6 +121,7 @@ JSON_WORDS += [b"\\n\\nHuman:", b"\\n\\nAssistant:", b'{"role":"user","content":
 
 
 LAYOUT_WORDS = [f'"{name}"'.encode() for name in sorted({name for row in LAYOUT_ROWS for name in row})]
+LAYOUT_WORDS += [b'"question": {"text": ', b"\\n<extra_id_1>User\\n"]
 CSV_SEEDS = [
     b'prompt,chosen,rejected\n2+2?,4,"5, or ""6"""\nAny?,None,NA\n',
     b'prompt,responses,ranks\np,"[""a"",""b""]","[1, 2]"\n',
@@ -159,12 +160,14 @@ def layouts(data: bytes) -> object:
     sys.path.append(str(Path(__file__).parents[1] / "data"))
     from toy_tokenizer import make_tokenizer
 
+    from dpo.data.columns import BY_COLUMNS, RowReading
     from dpo.data.preferences import read_preferences
     from dpo.data.tokenization import tokenize
 
     path = folder("rows") / "layouts.jsonl"
     path.write_bytes(data)
-    read = read_preferences(path, on_error="skip")
+    reading = RowReading(columns=(("prompt", "question.text"),)) if b'"question": {' in data else BY_COLUMNS
+    read = read_preferences(path, on_error="skip", reading=reading)
     for preference in read.preferences:
         json.dumps(preference, ensure_ascii=False).encode("utf-8")
     tokens = tokenize(read.preferences[:4], make_tokenizer(), max_length=2000, chat_template=SHOWS_ALL)
