@@ -1,6 +1,7 @@
 """Every family computes what transformers computes, in every layout."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,10 +11,20 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from numpy.testing import assert_allclose
-from tiny_models import CASES, ORACLES, TOKENS, batch_arrays, case_config, load_case, write_checkpoint
+from tiny_models import (
+    CASES,
+    CLASSIFIERS,
+    ORACLES,
+    TOKENS,
+    batch_arrays,
+    case_config,
+    load_case,
+    write_checkpoint,
+)
 
 from dpo.huggingface.classic_configurations import alibi_slopes
-from dpo.huggingface.families import FAMILIES
+from dpo.huggingface.families import FAMILIES, classifier_architecture
+from dpo.huggingface.gguf_architectures import ARCHITECTURES
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_decoder
 from dpo.huggingface.saving import flatten, save_pretrained
@@ -21,6 +32,7 @@ from dpo.huggingface.text_models import read_config
 from dpo.huggingface.weights import SafetensorsDirectory
 from dpo.models.drawing import SamplingConfig
 from dpo.models.log_probs import token_log_probs
+from dpo.models.rotary import ROPE_TYPES
 from dpo.models.sampling import generate
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -161,6 +173,20 @@ def test_every_family_has_a_case_and_a_line_in_the_documentation():
     assert {case.split("-")[0] for case in CASES} == set(FAMILIES)
     document = (ORACLES.parents[2] / "docs" / "models.md").read_text()
     assert [case for case in CASES if f"| {case} |" not in document] == []
+
+
+def test_the_page_is_its_text_with_what_there_is_filled_in():
+    """A change of the page alone would be gone when it is written the next time."""
+    text = ORACLES.with_name("models_page.md").read_text(encoding="utf-8")
+    pattern = re.sub(r"\\\{\\\{\\ (\w+)\\ \\\}\\\}", r"(?P<\1>.*?)", re.escape(text))
+    page = (ORACLES.parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    filled = re.fullmatch(pattern, page, re.DOTALL)
+    assert filled is not None
+    assert filled["model_types"] == ", ".join(f"`{name}`" for name in FAMILIES)
+    assert filled["gguf"] == ", ".join(f"`{name}`" for name in ARCHITECTURES)
+    assert filled["rope_types"] == ", ".join(ROPE_TYPES)
+    names = [classifier_architecture(name) for name in CLASSIFIERS]
+    assert filled["classifiers"] == ", ".join(f"`{name}`" for name in names)
 
 
 def test_an_unsupported_value_is_named_with_what_is_supported():
