@@ -28,6 +28,7 @@ from dpo.config import (
     WatchConfig,
     WinrateConfig,
 )
+from dpo.training.identity import resolved_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -146,6 +147,33 @@ def test_errors_are_as_shown(command: str, error: str, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith(error.removesuffix("…").rstrip())
 
 
+def trainings(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """What a page has its reader type to train, by `dpo train` or `make train`, and its arguments."""
+    for block in fenced_blocks(page.read_text(encoding="utf-8")):
+        for found in re.finditer(r"^make train(?: +CONFIG=(\S+))?", block, re.MULTILINE):
+            yield found[0], ["--config", found[1] or "configs/sentiment_pairs.yaml"]
+    for command in commands():
+        _, name, *arguments = shlex.split(command.text, comments=True)
+        if command.page == page.name and name == "train":
+            yield command.text, arguments
+
+
+def test_the_runs_of_a_page_have_directories_of_their_own(
+    reader_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who types one after the other is refused where a directory holds a run with other settings."""
+    monkeypatch.chdir(reader_directory)
+    parser, count = cli.train_parser(), 0
+    for page in PAGES:
+        found: dict[str, tuple[str, dict[str, object]]] = {}
+        for text, arguments in trainings(page):
+            config = cli.read_train_settings(arguments, parser=parser)
+            settings, count = resolved_settings(config), count + 1
+            earlier, known = found.setdefault(config.run_dir, (text, settings))
+            assert known == settings, f"{page.name}: both in {config.run_dir}: {earlier} | {text}"
+    assert count >= 15
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_exist(page: Path) -> None:
     known = {name for kind in SETTINGS for name in cli.command_parser("train", kind).setting_names()}
@@ -195,6 +223,18 @@ def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w/.-])((?:dpo|tests|docs|configs|data|benchmarks|launch)/[\w./-]+\.\w+)", text)
     assert not sorted({name for name in named if not (ROOT / name).is_file()})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_finds_elsewhere_is_there(page: Path) -> None:
+    """Names that it says a file has, and sections of its own that stand above or below."""
+    text = page.read_text(encoding="utf-8")
+    for name, file in re.findall(r"`(\w+)`\s+in\s+`((?:dpo|tests|benchmarks|docs)/[\w/]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")), f"{file} has no {name}"
+    for found in re.finditer(r"[\"“]([^\"”]+)[\"”],?\s+(above|below)\b", text):
+        section = re.search(rf"^#+ {re.escape(found[1])}$", text, re.MULTILINE)
+        if section is not None:
+            assert (section.start() < found.start()) == (found[2] == "above"), found[0]
 
 
 def anchors(path: Path) -> set[str]:
