@@ -20,6 +20,11 @@ def test_it_is_kept_without_outputs(cells: list[dict[str, Any]]) -> None:
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
 
 
+def test_it_names_the_option_that_shows_every_setting(cells: list[dict[str, Any]]) -> None:
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert "(`dpo train --help-all` lists them all)" in text
+
+
 @pytest.mark.ci
 def test_it_runs_to_its_end(
     cells: list[dict[str, Any]],

@@ -5,6 +5,7 @@ A row is a page, what it says with {} for each number, and the numbers. Spaces a
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -238,6 +239,18 @@ def test_the_steps_that_lengths_are_compared_over() -> None:
     assert watchdog.DRIFT_RATIO == 1.5
     assert preferences.MAX_PROBLEMS == 20
     assert licences.MAX_README_BYTES == table_checks.MAX_CARD, "of a model and of a folder of data"
+
+
+def test_the_page_says_how_many_cases_train_on_meshes() -> None:
+    body = ast.parse((ROOT / "tests" / "training" / "test_mesh.py").read_text(encoding="utf-8")).body
+    tables = {ast.unparse(node.targets[0]): node.value for node in body if isinstance(node, ast.Assign)}
+    cases, meshes = tables["CASES"], tables["MESHES"]
+    assert isinstance(cases, ast.Dict)
+    assert isinstance(meshes, ast.DictComp)
+    sizes = ast.literal_eval(meshes.generators[0].iter)
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"has {len(cases.keys)} cases x {len(sizes)} meshes of 8 virtual CPU devices" in page
+    assert ", ".join(map(str, sizes)) in page
 
 
 IN_BRACKETS = re.compile(r"`(?:--)?([a-z]\w*(?:\.\w+)+)` \(\W*((?:an? )?[\w.,]+)")

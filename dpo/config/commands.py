@@ -246,8 +246,8 @@ class EndpointConfig:
     """How often a request is tried again after a time-out, a broken connection, status 408, 409, 425, 429 or
     5xx, or a malformed reply."""
     backoff: float = 1.0
-    """Seconds before the first retry, doubled for each further one up to a minute. A server that asks for
-    more (Retry-After) is left alone for as long, up to an hour."""
+    """Seconds at most before the first retry, half of them at least, doubled for each further one up to a
+    minute. A server that asks for more (Retry-After) is left alone for as long, up to an hour."""
     cache: str | None = None
     """Directory in which replies are kept; judge/ in DPO_CACHE (~/.cache/dpo) when not given."""
     price_input: float = 0.0
