@@ -14,6 +14,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import os
 import platform
+import traceback
 from pathlib import Path
 
 from dpo.outcomes import STOPPED, StopRequested, describe, outcome_of
@@ -54,10 +55,15 @@ def open_closed_streams() -> None:
 
 
 def command() -> int:
-    """Run it; importing takes a second or two."""
+    """Run it; importing takes a second or two. A bug keeps its traceback, and is said as other ends are."""
     from dpo.cli import main
 
-    return main()
+    try:
+        return main()
+    except Exception as error:
+        traceback.print_exception(error)
+        print(describe(" ".join(["dpo", *sys.argv[1:2]]), error), file=sys.stderr)
+        return outcome_of(error).code
 
 
 def answer_signals() -> int:

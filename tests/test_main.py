@@ -74,6 +74,27 @@ def test_a_command_whose_output_nobody_takes_ends_as_it_would_and_a_full_disk_is
     assert (done.returncode, done.stderr) == (code, said)
 
 
+BUG = """
+import sys
+from dpo import __main__ as main, cli
+def fail(arguments):
+    raise KeyError("weight")
+cli.COMMANDS["inspect"] = fail
+sys.argv = ["dpo", "inspect"]
+raise SystemExit(main.run())
+"""
+
+
+def test_a_bug_is_said_behind_its_traceback_as_other_ends_are() -> None:
+    environment = os.environ | {TUNABLES: HUGE_PAGES}
+    done = subprocess.run([sys.executable, "-c", BUG], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    first, *_, cause, last = done.stderr.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert cause == "KeyError: 'weight'"
+    assert last == "dpo inspect: unexpected error: KeyError: 'weight'"
+
+
 HELD = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test's worker may ignore

@@ -145,6 +145,15 @@ def test_the_table_of_several_processes_has_the_same_codes() -> None:
     ]
 
 
+def test_a_stop_that_is_answered_is_said_in_the_words_of_the_page() -> None:
+    words = "stopped as asked; the same command goes on from there"
+    assert f"`RUN: {words}`" in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert words.startswith(outcomes.STOPPED.begins)
+    for name in ("train", "sweep", "experiments"):
+        text = (ROOT / "dpo" / "commands" / f"{name}.py").read_text(encoding="utf-8")
+        assert f"}}: {words}" in text, name
+
+
 ANSWERS = {
     "plan": ("dpo.commands.plan.plan_step", False, "with {} where a step does not fit"),
     "sweep": ("dpo.commands.sweep.sweep_over", False, "with {} where one of its runs failed"),

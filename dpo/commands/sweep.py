@@ -36,7 +36,7 @@ def sweep_over(
         codes = run_trials(trials, arguments, stop_requested, log=print_plain, running=running)
         stopped = stop_requested() or len(codes) < len(trials)
     if stopped:
-        print_plain("stopped; the same command goes on from there")
+        print_plain(f"{directory}: stopped as asked; the same command goes on from there")
         return None
     done = {trial.name: trial.run_dir for trial in trials if codes[trial.name] == 0}
     for name in (name for name, code in codes.items() if code):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -196,5 +198,12 @@ def _leave_by(error: KeyboardInterrupt) -> NoReturn:
 
 def _leave(code: int, text: str) -> NoReturn:
     with suppress(OSError):  # nobody may be reading any more
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{_speaker()}{text}\n".encode())
     os._exit(code)
+
+
+def _speaker() -> str:
+    """The command that a message is of, where this process is the program `dpo` and no script of a user's."""
+    program = Path(sys.argv[0])
+    is_ours = program.name == "dpo" or program.parts[-2:] == ("dpo", "__main__.py")
+    return f"{' '.join(['dpo', *sys.argv[1:2]])}: " if is_ours else ""

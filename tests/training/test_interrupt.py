@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo.outcomes import STOPPED, STOPPED_AT_ONCE, StopRequested, outcome_of
+from dpo.training import interrupt
 from dpo.training.interrupt import (
     SAME_REQUEST,
     stop_requests,
@@ -147,6 +148,21 @@ def test_where_no_exception_comes_through_the_process_ends_soon_all_the_same(con
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["/bin/dpo", "train", "--config=a.yaml"], "dpo train: "),
+        (["/lib/dpo/__main__.py", "export"], "dpo export: "),
+        (["/bin/dpo"], "dpo: "),
+        (["/home/somebody/study.py", "train"], ""),
+        (["-c"], ""),
+    ],
+)
+def test_who_ends_at_once_names_the_command(argv, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert interrupt._speaker() == said
 
 
 HOLDING = """
