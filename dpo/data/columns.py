@@ -79,7 +79,7 @@ def has_meaning(name: str, reading: RowReading) -> bool:
     """
     column, _, inside = name.partition(".")
     is_opened = any(theirs.startswith(f"{column}.") for _, theirs in reading.columns)
-    return _plain_name(inside if is_opened else name) in MEANING
+    return _plain_name(inside if is_opened and inside else name) in MEANING
 
 
 def may_ask(name: str, value: Any) -> bool:

@@ -288,6 +288,9 @@ def test_what_stands_beside_a_part_that_is_read_is_used_or_refused():
     with pytest.raises(MalformedRowError, match="found null, and what the responses begin with alike"):
         read({**SHARED, "question": {"text": None}}, columns=mapping)
 
+    named = {**flat, "question": "2+2?"}
+    with pytest.raises(MalformedRowError, match=r"'question'.*would change what is learned"):
+        read(named, columns=mapping)
 
 def test_a_part_of_the_objects_in_a_list_is_named_alone():
     row = {"instruction": ASK, "completions": [{"response": BAD, "s": 1}, {"response": GOOD, "s": 2}]}
