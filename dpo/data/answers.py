@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo.data.choices import by_flags, by_index, by_side, by_strength, is_desirable
+from dpo.data.choices import as_count, by_flags, by_index, by_side, by_strength, is_desirable
 from dpo.data.columns import Columns
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Message
@@ -252,6 +252,30 @@ def sides(row: Columns) -> Answers:
     names, verdict = find_sides(row)
     ranks = by_side(row[verdict], verdict, names, row.reading.counts_from)
     return Answers({name: row[name] for name in names}, ranks)
+
+
+def battle(row: Columns) -> Answers:
+    """Two conversations and a verdict; on their first `turn` exchanges, where they have more.
+
+    MT-bench's verdicts on a first answer stand beside whole conversations; Chatbot Arena's number is of all.
+    """
+    found = sides(row)
+    count = as_count(row.get("turn"))
+    if count is None:
+        return found
+    return found._replace(
+        responses={name: _first_exchanges(count, value, name) for name, value in found.responses.items()}
+    )
+
+
+def _first_exchanges(count: int, conversation: Any, field: str) -> Any:
+    """What a conversation says up to the assistant's answer of this number."""
+    if isinstance(conversation, str) and not conversation.lstrip().startswith("["):
+        return conversation
+    turns = read_list(conversation, field)
+    roles = [turn.get("role") if isinstance(turn, Mapping) else None for turn in turns]
+    ends = [i for i, role in enumerate(roles, start=1) if role == "assistant"]
+    return turns[: ends[count - 1]] if count < len(ends) else turns
 
 
 def find_sides(row: Columns) -> tuple[tuple[str, str], str]:

@@ -144,6 +144,13 @@ def _as_word(value: Any) -> str:
     return value.strip().lower() if isinstance(value, str) else ""
 
 
+def as_count(value: Any) -> int | None:
+    """A whole number from 1 on, or text that is one; None for anything else."""
+    word = _as_word(value)
+    number = int(word) if word.isdecimal() and len(word) < 10 else 0
+    return number or None
+
+
 def _number(word: str) -> float | None:
     """A finite number that a text is; None for any other text."""
     try:

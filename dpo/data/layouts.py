@@ -209,7 +209,7 @@ LAYOUTS: dict[str, RowLayout] = {
         answers.strength_of("response1", "response2", "overall_preference"),
         ("context",),
     ),
-    "arena": RowLayout("conversation_a conversation_b winner", answers.sides, ()),
+    "arena": RowLayout("conversation_a conversation_b winner", answers.battle, ()),
     "arena_flags": RowLayout(
         "prompt response_a response_b winner_model_a winner_model_b winner_tie",
         answers.flagged,

@@ -226,6 +226,22 @@ def test_a_strength_below_zero_is_for_the_first(strength, first):
     assert read({**PAIRS["helpsteer3"], "overall_preference": strength}).preference.responses[0] == first
 
 
+@pytest.mark.parametrize(
+    ("turn", "learned"), [(1, GOOD), ("1", GOOD), (1.0, GOOD), (2, "more"), (3, "more"), (None, "more")]
+)
+def test_a_verdict_on_the_first_turns_is_not_learned_of_later_ones(turn, learned):
+    """MT-bench has whole conversations beside each verdict; Chatbot Arena's `turn` is that of all."""
+    sides = {
+        "conversation_a": say(ASK, BAD, "And?", "more"),
+        "conversation_b": say(ASK, GOOD, "And?", "more"),
+    }
+    for row in (sides, {name: json.dumps(turns) for name, turns in sides.items()}):
+        found = read({**row, "winner": "model_b", "turn": turn})
+        (best, _), prompt = found.preference.responses, found.preference.prompt
+        assert (text_of(prompt), answer_turns(best)[-1]["content"], found.unused) == (ASK, learned, ())
+        assert answer_turns(best)[0]["content"] == GOOD
+
+
 def test_a_strength_of_zero_is_a_tie():
     assert read({**PAIRS["helpsteer3"], "overall_preference": 0}).preference.ranks == (0, 0)
 
@@ -272,6 +288,9 @@ def test_a_part_of_an_object_may_be_named():
     assert read(as_text, columns=mapping).preference == found.preference
     flat = {"question.text": ASK, "answers.good.text": GOOD, "answers.bad": BAD}
     assert read(flat, columns=mapping).preference == found.preference
+    named = {**flat, "question": "2+2?"}
+    with pytest.raises(MalformedRowError, match=r"'question'.*would change what is learned"):
+        read(named, columns=mapping)
     for question in ({"id": 3}, "a text", None):
         with pytest.raises(MalformedRowError, match=r"question\.text.*reads 'prompt' from it"):
             read({**row, "question": question}, columns=mapping)
@@ -288,9 +307,6 @@ def test_what_stands_beside_a_part_that_is_read_is_used_or_refused():
     with pytest.raises(MalformedRowError, match="found null, and what the responses begin with alike"):
         read({**SHARED, "question": {"text": None}}, columns=mapping)
 
-    named = {**flat, "question": "2+2?"}
-    with pytest.raises(MalformedRowError, match=r"'question'.*would change what is learned"):
-        read(named, columns=mapping)
 
 def test_a_part_of_the_objects_in_a_list_is_named_alone():
     row = {"instruction": ASK, "completions": [{"response": BAD, "s": 1}, {"response": GOOD, "s": 2}]}
