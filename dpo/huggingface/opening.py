@@ -20,7 +20,7 @@ from dpo.huggingface.families import FAMILIES, WRAPPERS, Family
 from dpo.huggingface.foreign_json import JsonObject, read_small_json, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
-from dpo.huggingface.text_models import family_of, parse_config
+from dpo.huggingface.text_models import family_of, parse_config, require_supported
 from dpo.huggingface.tokenizer_files import (
     TOKENIZER_FILES,
     expand_home,
@@ -77,6 +77,10 @@ def _open_directory(directory: Path, source: str) -> Checkpoint:
             "or export it again"
         )
     config = read_model_config(config_file)
+    try:
+        require_supported(config)
+    except UserError as error:
+        raise UserError(f"{config_file}: {error}") from error
 
     def tensors(family: Family, names: Iterable[str]) -> Tensors:
         return _Renamed(family, SafetensorsDirectory(directory))

@@ -23,8 +23,7 @@ _SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
     """The family and the decoder that a `config.json` describes."""
-    if str(config.get("model_type", "(none)")) not in WRAPPERS:
-        find_family(str(config.get("model_type", "(none)")))
+    require_supported(config)
     text = text_fields(config)
     for quantized in (config, text):
         if quantized.get("quantization_config"):
@@ -33,6 +32,18 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
                 "float32, bfloat16 and float16, and GGUF files"
             )
     return family_of(config), decoder_config(parse_config(text))
+
+
+def require_supported(config: Mapping[str, Any]) -> None:
+    """Refuse a `config.json` without a `model_type`, or with one that nothing here reads.
+
+    Raises:
+      UserError: naming the field, with all that is supported.
+    """
+    if config.get("model_type") is None:
+        raise UserError(f"model_type is not there; supported: {', '.join([*FAMILIES, *WRAPPERS])}")
+    if str(config["model_type"]) not in WRAPPERS:
+        find_family(str(config["model_type"]))
 
 
 def family_of(config: Mapping[str, Any], spelling: Spelling = SPELLINGS[0]) -> Family:

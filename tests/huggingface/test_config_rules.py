@@ -106,6 +106,16 @@ def test_a_large_or_endless_file_is_not_read(model):
         open_checkpoint(model)
 
 
+@pytest.mark.parametrize("said", ["'bert' is not supported", "is not there"])
+def test_a_model_type_that_nothing_reads_is_refused_by_file_and_field(model, said):
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "bert"}
+    if said == "is not there":
+        del config["model_type"]
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"/config\.json: model_type {said}; supported: llama, mistral"):
+        open_checkpoint(model)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
