@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from dpo.config import Config
 from dpo.config.home import at_home
 from dpo.distribution import find_settings, settings_names
+from dpo.files import require_regular, why_no_file
 from dpo.outcomes import USER, UserError
 from dpo.terminal import shortened, show_controls
 
@@ -111,8 +112,8 @@ class SettingsParser(ArgumentParser):
             arg.partition("=")[2] or following for arg, following in pairs if _CONFIG_OPTION.match(arg)
         )
         for file in map(Path, self._files):  # a pipe nobody writes to is waited for without an end
-            if file.exists() and not file.is_file():
-                self.error(f"config: {file} is no regular file; allowed: a YAML file of settings")
+            if file.exists() and (problem := why_no_file(file)) is not None:
+                self.error(f"config: {file}: {problem}; allowed: a YAML file of settings")
         try:
             return super().parse_args(given, *rest, **kwargs)
         except UnicodeDecodeError as error:
@@ -222,8 +223,7 @@ def load_config(path: str | Path) -> Config:
       ValueError: when the file is not there, or is not a configuration.
     """
     parser = _config_parser()
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
+    require_regular(Path(path))
     try:
         return build(Config, parser.parse_path(str(path)), parser)
     except ValueError as error:
@@ -256,6 +256,12 @@ def explain(message: str, names: list[str]) -> str:
         return f"{unknown} is given by its place, without a name: VALUE, not --{unknown}=VALUE"
     if unknown:
         return f"{unknown} is not a setting{_suggestion(unknown, names)}"
+    message = re.sub(
+        r"Importing (.*) is not allowed, denied by .*",
+        r"Expected a mapping of settings; a file of them is given by --config. Got value: \1",
+        message,
+        flags=re.DOTALL,
+    )
     message = re.sub(r"(?:a )?<class '(\w+)'>", lambda found: _TYPE_WORDS.get(found[1], found[1]), message)
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
     message = re.sub(r"NestedArg\(key='([^']*)', val=(.*)\)", r"{\1: \2}", message)

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -250,8 +251,8 @@ def damaged_files(directory: Path, *, but_for: tuple[str, ...] = ()) -> list[str
         if name.endswith(but_for):
             continue
         try:
-            if (directory / name).exists() and not (directory / name).is_file():
-                problems.append(f"{name}: is no regular file")
+            if (directory / name).exists() and (problem := why_no_file(directory / name)) is not None:
+                problems.append(f"{name}: {problem}")
             elif (holes := _holes(directory / name)) > MAX_HOLES:
                 problems.append(f"{name}: {holes} of its bytes are holes; allowed are {MAX_HOLES}")
             elif _sha256(directory / name) != digest:
@@ -277,8 +278,10 @@ def _read_checksums(path: Path) -> dict[str, str]:
     Raises:
       ValueError: for anything else in it, such as a name that leads out.
     """
-    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_CHECKSUMS):
-        raise _NoChecksumsError(f"it is no regular file of at most {MAX_CHECKSUMS} bytes")
+    if path.exists() and (problem := why_no_file(path)) is not None:
+        raise _NoChecksumsError(problem)
+    if path.exists() and path.stat().st_size > MAX_CHECKSUMS:
+        raise _NoChecksumsError(f"it has more than {MAX_CHECKSUMS} bytes")
     expected: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         digest, _, name = line.partition("  ")
@@ -293,15 +296,39 @@ def _read_checksums(path: Path) -> dict[str, str]:
     return expected
 
 
-def require_regular(path: Path) -> Path:
+def require_regular(path: Path, *, name: str | None = None) -> Path:
     """The path of a file that ends; a pipe or a device may not.
 
     Raises:
-      UserError: naming what is no regular file, or is not there.
+      UserError: naming what is no regular file, or is not there, by its path where it has no other `name`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: must be a regular file")
+    if (problem := why_no_file(path)) is not None:
+        raise UserError(f"{name or path}: {problem}")
     return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file of this name; one that is no regular file is not left aside in silence.
+
+    Raises:
+      UserError: naming it.
+    """
+    return os.path.lexists(path) and require_regular(path) is path
+
+
+def why_no_file(path: Path) -> str | None:
+    """Why what has a name is no file that can be read to its end, in words; None where it is one."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "there is no such file"
+    except (OSError, ValueError) as error:  # a loop of links, a name that no file can have
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    kinds = (kind for is_of, kind in _KINDS if is_of(mode))
+    return None if stat.S_ISREG(mode) else f"must be a regular file, and is a {next(kinds, 'device')}"
+
+
+_KINDS = ((stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
 
 
 def is_inside(name: str) -> bool:

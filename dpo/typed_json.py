@@ -27,6 +27,7 @@ from typing import (
     is_typeddict,
 )
 
+from dpo.files import why_no_file
 from dpo.outcomes import UserError
 
 T = TypeVar("T")
@@ -51,8 +52,10 @@ def read_typed(path: Path, kind: type[T], *, remedy: str = "", whole: bool = Tru
       UserError: naming the file, and the field that is of another type.
     """
     try:
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
-            raise UserError(f"must be a regular file of at most {MAX_BYTES} bytes")
+        if (problem := why_no_file(path)) is not None:
+            raise UserError(problem)
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"it has more than {MAX_BYTES} bytes")
         found = parse_typed(path.read_bytes(), kind, whole=whole)
     except (OSError, UserError) as error:
         raise UserError(f"{path} is damaged: {error}{remedy}") from error

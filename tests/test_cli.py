@@ -169,6 +169,10 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["train", "--training.trackers=[mlflow]"], "training.trackers: Expected one of 'tensorboard'"),
         (["train", "--data.train=no_such.jsonl"], "data.train is 'no_such.jsonl': there is no such file"),
         (["train", "--data.chat_template=x.jinja"], "data.chat_template is 'x.jinja': there is no such file"),
+        (
+            ["train", "--model=x.yaml"],
+            "model: Expected a mapping of settings; a file of them is given by --co",
+        ),
         (["train", "--data.template_date=July"], "data.template_date is 'July'; allowed is a date as 2024"),
         (
             ["evaluate", "--policy=x", "--reference=y"],
@@ -181,7 +185,7 @@ def test_the_module_runs_as_the_command_does() -> None:
         (["evaluate", "--run=no_such_run"], "no_such_run/config.yaml: there is no such file"),
         (["export"], "run"),
         (["export", "--run=x"], "run is given by its place, without a name: VALUE, not --run=VALUE"),
-        (["train", "--config", os.devnull], f"config: {os.devnull} is no regular file; allowed: a YAML"),
+        (["train", "--config", os.devnull], f"config: {os.devnull}: must be a regular file, and is"),
     ],
 )
 def test_what_is_wrong_is_named_and_exits_with_2(

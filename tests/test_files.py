@@ -231,8 +231,8 @@ def test_checksums_are_of_regular_files(tmp_path):
     os.truncate(tmp_path / "holes", 1 << 43)
     (tmp_path / "SHA256SUMS").write_text(f"{SUM}  pipe\n{SUM}  zero\n{SUM}  holes\n")
     assert damaged_files(tmp_path) == [
-        "pipe: is no regular file",
-        "zero: is no regular file",
+        "pipe: must be a regular file, and is a pipe",
+        "zero: must be a regular file, and is a device",
         f"holes: {1 << 43} of its bytes are holes; allowed are {1 << 36}",
     ]
 

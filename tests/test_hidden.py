@@ -113,9 +113,11 @@ def test_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
     from dpo.data.templates import read_template
 
     os.mkfifo(tmp_path / "verdicts.jsonl")
-    with pytest.raises(ValueError, match=r"verdicts\.jsonl must be a regular file"):
+    with pytest.raises(ValueError, match=r"verdicts\.jsonl: must be a regular file, and is a pipe"):
         Journal(tmp_path / "verdicts.jsonl")
-    with pytest.raises(ValueError, match=r"verdicts\.jsonl: cannot be read: it is no regular file"):
+    with pytest.raises(
+        ValueError, match=r"template .*verdicts\.jsonl: must be a regular file, and is a pipe"
+    ):
         read_template(tmp_path / "verdicts.jsonl", name="template")
     model = tmp_path / "model"
     model.mkdir()

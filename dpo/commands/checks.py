@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, EvaluateConfig, heldout_settings
 from dpo.config.sources import spellings
 from dpo.distribution import find_data
+from dpo.files import why_no_file
 from dpo.outcomes import UserError
 from dpo.own_code import require_own_word_for_objectives
 
@@ -72,6 +73,24 @@ def check_settings(config: Config, arguments: Sequence[str]) -> None:
         _check_place(place, data)
 
 
+def check_models_of(config: Config) -> None:
+    """The same as `check_models` of what a run trains, and of the reference that it names."""
+    check_models({"model.source": config.model.source, "model.reference": config.model.reference})
+
+
+def check_models(named: Mapping[str, str | None]) -> None:
+    """Refuse settings that name what is no model, before hours go into what comes first.
+
+    Raises:
+      ValueError: naming the setting, what stands there, and what is allowed.
+    """
+    from dpo.huggingface.tokenizer_files import require_model
+
+    for setting, source in named.items():
+        if source is not None:
+            require_model(source, setting=setting)
+
+
 def check_heldout(given: EvaluateConfig, run: Config | None) -> Config:
     """The settings of a comparison on held-out data that seem to be there; they are opened later.
 
@@ -100,8 +119,8 @@ def require_source(key: str, source: str) -> None:
 
 def require_file(key: str, path: str) -> None:
     """Refuse a setting that names a file which is neither there nor comes with the package."""
-    if not Path(find_data(path)).is_file():
-        raise UserError(f"{key} is {path!r}: there is no such file (the working directory is {Path.cwd()})")
+    if (problem := why_no_file(Path(find_data(path)))) is not None:
+        raise UserError(f"{key} is {path!r}: {problem} (the working directory is {Path.cwd()})")
 
 
 def _check_place(place: Place, data: DataConfig) -> None:

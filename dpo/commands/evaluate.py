@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo.commands.checks import check_heldout, load_run
+from dpo.commands.checks import check_heldout, check_models, load_run
 from dpo.commands.output import write_json
 from dpo.config import Config, EvaluateConfig
 from dpo.config.sources import show_source
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def evaluate_heldout(given: EvaluateConfig) -> None:
     """Score, print the figures, and keep them where that was asked for or they are a run's own."""
     config = check_heldout(given, None if given.run is None else load_run(given.run))
+    check_models({"policy": given.policy, "reference": given.reference})
     from dpo.evaluation.heldout import score_heldout
     from dpo.evaluation.rows_table import require_ending, write_rows
     from dpo.pages.accuracy_text import figures_as_text

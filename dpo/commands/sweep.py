@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpo.commands.checks import check_settings
+from dpo.commands.checks import check_models_of, check_settings
 from dpo.commands.output import write_json
 from dpo.config import Config
 from dpo.outcomes import UserError
@@ -31,6 +31,7 @@ def sweep_over(
         if configs[trial.name].data.eval is None:
             raise UserError(f"{trial.name}: data.eval is not set; a sweep chooses by held-out preferences")
         check_settings(configs[trial.name], [*arguments, *trial.arguments])
+        check_models_of(configs[trial.name])
     running: list[Process] = []
     with stop_requests(last=lambda: end_at_once(running)) as stop_requested:
         codes = run_trials(trials, arguments, stop_requested, log=print_plain, running=running)

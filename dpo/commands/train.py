@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo.commands.checks import check_settings
+from dpo.commands.checks import check_models_of, check_settings
 from dpo.commands.evaluate import beta_of, describe_heldout
 from dpo.commands.inspect import report_data
 from dpo.commands.output import write_json
@@ -49,6 +49,7 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
     """
     check_settings(config, arguments)
     match = None if judge is None else match_after_training(config, judge, arguments)
+    check_models_of(config)
     from dpo.pages.page import REPORT_TEMPLATE, require_template
     from dpo.training.lock import standing
     from dpo.training.loop import train

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from dpo.commands.checks import check_heldout, load_run
+from dpo.commands.checks import check_heldout, check_models, load_run
 from dpo.config import Config, EvaluateConfig, WinrateConfig
 from dpo.config.commands import HeldoutConfig
 from dpo.config.sources import show_source
@@ -41,11 +41,13 @@ def match_after_training(config: Config, judge: str, arguments: Sequence[str]) -
 def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     """Sample, judge, print the figures, and add them to the run's report."""
     config = check_heldout(comparison(given), run)
-    from dpo.judging.match import play
+    from dpo.judging.match import DATA_OPPONENTS, play
     from dpo.judging.results import VERDICTS_FILE
     from dpo.judging.winrate import figures_as_text, usage_as_text
     from dpo.training.program import enable_compilation_cache
 
+    opponent = None if given.opponent in DATA_OPPONENTS else given.opponent
+    check_models({"policy": given.policy, "opponent": opponent})
     enable_compilation_cache()
     output = Path(given.output or Path(given.run or ".") / "winrate")
     result, path = play(given, config, output=output, log=print_plain)

@@ -24,6 +24,7 @@ from dpo.data.malformed import MalformedRowError
 from dpo.data.table_checks import check_groups
 from dpo.data.table_worker import ROWS
 from dpo.distribution import find_data
+from dpo.files import is_there
 from dpo.outcomes import UserError
 
 MAX_ROW_BYTES = 1 << 26
@@ -144,7 +145,7 @@ class _Source(NamedTuple):
 def _open(source: str, split: str) -> _Source:
     path = Path(find_data(source))
     suffix = ".jsonl" if path.name.endswith(".jsonl.gz") else path.suffix
-    if path.is_file():
+    if not path.is_dir() and is_there(path):
         if suffix not in _READERS:
             allowed = ", ".join(_READERS)
             raise UserError(f"{source}: a file ending in {suffix!r}; allowed are {allowed} (and .jsonl.gz)")

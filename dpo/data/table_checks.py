@@ -21,7 +21,7 @@ import yaml
 
 from dpo import terminal
 from dpo.data.table_worker import BASE, FACTOR, READERS
-from dpo.files import is_inside, require_regular
+from dpo.files import is_inside, is_there, require_regular
 from dpo.limited import look, stored_bytes
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
@@ -85,7 +85,7 @@ def check_saved(directory: Path) -> None:
       UserError: otherwise.
     """
     splits = directory / "dataset_dict.json"
-    if splits.is_file():
+    if is_there(splits):
         names = _read_json(splits).get("splits")
         if not isinstance(names, list) or not all(map(_is_name, names)):
             raise UserError(f"{splits}: splits is {names!r:.200}; allowed is a list of folders in it")
@@ -146,7 +146,7 @@ def check_card(folder: Path) -> bool:
     listed = False
     for name in ("README.md", ".huggingface.yaml"):
         path = folder / name
-        configs = _front_matter(path).get("configs") if path.is_file() else None
+        configs = _front_matter(path).get("configs") if is_there(path) else None
         listed = listed or bool(configs)
         for pattern in _patterns(configs):
             if not is_inside(pattern) or "://" in pattern or "::" in pattern:
@@ -161,7 +161,7 @@ def unnamed_subsets(folder: Path) -> set[str]:
     """The subsets that may be meant where none is named: what the card calls the default, or its only one."""
     names, flagged = {"default"}, set[str]()
     for path in (folder / "README.md", folder / ".huggingface.yaml"):
-        configs = _front_matter(path).get("configs") if path.is_file() else None
+        configs = _front_matter(path).get("configs") if is_there(path) else None
         listed = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
         names |= {str(one.get("config_name", "default")) for one in listed}
         flagged |= {str(one.get("config_name", "default")) for one in listed if one.get("default") is True}

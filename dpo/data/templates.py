@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dpo.files import require_regular
 from dpo.outcomes import UserError
 
 MAX_TEMPLATE = 1_000_000
@@ -183,11 +184,8 @@ def read_template(path: str | Path, *, name: str) -> str:
       ValueError: when it cannot be read, or is not UTF-8.
     """
     try:
-        if Path(path).exists() and (not Path(path).is_file() or Path(path).stat().st_size > _MAX_FILE):
-            raise UserError(
-                f"{name} {path}: cannot be read: it is no regular file of at most {_MAX_FILE} bytes; "
-                "allowed is a UTF-8 file"
-            )
+        if require_regular(Path(path), name=f"{name} {path}").stat().st_size > _MAX_FILE:
+            raise UserError(f"{name} {path}: has more than {_MAX_FILE} bytes")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from dpo.files import is_there
 from dpo.huggingface.foreign_json import JsonObject, find_problem, require_file, show
 from dpo.outcomes import UserError
 
@@ -34,7 +35,7 @@ def read_front_matter(path: Path) -> JsonObject:
     Raises:
       UserError: for a file that is too long, and for values that no card has.
     """
-    if not path.is_file():
+    if not is_there(path):
         return {}
     require_file(path, MAX_README_BYTES)
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo.files import CHECKSUMS_FILE, damaged_files
+from dpo.files import CHECKSUMS_FILE, damaged_files, is_there
 from dpo.huggingface.adapter_files import CONFIG_FILE, is_adapter, read_base
 from dpo.huggingface.config_rules import check_config
-from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded
+from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
 from dpo.huggingface.foreign_json import find_problem, read_small_json, require_file, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.tokenizer_settings import check_tokenizer_file
@@ -193,7 +193,7 @@ def find_hub_id(source: str | Path) -> tuple[str, str | None]:
       ValueError: when it cannot be a hub id, with what is allowed.
     """
     text, path = str(source), expand_home(source)
-    if path.is_file():
+    if not path.is_dir() and is_there(path):
         raise UserError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
     hub_id, _, revision = text.partition("@")
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) and path.suffix != ".gguf":
@@ -202,6 +202,31 @@ def find_hub_id(source: str | Path) -> tuple[str, str | None]:
         f"no model at {show(text)}; allowed: a directory, a .gguf file, a hub id (owner/name or "
         "owner/name@revision), embedded:<name>"
     )
+
+
+def require_model(source: str | Path, *, setting: str) -> None:
+    """Refuse a source that is no model on this machine and cannot be one elsewhere; nothing is opened.
+
+    Raises:
+      UserError: naming the setting, what stands there, and what is allowed.
+    """
+    try:
+        _require_model(source)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
+
+
+def _require_model(source: str | Path) -> None:
+    path = expand_home(source)
+    if str(source).startswith(EMBEDDED_PREFIX):
+        find_embedded(str(source))
+    elif path.is_dir():
+        if not is_adapter(path):
+            require_model_directory(path)
+    elif (parts := split_on_base(source)) is not None:
+        _require_model(parts[1])
+    elif path.suffix != ".gguf" or not is_there(path):
+        find_hub_id(source)
 
 
 def require_model_directory(directory: Path) -> None:

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from dpo.huggingface.foreign_json import parse_object
+from dpo.files import is_there, require_regular
+from dpo.huggingface.foreign_json import parse_object, require_file
 from dpo.outcomes import UserError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -113,9 +114,7 @@ def read_safetensors_header(path: Path) -> dict[str, _Entry]:
 
     The data must be exactly covered by the tensors, none overlapping, before any of it is read.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-    size = path.stat().st_size
+    size = require_regular(path).stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -133,7 +132,7 @@ def read_safetensors_header(path: Path) -> dict[str, _Entry]:
 
 def _read_directory(directory: Path) -> dict[str, _Entry]:
     index = directory / "model.safetensors.index.json"
-    if index.exists():
+    if is_there(index):
         return _read_index(directory, index)
     files = sorted(directory.glob("*.safetensors"))
     if len(files) == 1:
@@ -157,8 +156,7 @@ def _read_directory(directory: Path) -> dict[str, _Entry]:
 
 def _read_index(directory: Path, index: Path) -> dict[str, _Entry]:
     """All tensors named by an index, each from the file that the index says."""
-    if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
-        raise UserError(f"{index} must be a file of at most {MAX_HEADER_BYTES} bytes")
+    require_file(index, MAX_HEADER_BYTES)
     weight_map = parse_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.files import require_same_file, without_locks, writing
+from dpo.files import is_there, require_regular, require_same_file, without_locks, writing
 from dpo.outcomes import UserError
 
 Line = Mapping[str, Any]
@@ -29,7 +29,7 @@ class Journal:
         self.path = Path(path)
         with writing("a journal", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _require_file(self.path)
+            is_there(self.path)  # a pipe is waited for
             self._file = self.path.open("a", encoding="utf-8")
         try:
             self._lock()
@@ -74,7 +74,7 @@ def read_lines(path: Path, *, cut: bool = False) -> dict[str, Line]:
     Raises:
       ValueError: for any other line that is not a JSON object with a "key".
     """
-    _require_file(path)
+    require_regular(path)
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if cut and whole < len(content):
@@ -89,9 +89,3 @@ def read_lines(path: Path, *, cut: bool = False) -> dict[str, Line]:
                 f"{path}:{number} is not a line of this journal ({error!r}); remove the line or the file"
             ) from error
     return lines
-
-
-def _require_file(path: Path) -> None:
-    """Refuse a pipe or a device: opening or reading it waits, or never ends."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} must be a regular file")

@@ -251,8 +251,6 @@ class Template:
     """
 
     def __init__(self, path: str | Path, *, characters: int = LIMITS.characters) -> None:
-        if not Path(path).is_file():
-            raise UserError(f"template is {str(path)!r}: there is no such file (in {Path.cwd()})")
         text = read_template(path, name="template")
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         try:

@@ -17,6 +17,7 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.data.tokenizer_calls import encode_texts
 from dpo.huggingface.opening import read_model_config
+from dpo.huggingface.tokenizer_files import require_model
 from dpo.judging.judges import (
     LETTERS,
     JudgeIdentity,
@@ -143,6 +144,7 @@ def open_local(given: WinrateConfig, source: str, log: Log) -> LocalJudge:
       ValueError: for a directory that is not a causal language model.
     """
     del log
+    require_model(source, setting=f"judge {given.judge!r}")
     config = Path(os.path.expanduser(source)) / "config.json"
     if config.is_file():
         architectures = read_model_config(config).get("architectures") or []

@@ -14,6 +14,7 @@ from dpo.data.templates import LIMITS
 from dpo.data.tokenization import tokenize_answers
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import count_labels, load_classifier
+from dpo.huggingface.tokenizer_files import require_model
 from dpo.judging.judges import JudgeIdentity, Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify
@@ -107,6 +108,7 @@ class RewardModelJudge:
 def open_reward_model(given: WinrateConfig, source: str, log: Log) -> RewardModelJudge:
     """The judge `reward_model:SOURCE`."""
     del log
+    require_model(source, setting=f"judge {given.judge!r}")
     path = Path(source).expanduser()
     source = str(path) if path.exists() else source
     return RewardModelJudge(

@@ -309,5 +309,5 @@ def test_a_template_file_that_is_not_text_is_named(tmp_path):
         ValueError, match=r"data.chat_template .*t.jinja: cannot be read: .*allowed is a UTF-8 file"
     ):
         read_template(path, name="data.chat_template")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="must be a regular file, and is a directory"):
         read_template(tmp_path, name="data.chat_template")

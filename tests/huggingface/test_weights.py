@@ -68,7 +68,7 @@ def test_a_huge_or_truncated_header_is_refused_without_reading_it(tmp_path):
 
 def test_a_directory_by_the_name_of_a_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match="must be a regular file, and is a directory"):
         SafetensorsDirectory(tmp_path)
 
 
