@@ -43,6 +43,7 @@ from dpo.runs import model_of
 from dpo.training.datasets import require_embeddings
 from dpo.training.policy import Policy, load_policy
 from dpo.training.reading import Dataset, tokenize_preferences
+from dpo.training.same_tokens import has_rows_of
 from dpo.training.talk import as_trained
 
 Text = str | Sequence[Message]
@@ -217,8 +218,7 @@ def implicit_rewards(
     read = [_read_row(row, f"rows[{i}]", reading) for i, row in enumerate(rows)]
     ours, tokens = policy._score(read)
     theirs, other = reference._score(read)
-    same = np.array_equal(tokens.response_tokens, other.response_tokens)
-    if not same or not np.array_equal(tokens.prompt_tokens, other.prompt_tokens):
+    if not has_rows_of(other, tokens):
         raise UserError(
             f"{policy.source} and {reference.source} make different tokens of the rows; a log-ratio needs "
             "the same tokenizer and chat template in both (dpo.load(…, data=DataConfig(chat_template=FILE))"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
-from tiny_model import write_tiny_model
+from tiny_model import CHAT_TEMPLATE, write_tiny_model
 
 import dpo
 from dpo.config import DataConfig
@@ -96,6 +96,21 @@ def test_implicit_rewards_of_equal_models_are_zero_and_scale_with_beta(
     assert (dpo.implicit_rewards(model, model, rows).rewards == 0).all()
     with pytest.raises(UserError, match=r"rows\[0\]"):
         dpo.implicit_rewards(model, other, [{"prompt": "Say A.", "chosen": None, "rejected": "B"}])
+
+
+def test_models_whose_templates_mark_other_tokens_are_not_compared(
+    model: dpo.LanguageModel, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The same tokens, of which one template has the end of the turn learned and the other has not."""
+    template = tmp_path / "marked.jinja"
+    answer = "{% generation %}{{ message.content }}{% endgeneration %}"
+    template.write_text(CHAT_TEMPLATE.replace("{{ message.content }}", answer))
+    marked = dpo.load(str(tiny_model_dir), data=DataConfig(chat_template=str(template)))
+    rows = [{"prompt": "Say A.", "chosen": "A", "rejected": "B"}]
+    with pytest.raises(ValueError, match="make different tokens of the rows"):
+        dpo.implicit_rewards(model, marked, rows)
+    scored = [one.score(["Say A."], ["A"]).lengths.tolist() for one in (model, marked)]
+    assert scored == [[3], [1]], "A, the end of the turn and a line's end; A alone"
 
 
 def test_what_cannot_be_is_refused(model: dpo.LanguageModel, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def require_same_tokens(
         return
     for name, dataset in datasets.items():
         theirs = read_dataset(data, reference.tokenizer, heldout=name == "data.eval", peers=peers)
-        if not _has_rows_of(theirs.tokens, dataset.tokens):
+        if not has_rows_of(theirs.tokens, dataset.tokens):
             raise UserError(
                 f"{source} and {reference.source} make different tokens of {name}; a log-ratio needs "
                 "the same tokenizer and chat template in both (data.chat_template can give both the same)"
@@ -96,7 +96,7 @@ def _makes(tokenizer: PreTrainedTokenizerBase) -> object:
     return backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map
 
 
-def _has_rows_of(theirs: TokenizedDataset, ours: TokenizedDataset) -> bool:
+def has_rows_of(theirs: TokenizedDataset, ours: TokenizedDataset) -> bool:
     """Whether each of our rows is among theirs, by where it stands in the data: same prompt and responses.
 
     Rows without a pair may have been left out of ours, and responses been added behind a row's own.
