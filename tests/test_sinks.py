@@ -111,6 +111,15 @@ def test_on_a_page_it_is_shown(text):
     assert page.text == shown
 
 
+def test_every_page_has_a_policy_before_its_first_text_by_which_it_fetches_and_sends_nothing():
+    pages = {path.name: path.read_text("utf-8") for path in (ROOT / "dpo" / "pages").glob("*.html.jinja")}
+    layout = pages.pop("page.html.jinja")
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert 0 < layout.index(f'http-equiv="Content-Security-Policy" content="{policy}"') < layout.index("{{")
+    assert pages
+    assert all("{% extends 'page.html.jinja' %}" in text.replace('"', "'") for text in pages.values())
+
+
 def test_on_a_card_it_is_shown(text):
     line = as_text(text)
     assert show_controls(line) == line
