@@ -131,9 +131,8 @@ def test_settings_of_any_run_are_refused_before_the_first(tmp_path, capsys, monk
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_two_runs_are_trained_compared_and_gone_on_with(tiny_model_dir, tmp_path, capfd):
-    """Two processes of the real command on a tiny model."""
+    """Two processes of the real command on a tiny model (CI: `tests/test_first_week.py`)."""
     for name, count in (("train", 8), ("eval", 12)):
         rows = [{"prompt": f"{name} {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -100,8 +100,11 @@ def test_a_shared_group_scores_as_its_separate_sequences(case, tmp_path, oracles
     assert_allclose(scored[0], oracles[case]["log_probs"][0][11:], atol=2e-4)
 
 
-@pytest.mark.parametrize("case", for_ci(LAYOUT_CASES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in LAYOUT_CASES]
+)
 def test_cached_decoding_is_the_whole_forward_pass(case, tmp_path):
+    """Where decoding greedily is as transformers' (below), which CI runs for all of these, this holds too."""
     model = load_case(tmp_path, case)
     tokens, positions, *layout = batch_arrays(TOKENS)
     cache = model.init_cache(2, 30)
