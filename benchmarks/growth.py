@@ -1,6 +1,7 @@
 """How the cost of a real token grows with the length of pairs, and with the number of responses.
 
     python -m benchmarks.growth --steps 2
+    python -m benchmarks.growth --steps 1 --tokens 2048 --only length      # the quicker half
 
 Rows are random words, made so that a step has about as many tokens in every line. A real token counts once,
 however many pairs its row makes. Results go to benchmarks/results/growth.json and growth.md.
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bench import ROOT, Contestant, Files, _cpu_name, run
-
-TOKENS_A_STEP = 4096
 
 
 class Case(NamedTuple):
@@ -37,6 +36,8 @@ LENGTHS = [Case(n // 4, n // 4, 2) for n in (64, 128, 256, 512, 1024, 2048)]
 
 RESPONSES = [Case(128, 64, k) for k in (2, 4, 8, 16)]
 
+CASES = {"length": LENGTHS, "responses": RESPONSES}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every case in a process of its own, write the table, print it."""
@@ -45,14 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--source", default="embedded:smollm2-135m-instruct", help="model")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a case")
+    parser.add_argument("--tokens", type=int, default=4096, help="about so many tokens a step")
+    parser.add_argument("--only", choices=CASES, nargs="+", default=[*CASES], help="what grows")
     parser.add_argument("--dpo-options", default="", help="further options of benchmarks/bench_dpo.py")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
     options = parser.parse_args(arguments)
     options.warmup = 1
     with tempfile.TemporaryDirectory(prefix="growth_") as scratch:
         lines = {
-            title: [measure(case, options, Path(scratch)) for case in cases]
-            for title, cases in (("length", LENGTHS), ("responses", RESPONSES))
+            title: [measure(case, options, Path(scratch)) for case in CASES[title]] for title in options.only
         }
     report = {"machine": _cpu_name(), "options": {k: str(v) for k, v in vars(options).items()}, **lines}
     target = ROOT / "benchmarks" / "results"
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(case: Case, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """The figures of one case."""
-    options.batch = max(1, TOKENS_A_STEP // case.tokens)
+    options.batch = max(1, options.tokens // case.tokens)
     rows = (options.steps + options.warmup) * options.batch
     path = directory / f"{case.prompt}_{case.response}_{case.responses}.jsonl"
     path.write_text("".join(json.dumps(_row(case, seed)) + "\n" for seed in range(rows)))
@@ -91,7 +93,7 @@ def table(report: dict[str, Any]) -> str:
     head = "| prompt + responses | prompts a step | s per 1,000 tokens | to the first | program GiB | fill |"
     lines = [f"{report['machine']}; median of {report['options']['steps']} steps.", "", head]
     lines.append("|" + "---|" * (head.count("|") - 1))
-    for title in ("length", "responses"):
+    for title in [title for title in CASES if title in report]:
         first = report[title][0]["seconds_per_thousand_tokens"]
         for one in report[title]:
             seconds = one["seconds_per_thousand_tokens"]

@@ -120,7 +120,7 @@ def test_every_row_of_the_plans_has_a_command() -> None:
     rows = re.findall(
         r"^\| ([\w.-]+) \| (v\w+:[\dx]+) \| ((?:data|fsdp)[^|]+) \| (\d+) \|", table, re.MULTILINE
     )
-    assert len(rows) == 11
+    assert len(rows) == 12
     for model, topology, mesh, parts in rows:
         assert read_shape(f"shape:{model}")
         sizes = [int(size) for size in re.findall(r"(?:data|fsdp|tensor) (\d+)", mesh)]
