@@ -36,7 +36,7 @@ def rows(tmp_path: Path) -> dict[str, Path]:
             for line in map(json.loads, lines[:count]):
                 line["prompt"] = f"Human: {line['prompt'][-1]['content']}\n\nAssistant:"
                 line["responses"] = [f" {text}" for text in line["responses"]]
-                file.write(json.dumps({key: line[key] for key in ("prompt", "responses", "ranks")}) + "\n")
+                file.write(json.dumps({key: line[key] for key in ("prompt", "responses", "scores")}) + "\n")
     return found
 
 
