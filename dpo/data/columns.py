@@ -168,7 +168,8 @@ class Columns(dict[str, Any]):
 
     def item(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """An object in a column, with the names that layouts know."""
-        return dict(value) | {ours: value[theirs] for ours, theirs in self.reading.columns if theirs in value}
+        given = {ours: _find(value, theirs) for ours, theirs in self.reading.columns}
+        return dict(value) | {name: found for name, found in given.items() if found is not _NOT_THERE}
 
     def asked(self) -> dict[str, Any]:
         """The columns that nobody has read and that are not ignored, and their values."""
@@ -219,6 +220,11 @@ def _at(values: Mapping[str, Any], name: str) -> Any:
     return found
 
 
+def _find(values: Mapping[str, Any], name: str) -> Any:
+    """A value by its own name, else as a part of an object; `_NOT_THERE` where it is neither."""
+    return values[name] if name in values else _at(values, name)
+
+
 def _missing_column(
     ours: str, their: str, row: Mapping[str, Any], values: Mapping[str, Any]
 ) -> MalformedRowError:
@@ -238,6 +244,6 @@ def _replaced(values: Mapping[str, Any], reading: RowReading) -> tuple[str, ...]
 
 
 def _is_in_items(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether objects in a column have a key of this name."""
+    """Whether objects in a column have a key of this name, or such a part."""
     lists = (value for value in values.values() if isinstance(value, list) and value)
-    return any(isinstance(items[0], Mapping) and name in items[0] for items in lists)
+    return any(isinstance(items[0], Mapping) and _find(items[0], name) is not _NOT_THERE for items in lists)

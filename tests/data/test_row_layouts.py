@@ -313,6 +313,9 @@ def test_a_part_of_the_objects_in_a_list_is_named_alone():
     with pytest.raises(MalformedRowError, match="of the objects in a list it is 's' alone"):
         read(row, columns=(("overall_score", "completions.s"),))
     assert read(row, columns=(("overall_score", "s"),)).preference.responses == (GOOD, BAD)
+    deep = [{"response": text, "by": {"judge": {"s": score}}} for text, score in ((BAD, 1), (GOOD, 2))]
+    found = read({"instruction": ASK, "completions": deep}, columns=(("overall_score", "by.judge.s"),))
+    assert (found.preference.responses, found.preference.scores) == ((GOOD, BAD), (2.0, 1.0))
 
 
 def test_a_score_inside_a_list_may_be_named_too():
