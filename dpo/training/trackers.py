@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dpo.files import replace_text
 from dpo.outcomes import UserError
+
+FLUSH_SECONDS = 10.0
+"""How often TensorBoard's events reach its file, which it reads while the run goes on."""
 
 
 @runtime_checkable
@@ -38,24 +43,39 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """Event files in RUN/tensorboard, written in the caller's thread: a failure is raised where it happens.
+
+    tensorboardX's own writer hands events to a thread of its own; when that one dies (a full disk), whoever
+    writes or closes waits for ever, and so does the end of the process.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int, config: Mapping[str, Any]) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"),
-            purge_step=resume_step or None,
-            filename_suffix=f".{resume_step}",  # names go by the second: a quick resume is another file
-        )
-        self._writer.add_text("config", "```\n" + json.dumps(config, indent=2) + "\n```", resume_step)
+        events = importlib.import_module("tensorboardX.event_file_writer")
+        self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._summary = importlib.import_module("tensorboardX.summary")
+        directory = run_dir / "tensorboard"
+        directory.mkdir(parents=True, exist_ok=True)
+        # names go by the second: a quick resume is another file by its ending
+        self._events = events.EventsWriter(str(directory / "events"), f".{resume_step}")
+        self._flushed = -math.inf
+        if resume_step:  # what was written from this step on does not count any more
+            self._add(resume_step, file_version="brain.Event:2")
+            self._add(resume_step, session_log=self._proto.SessionLog(status=self._proto.SessionLog.START))
+        text = "```\n" + json.dumps(config, indent=2) + "\n```"
+        self._add(resume_step, summary=self._summary.text("config", text))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._add(step, summary=self._summary.scalar(name, value))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._proto.Event(step=step, wall_time=time.time(), **content))
 
 
 class WeightsAndBiases:

@@ -122,14 +122,16 @@ class Apart:
     def close(self) -> None:
         """Wait for what is on its way, `CLOSE_SECONDS` at most; what is not told yet is a warning."""
         self._lines.put(None)
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
+        if self._failure is None:
+            self._thread.join(CLOSE_SECONDS)
+        if self._failure is None and self._thread.is_alive():
             self._failure = f"warning: {self._name} did not take the last lines within {CLOSE_SECONDS} s"
         text = self.failure()
         if text is not None:
             warnings.warn(text, stacklevel=2)
 
     def _work(self, open_writer: Callable[[], Writer]) -> None:
+        writer = None
         try:
             writer = open_writer()
             while (line := self._lines.get()) is not None:
@@ -140,6 +142,9 @@ class Apart:
                 f"warning: {self._name} failed and is left out from here on, metrics.jsonl has everything: "
                 f"{type(error).__name__}: {error}"
             )
+            if writer is not None:
+                with contextlib.suppress(BaseException):  # whatever it keeps open
+                    writer.close()
 
 
 class JsonLines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import io
@@ -12,6 +13,9 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +26,7 @@ from rich.console import Console
 
 from dpo.files import WriteError
 from dpo.runs import read_metrics
+from dpo.training import trackers, tracking
 from dpo.training.progress import TimeLeft
 from dpo.training.trackers import require_trackers
 from dpo.training.tracking import JsonLines, open_trackers
@@ -75,6 +80,76 @@ def test_a_full_disk_is_named_also_where_closing_writes_what_is_left(tmp_path: P
         with pytest.raises(WriteError, match=r"the metrics could not be written to .*: No space .*are whole"):
             write()
     assert trained_steps(tmp_path) == [0]
+
+
+class Failing:
+    """A tracker that fails, or never comes back, at one of its three moments."""
+
+    def __init__(self, moment: str, fail: Callable[[], None]) -> None:
+        self._moment, self._fail = moment, fail
+        self._reach("open")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._reach("write")
+
+    def close(self) -> None:
+        self._reach("close")
+
+    def _reach(self, moment: str) -> None:
+        if moment == self._moment:
+            self._fail()
+
+
+@pytest.mark.parametrize("moment", ["open", "write", "close"])
+def test_a_tracker_that_fails_is_left_out_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def fail() -> None:
+        raise KeyError("no such project")
+
+    monkeypatch.setitem(trackers.PACKAGES, "own", "json")
+    monkeypatch.setitem(trackers.WRITERS, "own", lambda *_: Failing(moment, fail))
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        printed = log_steps(tmp_path, range(6), names=("own",))
+    said = printed + "".join(str(warning.message) for warning in warned)
+    assert said.count("warning: own failed and is left out from here on") == 1
+    assert "KeyError: 'no such project'" in said
+    assert trained_steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("moment", ["open", "write", "close"])
+def test_a_tracker_that_never_comes_back_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    goes_on = threading.Event()
+
+    def wait() -> None:
+        goes_on.wait()
+
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setitem(trackers.PACKAGES, "own", "json")
+    monkeypatch.setitem(trackers.WRITERS, "own", lambda *_: Failing(moment, wait))
+    with pytest.warns(UserWarning, match=r"own did not take the last lines within 0\.1 s"):
+        log_steps(tmp_path, range(6), names=("own",))
+    assert trained_steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+    goes_on.set()
+
+
+def test_a_full_disk_under_tensorboard_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves no thread, nor anything that the end of the process would wait for."""
+    record_writer = pytest.importorskip("tensorboardX.record_writer")
+    monkeypatch.setattr(record_writer, "open_file", lambda path: Path("/dev/full").open("wb"))  # noqa: SIM115
+    monkeypatch.setattr(atexit, "register", lambda *_, **__: pytest.fail("waits for it at the end"))
+    before = threading.active_count()
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        said = log_steps(tmp_path, range(6), names=("tensorboard",))
+    said += "".join(str(warning.message) for warning in warned)
+    assert "tensorboard failed and is left out from here on" in said
+    assert "No space left on device" in said
+    assert trained_steps(tmp_path) == [0, 1, 2, 3, 4, 5]
+    assert threading.active_count() == before
 
 
 def test_metrics_that_were_deleted_are_not_written_into_nothing(tmp_path: Path) -> None:
