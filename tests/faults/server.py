@@ -51,6 +51,8 @@ EXIT_CODES = {"finished": 0, "already finished": 0, "interrupted": 75}
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever began the tests may have it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for line in sys.stdin:
         command = json.loads(line)
         pid = os.fork()
