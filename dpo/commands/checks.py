@@ -84,7 +84,7 @@ def check_models(named: Mapping[str, str | None]) -> None:
     Raises:
       ValueError: naming the setting, what stands there, and what is allowed.
     """
-    from dpo.huggingface.tokenizer_files import require_model
+    from dpo.huggingface.model_names import require_model
 
     for setting, source in named.items():
         if source is not None:

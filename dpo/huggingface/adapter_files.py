@@ -30,11 +30,11 @@ from dpo.huggingface.adapter_settings import (
 )
 from dpo.huggingface.adapters import Adapter, linear_bindings, module_names
 from dpo.huggingface.binding import Binding
+from dpo.huggingface.model_names import CONFIG_FILE
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -189,11 +189,6 @@ class MergedTensors:
         if self._merged[0] != name:  # a large tensor is asked for run by run
             self._merged = name, self._adapter.merge(module, self._base.read(name))
         return self._merged[1][rows]
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter, and no model."""
-    return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").is_file()
 
 
 def read_base(directory: Path) -> str:

@@ -13,10 +13,11 @@ import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
 
 from dpo.files import new_directory
-from dpo.huggingface.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_adapter
+from dpo.huggingface.adapter_files import PREFIX, WEIGHTS_FILE
 from dpo.huggingface.adapters import Adapter, module_names
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.foreign_json import JsonObject
+from dpo.huggingface.model_names import CONFIG_FILE, is_adapter
 from dpo.huggingface.spellings import respell_tokenizer
 from dpo.huggingface.weight_names import SPELLINGS
 from dpo.models.lora import Method

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
-from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors, is_adapter
+from dpo.huggingface.adapter_files import AdapterDirectory, MergedTensors
 from dpo.huggingface.binding import canonical_names, find_ends, find_modules
 from dpo.huggingface.carried import Carried, find_carried
 from dpo.huggingface.config_rules import check_config, check_generation_config
@@ -20,16 +20,19 @@ from dpo.huggingface.families import FAMILIES, WRAPPERS, Family
 from dpo.huggingface.foreign_json import JsonObject, read_small_json, show
 from dpo.huggingface.gguf_files import GgufFile
 from dpo.huggingface.licences import read_licence
+from dpo.huggingface.model_names import (
+    expand_home,
+    find_hub_id,
+    is_adapter,
+    require_model_directory,
+    split_on_base,
+)
 from dpo.huggingface.text_models import family_of, parse_config, require_supported
 from dpo.huggingface.tokenizer_files import (
     TOKENIZER_FILES,
-    expand_home,
     fetch_files,
     find_base,
-    find_hub_id,
     open_tokenizer,
-    require_model_directory,
-    split_on_base,
 )
 from dpo.huggingface.weights import SafetensorsDirectory, Tensors
 from dpo.outcomes import UserError

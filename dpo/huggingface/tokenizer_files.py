@@ -10,12 +10,20 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo.files import CHECKSUMS_FILE, damaged_files, is_there
-from dpo.huggingface.adapter_files import CONFIG_FILE, is_adapter, read_base
+from dpo.files import CHECKSUMS_FILE, damaged_files
+from dpo.huggingface.adapter_files import read_base
 from dpo.huggingface.config_rules import check_config
-from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded, find_embedded
+from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded
 from dpo.huggingface.foreign_json import find_problem, read_small_json, require_file, show
 from dpo.huggingface.gguf_files import GgufFile
+from dpo.huggingface.model_names import (
+    CONFIG_FILE,
+    expand_home,
+    find_hub_id,
+    is_adapter,
+    require_model_directory,
+    split_on_base,
+)
 from dpo.huggingface.tokenizer_settings import check_tokenizer_file
 from dpo.limited import look
 from dpo.outcomes import UserError, raising_user_errors
@@ -170,90 +178,6 @@ _LARGEST = {
     "chat_template.json": 1 << 24,
 }
 """Bytes of each file."""
-
-
-def expand_home(source: str | Path) -> Path:
-    """A source as a path, `~` as the home directory.
-
-    Raises:
-      UserError: for what no path can be: a home of nobody, a zero in it, too many characters.
-    """
-    try:
-        path = Path(source).expanduser()
-        path.is_dir()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{show(str(source))} is no place that can be: {error}") from error
-    return path
-
-
-def find_hub_id(source: str | Path) -> tuple[str, str | None]:
-    """Hub id and revision, where a source is neither here nor embedded.
-
-    Raises:
-      ValueError: when it cannot be a hub id, with what is allowed.
-    """
-    text, path = str(source), expand_home(source)
-    if not path.is_dir() and is_there(path):
-        raise UserError(f"{path} is a file; allowed are .gguf files, and directories with safetensors")
-    hub_id, _, revision = text.partition("@")
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) and path.suffix != ".gguf":
-        return hub_id, revision or None
-    raise UserError(
-        f"no model at {show(text)}; allowed: a directory, a .gguf file, a hub id (owner/name or "
-        "owner/name@revision), embedded:<name>"
-    )
-
-
-def require_model(source: str | Path, *, setting: str) -> None:
-    """Refuse a source that is no model on this machine and cannot be one elsewhere; nothing is opened.
-
-    Raises:
-      UserError: naming the setting, what stands there, and what is allowed.
-    """
-    try:
-        _require_model(source)
-    except UserError as error:
-        raise UserError(f"{setting}: {error}") from error
-
-
-def _require_model(source: str | Path) -> None:
-    path = expand_home(source)
-    if str(source).startswith(EMBEDDED_PREFIX):
-        find_embedded(str(source))
-    elif path.is_dir():
-        if not is_adapter(path):
-            require_model_directory(path)
-    elif (parts := split_on_base(source)) is not None:
-        _require_model(parts[1])
-    elif path.suffix != ".gguf" or not is_there(path):
-        find_hub_id(source)
-
-
-def require_model_directory(directory: Path) -> None:
-    """Refuse a directory that is no model, with the place in it where one is: a run's export, for one.
-
-    Raises:
-      UserError: where the directory has no config.json.
-    """
-    if (directory / "config.json").is_file():
-        return
-    inside = sorted(
-        path
-        for path in directory.iterdir()
-        if path.suffix == ".gguf" or (path / "config.json").is_file() or is_adapter(path)
-    )
-    beside = f"; allowed: {' or '.join(map(str, inside[:3]))}" if inside else ""
-    raise UserError(f"{directory} has no config.json{beside}")
-
-
-def split_on_base(source: str | Path) -> tuple[Path, str] | None:
-    """Adapter and base of "ADAPTER on BASE", whatever base the adapter names; None for any other source."""
-    words = str(source).split(" on ")
-    for place in range(1, len(words)):
-        directory = Path(" on ".join(words[:place])).expanduser()
-        if is_adapter(directory):
-            return directory, " on ".join(words[place:])
-    return None
 
 
 def find_base(directory: Path, base: str, patterns: Sequence[str], *, offline: bool) -> Path | None:

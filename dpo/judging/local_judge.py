@@ -16,8 +16,8 @@ from dpo.data.templates import LIMITS
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import make_dataset
 from dpo.data.tokenizer_calls import encode_texts
+from dpo.huggingface.model_names import require_model
 from dpo.huggingface.opening import read_model_config
-from dpo.huggingface.tokenizer_files import require_model
 from dpo.judging.judges import (
     LETTERS,
     JudgeIdentity,

@@ -19,10 +19,11 @@ import numpy as np
 from dpo.config import Config, WinrateConfig
 from dpo.data.messages import response_text
 from dpo.data.preferences import Preference
+from dpo.huggingface.model_names import split_on_base
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.text_models import read_config
-from dpo.huggingface.tokenizer_files import load_tokenizer, split_on_base
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.figures import (
     AskedLine,

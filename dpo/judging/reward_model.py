@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from dpo.config import WinrateConfig
 from dpo.data.templates import LIMITS
 from dpo.data.tokenization import tokenize_answers
+from dpo.huggingface.model_names import require_model
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import count_labels, load_classifier
-from dpo.huggingface.tokenizer_files import require_model
 from dpo.judging.judges import JudgeIdentity, Log, Question, Verdict, verdict_of_rewards
 from dpo.judging.samples import model_identity
 from dpo.models.classifier import classify

@@ -18,10 +18,10 @@ from dpo.data.templates import LIMITS, TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenizer_calls import decode_ids
 from dpo.files import require_regular
-from dpo.huggingface.adapter_files import AdapterDirectory, is_adapter
+from dpo.huggingface.adapter_files import AdapterDirectory
+from dpo.huggingface.model_names import is_adapter, split_on_base
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
-from dpo.huggingface.tokenizer_files import split_on_base
 from dpo.judging.journal import Journal
 from dpo.judging.rewards import Prompt
 from dpo.models.drawing import SamplingConfig

@@ -26,11 +26,12 @@ from dpo.huggingface.adapters import (
 )
 from dpo.huggingface.binding import Binding
 from dpo.huggingface.foreign_json import JsonObject
+from dpo.huggingface.model_names import split_on_base
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import Pretrained, open_in_files, open_shapes
 from dpo.huggingface.streamed import plain_model
 from dpo.huggingface.text_models import read_config
-from dpo.huggingface.tokenizer_files import load_tokenizer, split_on_base
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.models.decoder import Decoder
 from dpo.models.lora import Method
 from dpo.outcomes import UserError
