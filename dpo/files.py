@@ -16,7 +16,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -90,14 +90,22 @@ def require_same_file(what: str, file: IO[str], path: Path) -> None:
     Raises:
       WriteError: naming the file, or what of its directories is gone.
     """
-    with writing(what, path), suppress(FileNotFoundError, NotADirectoryError):
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+    with writing(what, path):
+        if is_named(file, path):
             return
     gone = next((parent for parent in reversed(path.parents) if not parent.exists()), path)
     raise WriteError(
         f"{what} could not be written to {path}: {gone} was deleted, renamed or replaced meanwhile; what "
         "stood there is lost where it was deleted"
     )
+
+
+def is_named(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 @contextmanager
@@ -153,7 +161,7 @@ def alone(path: Path) -> Iterator[None]:
         file = lock.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            if is_named(file, lock):
                 break
         except OSError as error:
             file.close()

@@ -183,6 +183,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         fill(tmp_path / "thing", "text")
     with pytest.raises(EnvironmentFailure, match="has no locks"), exclusive(tmp_path / "run"):
         pass
+    assert not (tmp_path / "run").exists()
     with pytest.raises(EnvironmentFailure, match="has no locks"):
         Journal(tmp_path / "journal.jsonl")
     store = TokenStore(tmp_path / "tokens", "key", limit=1, log=print)

@@ -172,3 +172,20 @@ def test_a_start_imports_nothing_that_its_first_step_does_not_need():
     environment = os.environ | {TUNABLES: HUGE_PAGES}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("setting", ["model.source", "model.reference"])
+def test_a_model_that_is_not_there_is_refused_at_once_and_leaves_nothing(tmp_path, setting):
+    """Before what opens one is imported, which takes ten seconds of a slow machine."""
+    program = (
+        "import sys; from dpo import __main__ as main; code = main.run(); "
+        "print(code, [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    words = ["train", f"--{setting}={tmp_path}/WRONG", f"--run_dir={tmp_path}/run"]
+    environment = os.environ | {TUNABLES: HUGE_PAGES}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.strip() == "2 []", done.stderr
+    assert f"dpo train: error: {setting}: no model at '{tmp_path}/WRONG'; allowed: a directory" in done.stderr
+    assert list(tmp_path.iterdir()) == []

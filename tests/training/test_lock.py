@@ -1,11 +1,13 @@
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 
 import pytest
 
-from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.outcomes import EnvironmentFailure, StopRequested, UserError
 from dpo.training.lock import exclusive
 
 
@@ -25,6 +27,44 @@ def test_whatever_fails_because_the_run_directory_is_gone_names_it(tmp_path, err
         fail("b", error, gone=True)
     with pytest.raises(MemoryError):
         fail("c", MemoryError(), gone=True)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("no model"), KeyError("x"), StopRequested("before the first step")]
+)
+def test_a_start_that_comes_to_nothing_leaves_nothing_where_nothing_was(tmp_path, error):
+    def fail(run_dir, left):
+        with exclusive(run_dir):
+            (run_dir / "checkpoints").mkdir()
+            if left:
+                (run_dir / "checkpoints" / left).write_text("saved")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail(tmp_path / "runs" / "new", None)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs" / "old").mkdir(parents=True)
+    with pytest.raises(type(error)):
+        fail(tmp_path / "runs" / "old", None)
+    assert sorted(path.name for path in (tmp_path / "runs" / "old").iterdir()) == ["checkpoints", "lock"]
+    with pytest.raises(type(error)):
+        fail(tmp_path / "runs" / "begun", "state")
+    assert (tmp_path / "runs" / "begun" / "checkpoints" / "state").read_text() == "saved"
+    assert (tmp_path / "runs" / "begun" / "lock").is_file()
+
+
+def test_a_lock_that_its_holder_took_away_is_not_taken_for_the_run_directorys(tmp_path, monkeypatch):
+    """Its file was opened before, and was held by nobody any more."""
+    run_dir, flock = tmp_path / "new", fcntl.flock
+    others = iter([lambda: shutil.rmtree(run_dir)])
+
+    def meanwhile(file, how):
+        next(others, lambda: None)()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    with exclusive(run_dir), pytest.raises(UserError, match="in use"), exclusive(run_dir):
+        pass
 
 
 def hold(run_dir, ready):
