@@ -112,7 +112,7 @@ _LOST = re.compile(
 _COLLECTIVE = re.compile(
     r"gloo|nccl|coordination|collective|all.?reduce|all.?gather|preemption", re.IGNORECASE
 )
-"""What a library's own error class (`ValueError`, `RuntimeError`) must name too."""
+"""What the text of an error of any class but JAX's own must name too."""
 _NO_ROOM = re.compile(
     r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating|failed to allocate", re.IGNORECASE
 )
@@ -179,15 +179,14 @@ def _by_status(error: BaseException) -> Outcome | None:
     """What the text of a library's error says, or the number of the system's."""
     text = str(error)
     from_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-    if _is_refused(error):
-        return ENVIRONMENT
-    if isinstance(error, (RuntimeError, ValueError)):
-        if _NO_ROOM.search(text) and (from_jax or "RESOURCE_EXHAUSTED" in text):
-            return OUT_OF_MEMORY
-        if _LOST.search(text) and (from_jax or _COLLECTIVE.search(text)):
-            return PEER_LOST
     module = f"{type(error).__module__}."
-    if isinstance(error, (ConnectionError, TimeoutError)) or module.startswith(_NETWORK):
+    if _is_refused(error) or module.startswith(_NETWORK):
+        return ENVIRONMENT
+    if _NO_ROOM.search(text) and (from_jax or "RESOURCE_EXHAUSTED" in text):
+        return OUT_OF_MEMORY
+    if _LOST.search(text) and (from_jax or _COLLECTIVE.search(text)):
+        return PEER_LOST
+    if isinstance(error, (ConnectionError, TimeoutError)):
         return ENVIRONMENT
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return OUT_OF_MEMORY

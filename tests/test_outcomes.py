@@ -27,6 +27,10 @@ class JaxRuntimeError(RuntimeError):
     """Named as JAX's."""
 
 
+class BarrierTimeoutException(Exception):  # noqa: N818
+    """Named as Orbax's, and as its of no other class."""
+
+
 GLOO = "UNKNOWN: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 
 
@@ -40,6 +44,9 @@ CASES: list[tuple[BaseException, Outcome]] = [
     (UserError("beta is -1"), outcomes.USER),
     (ValueError(GLOO), outcomes.PEER_LOST),
     (JaxRuntimeError(GLOO), outcomes.PEER_LOST),
+    (OSError(GLOO), outcomes.PEER_LOST),
+    (BarrierTimeoutException("DEADLINE_EXCEEDED: Barrier of the coordination service"), outcomes.PEER_LOST),
+    (TimeoutError("timed out"), outcomes.ENVIRONMENT),
     (JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce() failed: ncclRemoteError"), outcomes.PEER_LOST),
     (JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses"), outcomes.PEER_LOST),
     (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), outcomes.OUT_OF_MEMORY),
