@@ -14,6 +14,7 @@ The state is copied to the host by `save` and written by threads behind it.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import warnings
@@ -36,12 +37,14 @@ from dpo.files import (
     write_checksums,
     writing,
 )
-from dpo.outcomes import OUT_OF_MEMORY, PEER_LOST, StopRequested, UserError, outcome_of
+from dpo.outcomes import OUT_OF_MEMORY, PEER_LOST, StopRequested, UserError, chain_of, outcome_of
 from dpo.runs import Identity
 from dpo.training.step import Params, TrainState
 
 DAMAGED = ".damaged"
 STATE, IDENTITY_FILE = "state", "identity.json"
+_STATUS = re.compile(r"\s*[A-Z]+(_[A-Z]+)*: ")
+"""How the errors of TensorStore begin, which are `ValueError`s: NOT_FOUND: …, DATA_LOSS: …."""
 CENTURY = 100 * 365 * 24 * 3600
 """Seconds."""
 
@@ -254,11 +257,11 @@ class Checkpoints:
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
-        """Name the checkpoint and what is left in whatever goes wrong (Orbax raises many kinds)."""
+        """Name the checkpoint and what is left in whatever a disk refuses; a bug stays what it is."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            if outcome_of(error) in (PEER_LOST, OUT_OF_MEMORY):
+            if outcome_of(error) in (PEER_LOST, OUT_OF_MEMORY) or not _is_of_files(error):
                 raise
             latest = self.latest
             left = "there is none before it" if latest is None else f"the newest there is step {latest}"
@@ -266,6 +269,12 @@ class Checkpoints:
             raise WriteError(
                 f"the checkpoint of step {step} could not be written to {self.path(step)}: {reason}; {left}"
             ) from error
+
+
+def _is_of_files(error: BaseException) -> bool:
+    """Whether an error is the system's, or one that Orbax made of it or TensorStore says by its status."""
+    links = [link for one in chain_of(error) for link in (one, one.__context__)]
+    return any(isinstance(link, OSError) or _STATUS.match(str(link)) for link in links if link is not None)
 
 
 class _InCheckpoint:

@@ -122,10 +122,17 @@ def test_a_failure_names_step_path_reason_and_what_is_left(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
-def test_a_bug_in_the_thread_that_writes_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_checksums", lambda directory: {}["bug"])
-    with pytest.raises(KeyError, match="bug"):
+@pytest.mark.parametrize("bug", [KeyError("bug"), RuntimeError("bug"), ValueError("bug")])
+def test_a_bug_in_the_thread_that_writes_is_not_lost(tmp_path, monkeypatch, bug):
+    """Nor is it called a failure of the disk."""
+
+    def fail(directory):
+        raise bug
+
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    with pytest.raises(type(bug), match="bug") as caught:
         save(tmp_path, 1)
+    assert caught.value is bug
     assert not list(tmp_path.iterdir())
 
 
@@ -219,10 +226,10 @@ def test_of_many_arrays_that_differ_three_are_named_and_all_are_counted(tmp_path
 
 def test_the_reason_is_one_line(tmp_path, monkeypatch):
     def fail(directory):
-        raise ValueError("  first\nsecond")
+        raise ValueError("  NOT_FOUND: first\nsecond")
 
     monkeypatch.setattr(checkpoint, "write_checksums", fail)
-    with pytest.raises(WriteError, match=r"/1: first; there is none before it$"):
+    with pytest.raises(WriteError, match=r"/1: NOT_FOUND: first; there is none before it$"):
         save(tmp_path, 1)
 
 
