@@ -174,9 +174,10 @@ def test_who_holds_a_lock_of_its_own_beside_does_not_wait_for_itself(tmp_path, e
         assert not writer.is_alive()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
     def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(EnvironmentFailure, match=r"has no locks \(No locks available\).*allowed"):

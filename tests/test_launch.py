@@ -81,6 +81,7 @@ def test_manifests_pass_settings_that_exist(manifest, monkeypatch):
             assert container["command"][:2] == ["dpo", "train"]
             config = read_settings(Config, "train", container["command"][2:] + container["args"])
             assert config.distributed.step_timeout is not None
+            assert config.training.save_minutes is not None
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -93,7 +94,9 @@ def test_scripts_pass_settings_that_exist(script, monkeypatch):
         word for word in shlex.split(re.sub(r"[|$].*", "", run[1]).replace('"', "")) if word.startswith("--")
     ]
     example = text.split("--config", 1)[1].split("\n#\n")[0].replace("\\\n#", " ")
-    assert read_settings(Config, "train", [*given, "--config", *shlex.split(example)])
+    config = read_settings(Config, "train", [*given, "--config", *shlex.split(example)])
+    assert config.distributed.step_timeout is not None
+    assert config.training.save_minutes is not None
 
 
 def test_the_kubernetes_job_has_as_many_pods_as_processes():
