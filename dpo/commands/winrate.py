@@ -34,7 +34,7 @@ def match_after_training(config: Config, judge: str, arguments: Sequence[str]) -
         raise UserError(f"winrate is {judge}, and data.eval is not set; allowed: both")
     require_word_for_code(judge, setting="winrate", arguments=arguments)
     given = WinrateConfig(run=config.run_dir, judge=judge, max_new_tokens=config.training.eval_max_new_tokens)
-    open_judge(given, print_plain)
+    open_judge(given, print_plain).require_usable()
     return given
 
 

@@ -103,12 +103,14 @@ class EndpointJudge:
         yield from in_background(ask_all)
 
     def require_usable(self) -> None:
-        """See that the server is there and takes the key, before responses are sampled for it to judge.
+        """See that the server is there and takes the key, and that replies can be kept.
 
         Raises:
           UserError: for a key that it refuses.
           EnvironmentFailure: for a server that cannot be reached, or wants to be paid.
+          WriteError: for a cache that cannot be written to.
         """
+        require_room(self._cache, 0)
         server = Server(self._settings, self._url, self._key, self._log)
 
         async def knock(give: Callable[[None], None]) -> None:

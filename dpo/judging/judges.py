@@ -136,6 +136,15 @@ class Judge(Protocol):
         """All that its verdicts depend on besides the question."""
         ...
 
+    def require_usable(self) -> None:
+        """See what can be seen of it, before responses are sampled for it to judge.
+
+        Raises:
+          UserError: for a judge that can give no verdict.
+          EnvironmentFailure: for one that is out of reach.
+        """
+        ...
+
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """The verdict on each question with its index, in any order, as soon as it is there."""
         ...
@@ -154,6 +163,9 @@ class RewardJudge:
     def identity(self) -> JudgeIdentity:
         """The function's name, and the hash of the file that it stands in."""
         return {"judge": "reward", "reward": self.name, "version": self.version}
+
+    def require_usable(self) -> None:
+        """The function is there, or the judge were not."""
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts in order; a reward that is not a finite number makes its verdict invalid."""
@@ -195,6 +207,9 @@ class ControlJudge:
     def identity(self) -> JudgeIdentity:
         """Its name in CONTROLS."""
         return {"judge": "control", "control": self.name}
+
+    def require_usable(self) -> None:
+        """It always is."""
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts in order."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from dpo.config import DataConfig, MeshConfig, ModelConfig, WinrateConfig
 from dpo.data.templates import LIMITS
@@ -18,6 +19,7 @@ from dpo.data.tokenized import make_dataset
 from dpo.data.tokenizer_calls import encode_texts
 from dpo.huggingface.model_names import require_model
 from dpo.huggingface.opening import read_model_config
+from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging.judges import (
     LETTERS,
     JudgeIdentity,
@@ -72,6 +74,14 @@ class LocalJudge:
             identity["template_kwargs"] = dict(self._template_kwargs)
         return identity
 
+    def require_usable(self) -> None:
+        """See that the tokenizer is there and has a token for each verdict; no weights are read.
+
+        Raises:
+          ValueError: where it has not.
+        """
+        self._find_letters(load_tokenizer(self._config.source))
+
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Verdicts batch by batch; exactly equal log-probs tie, and one that is not a number is invalid.
 
@@ -81,9 +91,7 @@ class LocalJudge:
         mesh = make_mesh(MeshConfig())
         policy = load_policy(self._config, mesh)
         tokenizer = policy.pretrained.tokenizer
-        letters = encode_texts(tokenizer, VERDICTS)
-        if [len(ids) for ids in letters] != [1, 1] or letters[0] == letters[1]:
-            raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
+        letters = self._find_letters(tokenizer)
         messages = [[{"role": "user", "content": self._template.render(q)}] for q in questions]
         prompts = tokenize_prompts(
             messages,
@@ -94,6 +102,12 @@ class LocalJudge:
         require_known([*prompts, *letters], policy.pretrained.model.config, source=self._config.source)
         for index, (a, b) in score_texts(policy, prompts, [letters] * len(prompts), mesh=mesh):
             yield index, verdict_of_log_probs(float(a), float(b))
+
+    def _find_letters(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        letters = encode_texts(tokenizer, VERDICTS)
+        if [len(ids) for ids in letters] != [1, 1] or letters[0] == letters[1]:
+            raise UserError(f"{self._config.source}: A and B are the tokens {letters}; needed is one each")
+        return letters
 
 
 def verdict_of_log_probs(a: float, b: float) -> Verdict:

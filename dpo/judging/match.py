@@ -24,7 +24,6 @@ from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.text_models import read_config
 from dpo.huggingface.tokenizer_files import load_tokenizer
-from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.figures import (
     AskedLine,
     MatchResult,
@@ -68,7 +67,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
         template_characters=config.data.template_characters,
     )
     judge = open_judge(given, log)
-    if isinstance(judge, EndpointJudge) and not (output / VERDICTS_FILE).exists():
+    if not (output / VERDICTS_FILE).exists():
         judge.require_usable()
     preferences = read_prompts(config, log)
     given = with_length(given, config, preferences, log)

@@ -64,6 +64,14 @@ class RewardModelJudge:
             identity["template_kwargs"] = dict(self._template_kwargs)
         return identity
 
+    def require_usable(self) -> None:
+        """See that the tokenizer is there; the configuration was.
+
+        Raises:
+          ValueError: where it is not, or is damaged.
+        """
+        open_checkpoint(self._source).tokenizer()
+
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """A verdict as soon as both rewards are there; a text that stands in several questions is read once.
 

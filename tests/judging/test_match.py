@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
-from dpo.config import Config, WinrateConfig
+from dpo.commands.winrate import match_after_training
+from dpo.config import Config, DataConfig, WinrateConfig
 from dpo.data.preferences import Preference
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.tokenizer_files import load_tokenizer
-from dpo.judging import match, samples
+from dpo.judging import local_judge, match, samples
 from dpo.judging.judges import Template
 from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.judging.prompts import choose_judge, with_length
 from dpo.judging.samples import model_identity
 from dpo.models import sampling
+from dpo.outcomes import UserError
 
 PROMPTS = ["Say A.", "Say B.", "What now?", "Name a fruit.", "Is it late?", "Say A."]
 
@@ -308,6 +310,23 @@ def test_a_local_model_judges_by_the_log_probs_of_its_verdicts(
     assert log_probs["A"] - log_probs["B"] == pytest.approx(a - b, abs=1e-4)
     assert line["choice"] == ("first" if a > b else "second")
     assert line["judge"]["template"] == Template(template).sha256
+
+
+def test_a_local_judge_without_tokens_for_its_verdicts_is_found_before_anything_is_computed(
+    command: list[str],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Sampled or, after training, trained."""
+    monkeypatch.setattr(local_judge, "VERDICTS", ("A", "BB"))  # two bytes are two tokens of the tiny model's
+    judge, config = f"local:{tiny_model_dir}", Config(data=DataConfig(eval="shipped:sentiment_eval.jsonl"))
+    assert main([*command, f"--judge={judge}"]) == 2
+    assert f"{tiny_model_dir}: A and B are the tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+    with pytest.raises(UserError, match="A and B are the tokens"):
+        match_after_training(config, judge, [])
 
 
 @pytest.mark.parametrize(
