@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dpo.data.remaining import drawn_or_not
 from dpo.evaluation.accuracy import BASELINES, cautions, part_interval
 from dpo.evaluation.figures import HeldoutFigures, PartFigures, RankingFigures
+from dpo.terminal import plural
 
 
 def figures_as_text(figures: HeldoutFigures) -> str:
@@ -44,7 +45,8 @@ def _counts(figures: HeldoutFigures) -> str:
             f"held out: {figures['rows']} labelled responses, {figures['prompts']} prompts; right is "
             "likelier than under the reference if desirable, less likely if not"
         )
-    return f"held out: {figures['rows']} rows, {figures['pairs']} pairs, {figures['prompts']} prompts"
+    counted = (("row", "rows"), ("pair", "pairs"), ("prompt", "prompts"))
+    return f"held out: {', '.join(plural(figures[name], what) for what, name in counted)}"
 
 
 def _ranking_lines(rankings: RankingFigures) -> list[str]:
@@ -83,7 +85,7 @@ def _gain(interval: Sequence[float]) -> str:
 
 def _part_line(name: str, part: PartFigures, *, note: str = "") -> str:
     interval, remark = part_interval(part)
-    counts = ", ".join(filter(None, (f"{part['pairs']} pairs", _ties(part["ties"]))))
+    counts = ", ".join(filter(None, (plural(part["pairs"], "pair"), _ties(part["ties"]))))
     found = f"margin {part['margin'][0]:z.3f}, calibration error {part['calibration']['ece']:z.3f}"
     note = ", ".join(text for text in (counts, remark, found + note) if text)
     return (
