@@ -262,7 +262,9 @@ def _fingerprint_rows(rows: Rows) -> str:
 
 def _show(values: Mapping[str, Any], name: str, words: Mapping[str, str] | None = None) -> str:
     shown = json.dumps(values[name]) if name in values else "not set"
-    return f"{words[name]} ({shown})" if words and name in words and name in values else shown
+    if not words or name not in words or name not in values:
+        return shown
+    return f"{words[name]} ({shown if values[name] is None else values[name][:12]})"
 
 
 def _sha256(text: str) -> str:

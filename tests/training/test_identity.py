@@ -55,8 +55,8 @@ def test_a_fingerprint_is_shown_with_its_place_and_a_place_alone_is_no_differenc
     there = {"words": {"data": {"train": "new.jsonl, 990 rows"}, "weights": {"policy": "models/b"}}}
     assert differences(SAVED | here, SAVED | there) == {}
     found = differences(SAVED | here, OTHER_DATA | there)
-    assert found["data"] == ['train: old.jsonl, 1,000 rows ("a") → new.jsonl, 990 rows ("c")']
-    assert differences(SAVED, OTHER_DATA | there)["data"] == ['train: "a" → new.jsonl, 990 rows ("c")']
+    assert found["data"] == ["train: old.jsonl, 1,000 rows (a) → new.jsonl, 990 rows (c)"]
+    assert differences(SAVED, OTHER_DATA | there)["data"] == ['train: "a" → new.jsonl, 990 rows (c)']
 
 
 def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default():
