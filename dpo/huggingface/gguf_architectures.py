@@ -322,7 +322,60 @@ def _seed_oss(file: GgufMetadata) -> JsonObject:
 
 
 def _olmo2(file: GgufMetadata) -> JsonObject:
-    return _rms(file, "olmo2", hidden_act="silu", attention_bias=False)
+    """OLMo 2, and OLMo 3, which llama.cpp calls by the same name; its layers with a window do not scale."""
+    window = file.find("attention.sliding_window", None)
+    if not window:
+        return _rms(file, "olmo2", hidden_act="silu", attention_bias=False)
+    config = _rms(file, "olmo3", hidden_act="silu", attention_bias=False, sliding_window=window)
+    base = file.number("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
+    return {
+        **config,
+        "layer_types": _every_fourth(file),
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": base},
+        },
+    }
+
+
+def _mistral3(file: GgufMetadata) -> JsonObject:
+    """Ministral 3, whose queries grow with their position."""
+    config = _rms(file, "ministral3", hidden_act="silu", sliding_window=None)
+    rope = {
+        **config["rope_parameters"],
+        "original_max_position_embeddings": _original_length(file),
+        "llama_4_scaling_beta": file.number("attention.temperature_scale", 0.0),
+    }
+    if rope["rope_type"] == "yarn":
+        rope["beta_fast"] = file.number("rope.scaling.yarn_beta_fast", 32.0)
+        rope["beta_slow"] = file.number("rope.scaling.yarn_beta_slow", 1.0)
+        magnitude = file.number("rope.scaling.yarn_log_multiplier", 0.0)
+        # llama.cpp: the other magnitude is 1
+        rope |= {"mscale": 1.0, "mscale_all_dim": magnitude} if magnitude else {}
+    return {**config, "rope_parameters": rope}
+
+
+def _exaone4(file: GgufMetadata) -> JsonObject:
+    layers, window = file.num_layers, file.find("attention.sliding_window", None)
+    # llama.cpp: 64 layers are the 32B's, which have windows; others turn nowhere where a file names one
+    if layers == 64:
+        choices = {"sliding_window": window or 4096, "layer_types": _every_fourth(file)}
+    elif not window:
+        choices = {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+    else:
+        raise UserError(
+            f"{file.path}: exaone4.attention.sliding_window is {window} and there are {layers} layers; "
+            "llama.cpp computes windows where there are 64"
+        )
+    return _rms(file, "exaone4", hidden_act="silu", **choices)
+
+
+def _every_fourth(file: GgufMetadata) -> list[str]:
+    """The layers' kinds where every fourth, or so many as the file says, sees everything."""
+    every = file.count("attention.sliding_window_pattern", 4)
+    return [
+        "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(file.num_layers)
+    ]
 
 
 def _hunyuan(file: GgufMetadata) -> JsonObject:
@@ -410,6 +463,8 @@ ARCHITECTURES = {
     "ernie4_5": Architecture(_ARCH.ERNIE4_5, _ernie),
     "seed_oss": Architecture(_ARCH.SEED_OSS, _seed_oss),
     "olmo2": Architecture(_ARCH.OLMO2, _olmo2),
+    "mistral3": Architecture(_ARCH.MISTRAL3, _mistral3, changes.INTERLEAVED),
+    "exaone4": Architecture(_ARCH.EXAONE4, _exaone4),
     "lfm2": Architecture(_ARCH.LFM2, _lfm2, changes.SQUEEZED),
     "qwen35": Architecture(_ARCH.QWEN35, _qwen35, changes.DELTA_RULE),
     "hunyuan-dense": Architecture(_ARCH.HUNYUAN_DENSE, _hunyuan),

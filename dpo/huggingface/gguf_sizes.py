@@ -114,8 +114,15 @@ def _rotation(config: DecoderConfig, hf_config: JsonObject) -> JsonObject:
         found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "longrope":
         found["rope.scaling.attn_factor"] = float(config.ropes[0].attention_factor)
+    growth = config.query_growth
+    if growth is not None:
+        found["attention.temperature_scale"] = growth.beta
+        magnitude = float(rope.get("mscale_all_dim") or 0.0) if rope.get("mscale") else 0.0
+        found["rope.scaling.yarn_log_multiplier"] = magnitude
+        for name in ("beta_fast", "beta_slow"):
+            found[f"rope.scaling.yarn_{name}"] = None if rope.get(name) is None else float(rope[name])
     original = rope.get("original_max_position_embeddings")
-    if kind in ("yarn", "longrope", "llama3") and original:
+    if (growth is not None or kind in ("yarn", "longrope", "llama3")) and original:
         found["rope.scaling.original_context_length"] = int(original)
     return found
 

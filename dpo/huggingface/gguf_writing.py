@@ -56,6 +56,8 @@ _WRITTEN_AS = {
     "gemma3_text": ("gemma3", "gemma3_text"),
     "gemma4_text": ("gemma4", "gemma4_text"),
     "granitemoehybrid": ("granite", "granite"),
+    "olmo3": ("olmo2", "olmo3"),
+    "ministral3": ("mistral3", "ministral3"),
     "hunyuan_v1_dense": ("hunyuan-dense", "hunyuan_v1_dense"),
     "qwen3_5_text": ("qwen35", "qwen3_5_text"),
 }
@@ -126,7 +128,9 @@ def find_architecture(model_type: str) -> tuple[str, str]:
     """
     architecture, names = _WRITTEN_AS.get(model_type, (model_type, model_type))
     if architecture not in ARCHITECTURES:
-        allowed = sorted({*ARCHITECTURES, *_WRITTEN_AS} - {"gemma3", "gemma4", "hunyuan-dense", "qwen35"})
+        allowed = sorted(
+            {*ARCHITECTURES, *_WRITTEN_AS} - {"gemma3", "gemma4", "hunyuan-dense", "mistral3", "qwen35"}
+        )
         raise UserError(
             f"model_type {model_type} is not written as a GGUF file; supported: {', '.join(allowed)}"
         )

@@ -71,6 +71,34 @@ NEWER = {
     "ernie4_5": {**_LLAMA, "tie_word_embeddings": True},
     "seed_oss": {**_LLAMA, "attention_out_bias": False},
     "olmo2": {**_LLAMA},
+    "olmo3": {
+        **_LLAMA,
+        **{"num_hidden_layers": 8, "sliding_window": 5},
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "rope_theta": 1e4,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "ministral3": {
+        **_LLAMA,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.4},
+            **{"original_max_position_embeddings": 8, "beta_fast": 24.0, "beta_slow": 1.5},
+            **{"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    },
+    "exaone4": {**_LLAMA, "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "exaone4-windows": {
+        **_LLAMA,
+        **{"num_hidden_layers": 64, "sliding_window": 5},
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 16,
+    },
     "lfm2": {
         **_LLAMA,
         **{"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "norm_eps": 1e-6},
