@@ -407,8 +407,9 @@ def test_data_may_move_but_not_change(config, interrupted, tmp_path):
     whole = moved.read_text()
     moved.write_text(whole.replace("perhaps", "rather"))
     config = replace(config, data={"train": str(moved)})
+    read = r"train: /.*/train\.jsonl, 12 rows \([0-9a-f]{12}\) → /.*/moved\.jsonl, 12 rows \([0-9a-f]{12}\)"
     digests = r'train: "[0-9a-f]{64}" → "[0-9a-f]{64}"'
-    with pytest.raises(ValueError, match=rf"other data, tokens:\n  data: {digests}\n  tokens: {digests}\n"):
+    with pytest.raises(ValueError, match=rf"other data, tokens:\n  data: {read}\n  tokens: {digests}\n"):
         train(config)
     moved.write_text(whole)
     assert train(config).status == "finished"
