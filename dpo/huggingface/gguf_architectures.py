@@ -97,17 +97,12 @@ def _gemma2(file: GgufMetadata, model_type: str = "gemma2", largest: int = 46) -
 def _gemma3(file: GgufMetadata) -> JsonObject:
     config = _gemma2(file, "gemma3_text", largest=62)
     # llama.cpp: every sixth layer sees everything, the others have a base of 10,000 unless the file says more
-    every = file.count("attention.sliding_window_pattern", 6)
-    local = {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", 10000.0)}
     return {
         **config,
         "attn_logit_softcapping": file.find("attn_logit_softcapping", None),
         "final_logit_softcapping": file.find("final_logit_softcapping", None),
-        "layer_types": [
-            "sliding_attention" if (layer + 1) % every else "full_attention"
-            for layer in range(config["num_hidden_layers"])
-        ],
-        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+        "layer_types": _layer_types(file, 6),
+        "rope_parameters": _two_ropes(file, config["rope_parameters"]),
     }
 
 
@@ -139,13 +134,7 @@ def _gemma4(file: GgufMetadata) -> JsonObject:
         "max_position_embeddings": file.count("context_length"),
         "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
         "final_logit_softcapping": file.number("final_logit_softcapping", 30.0) or None,  # llama.cpp: 30
-        "rope_parameters": {
-            "full_attention": _proportional(file),
-            "sliding_attention": {
-                "rope_type": "default",
-                "rope_theta": file.number("rope.freq_base_swa", 10000.0),
-            },
-        },
+        "rope_parameters": _two_ropes(file, _proportional(file)),
     }
 
 
@@ -327,15 +316,9 @@ def _olmo2(file: GgufMetadata) -> JsonObject:
     if not window:
         return _rms(file, "olmo2", hidden_act="silu", attention_bias=False)
     config = _rms(file, "olmo3", hidden_act="silu", attention_bias=False, sliding_window=window)
-    base = file.number("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
-    return {
-        **config,
-        "layer_types": _every_fourth(file),
-        "rope_parameters": {
-            "full_attention": config["rope_parameters"],
-            "sliding_attention": {"rope_type": "default", "rope_theta": base},
-        },
-    }
+    rope = config["rope_parameters"]
+    ropes = _two_ropes(file, rope, base=rope["rope_theta"])
+    return {**config, "layer_types": _layer_types(file, 4), "rope_parameters": ropes}
 
 
 def _mistral3(file: GgufMetadata) -> JsonObject:
@@ -359,7 +342,7 @@ def _exaone4(file: GgufMetadata) -> JsonObject:
     layers, window = file.num_layers, file.find("attention.sliding_window", None)
     # llama.cpp: 64 layers are the 32B's, which have windows; others turn nowhere where a file names one
     if layers == 64:
-        choices = {"sliding_window": window or 4096, "layer_types": _every_fourth(file)}
+        choices = {"sliding_window": window or 4096, "layer_types": _layer_types(file, 4)}
     elif not window:
         choices = {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     else:
@@ -370,12 +353,18 @@ def _exaone4(file: GgufMetadata) -> JsonObject:
     return _rms(file, "exaone4", hidden_act="silu", **choices)
 
 
-def _every_fourth(file: GgufMetadata) -> list[str]:
-    """The layers' kinds where every fourth, or so many as the file says, sees everything."""
-    every = file.count("attention.sliding_window_pattern", 4)
+def _layer_types(file: GgufMetadata, every: int) -> list[str]:
+    """The layers' kinds where every so many, unless the file says another number, one sees everything."""
+    every = file.count("attention.sliding_window_pattern", every)
     return [
         "sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(file.num_layers)
     ]
+
+
+def _two_ropes(file: GgufMetadata, whole: JsonObject, *, base: float = 10000.0) -> JsonObject:
+    """The rotation of layers that see everything, and of those with a window, which do not scale."""
+    local = {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", base)}
+    return {"full_attention": whole, "sliding_attention": local}
 
 
 def _hunyuan(file: GgufMetadata) -> JsonObject:

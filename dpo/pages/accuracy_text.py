@@ -45,8 +45,8 @@ def _counts(figures: HeldoutFigures) -> str:
             f"held out: {figures['rows']} labelled responses, {figures['prompts']} prompts; right is "
             "likelier than under the reference if desirable, less likely if not"
         )
-    counted = (("row", "rows"), ("pair", "pairs"), ("prompt", "prompts"))
-    return f"held out: {', '.join(plural(figures[name], what) for what, name in counted)}"
+    rows, pairs = plural(figures["rows"], "row"), plural(figures["pairs"], "pair")
+    return f"held out: {rows}, {pairs}, {plural(figures['prompts'], 'prompt')}"
 
 
 def _ranking_lines(rankings: RankingFigures) -> list[str]:

@@ -15,7 +15,7 @@ from gguf_checkpoints import BEYOND, CASES
 from gguf_vocabularies import LINES, lines_fields
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_model import CHAT_TEMPLATE, byte_tokenizer
-from tiny_models import batch_arrays, write_checkpoint
+from tiny_models import batch_arrays, case_config, write_checkpoint
 from tokenizer_corpus import TEXTS
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -75,15 +75,7 @@ NEWER = {
         **_LLAMA,
         **{"num_hidden_layers": 8, "sliding_window": 5},
         "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
-        "rope_parameters": {
-            "full_attention": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 16,
-                "rope_theta": 1e4,
-            },
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
+        "rope_parameters": case_config("olmo3")["rope_parameters"],
     },
     "ministral3": {
         **_LLAMA,

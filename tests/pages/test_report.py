@@ -118,12 +118,16 @@ def test_tokens_have_the_colour_of_their_log_ratio(page_text: str) -> None:
     assert spans[1]["title"] == "-7.80 nats: policy -10.00, reference -2.20", "joined to the next"
 
 
-def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) -> None:
-    path = run[0] / "evaluation.tokens.json"
+def raise_in_kept_pairs(run_dir: Path, name: str, by: float) -> None:
+    path = run_dir / "evaluation.tokens.json"
     kept = json.loads(path.read_text())
     for pair in kept["pairs"]:
-        pair["delta"] += 5.0
+        pair[name] += by
     path.write_text(json.dumps(kept))
+
+
+def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) -> None:
+    raise_in_kept_pairs(run[0], "delta", 5.0)
     text = write_report(*run).read_text()
     assert ' title="+3.00 nats' not in text
     assert "log-ratio" in text
@@ -131,11 +135,7 @@ def test_tokens_of_another_evaluation_are_not_shown(run: tuple[Path, Config]) ->
 
 def test_pairs_of_one_ranking_have_each_their_own_tokens(run: tuple[Path, Config]) -> None:
     """`data.expand` makes several rows of one, at one location, and often about as far apart."""
-    path = run[0] / "evaluation.tokens.json"
-    kept = json.loads(path.read_text())
-    for pair in kept["pairs"]:
-        pair["row"] += 1
-    path.write_text(json.dumps(kept))
+    raise_in_kept_pairs(run[0], "row", 1)
     assert ' title="+3.00 nats' not in write_report(*run).read_text()
 
 
