@@ -17,7 +17,7 @@ import platform
 import traceback
 from pathlib import Path
 
-from dpo.outcomes import STOPPED, StopRequested, describe, outcome_of
+from dpo.outcomes import STOPPED, StopRequested, command_given, describe, outcome_of
 from dpo.training.interrupt import answer_held_signals, ends_at_once, hold_signals, stops_at_once
 
 TUNABLES = "GLIBC_TUNABLES"
@@ -62,7 +62,7 @@ def command() -> int:
         return main()
     except Exception as error:
         traceback.print_exception(error)
-        print(describe(" ".join(["dpo", *sys.argv[1:2]]), error), file=sys.stderr)
+        print(describe(command_given(), error), file=sys.stderr)
         return outcome_of(error).code
 
 
@@ -73,7 +73,7 @@ def answer_signals() -> int:
             answer_held_signals()
             return command()
     except StopRequested as error:  # before the command itself answers
-        print(f"dpo {sys.argv[1]}: {STOPPED.begins}: {error}", file=sys.stderr)
+        print(f"{command_given()}: {STOPPED.begins}: {error}", file=sys.stderr)
         return STOPPED.code
 
 
@@ -84,7 +84,7 @@ def end_at_once() -> int:
             answer_held_signals()
             return command()
     except KeyboardInterrupt as error:  # before the command itself answers
-        print(describe(" ".join(["dpo", *sys.argv[1:2]]), error), file=sys.stderr)
+        print(describe(command_given(), error), file=sys.stderr)
         return outcome_of(error).code
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -218,6 +219,11 @@ def text_of(error: BaseException) -> str:
     if not text or (outcome_of(error) is BUG and not isinstance(error, BugError)):
         return f"{type(error).__name__}: {text}".rstrip(": ")
     return text
+
+
+def command_given() -> str:
+    """The program and the command's name, as this process was started with them: "dpo train"."""
+    return " ".join(["dpo", *sys.argv[1:2]])
 
 
 def describe(command: str, error: BaseException) -> str:

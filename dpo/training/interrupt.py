@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from dpo.outcomes import STOPPED_AT_ONCE, StopRequested, outcome_of
+from dpo.outcomes import STOPPED_AT_ONCE, StopRequested, command_given, outcome_of
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -206,4 +206,4 @@ def _speaker() -> str:
     """The command that a message is of, where this process is the program `dpo` and no script of a user's."""
     program = Path(sys.argv[0])
     is_ours = program.name == "dpo" or program.parts[-2:] == ("dpo", "__main__.py")
-    return f"{' '.join(['dpo', *sys.argv[1:2]])}: " if is_ours else ""
+    return f"{command_given()}: " if is_ours else ""
