@@ -6,7 +6,7 @@ What a file cannot say (llama.cpp has it in its code) is said here, with a comme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gguf
@@ -30,6 +30,8 @@ class Architecture(NamedTuple):
     """The configuration, but for what all have in common."""
     change: changes.Change | None = None
     """What the conversion did to some tensors."""
+    numbers: Mapping[str, str] = {}
+    """Tensors of one number, by name with `{layer}`, and the key of the metadata that lists them."""
 
 
 def _common(file: GgufMetadata, model_type: str) -> JsonObject:
@@ -310,6 +312,10 @@ def _seed_oss(file: GgufMetadata) -> JsonObject:
     return _rms(file, "seed_oss", hidden_act="silu", mlp_bias=False, **biases)
 
 
+def _apertus(file: GgufMetadata) -> JsonObject:
+    return _rms(file, "apertus", hidden_act="xielu", attention_bias=file.has("blk.0.attn_q.bias"))
+
+
 def _olmo2(file: GgufMetadata) -> JsonObject:
     """OLMo 2, and OLMo 3, which llama.cpp calls by the same name; its layers with a window do not scale."""
     window = file.find("attention.sliding_window", None)
@@ -434,6 +440,10 @@ def _gemma(file: GgufMetadata) -> JsonObject:
 
 
 _ARCH = gguf.MODEL_ARCH
+_XIELU = {
+    f"model.layers.{{layer}}.mlp.act_fn.{name}": f"xielu.{name}"
+    for name in ("alpha_p", "alpha_n", "beta", "eps")
+}
 ARCHITECTURES = {
     "llama": Architecture(_ARCH.LLAMA, _llama, changes.INTERLEAVED),
     "qwen2": Architecture(_ARCH.QWEN2, _qwen2),
@@ -451,6 +461,7 @@ ARCHITECTURES = {
     "granite": Architecture(_ARCH.GRANITE, _granite, changes.INTERLEAVED),
     "ernie4_5": Architecture(_ARCH.ERNIE4_5, _ernie),
     "seed_oss": Architecture(_ARCH.SEED_OSS, _seed_oss),
+    "apertus": Architecture(_ARCH.APERTUS, _apertus, numbers=_XIELU),
     "olmo2": Architecture(_ARCH.OLMO2, _olmo2),
     "mistral3": Architecture(_ARCH.MISTRAL3, _mistral3, changes.INTERLEAVED),
     "exaone4": Architecture(_ARCH.EXAONE4, _exaone4),

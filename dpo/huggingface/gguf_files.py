@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +60,8 @@ class GgufFile(GgufMetadata):
     def tensors(self, names: Iterable[str]) -> GgufTensors:
         """The file's tensors under these Hugging Face names, and others under their own."""
         name_map = gguf.get_tensor_name_map(self._table.names, self.num_layers)
-        found: dict[str, _Part] = {}
+        names = list(names)
+        found: dict[str, _Part | _Number] = self._numbers(names)
         used = set(ROPE_TENSORS) | ({"output.weight"} if self.is_tied else set())
         for name in names:
             stacked = re.fullmatch(r"(.*)\.norms\.(\d+)\.weight", name)  # StableLM: one norm a head
@@ -68,8 +69,18 @@ class GgufFile(GgufMetadata):
             if own in self.container.tensors:
                 found[name] = _Part(self.container.tensors[own], int(stacked[2]) if stacked else None)
                 used.add(own)
-        left = {name: _Part(t, None) for name, t in self.container.tensors.items() if name not in used}
+        left: dict[str, _Part | _Number] = {
+            name: _Part(t, None) for name, t in self.container.tensors.items() if name not in used
+        }
         return GgufTensors(self, found | left)
+
+    def _numbers(self, names: Sequence[str]) -> dict[str, _Part | _Number]:
+        """Tensors that are numbers of the metadata: those with these names are lists of one number."""
+        return {
+            name.format(layer=layer): _Number(value, (1,) if name.format(layer=layer) in names else ())
+            for name, key in self._table.numbers.items()
+            for layer, value in enumerate(self.numbers(key))
+        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The fast tokenizer with its chat template; raises as `make_tokenizer` does."""
@@ -115,18 +126,32 @@ class _Part(NamedTuple):
     row: int | None
 
 
+class _Number(NamedTuple):
+    """A tensor that is a number of the metadata."""
+
+    value: float
+    shape: tuple[int, ...]
+
+
 class GgufTensors:
     """Tensors by Hugging Face name, dequantised to float32 when read."""
 
-    def __init__(self, file: GgufFile, parts: dict[str, _Part]):
+    def __init__(self, file: GgufFile, parts: dict[str, _Part | _Number]):
         self._file, self._parts = file, parts
-        self.shapes = {
-            name: file.shape(tensor)[0 if row is None else 1 :] for name, (tensor, row) in parts.items()
-        }
+        self.shapes = {name: self._shape(part) for name, part in parts.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """One tensor or a run of its rows as float32, in Hugging Face's layout."""
-        tensor, row = self._parts[name]
+        part = self._parts[name]
+        if isinstance(part, _Number):
+            values = np.full(part.shape, part.value, np.float32)
+            return values[rows] if part.shape else values
+        tensor, row = part
         if row is None:
             return self._file.read(tensor, rows)
         return self._file.read(tensor, slice(row, row + 1))[0][rows]
+
+    def _shape(self, part: _Part | _Number) -> tuple[int, ...]:
+        if isinstance(part, _Number):
+            return part.shape
+        return self._file.shape(part.tensor)[0 if part.row is None else 1 :]

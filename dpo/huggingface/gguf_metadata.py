@@ -59,11 +59,18 @@ class GgufMetadata:
 
     def by_layer(self, key: str, kind: type) -> list[Any]:
         """A value for each layer, of which the file has a list or one for all; `ValueError` for others."""
-        value = self.fields.get(f"{self.architecture}.{key}")
+        return self._by_layer(f"{self.architecture}.{key}", kind)
+
+    def numbers(self, key: str) -> list[float]:
+        """A number for each layer, under a key without the architecture; `ValueError` for others."""
+        return self._by_layer(key, float)
+
+    def _by_layer(self, key: str, kind: type) -> list[Any]:
+        value = self.fields.get(key)
         found = value if isinstance(value, list) else [value] * self.num_layers
         if len(found) != self.num_layers or not all(type(each) is kind for each in found):
             allowed = f"one {kind.__name__}, or one a layer, {self.num_layers}"
-            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}; allowed is {allowed}")
+            raise UserError(f"{self.path}: {key} is {value!r}; allowed is {allowed}")
         return found
 
     def has(self, name: str) -> bool:

@@ -17,8 +17,8 @@ from flax import nnx
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from dpo.files import new_file
-from dpo.huggingface.binding import Binding, bind
-from dpo.huggingface.families import decoder_config, find_family
+from dpo.huggingface.binding import Binding, bind, constants
+from dpo.huggingface.families import Family, decoder_config, find_family
 from dpo.huggingface.foreign_json import JsonObject
 from dpo.huggingface.gguf_architectures import ARCHITECTURES, Architecture
 from dpo.huggingface.gguf_changes import Heads, file_name, kind_of
@@ -86,11 +86,14 @@ def save_gguf(
     architecture, model_type = find_architecture(hf_config["model_type"])
     table, path = ARCHITECTURES[architecture], Path(path)
     leaves = flatten(nnx.to_pure_dict(nnx.state(model, WEIGHTS)))
-    bindings = bind(find_family(model_type), model.config, {key: leaf.shape for key, leaf in leaves.items()})
-    named = _file_tensors(table, bindings, model.config, GGUF_DTYPES[dtype])
+    family = find_family(model_type)
+    bindings = bind(family, model.config, {key: leaf.shape for key, leaf in leaves.items()})
+    tensors = [binding for binding in bindings if not _is_numbers(table, binding)]
+    named = _file_tensors(table, tensors, model.config, GGUF_DTYPES[dtype])
     metadata = {
         **_general(architecture, dtype, name, licence),
         **{f"{architecture}.{key}": value for key, value in size_fields(model.config, hf_config).items()},
+        **_numbers(table, family, bindings, leaves),
         **vocabulary_fields(
             tokenizer, architecture, generation_config or {}, vocab_size=model.config.vocab_size
         ),
@@ -195,6 +198,26 @@ def _values(
     change, kind = table.change, kind_of(own)
     changed = values if change is None or not change.applies(kind) else change.convert(kind, values, heads)
     return np.ascontiguousarray(changed)
+
+
+def _is_numbers(table: Architecture, binding: Binding) -> bool:
+    """Whether a file has these in its metadata."""
+    return any(name.format(layer=0) in binding.names for name in table.numbers)
+
+
+def _numbers(
+    table: Architecture, family: Family, bindings: list[Binding], leaves: Mapping[str, Any]
+) -> JsonObject:
+    """Tensors of one number that a file has in its metadata: a list of the layers' under each key."""
+    values = constants(family, bindings[0].config)
+    for binding in (each for each in bindings if _is_numbers(table, each)):
+        held = loaded([binding], leaves)
+        values |= {name: hf_tensor(binding, i, held).item() for i, name in enumerate(binding.names)}
+    layers = range(bindings[0].config.num_layers)
+    return {
+        key: [float(values[name.format(layer=layer)]) for layer in layers]
+        for name, key in table.numbers.items()
+    }
 
 
 def _heads(table: Architecture, config: DecoderConfig) -> Heads:

@@ -251,7 +251,7 @@ def _check_constants(family: Family, config: DecoderConfig, tensors: Tensors, so
     """That what a family does not learn has the numbers that the decoder computes with."""
     for name, value in constants(family, config).items():
         found = float(tensors.read(name))
-        if abs(found - value) > abs(value) / 128:  # bfloat16's rounding
+        if not abs(found - value) <= abs(value) / 128:  # bfloat16's rounding
             raise UserError(f"{source}: tensor {name} is {found}; supported: {value}")
 
 

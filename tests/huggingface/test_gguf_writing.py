@@ -71,6 +71,17 @@ NEWER = {
     "ernie4_5": {**_LLAMA, "tie_word_embeddings": True},
     "seed_oss": {**_LLAMA, "attention_out_bias": False},
     "olmo2": {**_LLAMA},
+    "apertus": {
+        **{name: size for name, size in _LLAMA.items() if name != "hidden_act"},
+        "rope_parameters": {
+            **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0},
+            **{"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+        },
+    },
+    "apertus-biases": {
+        **{name: size for name, size in _LLAMA.items() if name != "hidden_act"},
+        "attention_bias": True,
+    },
     "olmo3": {
         **_LLAMA,
         **{"num_hidden_layers": 8, "sliding_window": 5},
@@ -208,6 +219,38 @@ def test_linear_attention_is_stored_as_llama_cpp_reads_it(tmp_path):
         assert_allclose(stored("ssm_a")[own], -np.exp(theirs["linear_attn.A_log"][other]), rtol=1e-6)
     assert_array_equal(stored("attn_norm.weight"), 1 + theirs["input_layernorm.weight"])
     assert_array_equal(stored("ssm_norm.weight"), theirs["linear_attn.norm.weight"])
+
+
+def test_the_numbers_of_xielu_are_in_the_metadata_as_they_are_learned(tmp_path):
+    """llama.cpp takes their softplus itself."""
+    path = written("apertus", tmp_path)[1]
+    container = GgufFile(path).container
+    source = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
+    for name in ("alpha_p", "alpha_n", "beta", "eps"):
+        expected = [source[f"model.layers.{layer}.mlp.act_fn.{name}"].item() for layer in range(2)]
+        assert_array_equal(container.fields[f"xielu.{name}"], expected)
+    assert not [name for name in container.tensors if "act_fn" in name]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            b"xielu.alpha_p",
+            b"xielu.alpha_q",
+            r"xielu\.alpha_p is None; allowed is one float, or one a layer, 2",
+        ),
+        (np.full(2, 0.5, "<f4"), np.asarray([0.5, 0.25], "<f4"), r"act_fn\.beta is 0\.25; supported: 0\.5"),
+        (np.full(2, -1e-6, "<f4"), np.full(2, np.nan, "<f4"), r"act_fn\.eps is nan; supported: -1e-06"),
+    ],
+)
+def test_an_xielu_that_a_file_does_not_have_or_that_is_another_is_refused(before, after, message, tmp_path):
+    path = written("apertus", tmp_path)[1]
+    content = path.read_bytes()
+    assert content.count(bytes(before)) == 1
+    path.write_bytes(content.replace(bytes(before), bytes(after)))
+    with pytest.raises(ValueError, match=message):
+        load_decoder(open_checkpoint(path))
 
 
 @pytest.mark.parametrize("dtype", GGUF_DTYPES)
