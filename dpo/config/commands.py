@@ -282,9 +282,9 @@ class WinrateConfig(HeldoutConfig):
     longer). For the shipped data it is vader when not given; for other data it has to be given."""
     template: str | None = None
     """File with the jinja2 prompt that an endpoint or local judge gets; the shipped one when not given."""
-    judge_template_kwargs: TemplateArguments = field(default_factory=dict)
-    """Arguments of the chat template of a local judge or a reward model; data.template_kwargs when not
-    given."""
+    judge_template_kwargs: TemplateArguments | None = None
+    """Arguments of the chat template of a local judge or a reward model, {} for none; data.template_kwargs
+    when not given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """The endpoint that is asked where the judge is endpoint."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
@@ -323,7 +323,7 @@ class WinrateConfig(HeldoutConfig):
         if not self.temperatures:
             raise UserError("temperatures is []; allowed is one or more")
         self.check_data()
-        check_template_arguments("judge_template_kwargs", self.judge_template_kwargs)
+        check_template_arguments("judge_template_kwargs", self.judge_template_kwargs or {})
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.0)
         for name in ("samples", "max_new_tokens", "top_k", "batch_size"):

@@ -96,7 +96,7 @@ class MatchResult(TypedDict):
     data: list[Any] | str | None
     judge: JudgeIdentity
     settings: dict[str, Any]
-    """Of RESULT_SETTINGS, by name."""
+    """Those of RESULT_SETTINGS and `read_as`, by name, as they were used."""
     temperatures: dict[str, WinrateFigures]
     usage: NotRequired[Usage]
 

@@ -35,7 +35,7 @@ from dpo.judging.kinds import find_kind, open_judge
 from dpo.judging.local_judge import sequence_log_probs
 from dpo.judging.match_figures import Pair, describe_cut, describe_temperature, describe_usage
 from dpo.judging.prompts import choose_judge, prompt_key, read_prompts, with_length
-from dpo.judging.results import VERDICTS_FILE, listed_files, write_result
+from dpo.judging.results import VERDICTS_FILE, listed_files, read_as, write_result
 from dpo.judging.samples import Player, Request, Sample, model_identity, sample_responses
 from dpo.models.drawing import SamplingConfig
 from dpo.models.vocabulary import require_known
@@ -48,8 +48,7 @@ DATA_OPPONENTS = {"data:best": 0, "data:worst": -1}
 """Opponents that are responses of the data: their place in the row, best first."""
 ORDERS = ("policy_first", "opponent_first")
 RESULT_SETTINGS = ("judge", "template", "samples", "max_new_tokens", "top_k", "top_p", "min_p")
-RESULT_SETTINGS += ("leave_out_cut", "compute_dtype", "limit", "seed")
-RESULT_SETTINGS += ("row_layout", "columns", "ignore_columns", "chat_template", "template_kwargs")
+RESULT_SETTINGS += ("leave_out_cut", "compute_dtype", "seed", "judge_template_kwargs")
 """What of its settings a result names, besides what is compared, on which data, at which temperatures."""
 _LOG_EVERY = 50
 
@@ -61,9 +60,10 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
     """
     assert config.model.reference is not None
     given = replace(given, judge=choose_judge(given.judge, config.data.eval))
+    arguments = given.judge_template_kwargs
     given = replace(
         given,
-        judge_template_kwargs=given.judge_template_kwargs or config.data.template_kwargs,
+        judge_template_kwargs=config.data.template_kwargs if arguments is None else arguments,
         template_characters=config.data.template_characters,
     )
     judge = open_judge(given, log)
@@ -93,7 +93,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
         "opponent": config.model.reference,
         "data": config.data.eval,
         "judge": judge.identity,
-        "settings": {name: getattr(given, name) for name in RESULT_SETTINGS},
+        "settings": {name: getattr(given, name) for name in RESULT_SETTINGS} | read_as(config.data),
         "temperatures": {
             str(temperature): describe_temperature(temperature, given.seed, pairs, verdicts, ratios)
             for temperature in dict.fromkeys(given.temperatures)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from dpo.config import DataConfig
 from dpo.files import CHECKSUMS_FILE, replace_text
 from dpo.judging.figures import MatchResult
 from dpo.outcomes import UserError
@@ -57,6 +59,18 @@ def write_result(directory: Path, result: MatchResult) -> Path:
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     replace_text(path, text, what="the win-rate")
     return path
+
+
+def read_as(data: DataConfig) -> dict[str, Any]:
+    """How the held-out data are read, by the names of `dpo winrate`, as they are given or the run has them."""
+    return {
+        "limit": data.max_eval,
+        "row_layout": data.row_layout,
+        "columns": data.columns,
+        "ignore_columns": data.ignore_columns,
+        "chat_template": data.chat_template,
+        "template_kwargs": data.template_kwargs,
+    }
 
 
 def _read(path: Path) -> MatchResult:

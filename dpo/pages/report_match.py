@@ -17,7 +17,7 @@ from dpo.judging.figures import Estimate, MatchResult, WinrateFigures
 from dpo.judging.journal import read_lines
 from dpo.judging.judges import JudgeIdentity, VerdictDetails
 from dpo.judging.kinds import find_kind
-from dpo.judging.results import VERDICTS_FILE, is_of, read_results
+from dpo.judging.results import VERDICTS_FILE, is_of, read_as, read_results
 from dpo.judging.winrate import cut_as_text, warnings_of
 from dpo.outcomes import UserError
 from dpo.pages import plots
@@ -162,7 +162,10 @@ def judge_name(identity: JudgeIdentity) -> str:
 
 def command(run_dir: Path, result: MatchResult, config: Config) -> str:
     """The command line that gives these figures again."""
-    settings = {name: value for name, value in result["settings"].items() if value != _DEFAULTS.get(name)}
+    used = result["settings"]
+    known = {**_DEFAULTS, **read_as(config.data)}
+    known["judge_template_kwargs"] = used.get("template_kwargs", config.data.template_kwargs)
+    settings = {name: value for name, value in used.items() if value not in (None, known.get(name))}
     settings["temperatures"] = [float(text) for text in result["temperatures"]]
     if opponent_name(result["opponent"], config) != "reference":
         settings["opponent"] = result["opponent"]

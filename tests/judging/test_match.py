@@ -65,7 +65,14 @@ def test_a_model_against_itself(
     out = tmp_path / "out"
     assert main([*command, "--judge=longer", "--samples=3", "--temperatures=[0,1]"]) == 0
     figures = result_of(out)
-    assert json.loads((out / "winrate.json").read_text())["policy_files"] is not None, "by which it is known"
+    result = json.loads((out / "winrate.json").read_text())
+    assert result["policy_files"] is not None, "by which it is known"
+    settings = result["settings"]
+    assert (settings["template_kwargs"], settings["judge_template_kwargs"], settings["columns"]) == (
+        {},
+        {},
+        {},
+    )
     assert (figures["prompts"], figures["pairs"]) == (5, 15), "a prompt that was there is left out"
     low, high = figures["win_rate"][1:]
     assert low <= 0.5 <= high
@@ -109,6 +116,26 @@ def test_a_model_against_itself(
     assert figures["win_rate"] == pytest.approx([0.5, 0.170, 0.830], abs=1e-3)
     assert figures["judge"]["says_first"] == 1.0
     assert "it decides by position" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [(None, {"depth": 2}), ({}, {}), ({"depth": 3}, {"depth": 3})], ids=str
+)
+def test_a_judges_arguments_are_the_runs_unless_others_are_given(given, used, data, tmp_path, monkeypatch):
+    """None of its own are given by {}, which is not the same as to say nothing."""
+    asked: list[WinrateConfig] = []
+
+    def open_and_stop(given: WinrateConfig, log: object) -> None:
+        asked.append(given)
+        raise UserError("enough")
+
+    monkeypatch.setattr(match, "open_judge", open_and_stop)
+    config = Config(data=DataConfig(eval=str(data), template_kwargs={"depth": 2}))
+    config = replace(config, model=replace(config.model, source="policy", reference="opponent"))
+    winrate = WinrateConfig(run="run", judge="longer", judge_template_kwargs=given)
+    with pytest.raises(UserError, match="enough"):
+        match.play(winrate, config, output=tmp_path, log=print)
+    assert asked[0].judge_template_kwargs == used
 
 
 def test_against_the_datas_own_responses(command: list[str], tmp_path: Path, monkeypatch) -> None:

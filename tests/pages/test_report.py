@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,12 @@ from dpo.config import Config, save_config
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
-from dpo.judging.results import listed_files
+from dpo.judging.results import listed_files, read_as, read_results
 from dpo.pages import plots
 from dpo.pages.page import with_interval
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
 from dpo.pages.report_data import read_data
+from dpo.pages.report_match import command
 
 
 def test_the_page_is_well_formed_and_refers_to_nothing_outside(page_text: str) -> None:
@@ -162,6 +165,24 @@ def test_the_command_of_an_endpoint_says_where_it_is(run: tuple[Path, Config]) -
     assert "--judge=endpoint" in shown
     options = "--endpoint.base_url=http://here/v1 --endpoint.model=m"
     assert f"{options} '--endpoint.options={{\"temperature\": 0}}'" in shown
+
+
+def test_the_command_says_what_is_not_the_runs_own(run: tuple[Path, Config]) -> None:
+    """Settings that a match has of its run are not named again; a judge's arguments are, none included."""
+    run_dir, config = run
+    arguments = {"enable_thinking": False}
+    config = replace(config, data=replace(config.data, template_kwargs=arguments, max_eval=7))
+    (result,) = read_results(run_dir / "winrate").values()
+    result["settings"] |= read_as(config.data) | {"judge_template_kwargs": arguments}
+    words = command(run_dir, result, config)
+    assert "template_kwargs" not in words
+    assert "--limit" not in words
+    result["settings"]["judge_template_kwargs"] = {}
+    assert "--judge_template_kwargs={}" in shlex.split(command(run_dir, result, config))
+    result["settings"]["template_kwargs"] = {}  # which holds for the judge too, where nothing is said of it
+    words = shlex.split(command(run_dir, result, config))
+    assert "--template_kwargs={}" in words
+    assert not any(word.startswith("--judge_template") for word in words)
 
 
 def test_a_run_without_win_rate_says_how_to_measure_it(run: tuple[Path, Config]) -> None:
