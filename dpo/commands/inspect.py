@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from dpo.commands.checks import check_settings
@@ -63,15 +64,21 @@ def report_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, heldout: bool = False
 ) -> tuple[Report, Dataset]:
     """The data report of the training (or held-out) preferences, and the data set itself."""
+    import numpy as np
+
     from dpo.data.inspection import inspect_rows
-    from dpo.training.reading import each_text, read_dataset, read_texts
+    from dpo.training.reading import each_text, read_dataset, read_texts_to_draw
 
     data, dataset = config.data, read_dataset(config.data, tokenizer, heldout=heldout)
-    others = None
-    if data.eval is not None and not heldout:
-        others = read_texts(replace(data, expand="ranking"), heldout=True).preferences
+    others = read_texts_to_draw(data, heldout=True) if data.eval is not None and not heldout else None
     texts = each_text(data, heldout=heldout)
+    if dataset.not_drawn is not None:
+        is_there = np.ones(len(dataset.locations), bool)
+        is_there[dataset.not_drawn] = False
+        texts = compress(texts, is_there)
     report = inspect_rows(dataset.read, texts, dataset.tokens, heldout=others)
     if dataset.mixture:
-        report["mixture"] = {one.name: {"drawn": one.drawn, "kept": one.kept} for one in dataset.mixture}
+        report["mixture"] = {
+            one.name: {"drawn": one.drawn, "kept": one.kept, "read": one.read} for one in dataset.mixture
+        }
     return report, dataset

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.mixing import NOT_DRAWN
 from dpo.data.preferences import Preference, ReadPreferences, ReadSummary
 from dpo.data.remaining import drawn_or_not, warnings
 from dpo.data.text_counts import TextCounts
@@ -44,7 +45,7 @@ def inspect_dataset(
     """Everything that `dpo inspect` says about preferences, as read and as token ids.
 
     `heldout` are the preferences to look for shared prompts with. Quantiles and the longer-is-better rate are
-    about the tokens that are kept; counts of texts are about all preferences that were read.
+    about the tokens that are kept; counts of texts are about all preferences that are given.
     """
     return inspect_rows(read.summary, read.preferences, dataset, heldout=heldout)
 
@@ -181,7 +182,12 @@ _TOKEN_STYLES = ("black on green", "black on bright_green")
 def _render_counts(report: Report) -> Table:
     table = Table("preferences", "", box=None, header_style="bold")
     table.add_row("rows read", str(report["rows"]))
-    table.add_row("preferences", f"{report['preferences']}, of {report['distinct_prompts']} distinct prompts")
+    more = report["dropped"].get(NOT_DRAWN, 0)
+    table.add_row(
+        "preferences",
+        f"{report['preferences']}, of {report['distinct_prompts']} distinct prompts"
+        + (f" ({more} more are not drawn)" if more else ""),
+    )
     cut = f"{report['truncated']} truncated{drawn_or_not(report['dropped'])}"
     table.add_row("kept as tokens", f"{report['kept']} ({cut})")
     for title, key in (("malformed or tied, left out", "skipped"), ("dropped", "dropped")):
@@ -195,7 +201,8 @@ def _render_counts(report: Report) -> Table:
     table.add_row("sources", Text(show_controls(join_counts(report["sources"]))))
     for name, counts in report.get("mixture", {}).items():
         table.add_row(
-            "in the mixture", Text(show_controls(f"{counts['drawn']} of {counts['kept']} of {name}"))
+            "in the mixture",
+            Text(show_controls(f"{counts['drawn']} drawn of {counts['kept']} of {name}")),
         )
     for title, key in FOUND_IN_TEXTS:
         counted = _with_places(str(report[key]), report["first_found"].get(key, ()), report[key])
@@ -244,8 +251,8 @@ def _notes(report: Report) -> Iterator[Text]:
     for reason, where in report["first_dropped"].items():
         yield Text(show_controls(f"first dropped as {reason}: {where}"), style="yellow")
     for remark, count in report["remarks"].items():
-        where = report["first_remarks"][remark]
-        yield Text(show_controls(f"{count} x {remark} (first: {where})"), style="yellow")
+        where, of_all = report["first_remarks"][remark], drawn_or_not(report["dropped"])
+        yield Text(show_controls(f"{count} x {remark}{of_all} (first: {where})"), style="yellow")
 
 
 def join_counts(counts: Mapping[str, int]) -> str:

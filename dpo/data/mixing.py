@@ -47,10 +47,12 @@ class Drawn(NamedTuple):
     """What a mixture has of a source."""
 
     name: str
+    read: int
+    """Preferences that were read of it."""
     kept: int
-    """Rows that it has as tokens."""
+    """Those of them that it has as tokens."""
     drawn: int
-    """Rows that are in the mixture."""
+    """Those of these that are in the mixture."""
 
 
 def mix(sources: Sequence[Source]) -> tuple[TokenizedDataset, list[Drawn]]:
@@ -63,7 +65,7 @@ def mix(sources: Sequence[Source]) -> tuple[TokenizedDataset, list[Drawn]]:
     settings = {"sources": [source.tokens.fingerprint for source in sources]}
     parts = [_part(source, count, settings) for source, count in zip(sources, counts, strict=True)]
     drawn = [
-        Drawn(source.share.name, len(source.tokens), count)
+        Drawn(source.share.name, source.num_preferences, len(source.tokens), count)
         for source, count in zip(sources, counts, strict=True)
     ]
     return join_parts(parts), drawn

@@ -62,7 +62,7 @@ def write_result(directory: Path, result: MatchResult) -> Path:
 
 
 def read_as(data: DataConfig) -> dict[str, Any]:
-    """How the held-out data are read, by the names of `dpo winrate`, as they are given or the run has them."""
+    """How the held-out data are read, as given or as the run has it, by the names of `dpo winrate`."""
     return {
         "limit": data.max_eval,
         "row_layout": data.row_layout,

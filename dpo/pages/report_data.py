@@ -80,9 +80,9 @@ def _tables(report: Report) -> list[list[list[str]]]:
     lengths = [["tokens", *QUANTILES]]
     lengths += [[name, *(str(row[one]) for one in QUANTILES)] for name, row in report["lengths"].items()]
     if report.get("mixture"):
-        sources = [["source", "rows", "fit to train on", "drawn"]]
+        sources = [["source", "preferences", "fit to train on", "drawn"]]
         sources += [
-            [name, str(report["sources"].get(name, "")), str(counts["kept"]), str(counts["drawn"])]
+            [name, str(counts.get("read", "")), str(counts["kept"]), str(counts["drawn"])]
             for name, counts in report["mixture"].items()
         ]
     else:

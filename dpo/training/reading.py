@@ -9,20 +9,23 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from dpo.config import DataConfig
 from dpo.config.data import TemplateArguments
 from dpo.data.chunks import TokenJob
 from dpo.data.encoding import EndToken
-from dpo.data.mixing import Drawn, Share, Source, mix
+from dpo.data.mixing import Drawn, Share, Source, mix, take
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import (
     Preference,
+    ReadPreferences,
     ReadSummary,
     digest,
     each_preference,
@@ -52,6 +55,8 @@ class Dataset(NamedTuple):
     """SHA-256 of what the preferences say, wherever they stand and whoever read them."""
     mixture: Sequence[Drawn] = ()
     """What was drawn of each source, where there are several."""
+    not_drawn: Int[np.ndarray, " n"] | None = None
+    """Of preferences that could be in the mixture and are not: their places in `locations`."""
 
     def location(self, row: int | np.integer) -> str:
         """Where a tokenised row stands in the data."""
@@ -141,7 +146,14 @@ def _mix(shares: Sequence[Share], found: Sequence[Dataset]) -> Dataset:
         join_locations([dataset.locations for dataset in found]),
         _content_of([dataset.content for dataset in found], shares),
         drawn,
+        _not_drawn(found, tokens),
     )
+
+
+def _not_drawn(found: Sequence[Dataset], drawn: TokenizedDataset) -> Int[np.ndarray, " n"]:
+    starts = np.cumsum([0, *(len(dataset.locations) for dataset in found)])
+    could_be = [dataset.tokens.origin + start for dataset, start in zip(found, starts[:-1], strict=True)]
+    return np.setdiff1d(np.concatenate(could_be), drawn.origin, assume_unique=True)
 
 
 def _content_of(contents: Sequence[str], shares: Sequence[Share]) -> str:
@@ -168,23 +180,39 @@ def read_texts(config: DataConfig, *, heldout: bool = False) -> Texts:
       ValueError: naming file, line, field and reason of malformed rows.
     """
     read_at = places(config, heldout=heldout)
-    found = [
-        read_preferences(
-            place.source,
-            split=place.split,
-            on_error=config.on_error,
-            limit=place.limit,
-            expand=config.expand,
-            reading=place.reading,
-        )
-        for place in read_at
-    ]
+    found = [_read_texts(config, place) for place in read_at]
     contents = [fingerprint(map(digest, read.preferences)) for read in found]
     shares = [place.share for place in read_at if place.share is not None]
     return Texts(
         [place.label(one) for place, read in zip(read_at, found, strict=True) for one in read.preferences],
         join_summaries(read.summary for read in found).skipped,
         _content_of(contents, shares) if shares else contents[0],
+    )
+
+
+def read_texts_to_draw(config: DataConfig, *, heldout: bool = False) -> list[Preference]:
+    """The preferences that are in the mixture if none is left out when tokens are made of them.
+
+    Of one source alone its rankings are not expanded: all their pairs have one prompt.
+
+    Raises:
+      ValueError: as `read_texts` does.
+    """
+    read_at = places(config, heldout=heldout)
+    shares = [place.share for place in read_at if place.share is not None]
+    config = config if shares else replace(config, expand="ranking")
+    found = [_read_texts(config, place).preferences for place in read_at]
+    return [one for taken in (take(shares, found) if shares else found) for one in taken]
+
+
+def _read_texts(config: DataConfig, place: Place) -> ReadPreferences:
+    return read_preferences(
+        place.source,
+        split=place.split,
+        on_error=config.on_error,
+        limit=place.limit,
+        expand=config.expand,
+        reading=place.reading,
     )
 
 

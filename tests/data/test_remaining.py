@@ -55,7 +55,10 @@ def test_what_is_counted_before_a_mixture_draws_says_of_how_many():
     terminal = Console(width=200)
     with terminal.capture() as shown:
         terminal.print(render_report(inspect_dataset(found, tokens)))
-    assert "4 (16 truncated, drawn or not)" in shown.get()
+    text = shown.get()
+    assert "4 (16 truncated, drawn or not)" in text
+    assert "distinct prompts (12 more are not drawn)" in text
+    assert "16 x a space, drawn or not (first: d.jsonl:1)" in text
     whole = dataclasses.replace(tokens, dropped={}, remarks={"a space": 3})
     assert remarks(found.summary, whole) == ["3 of 4: a space (first: d.jsonl:1)"]
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from tiny_model import byte_tokenizer
 
-from dpo.commands.inspect import with_rows
+from dpo.commands.inspect import report_data, with_rows
 from dpo.commands.winrate import comparison
 from dpo.config import Config, DataConfig, EvaluateConfig, WinrateConfig, heldout_settings
 from dpo.data.parts import Peers
 from dpo.data.sources import Part
 from dpo.judging.prompts import read_prompts
 from dpo.training.places import places
-from dpo.training.reading import each_text, read_dataset, read_texts
+from dpo.training.reading import each_text, read_dataset, read_texts, read_texts_to_draw
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def prompts_of(dataset, tokenizer):
 def test_layouts_are_mixed_in_their_proportions_and_counted(files, tokenizer):
     dataset = read_dataset(mixture(files), tokenizer, log=quiet)
     assert [tuple(one) for one in dataset.mixture] == [
-        ("pairs.jsonl", 30, 30),
-        ("orca.jsonl", 20, 10),
-        ("ranked.jsonl", 10, 4),
+        ("pairs.jsonl", 30, 30, 30),
+        ("orca.jsonl", 20, 20, 10),
+        ("ranked.jsonl", 10, 10, 4),
     ]
     assert dataset.read.layouts == {"pair": 30, "orca": 20, "ranking": 10}
     assert dataset.tokens.max_responses == 3
@@ -303,6 +303,35 @@ def test_a_sample_is_of_each_sources_first_rows_and_draws_none_by_number(files, 
     dataset = read_dataset(config, tokenizer, log=quiet)
     assert [(one.kept, one.drawn) for one in dataset.mixture] == [(6, 6), (6, 2), (6, 6)]
     assert (config.max_train, config.max_eval) == (6, 3)
+
+
+def test_what_is_said_of_a_mixtures_texts_is_of_what_is_drawn(files, tokenizer, tmp_path):
+    """Copies, sizes and prompts shared with held-out data: rows that are not trained on count in none."""
+    repeated = [*([{"prompt": "o1", "chosen": "same", "rejected": "same"}] * 2)]
+    repeated += [{"prompt": f"p{i % 20}", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    pairs, orca, _ = files
+    copies = tmp_path / "copies.jsonl"
+    copies.write_text("".join(f"{json.dumps(row)}\n" for row in repeated))
+    heldout = [{"source": pairs, "rows": 9}]
+    config = DataConfig(train=[{"source": str(copies), "rows": 3}, {"source": orca, "rows": 5}], eval=heldout)
+    report, dataset = report_data(Config(data=config), tokenizer)
+    assert dataset.not_drawn is not None
+    drawn = {dataset.location(row) for row in range(len(dataset.tokens))}
+    left = {dataset.locations[place] for place in dataset.not_drawn}
+    dropped = {f"{copies}:1", f"{copies}:2"}
+    assert drawn | left | dropped == set(dataset.locations)
+    assert not drawn & left
+    assert not dropped & left
+    assert report["dropped"] == {"identical_responses": 2, "not_drawn": 37 + 15}
+    assert (report["preferences"], report["kept"]) == (10, 8)
+    assert (report["sources"], report["identical_responses"]) == ({"copies.jsonl": 5, "orca.jsonl": 5}, 2)
+    assert report["mixture"]["copies.jsonl"] == {"read": 42, "kept": 40, "drawn": 3}
+    texts = {text.location: text.prompt for text in each_text(config)}
+    held = {text.prompt for text in read_texts_to_draw(config, heldout=True)}
+    prompts = {texts[place] for place in drawn if place.startswith(str(copies))}
+    assert (report["overlap"]["heldout"], report["overlap"]["same_prompt"]) == (9, len(prompts & held))
+    assert len(held) == 9
+    assert held == {text.prompt for text in read_prompts(Config(data=config), quiet)}
 
 
 @pytest.mark.parametrize(
