@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dpo.data.choices import as_count, by_flags, by_index, by_side, by_strength, is_desirable
 from dpo.data.columns import Columns
 from dpo.data.malformed import MalformedRowError
-from dpo.data.messages import Message
+from dpo.data.messages import Message, turn_of
 from dpo.data.values import (
     finite,
     read_list,
@@ -184,7 +184,7 @@ def scored_sides(row: Columns) -> Answers:
 def last_turns(row: Columns) -> Answers:
     """ms-swift's `messages`, which end with the preferred response, and another for its place."""
     turns = read_list(row["messages"], "messages", least=2)
-    other = [*turns[:-1], {"role": "assistant", "content": row["rejected_response"]}]
+    other = [*turns[:-1], turn_of("assistant", row["rejected_response"], "rejected_response")]
     return Answers({"messages": turns, "rejected_response": other}, (1, 2))
 
 
@@ -194,7 +194,11 @@ def exchanges(value: Any, field: str) -> list[Message] | None:
         return None
     if not value or not all({"input", "output"} <= item.keys() and "role" not in item for item in value):
         return None
-    return [turn for item in value for turn in _exchange(item["input"], item["output"])]
+    return [
+        turn_of(role, item[key], f"{field}[{i}].{key}")
+        for i, item in enumerate(value)
+        for role, key in (("user", "input"), ("assistant", "output"))
+    ]
 
 
 def labelled(response: str, label: str) -> Callable[[Columns], Answers]:
@@ -324,9 +328,8 @@ def _interleave(asked: Sequence[Any], answered: Any, field: str) -> list[Message
     if len(answers) != len(asked):
         detail = f"{len(answers)} answers to {len(asked)} prompts; allowed is one each"
         raise MalformedRowError(field, "length_mismatch", detail)
-    pairs = zip(asked, answers, strict=True)
-    return [turn for question, answer in pairs for turn in _exchange(question, answer)]
-
-
-def _exchange(question: Any, answer: Any) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [
+        turn_of(role, content, f"{name}[{i}]")
+        for i, both in enumerate(zip(asked, answers, strict=True))
+        for role, name, content in zip(("user", "assistant"), ("prompt", field), both, strict=True)
+    ]

@@ -53,7 +53,7 @@ def by_side(value: Any, field: str, names: tuple[str, str], counts_from: int | N
     number = _number(text)
     if first is not None and number is not None and number - first in _BY_NUMBER:
         return _BY_NUMBER[number - first]
-    words = f"{names[0]}, {names[1]}, a, b, tie"
+    words = f"{names[0]}, {names[1]}, model_a, model_b, a, b, tie"
     if number is None:
         numbers = "" if first is None else f", {first}, {first + 1}"
         raise MalformedRowError(field, "unknown_side", f"found {show(value)}; allowed are {words}{numbers}")

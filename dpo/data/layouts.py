@@ -16,7 +16,7 @@ from dpo.data.answers import Answers, is_list_text, read_two
 from dpo.data.columns import Columns
 from dpo.data.conversations import read_prompt_column
 from dpo.data.malformed import MalformedRowError
-from dpo.data.messages import Prompt, as_turns
+from dpo.data.messages import Prompt, as_turns, turn_of
 from dpo.data.values import (
     as_object,
     is_empty,
@@ -78,11 +78,15 @@ def _after_history(row: Columns, text: str, name: str) -> FoundPrompt | None:
     earlier = row.get("history")
     if is_empty(earlier):
         return read_prompt_column(text, name)
-    turns: list[dict[str, str]] = []
-    for i, pair in enumerate(read_list(earlier, "history")):
-        asked, answered = read_two(pair, f"history[{i}]")
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return read_prompt_column([*turns, {"role": "user", "content": text}], name)
+    turns = [
+        turn_of(role, content, f"history[{i}][{k}]")
+        for i, pair in enumerate(read_list(earlier, "history"))
+        for k, (role, content) in enumerate(zip(_EXCHANGE, read_two(pair, f"history[{i}]"), strict=True))
+    ]
+    return read_prompt_column([*turns, turn_of("user", text, name)], name)
+
+
+_EXCHANGE = ("user", "assistant")
 
 
 def _input(row: Columns) -> FoundPrompt | None:

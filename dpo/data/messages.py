@@ -121,6 +121,15 @@ def message_text(message: Message) -> str:
     return "".join(part.get("text", "") for part in content or ())
 
 
+def turn_of(role: str, content: Any, field: str) -> Message:
+    """A user's or an assistant's message whose content stands alone in a row, where `field` says.
+
+    Raises:
+      MalformedRowError: naming that field for what is neither text nor parts of text.
+    """
+    return {"role": role, "content": _text_or_parts(content, field, may_be_empty=False)}
+
+
 def response_text(response: Response) -> str:
     """A response for people to read: the text, and of messages also what is not text."""
     if isinstance(response, str):
@@ -156,7 +165,7 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
             return text
         value = given
     if type(value) is not list and isinstance(value, Mapping) and _is_message(value):
-        value = [value]
+        return (_plain(value) or _message(value, field),)
     if type(value) is not list and (not isinstance(value, Sequence) or isinstance(value, bytes)):
         found = f"an object with {show_names(value)}" if isinstance(value, Mapping) else name_type(value)
         detail = f"found {found}; allowed is a string or a list of messages"
@@ -236,8 +245,9 @@ def _plain(turn: Any) -> Message | None:
 
 
 def _message(turn: Any, field: str) -> Message:
+    body = "content"
     if isinstance(turn, Mapping) and "role" not in turn and "from" in turn and "value" in turn:
-        turn = _from_sharegpt(turn, field)
+        turn, body = _from_sharegpt(turn, field), "value"
     if not isinstance(turn, Mapping) or "role" not in turn:
         raise _no_message(field)
     role = _ROLES.get(turn["role"].lower()) if isinstance(turn["role"], str) else None
@@ -252,7 +262,7 @@ def _message(turn: Any, field: str) -> Message:
             detail = f"found {show(rest['weight'])}; allowed are 1, and 0 for what is read and not learned"
             raise MalformedRowError(f"{field}.weight", "unknown_weight", detail)
     turn = turn if turn["role"] == role else {**turn, "role": role}
-    content = _content(turn, rest, field)
+    content = _content(turn, rest, field, body)
     if not rest:
         return {"role": role, "content": content}
     kept = {key: content if key == "content" else value for key, value in turn.items()}
@@ -266,7 +276,7 @@ def _no_message(field: str) -> MalformedRowError:
     return MalformedRowError(field, "wrong_type", detail)
 
 
-def _content(turn: Mapping[str, Any], rest: Mapping[str, Any], field: str) -> Any:
+def _content(turn: Mapping[str, Any], rest: Mapping[str, Any], field: str, body: str) -> Any:
     """Text, parts, or null where something else of the message stands in for it."""
     content = turn.get("content")
     stands_in = bool(rest.keys() - _SAYS_NOTHING)
@@ -274,13 +284,16 @@ def _content(turn: Mapping[str, Any], rest: Mapping[str, Any], field: str) -> An
         return None
     if content is None and "content" not in turn:
         raise _no_message(field)
-    may_be_empty = stands_in or turn["role"] in _MAY_BE_EMPTY
+    return _text_or_parts(content, f"{field}.{body}", stands_in or turn["role"] in _MAY_BE_EMPTY)
+
+
+def _text_or_parts(content: Any, field: str, may_be_empty: bool) -> Any:
     if not isinstance(content, (str, bytes)) and isinstance(content, Sequence):
-        parts = [_part(part, f"{field}.content[{i}]") for i, part in enumerate(content)]
+        parts = [_part(part, f"{field}[{i}]") for i, part in enumerate(content)]
         if not may_be_empty:
-            read_text("".join(part.get("text", "") for part in parts), f"{field}.content")
+            read_text("".join(part.get("text", "") for part in parts), field)
         return parts
-    return (read_any_text if may_be_empty else read_text)(content, f"{field}.content")
+    return (read_any_text if may_be_empty else read_text)(content, field)
 
 
 def _part(part: Any, field: str) -> Any:

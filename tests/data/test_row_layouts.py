@@ -978,3 +978,71 @@ def test_two_sides_out_of_three_are_not_guessed():
 def test_a_query_has_its_history():
     row = {"query": ASK, "response": GOOD, "rejected_response": BAD, "history": [["Hi", "Hello"]]}
     assert [turn["content"] for turn in read(row).preference.prompt] == ["Hi", "Hello", ASK]  # pyright: ignore
+
+
+def places_of(value, *above):
+    """Where everything of a row stands, and what stands there."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(above, value), *(place for key, item in items for place in places_of(item, *above, key))]
+
+
+def name_of(place):
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place)[1:] or "(row)"
+
+
+SEVERAL_TURNS = {
+    "capybara": {
+        "conversation": [{"input": ASK, "output": "One?"}, {"input": "Yes.", "output": GOOD}],
+        "chosen": say(ASK, "One?", "Yes.", GOOD), "rejected": say(ASK, "One?", "Yes.", BAD),
+    },
+    "alpaca": {**PAIRS["alpaca"], "history": [[ASK, "One?"], ["Yes.", "Sure."]]},
+    "alpaca_outputs": {**PAIRS["alpaca_outputs"], "history": [[ASK, "One?"]]},
+    "swift_query": {**PAIRS["swift_query"], "history": [[ASK, "One?"], ["Yes.", "Sure."]]},
+    "swift": {"messages": say(ASK, "One?", "Yes.", GOOD), "rejected_response": BAD},
+    "arena_flags": {
+        **PAIRS["arena_flags"], "prompt": [ASK, "And?"], "response_a": [GOOD, "a"], "response_b": [BAD, "b"],
+    },
+    "arena": {
+        **PAIRS["arena"], "turn": 2,
+        "conversation_a": say(ASK, BAD, "And?", "a"), "conversation_b": say(ASK, GOOD, "And?", "b"),
+    },
+    "sharegpt": {**PAIRS["sharegpt"], "conversations": share(ASK, "One?", "Yes.")},
+    "pair": {"chosen": say(ASK, "One?", "Yes.", GOOD), "rejected": say(ASK, "One?", "Yes.", BAD)},
+}  # fmt: skip
+
+
+def refusal_of(row):
+    try:
+        read(row)
+    except MalformedRowError as error:
+        return error
+    return None
+
+
+NO_TEXTS = ("", "user", "assistant", "human", "gpt")
+PLACES = [
+    (name, row, place)
+    for rows in (PAIRS, LABELLED, SEVERAL_TURNS)
+    for name, row in rows.items()
+    for place, value in places_of(row)
+    if isinstance(value, str) and value not in NO_TEXTS
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "place"), PLACES, ids=[f"{name} {name_of(place)}" for name, _, place in PLACES]
+)
+@pytest.mark.parametrize("value", [7, None, [7]], ids=str)
+def test_a_refusal_names_a_place_that_the_row_has(name, row, place, value):
+    """Whatever messages are made of a row: its reader looks for the text where the row has it."""
+    broken = json.loads(json.dumps(row))
+    *above, last = place
+    holder = broken
+    for key in above:
+        holder = holder[key]
+    holder[last] = value
+    found = refusal_of(broken)
+    if found is not None:
+        assert found.field in [name_of(place) for place, _ in places_of(broken)]
+    if found is not None and value is not None and found.reason in ("wrong_type", "empty"):
+        assert found.field in (name_of(place), name_of((*place, 0)))
