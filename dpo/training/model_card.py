@@ -83,7 +83,8 @@ def adapter_card(
     base_name = as_text(_base_name(config, base).rpartition("/")[2])
     objectives = " + ".join(as_text(objective["name"]) for objective in objective_terms(config))
     matter = _front_matter(config, base) | {"library_name": "peft"}
-    if config.lora.base_name is not None and "base_model" not in matter and not Path(name).exists():
+    is_on_hub = _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    if config.lora.base_name is not None and "base_model" not in matter and is_on_hub:
         matter["base_model"] = name
     if "base_model" in matter:
         matter["base_model_relation"] = "adapter"
@@ -98,7 +99,7 @@ def adapter_card(
             f"{_adapters(config)} ({show_parameters(num_parameters)} parameters, float32) for "
             f"{as_text(_data(name))}, trained on preferences with `dpo`. They need that model.",
             "",
-            *_how_to_load_adapters(),
+            *_how_to_load_adapters(str(matter.get("base_model", ""))),
             *_how_it_was_made(config, base, num_steps, trained=_adapters(config)),
             *_heldout(config, metrics),
             *_settings(config),
@@ -124,6 +125,7 @@ def _fence(text: str, *, shortest: int) -> str:
     return "`" * max(shortest, longest + 1)
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _PLAIN = re.compile(r"[\w .,:;=/@+()%'’–-]*")
 
 
@@ -174,7 +176,9 @@ def _how_to_load() -> list[str]:
     ]
 
 
-def _how_to_load_adapters() -> list[str]:
+def _how_to_load_adapters(base: str) -> list[str]:
+    """With the base's name on the hub, where it is known to be one."""
+    named = base if _HUB_ID.fullmatch(base) else "THE BASE MODEL"
     return [
         "## How to load them",
         "",
@@ -182,7 +186,7 @@ def _how_to_load_adapters() -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'base = AutoModelForCausalLM.from_pretrained("THE BASE MODEL")',
+        f'base = AutoModelForCausalLM.from_pretrained("{named}")',
         'model = PeftModel.from_pretrained(base, "THIS DIRECTORY OR HUB ID")',
         'tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY OR HUB ID")',
         "```",

@@ -314,10 +314,15 @@ def test_adapters_name_a_base_that_peft_opens_where_one_is_given(finished, tmp_p
         directory, _ = export_checkpoint(replace(given, base_name=name), finished)
         written = json.loads((directory / "adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == base
+        shown = name or "THE BASE MODEL"
+        assert f'from_pretrained("{shown}")' in (directory / "README.md").read_text()
     assert said == []
     embedded = replace(finished, lora=replace(finished.lora, base_name="embedded:some-model"))
     export_checkpoint(replace(given, base_name=None, output=str(tmp_path / "embedded")), embedded)
     assert "their base is embedded:some-model, which peft does not open; lora.base_name" in said[0]
+    assert "base_model:" not in (tmp_path / "embedded" / "README.md").read_text(), (
+        "the hub knows no such name"
+    )
 
 
 def test_an_export_of_the_last_checkpoint_is_the_runs_own(finished, tmp_path):
