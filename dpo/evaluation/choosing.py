@@ -7,7 +7,7 @@ are halved: one half chooses, and the figure that is stated is the chosen policy
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -49,13 +49,13 @@ class Choice(NamedTuple):
         """Policies that the half which chooses doesn't tell from the chosen one: their interval holds 0."""
         return [one.name for one in self.judged if one.behind is not None and one.behind.low <= 0]
 
-    def in_words(self) -> list[str]:
-        """What may be said of the chosen one."""
+    def in_words(self, show: Callable[[Interval], str] = str) -> list[str]:
+        """What may be said of the chosen one; `show` writes an interval."""
         best, (by, stated), apart = self.chosen, self.prompts, self.not_told_apart
         said = (
             f"chosen: {best.name}, by {by} of the held-out prompts. The other {stated} had no part in the "
-            f"choice: {best.stated} there is the figure to state, because the best of several looks better "
-            "than it is where it was chosen"
+            f"choice: {show(best.stated)} there is the figure to state, because the best of several looks "
+            "better than it is where it was chosen"
         )
         return [said, *([f"not told apart from it by these prompts: {'; '.join(apart)}"] if apart else [])]
 

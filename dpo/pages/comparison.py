@@ -58,7 +58,7 @@ def _chosen(choice: Choice | None, failed: Mapping[str, int]) -> dict[str, objec
                 for one in choice.judged
             ],
             "notes": [
-                *choice.in_words(),
+                *choice.in_words(percent_with_interval),
                 *(
                     f"{name} ended with exit code {code} and has no part in it"
                     for name, code in failed.items()

@@ -17,7 +17,7 @@ from dpo.evaluation.heldout import Heldout
 from dpo.evaluation.ranking import rankings
 from dpo.pages import plots
 from dpo.pages.curves import points
-from dpo.pages.page import percent, percent_with_interval, with_interval
+from dpo.pages.page import percent, percent_with_interval, points_with_interval, with_interval
 from dpo.pages.report import describe_steps
 from dpo.pages.report_match import ShownMatch
 from dpo.runs import objective_title
@@ -109,7 +109,8 @@ def _against_kl(runs: Sequence[ComparedRun]) -> list[str]:
         if not found:
             continue
         rates = [(name, kl, match["figures"]["win_rate"], place) for name, kl, match, place in found]
-        drawn.append(plots.against(_title("Win-rate against KL", kind), "KL, nats", rates, level=0.5))
+        title = _title("Win-rate against KL", kind)
+        drawn.append(plots.against(title, "KL, nats", rates, level=0.5, is_rate=True))
         rewards = [
             (name, kl, match["rewards"][0], place) for name, kl, match, place in found if match["rewards"]
         ]
@@ -142,7 +143,10 @@ def _heldout_rows(
         rows.append(("accuracy on the pairs that all have", list(map(_rate, common))))
     rows += [
         ("held-out accuracy", list(map(_rate, own))),
-        (GAIN, ["", *("" if gain is None else with_interval(gain.difference(0, 1)) for gain in gains)]),
+        (
+            GAIN,
+            ["", *("" if gain is None else points_with_interval(gain.difference(0, 1)) for gain in gains)],
+        ),
         *_ranking_rows(shared),
     ]
     for side, word in _SIDES.items():

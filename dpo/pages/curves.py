@@ -23,11 +23,13 @@ class Panel(NamedTuple):
     """The metrics that are drawn together, and what they are called."""
     level: float | None = None
     """A value to compare with."""
+    is_rate: bool = False
+    """Whether it is shown in percent."""
 
 
 PANELS: Sequence[Panel] = (
     Panel("Loss", [("loss", "loss")]),
-    Panel("Accuracy", [("rewards/accuracies", "accuracy")], 0.5),
+    Panel("Accuracy", [("rewards/accuracies", "accuracy")], 0.5, is_rate=True),
     Panel("Margin δ", [("rewards/margins", "margin")], 0.0),
     Panel(
         "Log-ratio, nats",
@@ -82,7 +84,7 @@ def draw_run(metrics: Metrics) -> list[Markup]:
             if (found := points(metrics, f"eval/{name}" if held else name))
         ]
         if lines:
-            drawn.append(Markup(plots.curves(panel.title, lines, level=panel.level)))
+            drawn.append(Markup(plots.curves(panel.title, lines, level=panel.level, is_rate=panel.is_rate)))
     return drawn
 
 
@@ -110,7 +112,8 @@ def draw_runs(runs: Mapping[str, Metrics], *, left_out: Collection[str] = ()) ->
                 if (found := points(metrics, f"eval/{name}" if held else name))
             ]
             if lines:
-                drawn.append(Markup(plots.curves(title, lines, level=panel.level, legend=False)))
+                svg = plots.curves(title, lines, level=panel.level, legend=False, is_rate=panel.is_rate)
+                drawn.append(Markup(svg))
     return drawn
 
 

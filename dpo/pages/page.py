@@ -78,6 +78,12 @@ def percent_with_interval(interval: Sequence[float]) -> str:
     return f"{percent(interval[0])} ({percents(interval)})"
 
 
+def points_with_interval(interval: Sequence[float]) -> str:
+    """A difference of two rates in percentage points, and the ends of its interval."""
+    estimate, low, high = (f"{100 * value:+z.1f}" for value in interval)
+    return f"{estimate} points ({low} to {high})"
+
+
 def with_interval(interval: Sequence[float], digits: int = 3) -> str:
     """Estimate and ends."""
     estimate, low, high = interval

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dpo.evaluation.figures import CalibrationFigures
 
@@ -62,7 +62,14 @@ class Curve(NamedTuple):
     """A schedule: drawn as it is, since a running mean would come late."""
 
 
-def curves(title: str, lines: Sequence[Curve], *, level: float | None = None, legend: bool = True) -> str:
+def curves(
+    title: str,
+    lines: Sequence[Curve],
+    *,
+    level: float | None = None,
+    legend: bool = True,
+    is_rate: bool = False,
+) -> str:
     """Values over steps. Long noisy series are drawn faintly, with a running mean on top."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.2, 2.4)
@@ -72,6 +79,8 @@ def curves(title: str, lines: Sequence[Curve], *, level: float | None = None, le
             _draw_curve(axes, line, SERIES[line.colour % len(SERIES)])
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        if is_rate:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         if legend and sum(line.label is not None for line in lines) > 1:
             axes.legend(loc="best")
@@ -85,7 +94,7 @@ def intervals(
     level: float,
     colours: Sequence[int] | None = None,
 ) -> str:
-    """Estimates with their intervals, one row each; only the first in colour unless `colours` says which."""
+    """Rates with their intervals, one row each; only the first in colour unless `colours` says which."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(5.2, 0.9 + 0.32 * len(rows))
         axes.set_title(title)
@@ -99,6 +108,7 @@ def intervals(
         axes.set_yticks([-index for index in range(len(rows))], [name for name, _ in rows])
         axes.set_ylim(-len(rows) + 0.5, 0.5)
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         return _svg(figure, title)
 
 
@@ -108,6 +118,7 @@ def against(
     points: Sequence[tuple[str, Sequence[float], Sequence[float], int]],
     *,
     level: float,
+    is_rate: bool = False,
 ) -> str:
     """Estimates with intervals on both axes: of each its name, what is across, what is up, its colour."""
     with matplotlib.rc_context(_STYLE):
@@ -120,6 +131,8 @@ def against(
             axes.plot([x, x], [low, high], color=colour, linewidth=1)
             axes.plot([x], [y], "o", color=colour, markersize=6)
         axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        if is_rate:
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
         return _svg(figure, title)
 
 
@@ -136,8 +149,8 @@ def paths(title: str, label: str, lines: Sequence[tuple[Sequence[tuple[float, fl
         return _svg(figure, title)
 
 
-def histogram(title: str, values: Float[np.ndarray, " m"], label: str) -> str:
-    """Counts of values; what is below zero in the second colour."""
+def histogram(title: str, values: Float[np.ndarray, " m"], label: str, *, counted: str) -> str:
+    """How many of what is `counted` have a value; those below zero in the second colour."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.2, 2.4)
         axes.set_title(title)
@@ -147,6 +160,8 @@ def histogram(title: str, values: Float[np.ndarray, " m"], label: str) -> str:
         edges = np.linspace(-span, span, 41)  # zero is an edge
         counts, _ = np.histogram(np.clip(values, -span, span), edges)
         colours = [SERIES[1] if edge < -1e-12 * span else SERIES[0] for edge in edges[:-1]]
+        axes.set_ylabel(counted)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=colours)
         return _svg(figure, title)
 
@@ -193,7 +208,30 @@ def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
     axes.plot(steps, means, color=colour, linewidth=1.6, label=line.label)
 
 
+def _thin_ticks(figure: Figure) -> None:
+    """As many numbers below an axis as stand beside one another; matplotlib counts on short ones."""
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
+    for axes in figure.axes:
+        room = 72 * figure.get_size_inches()[0] * axes.get_position().width
+        axis, locator = axes.xaxis, axes.xaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator), "none of the figures has another below"
+        for most in range(9, 0, -1):
+            locator.set_params(nbins=most)
+            low, high = axis.get_view_interval()
+            shown = [tick for tick in locator() if low <= tick <= high]
+            labels = axis.get_major_formatter().format_ticks(shown)
+            if len(labels) * (max(map(len, labels), default=0) + 1.5) * _CHARACTER <= room:
+                break
+
+
+_CHARACTER = 0.64 * 9
+"""Width of a digit of the largest usual face at the ticks' size, in points."""
+
+
 def _svg(figure: Figure, description: str) -> str:
+    _thin_ticks(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -25,7 +25,16 @@ from dpo.losses import reward_scale
 from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.pages import plots
 from dpo.pages.curves import add_log_ratios, draw_run
-from dpo.pages.page import REPORT_TEMPLATE, percent, percents, render, with_interval, write_page
+from dpo.pages.page import (
+    REPORT_TEMPLATE,
+    percent,
+    percent_with_interval,
+    percents,
+    points_with_interval,
+    render,
+    with_interval,
+    write_page,
+)
 from dpo.pages.report_data import read_data
 from dpo.pages.report_match import all_warnings, matches_of_others, read_matches
 from dpo.pages.report_pairs import LEGEND, describe_extremes
@@ -148,7 +157,11 @@ def describe_heldout(heldout: Heldout, *, beta: float) -> dict[str, object]:
         "verdict_rows": _verdict_rows(figures),
         "breakdown": breakdown(figures),
         "heldout_plots": [
-            Markup(plots.histogram("Margins of held-out pairs", delta, "δ = β × difference of log-ratios")),
+            Markup(
+                plots.histogram(
+                    "Margins of held-out pairs", delta, "δ = β × difference of log-ratios", counted="pairs"
+                )
+            ),
             Markup(plots.reliability("Calibration", figures["calibration"])),
         ],
     }
@@ -158,7 +171,7 @@ def _verdict_rows(figures: HeldoutFigures) -> list[tuple[str, str]]:
     ratios = figures["log_ratio"]
     rows = [
         *(
-            (f"accuracy minus that of {words}", with_interval(figures["over_baselines"][name]))
+            (f"accuracy minus that of {words}", points_with_interval(figures["over_baselines"][name]))
             for name, words in _GAINS.items()
         ),
         (f"margin, β {figures['beta']:g}", with_interval(figures["margin"])),
@@ -174,7 +187,7 @@ def _verdict_rows(figures: HeldoutFigures) -> list[tuple[str, str]]:
         rankings, chance = figures["rankings"], figures["rankings"]["chance"]
         rows += [
             ("Kendall's τ", with_interval(rankings["kendall_tau"])),
-            (f"best one found (chance {chance['top_1']:z.3f})", with_interval(rankings["top_1"])),
+            (f"best one found (chance {percent(chance['top_1'])})", percent_with_interval(rankings["top_1"])),
             ("NDCG", with_interval(rankings["ndcg"])),
             (
                 f"log-likelihood (chance {chance['log_likelihood']:z.3f})",

@@ -103,7 +103,10 @@ def test_a_choice_stands_first_with_what_may_be_said_of_it(runs) -> None:
         {name: load_heldout(path, config) for name, (path, config) in zip("ab", runs, strict=True)}
     )
     shown = Page(write_comparison(runs, choice=choice, failed={"c<i>": 1}).read_text()).text
-    for text in (*choice.in_words(), "c<i> ended with exit code 1 and has no part in it"):
+    for text in (
+        *choice.in_words(percent_with_interval),
+        "c<i> ended with exit code 1 and has no part in it",
+    ):
         assert shown.count(f"{text}.") == 1
     for one in choice.judged:
         assert f"{one.name}{percent_with_interval(one.choosing)}{percent_with_interval(one.stated)}" in shown
@@ -180,7 +183,7 @@ def test_a_run_on_rankings_and_one_on_their_pairs_are_compared(runs, tmp_path: P
         compared.append((path, replace(config, data=replace(config.data, eval=str(data), expand=expand))))
     shown = " ".join(Page(write_comparison(compared, output=tmp_path / "page.html").read_text()).text.split())
     assert "Compared is what all have in common: 60 pairs of 20 prompts." in shown
-    assert "accuracy minus the first run's-0.333 (-0.333 to -0.333)" in shown
+    assert "accuracy minus the first run's-33.3 points (-33.3 to -33.3)" in shown
     assert re.search(r"Kendall's τ1.000 \(.*?\)0.333 \(", shown)
     assert re.search(r"best one found \(chance 33.3%\)100.0% \(.*?\)0.0% \(", shown)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -21,7 +22,7 @@ from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
 from dpo.judging.results import listed_files, read_as, read_results
 from dpo.pages import plots
-from dpo.pages.page import with_interval
+from dpo.pages.page import points_with_interval, with_interval
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
 from dpo.pages.report_data import read_data
 from dpo.pages.report_match import command
@@ -264,8 +265,38 @@ def test_steps_on_the_axis_are_whole_numbers(count: int) -> None:
     assert all(re.fullmatch(r"[−-]?\d+", tick) for tick in ticks), ticks
 
 
+@pytest.mark.parametrize("size", [2e-5, 0.00195, 0.7, 3.1, 270.0, 1e6])
+def test_numbers_below_an_axis_do_not_overlap(size: float) -> None:
+    """As browsers draw them: a digit of the widest usual face is 0.64 of its height."""
+    drawn = [
+        plots.histogram("Margins", np.linspace(-size, size, 50), "δ", counted="pairs"),
+        plots.curves("Loss", [plots.Curve("loss", np.linspace(0, 1e6 * size, 9).round().tolist(), range(9))]),
+        plots.paths("Reward", "KL, nats", [([(0.0, 1.0), (size, 2.0)], 0)]),
+        plots.intervals("Accuracy", [("a name of thirty characters, or", (0.5, 0.4, 0.6))], level=0.5),
+    ]
+    for svg in drawn:
+        places = re.findall(r'id="xtick_\d+".*?<text style="([^"]*)" ([^>]*)>([^<]+)</text>', svg, re.DOTALL)
+        ends = []
+        for style, attributes, text in places:
+            height = float(re.findall(r"([\d.]+)px", style)[0])
+            middle = float(re.findall(r'x="([-\d.]+)"|translate\(([-\d.]+)', attributes)[0][0])
+            ends.append((middle - 0.32 * height * len(text), middle + 0.32 * height * len(text)))
+        assert len(ends) > 1
+        assert all(right < left for (_, right), (left, _) in itertools.pairwise(sorted(ends))), places
+
+
+def test_counts_of_pairs_are_whole_and_rates_are_in_percent() -> None:
+    svg = plots.histogram("Margins", np.linspace(-1, 1, 3), "δ", counted="pairs")
+    ticks = re.findall(r'id="ytick_\d+".*?<text[^>]*>([^<]+)</text>', svg, re.DOTALL)
+    assert ticks == ["0", "1"]
+    assert ">pairs</text>" in svg
+    rates = plots.intervals("Accuracy", [("policy", (0.5, 0.25, 0.75))], level=0.5)
+    assert ">50%</text>" in rates or ">50.0%</text>" in rates
+    assert ">0.5</text>" not in rates
+
+
 def test_figures_take_the_pages_colours() -> None:
-    svg = plots.histogram("a < b", np.linspace(-1, 2, 50), "δ")
+    svg = plots.histogram("a < b", np.linspace(-1, 2, 50), "δ", counted="pairs")
     assert "#0a0b0" not in svg
     assert "var(--series-1)" in svg
     assert "<title>a &lt; b</title>" in svg
@@ -385,3 +416,4 @@ def test_a_run_of_one_step_shows_its_point(count: int, marker: str) -> None:
 
 def test_what_rounds_to_zero_has_no_sign() -> None:
     assert with_interval((-1e-9, -1e-9, 1e-9)) == "0.000 (0.000 to 0.000)"
+    assert points_with_interval((-1e-9, -0.125, 0.5)) == "+0.0 points (-12.5 to +50.0)"
