@@ -14,6 +14,8 @@ from dpo.data.values import as_object, is_empty, show_names
 
 MEANING = frozenset(
     {
+        "assistant_prefill",
+        "assistant_prefix",
         "audio",
         "audios",
         "chat_history",
@@ -26,13 +28,16 @@ MEANING = frozenset(
         "history",
         "image",
         "images",
+        "initial_reason_steps",
         "input",
         "instruction",
         "instructions",
         "passage",
         "passages",
+        "prefill",
         "query",
         "question",
+        "response_prefix",
         "sys_prompt",
         "system",
         "system_instruction",

@@ -41,6 +41,8 @@ def split_prompt(
     )
     if prompt is not None and whole and not _all_begin_with(conversations, as_turns(prompt)):
         return _split_around(prompt, conversations)
+    if isinstance(prompt, str) and whole and _share_a_prompt(conversations):
+        return _split_conversations(conversations)
     if prompt is not None:
         return _split_explicit(prompt, fields)
     if len(conversations) == len(fields):
@@ -58,6 +60,25 @@ def read_prompt_column(value: Any, field: str) -> tuple[Prompt, bool]:
 
 def _all_begin_with(conversations: Mapping[str, Turns], turns: Turns) -> bool:
     return all(len(v) > len(turns) and v[: len(turns)] == turns for v in conversations.values())
+
+
+def _share_a_prompt(conversations: Mapping[str, Turns]) -> bool:
+    """Whether the messages that all share end where the assistant is to speak.
+
+    A text as a prompt beside them is then how they begin: they may have several turns in common.
+    """
+    first, shared = _shared(conversations)
+    return shared > 0 and first[shared - 1]["role"] != "assistant"
+
+
+def _shared(conversations: Mapping[str, Turns]) -> tuple[Turns, int]:
+    """The first conversation, and how many of its messages all begin with; each has one more."""
+    shortest = min(len(turns) for turns in conversations.values())
+    first, *others = conversations.values()
+    shared = 0
+    while shared < shortest - 1 and all(turns[shared] == first[shared] for turns in others):
+        shared += 1
+    return first, shared
 
 
 def _split_around(prompt: Prompt, conversations: dict[str, Turns]) -> tuple[Prompt, list[Response]]:
@@ -93,11 +114,7 @@ def _split_explicit(prompt: Prompt, fields: Mapping[str, Response]) -> tuple[Pro
 
 def _split_conversations(fields: Mapping[str, Turns]) -> tuple[Prompt, list[Response]]:
     """The prompt is the messages that all share; what each adds to it ends with the assistant."""
-    shortest = min(len(turns) for turns in fields.values())
-    first = next(iter(fields.values()))
-    shared = 0
-    while shared < shortest - 1 and all(turns[shared] == first[shared] for turns in fields.values()):
-        shared += 1
+    first, shared = _shared(fields)
     if shared == 0:
         begins = " and ".join(dict.fromkeys(show_turn(turns[0]) for turns in fields.values()))
         detail = f"no prompt, and the conversations share no first message: {begins}; allowed is the same one"

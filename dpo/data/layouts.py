@@ -197,7 +197,9 @@ LAYOUTS: dict[str, RowLayout] = {
         "messages",
     ),
     "nemo_rl": RowLayout("context completions", answers.ranked_completions, ("context",), "instruction"),
-    "swift": RowLayout("messages rejected_response", answers.last_turns, (), "prompt chosen rejected"),
+    "swift": RowLayout(
+        "messages rejected_response", answers.last_turns, (), "prompt chosen rejected chosen_response"
+    ),
     "completion": RowLayout("completion label", answers.labelled("completion", "label")),
     "messages_label": RowLayout(
         "messages label", answers.labelled("messages", "label"), (), "completion response_a answer_a output_1"

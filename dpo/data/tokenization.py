@@ -11,6 +11,7 @@ it puts one. Nothing here looks for the padding token: it may equal the end toke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from dpo.data.encoding import (
     write,
 )
 from dpo.data.joining import Notes, TokenizedPart, join_parts
-from dpo.data.messages import Message, Prompt, Turns, as_turns
+from dpo.data.messages import Message, Prompt, Turns, answer_turns, as_turns, message_text
 from dpo.data.preferences import Preference
 from dpo.data.shortening import Shortened, shorten_prompt
 from dpo.data.templates import LIMITS, TEMPLATE_DATE, Marked
@@ -95,6 +96,7 @@ def tokenize_part(
     encoder = make_encoder(
         tokenizer, end_token, chat_template, template_date, template_kwargs, template_characters
     )
+    marks = _marks_of(tokenizer)
     notes = Notes()
     kept: list[tuple[int, Row]] = []
     too_long: list[str] = []
@@ -109,7 +111,8 @@ def tokenize_part(
                 notes.num_truncated += isinstance(row, Row)
             if isinstance(row, Row):
                 kept.append((start + offset, row))
-                notes.remark((*row.remarks, *_said_twice(chunk[offset])), location)
+                said = (*_said_twice(chunk[offset]), *_marked(chunk[offset], marks))
+                notes.remark((*row.remarks, *said), location)
             else:
                 notes.drop(*row, location)
     chosen = [preferences[index] for index, _ in kept]
@@ -225,6 +228,24 @@ def _said_twice(preference: Preference) -> tuple[str, ...]:
     if not repeats_prompt(preference.prompt, preference.responses):
         return ()
     return ("the responses begin with the prompt, unlike those of most rows, and are learned as they are",)
+
+
+def _marks_of(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What the tokenizer reads as its special tokens wherever a text has it; None where it has none."""
+    marks = sorted(mark for mark in set(tokenizer.all_special_tokens) if len(mark) > 2 and not mark.isalnum())
+    return re.compile("|".join(map(re.escape, marks))) if marks else None
+
+
+def _marked(preference: Preference, marks: re.Pattern[str] | None) -> tuple[str, ...]:
+    """A remark on texts with special tokens in them: as a rule a chat template wrote them already."""
+    if marks is None:
+        return ()
+    answers = map(answer_turns, preference.responses)
+    turns = (turn for said in (as_turns(preference.prompt), *answers) for turn in said)
+    found = next((mark.group() for turn in turns if (mark := marks.search(message_text(turn)))), None)
+    if found is None:
+        return ()
+    return (f"texts have {found} in them, a special token, as if a chat template had written them already",)
 
 
 def _length(row: Row) -> int:

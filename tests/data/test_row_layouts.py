@@ -789,6 +789,35 @@ def test_a_text_prompt_beside_whole_conversations_is_a_part_of_what_they_share()
         read({**row, "prompt": "Another question."})
 
 
+def test_a_text_prompt_is_how_conversations_of_several_turns_begin():
+    """Capybara's, and those of mixes: the prompt's text is the first message, and they share more."""
+    turns = say(ASK, "Which one?", "Any.")
+    row = {"prompt": ASK, "chosen": [*turns, *say("", GOOD)[1:]], "rejected": [*turns, *say("", BAD)[1:]]}
+    found = read(row).preference
+    assert (found.prompt, found.responses) == (tuple(turns), (GOOD, BAD))
+    without = {name: row[name] for name in ("chosen", "rejected")}
+    assert read(without).preference == found
+    as_messages = read({**row, "prompt": say(ASK)}).preference  # which say where the responses begin
+    assert as_messages.prompt == tuple(say(ASK))
+    assert [len(answer_turns(response)) for response in as_messages.responses] == [3, 3]
+    apart = {**row, "chosen": say(ASK, "So?", "A.", GOOD), "rejected": say(ASK, "So?", "B.", BAD)}
+    found = read(apart).preference  # what they share ends with the assistant: only the text is the prompt
+    assert as_turns(found.prompt) == tuple(say(ASK))
+    assert [len(answer_turns(response)) for response in found.responses] == [3, 3]
+
+
+def test_columns_of_when2call_are_pairs_with_their_tools():
+    row = {
+        "messages": say(ASK),
+        "chosen_response": {"role": "assistant", "content": GOOD},
+        "rejected_response": {"role": "assistant", "content": BAD},
+        "tools": ['{"name": "f", "parameters": {"type": "object"}}'],
+    }
+    found = read(row)
+    assert (found.layout, found.preference.responses) == ("argilla", (GOOD, BAD))
+    assert found.preference.context == {"tools": [{"name": "f", "parameters": {"type": "object"}}]}
+
+
 def test_a_response_ends_with_the_assistant_and_something_of_it_is_learned():
     with pytest.raises(MalformedRowError, match="first and last is the assistant"):
         read({**PAIRS["pair"], "chosen": say("", GOOD, "thanks")[1:]})

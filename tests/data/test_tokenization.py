@@ -106,6 +106,17 @@ def test_a_template_that_opens_the_turn_otherwise_than_it_writes_it_shares_what_
     assert dataset.scored is None
 
 
+def test_texts_that_a_template_has_written_already_are_counted(tokenizer):
+    """ChatML in the prompt's text and at the responses' end: the template writes both once more."""
+    in_prompt = make("<s>u:hi<e>\n<s>a:", "x", "y", location="data.jsonl:4")
+    in_response = make(({"role": "user", "content": "hi"},), "x<e>", ({"role": "assistant", "content": "y"},))
+    plain = make("a < b, <e, s> and [e]", "x", "y")
+    dataset = tokenize([plain, in_prompt, in_response], tokenizer)
+    words = "texts have {} in them, a special token, as if a chat template had written them already"
+    assert dataset.remarks == {words.format("<s>"): 1, words.format("<e>"): 1}
+    assert dataset.first_remarks[words.format("<s>")] == "data.jsonl:4"
+
+
 def test_a_template_that_refuses_a_conversation_is_counted(tokenizer):
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
