@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.json_text import DECODER
-from dpo.data.messages import Message, message_text
+from dpo.data.messages import Message, message_text, reasoning_text
 from dpo.data.templates import LIMITS, Marked, Refusal, SandboxedTemplate
 from dpo.outcomes import UserError
 
@@ -114,11 +114,14 @@ class ChatTemplate:
     def _message(self, message: Message) -> dict[str, Any]:
         """A message in the form that this template reads: of content and arguments there are two.
 
-        As transformers gives it: without what is null, and with reasoning by each name that templates read.
+        As transformers gives it: without what is null, and with reasoning by each name that templates read,
+        also that of parts of a content where parts are not read.
         """
-        seen = _with_reasoning({key: value for key, value in message.items() if value is not None})
+        seen = {key: value for key, value in message.items() if value is not None}
         if isinstance(seen.get("content"), list) and not self._reads_parts:
-            seen["content"] = message_text(message)
+            seen["content"], reasoning = message_text(message), reasoning_text(message)
+            seen = {REASONING[0]: reasoning, **seen} if reasoning and _says_none(seen) else seen
+        seen = _with_reasoning(seen)
         calls = seen.get("tool_calls")
         if (
             isinstance(calls, list)
@@ -147,6 +150,10 @@ class ChatTemplate:
         variables = {"messages": turns[message["role"] == "user" :], "tools": None, "documents": None}
         (found,) = self._template.render_all([variables | {"add_generation_prompt": False} | self._fixed])
         return None if isinstance(found, Refusal) else found
+
+
+def _says_none(message: Mapping[str, Any]) -> bool:
+    return message.keys().isdisjoint(REASONING)
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -119,11 +119,17 @@ def _split_conversations(fields: Mapping[str, Turns]) -> tuple[Prompt, list[Resp
         begins = " and ".join(dict.fromkeys(show_turn(turns[0]) for turns in fields.values()))
         detail = f"no prompt, and the conversations share no first message: {begins}; allowed is the same one"
         raise MalformedRowError("prompt", "no_common_prompt", detail)
+    if all(turns[shared]["role"] not in _SPEAK for turns in fields.values()):
+        while shared > 1 and first[shared - 1]["role"] == "assistant":
+            shared -= 1  # a tool answers a call of the response otherwise
     if first[shared - 1]["role"] == "assistant":
         raise MalformedRowError(
             "prompt", "roles", "the shared messages end with the assistant; allowed last is the user"
         )
     return first[:shared], [_check_response(turns[shared:], field) for field, turns in fields.items()]
+
+
+_SPEAK = frozenset({"system", "developer", "user", "assistant"})
 
 
 def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Response]]:

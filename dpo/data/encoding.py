@@ -201,7 +201,7 @@ def _note_left_out(
             continue
         prompt, answers = as_turns(preference.prompt), list(map(answer_turns, preference.responses))
         texts = [one.text for one in mine[1:]]
-        one = Conversations(prompt, answers, preference.context, texts)
+        one = Conversations(prompt, answers, preference.context, mine[0].text, texts)
         stands = is_as_it_stands(one)
         if not stands:
             remarks[number] += [

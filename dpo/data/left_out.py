@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.chat_template import PROBE, REASONING, ChatInput, ChatTemplate
-from dpo.data.messages import Message, Turns, message_text
+from dpo.data.messages import Message, Turns, is_reasoning, message_text, reasoning_text
 from dpo.data.templates import Marked, Refusal
+from dpo.data.values import is_empty
 
-MUST_SHOW = frozenset({"tool_calls", "tools", "documents"})
+MUST_SHOW = frozenset({"tool_calls", "function_call", "function_calls", "tools", "functions", "documents"})
 """What a response is, or answers to: without it another thing would be learned."""
 _READ_ELSEWHERE = frozenset({"role", "content", "weight"})
 ARGUMENTS = "chat_template_kwargs"
@@ -32,6 +33,8 @@ class Conversations(NamedTuple):
     prompt: Turns
     answers: Sequence[Turns]
     context: Mapping[str, Any] | None
+    opened: str
+    """Of the prompt, to where the assistant is to speak."""
     texts: Sequence[str]
     """Of the prompt with each response."""
 
@@ -39,7 +42,9 @@ class Conversations(NamedTuple):
 def has_fields(prompt: Turns, answers: Sequence[Turns], context: Mapping[str, Any] | None) -> bool:
     """Whether there is anything that a template could leave out."""
     return context is not None or any(
-        turn.keys() - _READ_ELSEWHERE for turns in (prompt, *answers) for turn in turns
+        turn.keys() - _READ_ELSEWHERE or reasoning_text(turn)
+        for turns in (prompt, *answers)
+        for turn in turns
     )
 
 
@@ -85,8 +90,8 @@ def _change_nothing(
     written = iter(template.write([given for _, _, inputs in asked for given in inputs]))
     found: list[list[Field]] = [[] for _ in conversations]
     for number, field, inputs in asked:
-        texts = [next(written) for _ in inputs]
-        if _same(texts, conversations[number].texts):
+        one, texts = conversations[number], [next(written) for _ in inputs]
+        if _same(texts, [one.opened, *one.texts] if inputs[0].open_turn else one.texts):
             found[number].append(field)
     return found
 
@@ -95,8 +100,7 @@ def _with_others(one: Conversations) -> Iterator[tuple[Field, list[ChatInput]]]:
     """Whose contents are missed, and all conversations with other ones in their place."""
     for role in dict.fromkeys(_missed(one.prompt, one.texts[0])):
         prompt = _replace(one.prompt, role, one.texts[0])
-        inputs = [ChatInput((*prompt, *turns), one.context) for turns in one.answers]
-        yield Field(f"the content of {role} messages", "prompt"), inputs
+        yield Field(f"the content of {role} messages", "prompt"), _all(prompt, one, one.context)
     pairs = list(zip(one.answers, one.texts, strict=True))
     for role in dict.fromkeys(role for turns, text in pairs for role in _missed(turns, text)):
         answers = [_replace(turns, role, text) for turns, text in pairs]
@@ -130,17 +134,30 @@ def _same(written: Sequence[Marked | Refusal], texts: Sequence[str]) -> bool:
 def _without_each(one: Conversations) -> Iterator[tuple[Field, list[ChatInput]]]:
     """Every field, and all conversations without it."""
     for name in _names(one.prompt):
-        prompt = _without(one.prompt, name)
-        yield Field(name, "prompt"), [ChatInput((*prompt, *turns), one.context) for turns in one.answers]
+        yield Field(name, "prompt"), _all(_without(one.prompt, name), one, one.context)
     for name in dict.fromkeys(name for turns in one.answers for name in _names(turns)):
         inputs = [ChatInput((*one.prompt, *_without(turns, name)), one.context) for turns in one.answers]
         yield Field(name, "response"), inputs
     for name, context in _without_context(one.context or {}):
-        yield Field(name, "row"), [ChatInput((*one.prompt, *turns), context) for turns in one.answers]
+        yield Field(name, "row"), _all(one.prompt, one, context)
+
+
+def _all(prompt: Sequence[Message], one: Conversations, context: Mapping[str, Any] | None) -> list[ChatInput]:
+    """A prompt in the place of the conversations' own, alone and with each response."""
+    wholes = [ChatInput((*prompt, *turns), context) for turns in one.answers]
+    return [ChatInput(prompt, context, open_turn=True), *wholes]
 
 
 def _names(turns: Turns) -> list[str]:
-    return list(dict.fromkeys(name for turn in turns for name in turn if name not in _READ_ELSEWHERE))
+    """What messages have that says something, besides roles and contents but with parts of reasoning."""
+    there = (
+        name for turn in turns for name in turn if name not in _READ_ELSEWHERE and not is_empty(turn[name])
+    )
+    parts = [_PARTS] * any(map(reasoning_text, turns))
+    return list(dict.fromkeys([*there, *parts]))
+
+
+_PARTS = "parts of reasoning"
 
 
 def _without(turns: Turns, name: str) -> list[Message]:
@@ -149,6 +166,10 @@ def _without(turns: Turns, name: str) -> list[Message]:
 
 def _without_field(turn: Message, name: str) -> Message:
     """Reasoning goes by all names by which it says the same."""
+    if name == _PARTS:
+        content = turn.get("content")
+        parts = content if isinstance(content, list) else []
+        return {**turn, "content": [p for p in parts if not is_reasoning(p)]} if parts else turn
     names = REASONING if name in REASONING else (name,)
     return {key: value for key, value in turn.items() if key not in names or value != turn.get(name)}
 
@@ -158,6 +179,6 @@ def _without_context(context: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[
         if name != ARGUMENTS:
             yield name, {key: value for key, value in context.items() if key != name}
     arguments = context.get(ARGUMENTS, {})
-    for name in arguments:
+    for name in (name for name in arguments if not is_empty(arguments[name])):
         rest = {key: value for key, value in arguments.items() if key != name}
         yield f"{ARGUMENTS}.{name}", {**context, ARGUMENTS: rest}

@@ -16,6 +16,7 @@ from typing import Any
 from dpo.data.json_text import DECODER
 from dpo.data.malformed import MalformedRowError
 from dpo.data.values import (
+    is_empty,
     is_plain_text,
     name_type,
     parse_json,
@@ -70,7 +71,8 @@ _MAY_BE_EMPTY = _ALL_ROLES - {"user", "assistant"}
 _SAYS_NOTHING = frozenset({"role", "content", "weight", "name", "id"})
 """Keys of a message that do not stand in for a content."""
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
-_PARTS = _TEXT_PARTS | {"thinking", "reasoning"}
+_REASONING_PARTS = frozenset({"thinking", "reasoning"})
+_PARTS = _TEXT_PARTS | _REASONING_PARTS
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _NEMO_MARK = "<extra_id_1>"
 _SAYS = {"Human": "user", "User": "user", "Assistant": "assistant"}
@@ -118,7 +120,30 @@ def message_text(message: Message) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    return "".join(part.get("text", "") for part in content or ())
+    return "".join(part.get("text", "") for part in content or () if not is_reasoning(part))
+
+
+def reasoning_text(message: Message) -> str:
+    """The text of the parts of reasoning among a message's content; empty where there are none."""
+    content = message.get("content")
+    return "" if content is None or isinstance(content, str) else "".join(map(_reasoning, content))
+
+
+def is_reasoning(part: Mapping[str, Any]) -> bool:
+    """Whether a part of a content is of reasoning, which is no part of what is said."""
+    return part.get("type") in _REASONING_PARTS
+
+
+def _reasoning(part: Mapping[str, Any]) -> str:
+    """Of a part by whichever key it has its text, which Mistral's have in parts once more."""
+    if not is_reasoning(part):
+        return ""
+    said = next((part[key] for key in ("thinking", "reasoning", "text") if key in part), "")
+    if isinstance(said, str):
+        return said
+    pieces = said if isinstance(said, Sequence) else ()
+    texts = (piece.get("text") for piece in pieces if isinstance(piece, Mapping))
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def turn_of(role: str, content: Any, field: str) -> Message:
@@ -255,6 +280,7 @@ def _message(turn: Any, field: str) -> Message:
         raise MalformedRowError(
             f"{field}.role", "roles", f"found {show(turn['role'])}; allowed are {', '.join(_ROLES)}"
         )
+    turn = _with_calls(turn, field)
     rest = {key: value for key, value in turn.items() if value is not None and key not in ("role", "content")}
     if rest:
         read_json(rest, field)
@@ -269,6 +295,18 @@ def _message(turn: Any, field: str) -> Message:
     return {key: value for key, value in kept.items() if value is not None or key == "content"} | {
         "content": content
     }
+
+
+def _with_calls(turn: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """A message whose tool calls, which may be JSON text, are a list; without them where there are none."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = turn["tool_calls"]
+    if isinstance(calls, str) and not is_empty(calls):
+        calls = parse_json(calls, f"{field}.tool_calls")
+    if is_empty(calls):
+        return {key: value for key, value in turn.items() if key != "tool_calls"}
+    return turn if calls is turn["tool_calls"] else {**turn, "tool_calls": calls}
 
 
 def _no_message(field: str) -> MalformedRowError:

@@ -806,6 +806,19 @@ def test_a_text_prompt_is_how_conversations_of_several_turns_begin():
     assert [len(answer_turns(response)) for response in found.responses] == [3, 3]
 
 
+def test_a_call_that_tools_answer_otherwise_is_a_part_of_the_responses():
+    start = [*say(ASK), {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+
+    def whole(reply, answer):
+        return [*start, {"role": "tool", "content": reply}, {"role": "assistant", "content": answer}]
+
+    found = read({"chosen": whole("1", GOOD), "rejected": whole("2", BAD)}).preference
+    assert found.prompt == tuple(say(ASK))
+    assert [len(answer_turns(response)) for response in found.responses] == [3, 3]
+    with pytest.raises(MalformedRowError, match="shared messages end with the assistant"):
+        read({"chosen": say(ASK, "a", "1", GOOD), "rejected": say(ASK, "a", "2", BAD)})
+
+
 def test_columns_of_when2call_are_pairs_with_their_tools():
     row = {
         "messages": say(ASK),

@@ -1,5 +1,7 @@
 """Responses of several turns, templates that open blocks or mark turns, fields that templates leave out."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -244,6 +246,62 @@ def test_text_arguments_are_not_quoted_twice():
     function = {"name": "f", "arguments": '{"city": "A"}'}
     text = ({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},)
     assert shown(encode([make(text, "no")], REASONS))[1] == '{"city": "A"}<e>\n'
+
+
+@pytest.mark.parametrize("nothing", [[], "[]", "", None])
+def test_no_tool_calls_are_none_in_any_spelling(nothing):
+    turn = {"role": "assistant", "content": "yes", "tool_calls": nothing, "function_call": None}
+    row = {"prompt": list(ASK), "chosen": [turn], "rejected": "no"}
+    dataset = encode([read_row(row, location="f:1", source="f").preference], CHATML)
+    assert shown(dataset)[1:] == ["yes<e>\n", "no<e>\n"]
+    assert not dataset.remarks
+
+
+def test_tool_calls_may_be_json_text():
+    (turn,) = call("A")
+    row = {"prompt": list(ASK), "chosen": [{**turn, "tool_calls": json.dumps(turn["tool_calls"])}]}
+    read = read_row({**row, "rejected": "no"}, location="f:1", source="f").preference
+    assert shown(encode([read], REASONS))[1] == '{"city": "A"}<e>\n'
+
+
+@pytest.mark.parametrize("name", ["function_call", "function_calls"])
+def test_calls_by_other_names_are_shown_or_the_row_is_left_out(name):
+    turn = ({"role": "assistant", "content": "", name: "f(city='A')"},)
+    assert encode([make(turn, "no"), make("x", "y")], CHATML).dropped == {f"{name}_not_shown": 1}
+    shows = CHATML.replace("m.content }}", "m.content }}{{ m." + name + " }}")
+    assert shown(encode([make(turn, "no")], shows))[1] == "f(city='A')<e>\n"
+    empty = ({"role": "assistant", "content": "yes", name: ""},)
+    assert not encode([make(empty, "no")], CHATML).dropped
+
+
+PARTS = [
+    {"type": "thinking", "thinking": "why"},
+    {"type": "thinking", "thinking": [{"type": "text", "text": "why"}]},
+    {"type": "reasoning", "text": "why"},
+    {"type": "reasoning", "reasoning": "why"},
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_parts_of_reasoning_are_reasoning_to_a_template_of_texts(part):
+    """They are no text of the answer, and where a template has no place for them that is said."""
+    turn = {"role": "assistant", "content": [part, {"type": "text", "text": "yes"}]}
+    read = read_row({"prompt": list(ASK), "chosen": [turn], "rejected": "no"}, location="f:1", source="f")
+    dataset = encode([read.preference], REASONS)
+    assert (shown(dataset)[1], dataset.remarks) == ("(why)yes<e>\n", {})
+    dataset = encode([read.preference], CHATML)
+    assert shown(dataset)[1] == "yes<e>\n"
+    assert dataset.remarks == {"the chat template leaves out parts of reasoning (of the response)": 1}
+
+
+def test_an_argument_that_opens_the_assistants_turn_is_not_left_out():
+    """As thinking templates' that is off: what it changes is the end of the prompt."""
+    template = CHATML.replace("<s>a:{% endif %}", "<s>a:{% if off %}-{% endif %}{% endif %}")
+    assert template != CHATML
+    off, unread = {"chat_template_kwargs": {"off": True}}, {"chat_template_kwargs": {"other": True}}
+    dataset = encode([make("-x", "-y", context=off), make("-x", "-y", context=unread)], template)
+    assert [shown(dataset, row)[0][-1] for row in (0, 1)] == ["-", ":"]
+    assert dataset.remarks == {"the chat template leaves out chat_template_kwargs.other": 1}
 
 
 # ---- odd rows ----
