@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +90,26 @@ def count_steps(training: TrainingConfig, num_prompts: int) -> int:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (or that not)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    """Keep compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where (or that not).
+
+    Where nothing can be written that is said once: it costs the time of compiling again, and no result.
+    """
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    directory = str(cache_directory() / "compiled") if named is None else named
+    if named is None:
+        jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not directory or "://" in directory:  # no cache; a bucket, which JAX writes to itself
+        return
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        warnings.warn(
+            f"compiled programs are not kept in {directory} ({error.strerror}): the next start compiles "
+            "again; DPO_CACHE or JAX_COMPILATION_CACHE_DIR may name a directory that can be written to",
+            stacklevel=2,
+        )
+        for done in ("reading", "writing"):  # said here once, and not by JAX for every program
+            warnings.filterwarnings("ignore", f"Error {done} persistent compilation cache entry")
