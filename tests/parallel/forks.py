@@ -5,7 +5,8 @@ One JSON object a line comes in on standard input, one line goes out on standard
     {"arguments": ["train", …], "log": FILE}    starts a command; out comes its process number
     {"wait": 123, "seconds": 60}                out comes its exit code (negative: by that signal), or null
 
-A command ends as `dpo` itself does, through the interpreter's own end.
+A command ends as `dpo` itself does, through the interpreter's own end. Figures of its pages are left
+empty: they are most of what a page costs, and what is asked of these runs is how they end, and their bits.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ import dpo.evaluation.heldout
 import dpo.pages.report
 import dpo.training.loop  # noqa: F401
 from dpo.cli import main
+from dpo.pages import plots
 from dpo.training.interrupt import stops_at_once
 
 codes: dict[int, int] = {}
 """How those ended that were waited for."""
+
+
+plots._svg = lambda figure, description: "<svg></svg>"
 
 
 def serve() -> int:

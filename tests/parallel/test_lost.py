@@ -39,7 +39,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     data = directory / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
-        "model": {"source": str(tiny_model_dir)},
+        "model": {"source": str(tiny_model_dir), "attention": "plain"},  # the quickest to trace
         "data": {"train": str(data), "eval": str(data), "max_eval": 5, "max_length": 128},
         "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
         "training": {
@@ -154,8 +154,8 @@ def test_an_abort_after_a_long_silence_is_a_lost_process(monkeypatch: pytest.Mon
 
 
 NUM_KILLS, NUM_STOPS = 60, 10
-OFTEN = range(0, 6, 2)
-"""Kills that are tried with every change, in three places; the others when somebody asks."""
+OFTEN = range(12)
+"""Kills that are tried with every change, twice in every place; the others when somebody asks."""
 LOSSES = [
     *((signal.SIGKILL, number) for number in range(NUM_KILLS)),
     *((signal.SIGSTOP, number) for number in range(NUM_STOPS)),
