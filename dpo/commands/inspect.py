@@ -66,17 +66,22 @@ def report_data(
     """The data report of the training (or held-out) preferences, and the data set itself."""
     import numpy as np
 
-    from dpo.data.inspection import inspect_rows
+    from dpo.data.inspection import inspect_counted
+    from dpo.data.text_counts import TextCounts
     from dpo.training.reading import each_text, read_dataset, read_texts_to_draw
 
-    data, dataset = config.data, read_dataset(config.data, tokenizer, heldout=heldout)
-    others = read_texts_to_draw(data, heldout=True) if data.eval is not None and not heldout else None
-    texts = each_text(data, heldout=heldout)
+    data, is_compared = config.data, config.data.eval is not None and not heldout
+    texts = TextCounts(with_first_messages=is_compared)
+    dataset = read_dataset(data, tokenizer, heldout=heldout, notice=texts.add)
+    is_there = np.ones(len(dataset.locations), bool)
     if dataset.not_drawn is not None:
-        is_there = np.ones(len(dataset.locations), bool)
         is_there[dataset.not_drawn] = False
-        texts = compress(texts, is_there)
-    report = inspect_rows(dataset.read, texts, dataset.tokens, heldout=others)
+    if texts.count != len(is_there) or not is_there.all():  # kept or made elsewhere, or not all are drawn
+        texts = TextCounts(with_first_messages=is_compared)
+        for preference in compress(each_text(data, heldout=heldout), is_there):
+            texts.add(preference)
+    others = read_texts_to_draw(data, heldout=True) if is_compared else None
+    report = inspect_counted(dataset.read, texts, dataset.tokens, heldout=others)
     if dataset.mixture:
         report["mixture"] = {
             one.name: {"drawn": one.drawn, "kept": one.kept, "read": one.read} for one in dataset.mixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.data.columns import RowReading
 from dpo.data.joining import ORIGIN, TokenizedPart
-from dpo.data.preferences import Expand, ReadPreferences, ReadSummary, digest, read_located
+from dpo.data.preferences import Expand, Preference, ReadPreferences, ReadSummary, digest, read_located
 from dpo.data.sources import Part, read_rows
 from dpo.data.tokenization import tokenize_part
 
 CHUNK_ROWS = 2048
 """Rows of a chunk: two or three seconds of work, which is what an interruption costs each process."""
+
+
+Notice = Callable[[Preference], None]
+"""What is called with every preference that is read in this process."""
 
 
 class TokenJob(NamedTuple):
@@ -61,8 +65,8 @@ class Untokenized(NamedTuple):
 class ChunkReader:
     """Makes chunks of a source one after the other, and opens it once for all of them."""
 
-    def __init__(self, job: TokenJob) -> None:
-        self._job = job
+    def __init__(self, job: TokenJob, notice: Notice | None = None) -> None:
+        self._job, self._notice = job, notice
         self._rows: Iterator[tuple[str, Any]] = iter(())
         self._next = -1
 
@@ -95,6 +99,9 @@ class ChunkReader:
         rows = islice(self._rows, part.rows)
         read = read_located(rows, self._job.source, self._job.expand, self._job.reading)
         self._next = part.end
+        if self._notice is not None:
+            for preference in read.preferences:
+                self._notice(preference)
         return read
 
 

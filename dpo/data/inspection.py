@@ -47,20 +47,20 @@ def inspect_dataset(
     `heldout` are the preferences to look for shared prompts with. Quantiles and the longer-is-better rate are
     about the tokens that are kept; counts of texts are about all preferences that are given.
     """
-    return inspect_rows(read.summary, read.preferences, dataset, heldout=heldout)
+    texts = TextCounts(with_first_messages=heldout is not None)
+    for preference in read.preferences:
+        texts.add(preference)
+    return inspect_counted(read.summary, texts, dataset, heldout=heldout)
 
 
-def inspect_rows(
+def inspect_counted(
     read: ReadSummary,
-    preferences: Iterable[Preference],
+    texts: TextCounts,
     dataset: TokenizedDataset,
     *,
     heldout: Sequence[Preference] | None = None,
 ) -> Report:
-    """The same of preferences that come one by one and are not held."""
-    texts = TextCounts()
-    for preference in preferences:
-        texts.add(preference, with_first_messages=heldout is not None)
+    """The same of preferences that were counted: with first messages where there are `heldout`."""
     report: Report = {
         "rows": read.num_rows,
         "preferences": texts.count,

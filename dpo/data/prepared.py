@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo.data.chunks import CHUNK_ROWS, Chunk, ChunkReader, TokenJob, Untokenized
+from dpo.data.chunks import CHUNK_ROWS, Chunk, ChunkReader, Notice, TokenJob, Untokenized
 from dpo.data.joining import join_parts
 from dpo.data.preferences import (
     OnError,
@@ -100,8 +100,12 @@ def prepare(
     limit: int | None,
     store: Store | None,
     log: Log,
+    notice: Notice | None = None,
 ) -> Prepared:
     """The tokens of the first `limit` rows of a source.
+
+    `notice` is called with each preference that is read here for them, in order: with none whose tokens are
+    kept or made in another process.
 
     Without a store, or where the tokenizer is none of which the rules can be written down (a slow one, which
     is said), they are made at every call.
@@ -110,7 +114,7 @@ def prepare(
       ValueError: as `read_preferences` and `tokenize` do.
       EnvironmentFailure: when the store cannot be written to.
     """
-    work = _Work(job, on_error, limit, log)
+    work = _Work(job, on_error, limit, log, notice)
     rules = rules_of(job.tokenizer)
     if store is None or rules is None:
         if store is not None:
@@ -133,6 +137,7 @@ class _Work(NamedTuple):
     on_error: OnError
     limit: int | None
     log: Log
+    notice: Notice | None
 
     def settled(self) -> _Work:
         """The same, with what the rows say together of how each is read, which follows from them."""
@@ -186,7 +191,7 @@ class _Work(NamedTuple):
     def _make_here(
         self, results: _Results, parts: Sequence[Numbered], keep: Callable[[int, Chunk], Chunk]
     ) -> None:
-        reader = ChunkReader(self.job)
+        reader = ChunkReader(self.job, self.notice)
         for number, part in parts:
             result = reader.check(part) if results.is_read_only(number) else reader.tokenize(part)
             results.add(number, keep(number, result) if isinstance(result, Chunk) else result)

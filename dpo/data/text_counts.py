@@ -29,7 +29,9 @@ class Overlap(TypedDict):
 class TextCounts:
     """Sizes, ties, copies, contradictions, and prompts to look for elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_first_messages: bool = False) -> None:
+        """`with_first_messages` is needed for `overlap`."""
+        self._with_first_messages = with_first_messages
         self.count = self.with_scores = self.desirable = 0
         self.sources: Counter[str] = Counter()
         self.sizes: Counter[int] = Counter()
@@ -45,23 +47,24 @@ class TextCounts:
         self._normalised: set[bytes] = set()
         self._first_messages: set[bytes] = set()
 
-    def add(self, preference: Preference, *, with_first_messages: bool) -> None:
+    def add(self, preference: Preference) -> None:
         """One more preference."""
         ranks, texts = preference.ranks, tuple(map(response_text, preference.responses))
         prompt = _flatten(preference.prompt)
+        marks = [_digest(prompt), *map(_digest, texts)]
         self.count += 1
         self.sources[preference.source] += 1
         self.sizes[len(ranks)] += 1
         self.with_scores += preference.scores is not None
         self.desirable += ranks[0] == 0
-        self._prompts.add(_digest(prompt))
-        whole = _digest(prompt, *texts)
+        self._prompts.add(marks[0])
+        whole = _join(marks)
         found = {
             "duplicates": whole in self._whole,
             "tied": len(set(ranks)) < len(ranks),
             "all_tied": len(set(ranks)) == 1 < len(ranks),
             "identical_responses": len(set(texts)) < len(texts),
-            "conflicting": self._contradicts(prompt, texts, ranks),
+            "conflicting": self._contradicts(marks[0], marks[1:], ranks),
             "scores_against_ranks": _scores_against_ranks(preference),
         }
         self._whole.add(whole)
@@ -69,15 +72,18 @@ class TextCounts:
             self._counts[name] += 1
             if len(self.first.setdefault(name, [])) < _NAMED:
                 self.first[name].append(preference.location)
-        if with_first_messages:
+        if self._with_first_messages:
             self._normalised.add(_digest(_normalise(prompt)))
             self._first_messages.add(_digest(_normalise(_first_message(preference.prompt))))
 
-    def _contradicts(self, prompt: str, texts: Sequence[str], ranks: Sequence[int]) -> bool:
-        """Note what a preference says of two texts; whether it is the first to say the opposite of any."""
+    def _contradicts(self, prompt: bytes, texts: Sequence[bytes], ranks: Sequence[int]) -> bool:
+        """Note what a preference says of two texts; whether it is the first to say the opposite of any.
+
+        Prompt and texts are given by their digests.
+        """
         new = False
         for first, second, is_ahead in _statements(texts, ranks):
-            key = _digest(prompt, first, second)
+            key = _join((prompt, first, second))
             before = self._orders.get(key, 0)
             self._orders[key] = before | (1 if is_ahead else 2)
             if before != 3 and self._orders[key] == 3:
@@ -113,19 +119,19 @@ class TextCounts:
         }
 
 
-def _digest(*texts: str) -> bytes:
-    """Texts that differ, or are cut apart elsewhere, have others."""
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.digest()
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _statements(texts: Sequence[str], ranks: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
+def _join(digests: Sequence[bytes]) -> bytes:
+    """One digest of several: all are as long, so that none are cut apart elsewhere."""
+    return hashlib.blake2b(b"".join(digests), digest_size=16).digest()
+
+
+def _statements(texts: Sequence[bytes], ranks: Sequence[int]) -> Iterator[tuple[bytes, bytes, bool]]:
     """What a preference says of two texts, in an order that is the same for both opinions."""
     if len(texts) == 1:
-        yield texts[0], "", ranks[0] == 0
+        yield texts[0], b"", ranks[0] == 0
     for (left, i), (right, j) in combinations(zip(texts, ranks, strict=True), 2):
         if i != j and left != right:
             yield min(left, right), max(left, right), left < right

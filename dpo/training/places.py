@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,10 @@ class Place(NamedTuple):
     def label(self, preference: Preference) -> Preference:
         """The preference, in a mixture under the name of this source."""
         return preference if self.share is None else preference._replace(source=self.share.name)
+
+    def labelling(self, notice: Callable[[Preference], None]) -> Callable[[Preference], None]:
+        """The same function for preferences that are not labelled yet."""
+        return lambda preference: notice(self.label(preference))
 
 
 def places(config: DataConfig, *, heldout: bool) -> list[Place]:

@@ -19,7 +19,7 @@ from jaxtyping import Int
 
 from dpo.config import DataConfig
 from dpo.config.data import TemplateArguments
-from dpo.data.chunks import TokenJob
+from dpo.data.chunks import Notice, TokenJob
 from dpo.data.encoding import EndToken
 from dpo.data.mixing import Drawn, Share, Source, mix, take
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
@@ -87,22 +87,30 @@ def read_dataset(
     heldout: bool = False,
     peers: Peers = ALONE,
     log: Callable[[str], None] = to_stderr,
+    notice: Notice | None = None,
 ) -> Dataset:
     """The tokens of the training preferences, or of the held-out ones, from the store where it has them.
 
     Several `peers` of one host make them once; without a store each of them makes a part.
+    `notice` is called with the preferences that are read for it in this process, in order: all, or some, or
+    none of them.
 
     Raises:
       ValueError: naming file, line, field and reason of malformed rows, or a chat template that is not there.
     """
     mixed = places(config, heldout=heldout)
-    found = [_read_one(config, place, tokenizer, peers, log) for place in mixed]
+    found = [_read_one(config, place, tokenizer, peers, log, notice) for place in mixed]
     shares = [place.share for place in mixed if place.share is not None]
     return _mix(shares, found) if shares else found[0]
 
 
 def _read_one(
-    config: DataConfig, place: Place, tokenizer: Any, peers: Peers, log: Callable[[str], None]
+    config: DataConfig,
+    place: Place,
+    tokenizer: Any,
+    peers: Peers,
+    log: Callable[[str], None],
+    notice: Notice | None,
 ) -> Dataset:
     policies = _token_policies(config)
     store = token_store(config)
@@ -119,6 +127,7 @@ def _read_one(
                 limit=place.limit,
                 store=store,
                 log=log,
+                notice=None if notice is None else place.labelling(notice),
             )
         )
         return own[0].tokens.fingerprint.encode()

@@ -65,9 +65,9 @@ def test_overlap_is_of_normalised_prompts():
         make("other?", "c", "d"),
         make("new", "c", "d"),
     ]
-    texts = TextCounts()
+    texts = TextCounts(with_first_messages=True)
     for preference in train:
-        texts.add(preference, with_first_messages=True)
+        texts.add(preference)
     overlap = texts.overlap(heldout)
     assert (overlap["heldout"], overlap["same_prompt"], overlap["same_first_message"]) == (4, 2, 3)
 
@@ -138,7 +138,7 @@ def test_what_is_counted_is_named_by_its_place():
     ]
     counts = TextCounts()
     for row in rows:
-        counts.add(row, with_first_messages=False)
+        counts.add(row)
     assert counts.figures() | {"duplicates": 7, "conflicting": 1} == counts.figures()
     assert counts.first == {
         "duplicates": [f"it.jsonl:{line}" for line in range(2, 7)],

@@ -65,6 +65,10 @@ def quiet(_):
     pass
 
 
+def refuse(*given: object, **named: object) -> None:
+    raise AssertionError(given)
+
+
 def prompts_of(dataset, tokenizer):
     return [tokenizer.decode(dataset.tokens.prompt(row)) for row in range(len(dataset.tokens))]
 
@@ -105,6 +109,30 @@ def test_a_second_reading_and_one_from_another_folder_are_the_same_to_the_bit(fi
         assert other.content == first.content
         assert (other.tokens.origin == first.tokens.origin).all()
         assert (other.tokens.prompt_tokens == first.tokens.prompt_tokens).all()
+
+
+def test_who_counts_what_is_read_meets_every_preference_under_its_source(files, tokenizer):
+    """Kept tokens are read nowhere: then there is nothing to meet."""
+    config, met = mixture(files), []
+    read_dataset(replace(config, token_store="off"), tokenizer, log=quiet, notice=met.append)
+    assert met == list(each_text(config))
+    read_dataset(config, tokenizer, log=quiet)
+    read_dataset(config, tokenizer, log=quiet, notice=refuse)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_data_report_is_the_same_whether_tokens_are_made_for_it_or_kept(files, tokenizer, mixed):
+    data = mixture(files, eval=files[0]) if mixed else DataConfig(train=files[0], eval=files[0])
+    config = Config(data=data)
+    away = replace(config, data=replace(data, token_store="off"))
+    with pytest.MonkeyPatch.context() as patch:
+        if not mixed:  # of a mixture not all are drawn
+            patch.setattr("dpo.training.reading.each_text", refuse)
+        made, _ = report_data(away, tokenizer)
+    for _ in range(2):
+        assert report_data(config, tokenizer)[0] == made
+    drawn = {"pairs.jsonl": 30} | ({"orca.jsonl": 10, "ranked.jsonl": 4} if mixed else {})
+    assert made["sources"] == drawn
 
 
 @pytest.mark.parametrize("store", ["off", None])
