@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,7 @@ from dpo.judging import server as server_module
 from dpo.judging.endpoint import EndpointJudge
 from dpo.judging.judges import Question, Template
 from dpo.judging.replies import seconds_asked_for
-from dpo.outcomes import EnvironmentFailure, UserError
+from dpo.outcomes import STOPPED_AT_ONCE, EnvironmentFailure, UserError
 
 
 class Response(NamedTuple):
@@ -399,20 +400,54 @@ def test_a_reply_that_drips_or_swells_is_no_answer(server: Server, make_judge) -
         assert "a reply of more than 4194304 bytes" in verdict.problem
 
 
-def test_ctrl_c_ends_at_once_while_a_server_is_silent(server: Server, make_judge) -> None:
-    server.script = lambda number, body: Response(between_bytes=0.5)
-    judge = make_judge(timeout=60.0, concurrency=4)
+@contextmanager
+def ctrl_c_once(is_time: Callable[[], bool]) -> Iterator[None]:
+    """Ctrl-C soon after something is so; what is inside has to end within five seconds from then on."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of the tests ignores it
-    timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
-    start = time.monotonic()
-    timer.start()
+    given, over = [], threading.Event()
+
+    def wait() -> None:
+        while not is_time() and not over.wait(0.02):
+            pass
+        if not over.wait(0.3):
+            given.append(time.monotonic())
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
     try:
-        with pytest.raises(KeyboardInterrupt):
-            list(judge.ask(questions(8)))
+        yield
     finally:
-        timer.cancel()
+        over.set()
+        waiting.join()
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - given[0] < 5
+
+
+def test_ctrl_c_ends_at_once_while_replies_drip(server: Server, make_judge) -> None:
+    server.script = lambda number, body: Response(between_bytes=0.4)
+    judge = make_judge(timeout=60.0, concurrency=4)
+    with ctrl_c_once(lambda: bool(server.requests)), pytest.raises(KeyboardInterrupt):
+        list(judge.ask(questions(8)))
+
+
+def test_ctrl_c_ends_the_command_with_130_while_a_header_drips(
+    server: Server, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.knock_drips = True
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    data.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
+    command = [
+        "winrate", f"--policy={tiny_model_dir}", "--opponent=data:best", f"--data={data}", f"--output={out}",
+        "--judge=endpoint", f"--endpoint.base_url={server.url}", "--endpoint.model=m",
+        "--endpoint.timeout=600",
+    ]  # fmt: skip
+    try:
+        with ctrl_c_once(lambda: bool(server.knocks)):
+            assert main(command) == STOPPED_AT_ONCE.code == 130
+    finally:
+        server.knock_drips = False
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
