@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from dpo.data.csv_rows import csv_rows
 from dpo.data.data_sets import fingerprint_data_set, open_data_set, row_without_nulls
+from dpo.data.gzip_bytes import GzipBytes
 from dpo.data.json_text import DuplicateKeyError, begins_a_list, decode, describe, list_rows
 from dpo.data.malformed import MalformedRowError
 from dpo.data.table_checks import check_groups
@@ -35,6 +36,8 @@ MAX_BLANK_LINES = 1 << 20
 """Blank lines behind each other; a small compressed file could have them without end."""
 MAX_BLANK_BYTES = MAX_PART_BYTES
 """Bytes of them: they may be long."""
+
+_BUFFER = 1 << 17
 
 
 class Part(NamedTuple):
@@ -201,10 +204,9 @@ def _line_starts(path: Path) -> Iterator[tuple[int, int]]:
 
 def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
     """Lines that are not blank, each with the bytes before it and its number."""
-    open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rb") as file:
-            offset = file.seek(part.offset)
+        with _open_lines(path) as file:
+            offset = file.seek(part.offset) if file.seekable() else _skip(file, part.offset)
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
             last, end = part.number, offset
             for number, line in enumerate(lines, start=part.number):
@@ -221,6 +223,18 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
                     )
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _open_lines(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(GzipBytes(path), _BUFFER) if path.suffix == ".gz" else path.open("rb")
+
+
+def _skip(file: io.BufferedReader, count: int) -> int:
+    """Pass so many bytes, or all that there are; how many that were."""
+    left = count
+    while left and (passed := len(file.read(min(left, _BUFFER)))):
+        left -= passed
+    return count - left
 
 
 def _read_json(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
