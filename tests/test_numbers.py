@@ -17,8 +17,10 @@ from dpo import limited, terminal
 from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
 from dpo.data import (
     chunks,
+    gzip_bytes,
     preferences,
     remaining,
+    rows,
     sources,
     table_checks,
     table_worker,
@@ -94,6 +96,8 @@ LIMITED: list[tuple[str, tuple[object, ...]]] = [
         "blank lines behind each other, of JSON lines and CSV; their bytes | {:,}; {} MiB |",
         (sources.MAX_BLANK_LINES, sources.MAX_BLANK_BYTES >> 20),
     ),
+    ("of a gzip file behind each other that hold no text | {} MiB |", (gzip_bytes.MOST_SILENT >> 20,)),
+    ("responses to one prompt, in a row or in neighbouring rows | {:,} |", (rows.MOST_RESPONSES,)),
     (
         "{} MiB and {:,} times the file's size; {} MiB each {:,} rows",
         (BASE >> 20, FACTOR, table_worker.BATCH >> 20, table_worker.ROWS),

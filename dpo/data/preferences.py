@@ -19,7 +19,7 @@ from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.conversations import same_prompt
 from dpo.data.layouts import LAYOUTS
 from dpo.data.malformed import MalformedRowError
-from dpo.data.rows import Preference, digest, join_responses, parse_row, read_row
+from dpo.data.rows import Preference, digest, join_responses, parse_row, read_row, require_few
 from dpo.data.settling import settle
 from dpo.data.sources import Part, read_rows
 from dpo.outcomes import UserError
@@ -301,6 +301,11 @@ def _grouped(rows: Iterator[tuple[Preference, bool]], notes: _RowNotes) -> Itera
 
 def _joined(members: Sequence[Preference], notes: _RowNotes) -> Iterator[Preference]:
     """A group as one preference; a response that is alone in its group says nothing."""
+    try:
+        require_few(len(members))
+    except MalformedRowError as error:
+        notes.leave_out(members[0].location, error)
+        return
     if len(members) > 1:
         yield join_responses(members)
     else:

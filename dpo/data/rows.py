@@ -43,6 +43,9 @@ from dpo.outcomes import UserError
 REPEATED = "the prompt at the beginning of responses"
 """What is cut off there, as it is named among what is not used."""
 
+MOST_RESPONSES = 1000
+"""Of a row, or of rows that are one: what is looked for in their pairs grows with the square."""
+
 UNRANKED = (-1,)
 """The rank of a response that has only a score, until its neighbours are known."""
 
@@ -168,6 +171,7 @@ def _unused_meaning(column: str, layout: str) -> MalformedRowError:
 def _read_columns(columns: Columns, layout: RowLayout, location: str, source: str) -> Preference:
     found = find_prompt(columns, layout)
     answers = layout.read(columns)
+    require_few(len(answers.responses))
     prompt, responses = split_prompt(
         found and found[0], answers.responses, strip=found is not None and found[1]
     )
@@ -194,6 +198,17 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
         responses = [responses[k] for k in order]
         scores = scores and tuple([scores[k] for k in order])
     return Preference(prompt, tuple(responses), ranks, scores, named, location, context)
+
+
+def require_few(count: int) -> None:
+    """Refuse more responses to a prompt than are compared with each other.
+
+    Raises:
+      MalformedRowError: with their number.
+    """
+    if count > MOST_RESPONSES:
+        detail = f"the prompt has {count} responses; allowed are {MOST_RESPONSES}"
+        raise MalformedRowError("(row)", "too_many_responses", detail)
 
 
 def _require_no_empty(columns: Columns) -> None:

@@ -15,7 +15,7 @@ from dpo.data.layouts import LAYOUTS, find_layout
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import answer_turns, as_turns
 from dpo.data.preferences import read_preferences
-from dpo.data.rows import SYSTEM_COLUMNS, read_row, row_reading
+from dpo.data.rows import MOST_RESPONSES, SYSTEM_COLUMNS, read_row, row_reading
 
 
 def say(*texts):
@@ -359,6 +359,21 @@ def test_rated_rows_with_one_prompt_are_one(tmp_path):
     ]
     assert found.skipped == {"lone_response": 1}
     assert found.layouts == {"helpsteer2": 5}
+
+
+def test_a_prompt_has_as_many_responses_as_are_compared_with_each_other(tmp_path):
+    many = [str(k) for k in range(MOST_RESPONSES + 1)]
+    rows: list[dict[str, object]] = [{"prompt": "a", "responses": many, "scores": list(range(len(many)))}]
+    rows += [{"prompt": "b", "responses": many[1:], "scores": list(range(1, len(many)))}]
+    lone = [{"prompt": "c", "response": one, "helpfulness": 1, "verbosity": 1} for one in many]
+    for table, kept in ((rows, 1), (lone, 0)):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, table)))
+        with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*has 1001 responses; allowed are 1000"):
+            read_preferences(path)
+        if kept:
+            found = read_preferences(path, on_error="skip")
+            assert (len(found.preferences), found.skipped) == (kept, {"too_many_responses": 1})
 
 
 def test_a_conversation_of_several_turns_is_compared_from_where_it_parts():
