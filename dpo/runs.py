@@ -129,6 +129,7 @@ class RunSummary(TypedDict):
     eval: dict[str, float] | None
     """Held-out metrics after the last step."""
     best_checkpoint: int | None
+    """Step of the checkpoint that is best by `training.keep_best`, the last one included."""
     export: str
     memory: ChosenMemory | None
     """What training.memory_limit chose."""

@@ -198,6 +198,7 @@ def _fit(
         return RunResult(run.run_dir, "interrupted", {"step": step})
     saver.save(step, state)
     metrics = _evaluate_and_export(run, state, evaluate, stop_requested)
+    saver.judge(run.num_steps, metrics)  # it is saved already, and may be the best
     checkpoints.wait()  # a run that is said to be finished has its last checkpoint whole
     summary = finish(run, contents, metrics, settings=start.settings, started=start.began, best=saver.best)
     return RunResult(run.run_dir, "finished", summary)

@@ -506,6 +506,14 @@ def test_skipped_steps_are_counted_over_interruptions_and_the_checkpoint_is_name
     assert [row["skipped"] for row in lines(config)] == [0, 1, 1, 1]
 
 
+@pytest.mark.ci
+def test_the_evaluation_after_the_last_step_may_be_the_best(config):
+    result = train(replace(config, training={"keep_best": "rewards/margins"}))
+    margins = {row["step"]: row["eval/rewards/margins"] for row in lines(config) if "loss" not in row}
+    assert max(margins, key=margins.__getitem__) == 6, margins
+    assert result.summary["best_checkpoint"] == 6
+
+
 UNPAIRED_SPECS = [
     pytest.param({"name": "kto"}, id="kto"),
     pytest.param({"name": "bco"}, id="bco", marks=pytest.mark.slow),
