@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo import help as short_help
-from dpo import limited, terminal
+from dpo import hidden, limited, terminal
 from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
 from dpo.data import (
     chunks,
@@ -157,6 +157,9 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/security.md", "{:g} s of CPU time", (templates.LIMITS.seconds,)),
     ("docs/security.md", "{} GiB of memory", (templates.MEMORY // 2**30,)),
     ("docs/security.md", "{} MiB, compressed or not, and one time limit", (replies.MAX_BYTES // 2**20,)),
+    ("docs/security.md", "(from {} characters on: shorter ones", (hidden.SHORTEST_SECRET,)),
+    ("docs/security.md", "proxies (from {} characters on)", (hidden.SHORTEST_EVERYWHERE,)),
+    ("docs/winrate.md", "from {} characters on, is cut out", (WORDS[hidden.SHORTEST_SECRET],)),
     ("docs/winrate.md", "A reply may have {} MiB", (replies.MAX_BYTES // 2**20,)),
     (
         "docs/winrate.md",
