@@ -23,6 +23,7 @@ from dpo.config import EndpointConfig, WinrateConfig
 from dpo.data.templates import LIMITS
 from dpo.files import WriteError, writing
 from dpo.huggingface.embedded import cache_directory
+from dpo.judging.answers import read_answer
 from dpo.judging.background import in_background
 from dpo.judging.judges import (
     Counted,
@@ -32,7 +33,6 @@ from dpo.judging.judges import (
     Template,
     Verdict,
     default_template,
-    read_answer,
 )
 from dpo.judging.keys import read_key
 from dpo.judging.replies import Completion, read_kept

@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 
-from dpo.judging.judges import read_answer
+from dpo.judging.answers import read_answer
 from dpo.judging.keys import Key
 from dpo.judging.replies import (
     MalformedReplyError,

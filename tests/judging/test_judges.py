@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.judging.answers import read_answer
 from dpo.judging.judges import (
     ControlJudge,
     Question,
@@ -16,7 +17,6 @@ from dpo.judging.judges import (
     Template,
     default_template,
     draw_mark,
-    read_answer,
     reward_judge,
 )
 
