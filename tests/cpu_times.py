@@ -1,7 +1,7 @@
 """Where the suite's time goes: CPU seconds of every test with its fixtures, and of its child processes.
 
-CPU time and not the clock's, so that the numbers mean the same on a busy machine. Every run names the tests
-over the budget; `--rooms` adds a table by directory.
+CPU time and not the clock's, so that the numbers mean the same on a busy machine. Every run names the dearest
+of the tests over the budget; `--rooms` adds a table by directory.
 """
 
 from __future__ import annotations

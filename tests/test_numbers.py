@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import cpu_times
 import pytest
 
 from dpo import help as short_help
@@ -196,6 +197,12 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/reliability.md", "{:g} s later all the same where a compilation", (interrupt.SOON,)),
     ("docs/reliability.md", "or the eleventh after {} that were killed", (WORDS[starts.MOST_STARTS],)),
     ("docs/reliability.md", "where a compilation lets nothing through | {} |", (STOPPED_AT_ONCE.code,)),
+    (
+        "CONTRIBUTING.md",
+        "names the {} dearest tests over {:g} CPU seconds",
+        (cpu_times.NAMED, cpu_times.BUDGET),
+    ),
+    ("docs/design.md", "the dearest {} tests over {:g} CPU seconds", (cpu_times.NAMED, cpu_times.BUDGET)),
     ("docs/design.md", "checked to 1e-4", (preflight.PREFLIGHT_TOLERANCE["bfloat16"],)),
     ("docs/performance.md", "with {}-slot blocks", (attention_blocked.BLOCK,)),
     ("docs/performance.md", "a step of the loop computes {} tiles", (WORDS[attention_tiles.TILES],)),
