@@ -22,8 +22,8 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from dpo.config import Config
 from dpo.config.home import at_home
 from dpo.distribution import find_settings, settings_names
-from dpo.files import require_regular, why_no_file
 from dpo.outcomes import USER, UserError
+from dpo.regular_files import require_regular, why_no_file
 from dpo.terminal import shortened, show_controls
 
 MAX_YAML_VALUES = 100_000

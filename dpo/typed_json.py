@@ -27,8 +27,8 @@ from typing import (
     is_typeddict,
 )
 
-from dpo.files import why_no_file
 from dpo.outcomes import UserError
+from dpo.regular_files import why_no_file
 
 T = TypeVar("T")
 MAX_BYTES = 1 << 28

@@ -10,9 +10,9 @@ from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, EvaluateConfig, heldout_settings
 from dpo.config.sources import spellings
 from dpo.distribution import find_data
-from dpo.files import why_no_file
 from dpo.outcomes import UserError
 from dpo.own_code import require_own_word_for_objectives
+from dpo.regular_files import why_no_file
 
 if TYPE_CHECKING:
     from dpo.training.places import Place

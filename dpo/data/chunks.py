@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.columns import RowReading
+from dpo.data.expansion import Expand
 from dpo.data.joining import ORIGIN, TokenizedPart
-from dpo.data.preferences import Expand, Preference, ReadPreferences, ReadSummary, digest, read_located
+from dpo.data.preferences import Preference, ReadPreferences, ReadSummary, digest, read_located
 from dpo.data.sources import Part, read_rows
 from dpo.data.tokenization import tokenize_part
 

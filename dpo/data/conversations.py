@@ -12,13 +12,13 @@ from dpo.data.messages import (
     Turns,
     as_response,
     as_turns,
-    is_human_assistant,
     is_scored,
     message_text,
     read_prompt,
     read_turns,
     show_turn,
 )
+from dpo.data.transcripts import is_human_assistant
 from dpo.data.values import is_plain_text
 
 

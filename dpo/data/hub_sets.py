@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.data.table_checks import check_arrow, check_card, require_tables, unnamed_subsets
-from dpo.files import is_inside
 from dpo.outcomes import UserError
 from dpo.proxies import check_proxies
+from dpo.regular_files import is_inside
 
 _CARDS = ("README.md", ".huggingface.yaml")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")

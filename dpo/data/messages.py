@@ -2,9 +2,8 @@
 
 A message is an object with a role, a content (text, a list of parts of text, or nothing beside a tool call or
 reasoning) and whatever else its row gives: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`,
-`weight`, … ShareGPT's `from` and `value` become `role` and `content`. Text may stand for messages in two
-ways: as JSON, and in the style "\\n\\nHuman: …\\n\\nAssistant: …" of Anthropic's HH. A prompt may also have
-its turns between NeMo's marks, as HelpSteer2's have: "…\\n<extra_id_1>Assistant\\n…\\n<extra_id_1>User\\n…".
+`weight`, … ShareGPT's `from` and `value` become `role` and `content`. Text may stand for messages: as JSON,
+and as a transcript (transcripts.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,12 @@ from typing import Any
 
 from dpo.data.json_text import DECODER
 from dpo.data.malformed import MalformedRowError
+from dpo.data.transcripts import (
+    has_marked_turns,
+    is_human_assistant,
+    parse_human_assistant,
+    parse_marked,
+)
 from dpo.data.values import (
     is_empty,
     is_plain_text,
@@ -73,10 +78,6 @@ _SAYS_NOTHING = frozenset({"role", "content", "weight", "name", "id"})
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _REASONING_PARTS = frozenset({"thinking", "reasoning"})
 _PARTS = _TEXT_PARTS | _REASONING_PARTS
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_NEMO_MARK = "<extra_id_1>"
-_SAYS = {"Human": "user", "User": "user", "Assistant": "assistant"}
-_NEMO_TURN = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n")
 _JSON_OBJECTS = re.compile(r"""\s*(\[\s*)?\{\s*\"""")
 _BODIES = frozenset({"content", "tool_calls"})
 _JSON_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
@@ -84,19 +85,14 @@ _JSON_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from|value)\1\s
 
 def read_prompt(value: Any, field: str) -> Prompt:
     """Text or a conversation; one in the HH style may end where the assistant is to speak."""
-    if isinstance(value, str) and _NEMO_MARK in value and _NEMO_TURN.search(value):
-        return _parse_marked(value, field)
+    if has_marked_turns(value):
+        return parse_marked(value, field)
     return _text_or_turns(value, field, may_be_open=True)
 
 
 def read_turns(value: Any, field: str) -> Response:
     """Text or a conversation."""
     return _text_or_turns(value, field, may_be_open=False)
-
-
-def is_human_assistant(value: Any) -> bool:
-    """Whether a text is a conversation in the style of HH."""
-    return isinstance(value, str) and _HH_TURN.match(value) is not None
 
 
 def as_turns(prompt: Prompt) -> Turns:
@@ -183,8 +179,8 @@ def _text_or_turns(value: Any, field: str, *, may_be_open: bool) -> Prompt:
         return value
     if isinstance(value, str):
         text = read_text(value, field)
-        if _HH_TURN.match(text):
-            return _parse_human_assistant(text, field, may_be_open)
+        if is_human_assistant(text):
+            return parse_human_assistant(text, field, may_be_open=may_be_open)
         given = _messages_of_json(text, field)
         if given is None:
             return text
@@ -234,29 +230,6 @@ def _says_message(value: Any) -> bool:
 
 def _is_message(value: Mapping[str, Any]) -> bool:
     return "role" in value or ("from" in value and "value" in value)
-
-
-def _parse_human_assistant(text: str, field: str, may_be_open: bool) -> Turns:
-    pieces = _HH_TURN.split(text)[1:]
-    pairs = list(zip(pieces[0::2], pieces[1::2], strict=True))
-    if may_be_open and len(pairs) > 1 and pairs[-1][0] == "Assistant" and not pairs[-1][1].strip():
-        pairs.pop()
-    return tuple(
-        {"role": _SAYS[role], "content": read_text(content.strip(), f"{field}[{i}].content")}
-        for i, (role, content) in enumerate(pairs)
-    )
-
-
-def _parse_marked(text: str, field: str) -> Turns:
-    """Turns between NeMo's marks; what stands before the first one is what the user says."""
-    first, *rest = _NEMO_TURN.split(read_text(text, field))
-    said = [("User", first)] * bool(first.strip()) + list(zip(rest[0::2], rest[1::2], strict=True))
-    if len(said) > 1 and said[-1][0] == "Assistant" and not said[-1][1].strip():
-        said.pop()
-    return tuple(
-        {"role": _SAYS[speaker], "content": read_text(content.strip("\n"), f"{field}[{i}].content")}
-        for i, (speaker, content) in enumerate(said)
-    )
 
 
 def _plain(turn: Any) -> Message | None:

@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from dpo.data.columns import BY_COLUMNS, RowReading
+from dpo.data.expansion import Expand
 from dpo.data.joining import TokenizedPart, join_parts
 from dpo.data.preferences import (
-    Expand,
     OnError,
     ReadPreferences,
     ReadSummary,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpo.data.choices import OTHER_NUMBERS
 from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.conversations import same_prompt
+from dpo.data.expansion import Expand, expand_ranking
 from dpo.data.layouts import LAYOUTS
 from dpo.data.malformed import MalformedRowError
 from dpo.data.rows import Preference, digest, join_responses, parse_row, read_row, require_few
@@ -27,7 +28,6 @@ from dpo.outcomes import UserError
 __all__ = [
     "MAX_PROBLEMS",
     "DataError",
-    "Expand",
     "OnError",
     "Preference",
     "Problem",
@@ -36,7 +36,6 @@ __all__ = [
     "check_read",
     "digest",
     "each_preference",
-    "expand_ranking",
     "fingerprint",
     "has_groups",
     "join_summaries",
@@ -168,7 +167,6 @@ def _list_problems(problems: Sequence[Problem]) -> list[str]:
 _SHORT = 80
 """Characters of a detail that may stand there on each line."""
 
-Expand = Literal["ranking", "best_worst", "adjacent", "all_pairs"]
 OnError = Literal["stop", "skip"]
 TIED_PAIR = "tied_pair"
 """The reason by which pairs of equal rank are counted; all others are of malformed rows."""
@@ -329,32 +327,3 @@ def check_read(source: str, read: ReadSummary, num_preferences: int, on_error: O
         left_out = ", ".join(f"{count} x {reason}" for reason, count in read.skipped.items())
         found = f"no usable row among {read.num_rows}: left out {left_out}" if left_out else "it has no rows"
         raise UserError(f"{source}: {found}")
-
-
-def expand_ranking(preference: Preference, expand: Expand) -> tuple[list[Preference], int]:
-    """A ranking as it is, or as its best-worst, adjacent or all pairs; and how many pairs were tied.
-
-    Pairs of equal rank state no preference and are left out. A response that stands alone stays as it is.
-    """
-    count = len(preference.responses)
-    if expand == "ranking" or count == 1:
-        return [preference], 0
-    places: dict[str, Iterable[tuple[int, int]]] = {
-        "best_worst": [(0, count - 1)],
-        "adjacent": pairwise(range(count)),
-        "all_pairs": combinations(range(count), 2),
-    }
-    if expand not in places:
-        raise UserError(f"expand is {expand!r}; allowed are ranking, {', '.join(places)}")
-    pairs = list(places[expand])
-    untied = [(i, j) for i, j in pairs if preference.ranks[i] != preference.ranks[j]]
-    return [_pair_of(preference, i, j) for i, j in untied], len(pairs) - len(untied)
-
-
-def _pair_of(preference: Preference, i: int, j: int) -> Preference:
-    scores = preference.scores
-    return preference._replace(
-        responses=(preference.responses[i], preference.responses[j]),
-        ranks=(0, 1),
-        scores=None if scores is None else (scores[i], scores[j]),
-    )

@@ -25,8 +25,8 @@ from dpo.data.malformed import MalformedRowError
 from dpo.data.table_checks import check_groups
 from dpo.data.table_worker import ROWS
 from dpo.distribution import find_data
-from dpo.files import is_there
 from dpo.outcomes import UserError
+from dpo.regular_files import is_there
 
 MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""

@@ -21,10 +21,10 @@ import yaml
 
 from dpo import terminal
 from dpo.data.table_worker import BASE, FACTOR, READERS
-from dpo.files import is_inside, is_there, require_regular
 from dpo.limited import look, stored_bytes
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
+from dpo.regular_files import is_inside, is_there, require_regular
 
 WORKER = Path(__file__).with_name("table_worker.py")
 MAX_CARD = 1 << 20

@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo.files import require_regular
 from dpo.outcomes import UserError
+from dpo.regular_files import require_regular
 
 MAX_TEMPLATE = 1_000_000
 """Characters of a template; the longest chat templates have some ten thousand."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.files import require_regular
 from dpo.outcomes import UserError
+from dpo.regular_files import require_regular
 
 MAX_JSON_BYTES = 1 << 24
 """Bytes of a configuration; the longest have some ten thousand."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from dpo.files import is_there
 from dpo.huggingface.foreign_json import JsonObject, find_problem, require_file, show
 from dpo.outcomes import UserError
+from dpo.regular_files import is_there
 
 MAX_README_BYTES = 1 << 20
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dpo.files import is_there
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, find_embedded
 from dpo.huggingface.foreign_json import show
 from dpo.outcomes import UserError
+from dpo.regular_files import is_there
 
 CONFIG_FILE = "adapter_config.json"
 """What a directory with adapters has."""

@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from dpo.files import is_there, require_regular
 from dpo.huggingface.foreign_json import parse_object, require_file
 from dpo.outcomes import UserError
+from dpo.regular_files import is_there, require_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest safetensors header, or index of a sharded model, that is read; the format's own limit."""

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.files import is_there, require_regular, require_same_file, without_locks, writing
+from dpo.files import require_same_file, without_locks, writing
 from dpo.outcomes import UserError
+from dpo.regular_files import is_there, require_regular
 
 Line = Mapping[str, Any]
 """What a line holds: the "key", and what its command keeps under it."""

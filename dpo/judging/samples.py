@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from dpo.data.templates import LIMITS, TEMPLATE_DATE
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenizer_calls import decode_ids
-from dpo.files import require_regular
 from dpo.huggingface.adapter_files import AdapterDirectory
 from dpo.huggingface.model_names import is_adapter, split_on_base
 from dpo.huggingface.opening import open_checkpoint
@@ -27,6 +26,7 @@ from dpo.judging.rewards import Prompt
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
 from dpo.models.vocabulary import require_known
+from dpo.regular_files import require_regular
 
 
 class Request(NamedTuple):

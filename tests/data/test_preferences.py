@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.data.columns import BY_COLUMNS
+from dpo.data.expansion import expand_ranking
 from dpo.data.malformed import MalformedRowError
 from dpo.data.preferences import (
     MAX_PROBLEMS,
     DataError,
     Preference,
     each_preference,
-    expand_ranking,
     has_groups,
     parse_row,
     read_part,

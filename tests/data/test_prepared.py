@@ -18,7 +18,8 @@ from toy_tokenizer import make_tokenizer
 from dpo.data import chunks, prepared, token_processes
 from dpo.data.chunks import TokenJob
 from dpo.data.columns import BY_COLUMNS, RowReading
-from dpo.data.preferences import Expand, OnError, digest, fingerprint, read_preferences
+from dpo.data.expansion import Expand
+from dpo.data.preferences import OnError, digest, fingerprint, read_preferences
 from dpo.data.prepared import Store, prepare
 from dpo.data.sources import Part
 from dpo.data.tokenization import tokenize
