@@ -14,6 +14,8 @@ RUN/
   winrate/              what `dpo winrate` left
   report.html           the report
   profile/              what JAX's profiler traced (training.profiler_steps)
+  tensorboard/, wandb/  of training.trackers; wandb.run, trackio.run: what these call the run
+  starts.json           starts that were lost since something was last saved (dpo/training/starts.py)
   lock                  held by the process that writes here
 """
 
@@ -50,6 +52,9 @@ MADE_FROM = "made_from"
 WINRATE_DIRECTORY = "winrate"
 REPORT_FILE = "report.html"
 PROFILE_DIRECTORY = "profile"
+TRACKED_AS_FILES = {"wandb": "wandb.run", "trackio": "trackio.run"}
+"""What a tracker outside of it calls the run, by the tracker."""
+STARTS_FILE = "starts.json"
 LOCK_FILE = "lock"
 
 
@@ -101,8 +106,10 @@ _WRITTEN = (
     WINRATE_DIRECTORY,
     REPORT_FILE,
     PROFILE_DIRECTORY,
+    *TRACKED_AS_FILES.values(),
+    STARTS_FILE,
 )
-"""In a run directory, beside the lock, which is there first and never removed."""
+"""In a run directory, beside the lock, which is there first and never removed, and what trackers add to."""
 
 
 class ChosenMemory(TypedDict):

@@ -339,7 +339,7 @@ def test_train_evaluate_and_export_from_the_command_line(
     assert f"dpo export {run} writes it" in capsys.readouterr().out.replace("\n", " ")
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "report.html", "checkpoints/1", "data.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "report.html", "checkpoints/1", "starts.json", "wandb.run"])
 def test_a_directory_that_is_no_run_is_not_written_over(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
 ) -> None:

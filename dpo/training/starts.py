@@ -15,9 +15,8 @@ from typing import TypedDict
 
 from dpo.files import replace_text
 from dpo.outcomes import STOPPED, NoProgressError, outcome_of
-from dpo.runs import CHECKPOINTS_DIRECTORY
+from dpo.runs import CHECKPOINTS_DIRECTORY, STARTS_FILE
 
-STARTS_FILE = "starts.json"
 MOST_STARTS = 10
 """Starts in a row that may end in being killed or in a lost process with nothing saved."""
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dpo.files import replace_text
 from dpo.outcomes import UserError
+from dpo.runs import TRACKED_AS_FILES
 
 FLUSH_SECONDS = 10.0
 """How often TensorBoard's events reach its file, which it reads while the run goes on."""
@@ -131,7 +132,7 @@ def _tracked_as(run_dir: Path, tracker: str, resume_step: int) -> str:
     A run that starts afresh gets new letters, so that it never goes on with the curves of an older one that
     had the same directory.
     """
-    path = run_dir / f"{tracker}.run"
+    path = run_dir / TRACKED_AS_FILES[tracker]
     if resume_step == 0 or not path.is_file():
         place = re.sub(r"[^\w.-]", "_", "-".join(run_dir.resolve().parts[-2:]))
         replace_text(

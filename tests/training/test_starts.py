@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dpo.outcomes import NoProgressError, PeerLostError, UserError
-from dpo.training.starts import MOST_STARTS, STARTS_FILE, counted_start, hung_before
+from dpo.runs import STARTS_FILE
+from dpo.training.starts import MOST_STARTS, counted_start, hung_before
 
 
 def lose(run_dir: Path, *, hangs: bool | None = None) -> None:
