@@ -3,9 +3,11 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
+from dpo import runs
 from dpo.commands.checks import load_run
 from dpo.config import Config, ModelConfig, save_config
 from dpo.outcomes import UserError
@@ -18,6 +20,15 @@ from dpo.runs import (
     read_summary,
     require_run_or_none,
 )
+
+
+def test_all_that_a_run_writes_is_in_the_list_of_its_files():
+    page = (Path(__file__).parents[1] / "docs" / "using.md").read_text(encoding="utf-8")
+    listed = page.split("## What a run leaves")[1].split("```")[1]
+    for text in (listed, runs.__doc__ or ""):
+        assert [
+            name for name in (*runs._WRITTEN, LOCK_FILE) if not re.search(rf"\b{re.escape(name)}\b", text)
+        ] == []
 
 
 def test_settings_are_flat_by_dotted_names_and_an_empty_section_has_none():

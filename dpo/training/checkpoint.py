@@ -1,8 +1,8 @@
-"""Checkpoints: parameters, optimiser state and step by Orbax, what they belong to, and checksums over it all.
+"""Checkpoints: the training state by Orbax, what it belongs to, and checksums over it all.
 
     checkpoints/
-      40/                 parameters, optimiser state, step after 40 updates
-        state/            (Orbax)
+      40/                 the state after 40 updates
+        state/            (Orbax) parameters, optimiser state, step, a moved reference, a running mean
         identity.json     what the run was: settings, data, versions, … (dpo/training/identity.py)
         SHA256SUMS        of every file above, written last
       60.writing/         being written; it gets its name when it is whole
