@@ -39,8 +39,11 @@ _ALONE = {
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
 }
 
+Said = dict[str, Any]
+"""What a script said in a line of JSON."""
 
-def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0) -> dict[str, Any]:
+
+def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0) -> Said:
     """What a script says of a request about files of `size` bytes; {"error": …} where it could not.
 
     The script gets the limits and the request as one JSON object on its input, and holds itself to them. What
@@ -72,7 +75,7 @@ def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0
     return {"error": f"{_where(said)}{_how(done.returncode, seconds, memory)}"}
 
 
-def _last(output: bytes | None) -> dict[str, Any] | None:
+def _last(output: bytes | None) -> Said | None:
     """The last whole line that a script said."""
     with contextlib.suppress(ValueError, IndexError):
         said = json.loads((output or b"").splitlines()[-1])
@@ -80,7 +83,7 @@ def _last(output: bytes | None) -> dict[str, Any] | None:
     return None
 
 
-def _where(said: dict[str, Any] | None) -> str:
+def _where(said: Said | None) -> str:
     return "" if said is None or "at" not in said else f"{said['at']}: "
 
 

@@ -124,9 +124,11 @@ class RowReading(NamedTuple):
 
 
 BY_COLUMNS = RowReading()
+Values = dict[str, Any]
+"""What stands in columns, by their names."""
 
 
-class Columns(dict[str, Any]):
+class Columns(Values):
     """A row's columns that are not null, by the names that layouts know.
 
     Every row is asked for many names that it has not: a dictionary answers at once.
@@ -171,25 +173,25 @@ class Columns(dict[str, Any]):
                 return name, value
         return None
 
-    def item(self, value: Mapping[str, Any]) -> dict[str, Any]:
+    def item(self, value: Mapping[str, Any]) -> Values:
         """An object in a column, with the names that layouts know."""
         given = {ours: _find(value, theirs) for ours, theirs in self.reading.columns}
         return dict(value) | {name: found for name, found in given.items() if found is not _NOT_THERE}
 
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> Values:
         """The columns that nobody has read and that are not ignored, and their values."""
         return {name: _VALUE(self, name) for name in self.keys() - self._read}
 
-    def unread(self) -> dict[str, Any]:
+    def unread(self) -> Values:
         """The columns that nobody has read, and their values."""
         unread = {name: _VALUE(self, name) for name in self.keys() - self._read}
         return unread | self._ignored if self._ignored else unread
 
 
-_VALUE = dict[str, Any].__getitem__
+_VALUE = Values.__getitem__
 
 
-def _rename(row: Mapping[str, Any], values: dict[str, Any], reading: RowReading) -> dict[str, Any]:
+def _rename(row: Mapping[str, Any], values: Values, reading: RowReading) -> Values:
     theirs = {their for _, their in reading.columns}
     inside = {their for their in theirs if their not in row and _at(values, their) is not _NOT_THERE}
     opened = {name.split(".")[0] for name in inside}
@@ -204,7 +206,7 @@ def _rename(row: Mapping[str, Any], values: dict[str, Any], reading: RowReading)
     return renamed
 
 
-def _rest(values: Mapping[str, Any], opened: set[str], inside: set[str]) -> dict[str, Any]:
+def _rest(values: Mapping[str, Any], opened: set[str], inside: set[str]) -> Values:
     """What else stands in objects of which a part is read, under the names that say where."""
     objects = {name: as_object(values[name], name) or {} for name in sorted(opened)}
     named = {f"{name}.{key}": value for name, found in objects.items() for key, value in found.items()}

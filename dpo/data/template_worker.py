@@ -44,6 +44,8 @@ LONGEST_MESSAGE = 500
 MARK = ("\ufdd0", "\ufdd1")
 """Begin and end what the assistant says while a text is written: two of Unicode's noncharacters."""
 _MARKS = re.compile(f"[{MARK[0]}{MARK[1]}]")
+Fields = dict[str, Any]
+"""An object of a request or of an answer to it, which are a line of JSON each."""
 
 
 class _OutOfTimeError(BaseException):
@@ -75,7 +77,7 @@ def _out_of_time(number: int, frame: FrameType | None) -> NoReturn:
     raise _OutOfTimeError
 
 
-def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _answers(request: Fields) -> Iterator[Fields]:
     compiled = _limited(request, None)
     yield compiled
     begun = time.process_time()
@@ -89,7 +91,7 @@ def _answers(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield answer | {"spent": spent}
 
 
-def _limited(request: dict[str, Any], variables: dict[str, Any] | None, size: int = 0) -> dict[str, Any]:
+def _limited(request: Fields, variables: Fields | None, size: int = 0) -> Fields:
     """The answer to one input within the limits; without variables the template is compiled only."""
     seconds, characters = request["seconds"], request["characters"] + 2 * size
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
@@ -113,7 +115,7 @@ def _limited(request: dict[str, Any], variables: dict[str, Any] | None, size: in
         return {"error": message[:LONGEST_MESSAGE], "limit": False}
 
 
-def _render(template: jinja2.Template, variables: dict[str, Any], characters: int) -> str:
+def _render(template: jinja2.Template, variables: Fields, characters: int) -> str:
     pieces, left = [], characters
     for piece in template.generate(**variables):
         left -= len(piece)
@@ -123,7 +125,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any], characters: in
     return "".join(pieces)
 
 
-def _answer(text: str) -> dict[str, Any]:
+def _answer(text: str) -> Fields:
     """A text with the places in it that were marked, and without the marks."""
     if MARK[0] not in text:
         return {"text": text}
