@@ -25,6 +25,7 @@ from dpo.distribution import find_settings, settings_names
 from dpo.outcomes import USER, UserError
 from dpo.regular_files import require_regular, why_no_file
 from dpo.terminal import shortened, show_controls
+from dpo.text_encoding import encoding_problem
 
 MAX_YAML_VALUES = 100_000
 """Values of one file with its aliases written out: ten short lines of aliases to aliases make billions."""
@@ -114,6 +115,8 @@ class SettingsParser(ArgumentParser):
         for file in map(Path, self._files):  # a pipe nobody writes to is waited for without an end
             if file.exists() and (problem := why_no_file(file)) is not None:
                 self.error(f"config: {file}: {problem}; allowed: a YAML file of settings")
+            if file.exists() and (problem := encoding_problem(file.read_bytes()[:4])) is not None:
+                self.error(f"config: {file}: {problem}")
         try:
             return super().parse_args(given, *rest, **kwargs)
         except UnicodeDecodeError as error:

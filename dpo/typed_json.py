@@ -29,6 +29,7 @@ from typing import (
 
 from dpo.outcomes import UserError
 from dpo.regular_files import why_no_file
+from dpo.text_encoding import encoding_problem
 
 T = TypeVar("T")
 MAX_BYTES = 1 << 28
@@ -68,6 +69,8 @@ def parse_typed(content: bytes, kind: type[T], *, whole: bool = True) -> T:
     Raises:
       UserError: for what is no JSON, or is of another type.
     """
+    if (problem := encoding_problem(content[:4])) is not None:
+        raise UserError(problem)
     try:
         found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:

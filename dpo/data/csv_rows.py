@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo.data.malformed import MalformedRowError
 from dpo.outcomes import UserError
+from dpo.text_encoding import require_utf8_file
 
 
 def csv_rows(path: Path, *, most: int, blank: int) -> Iterator[tuple[int, Any]]:
@@ -25,6 +26,7 @@ def csv_rows(path: Path, *, most: int, blank: int) -> Iterator[tuple[int, Any]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     csv.field_size_limit(most)
     try:
+        require_utf8_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = _RowLines(path, file, most)
             rows = csv.reader(lines, strict=True, delimiter=delimiter)

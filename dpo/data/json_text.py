@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from dpo.outcomes import UserError
+from dpo.text_encoding import require_utf8
 
 
 def begins_a_list(path: Path) -> bool:
-    """Whether the first thing in a file is a JSON list."""
+    """Whether the first thing in a file is a JSON list.
+
+    Raises:
+      UserError: for a file that cannot be read, or is of another encoding than UTF-8.
+    """
     try:
         with path.open("rb") as file:
-            return file.read(_WINDOW).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            beginning = file.read(_WINDOW)
+            require_utf8(path, beginning)
+            return beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo.outcomes import UserError
 from dpo.regular_files import require_regular
+from dpo.text_encoding import require_utf8
 
 MAX_JSON_BYTES = 1 << 24
 """Bytes of a configuration; the longest have some ten thousand."""
@@ -64,6 +65,7 @@ def parse_object(path: Path, content: bytes) -> JsonObject:
             raise UserError(f"duplicate names {twice}")
         return dict(pairs)
 
+    require_utf8(path, content)
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
