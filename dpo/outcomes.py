@@ -163,6 +163,17 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__
 
 
+def told_by(error: BaseException) -> str:
+    """What an error of a library says, behind the name of its class.
+
+    Where it says nothing, as a `StopIteration`, what it was raised from does, or else that is said.
+    """
+    for link in chain_of(error):
+        if text := str(link).strip():
+            return f"{type(link).__name__}: {text}"
+    return f"{type(error).__name__}, which the library that reads it raised without a word"
+
+
 @contextmanager
 def raising_user_errors(what: str) -> Iterator[None]:
     """Whatever a library raises about what a user gave; a panic of Rust, which is no `Exception`, too."""
@@ -173,7 +184,7 @@ def raising_user_errors(what: str) -> Iterator[None]:
             raise
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {told_by(error)}") from error
 
 
 def _by_status(error: BaseException) -> Outcome | None:

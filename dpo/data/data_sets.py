@@ -17,8 +17,9 @@ from dpo.data.table_checks import (
     check_saved,
     is_prepared,
     prepare,
+    require_folder,
 )
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 
 
 def open_data_set(source: str, split: str, *, data_files: str | None = None, name: str | None = None) -> Any:
@@ -33,7 +34,7 @@ def open_data_set(source: str, split: str, *, data_files: str | None = None, nam
         if isinstance(error, UserError):
             raise
         what = f"{name or source} could not be opened as a data set (split {split!r})"
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {told_by(error)}") from error
 
 
 def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
@@ -77,7 +78,7 @@ def _load_saved(directory: str) -> Any:
         return datasets.load_from_disk(directory).with_format(None)
     except Exception as error:  # of a library, about what a stranger wrote
         what = f"{directory}: its state.json or dataset_info.json is not what save_to_disk writes"
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {told_by(error)}") from error
 
 
 def _has_subset(repository: str, name: str, where: Mapping[str, Any]) -> bool:
@@ -106,7 +107,7 @@ def _read_split(repository: str, split: str, where: Mapping[str, Any], place: _P
         what = (
             "its README.md or .huggingface.yaml says under configs or dataset_info what datasets cannot read"
         )
-        raise UserError(f"{repository}: {what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{repository}: {what}: {told_by(error)}") from error
     files = place(builder)
     if not is_prepared(builder):
         prepare(repository, builder, files())
@@ -116,6 +117,7 @@ def _read_split(repository: str, split: str, where: Mapping[str, Any], place: _P
 
 def _open_folder(repository: str, subset: str) -> _Place:
     folder = Path(repository)
+    require_folder(folder)
     whole = not check_card(folder) and not subset
 
     def check(builder: Any) -> Callable[[], _Files]:

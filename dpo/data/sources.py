@@ -25,8 +25,9 @@ from dpo.data.malformed import MalformedRowError
 from dpo.data.table_checks import check_groups
 from dpo.data.table_worker import ROWS
 from dpo.distribution import find_data
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 from dpo.regular_files import is_there
+from dpo.text_encoding import require_utf8
 
 MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""
@@ -206,6 +207,8 @@ def _lines(path: Path, part: Part) -> Iterator[tuple[int, int, bytes]]:
     """Lines that are not blank, each with the bytes before it and its number."""
     try:
         with _open_lines(path) as file:
+            if part.offset == 0:
+                require_utf8(path, file.peek(4))
             offset = file.seek(part.offset) if file.seekable() else _skip(file, part.offset)
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
             last, end = part.number, offset
@@ -370,4 +373,4 @@ def _rows_of(open_it: Callable[[], Any], name: str, part: Part) -> Iterator[tupl
             yield f"{name}:{number}", row_without_nulls(row)
     except Exception as error:  # of a library, about a value that a stranger wrote
         what = f"{name}:{number + 1}: a value of this row cannot be read"
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {told_by(error)}") from error

@@ -25,10 +25,13 @@ from dpo.limited import look, stored_bytes
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 from dpo.regular_files import is_inside, is_there, require_regular
+from dpo.text_encoding import require_utf8, require_utf8_file
 
 WORKER = Path(__file__).with_name("table_worker.py")
 MAX_CARD = 1 << 20
 """Bytes of a folder's README, and of the files that say what is in it."""
+MAX_FILES = 10_000
+"""Files and folders in a folder of data."""
 A_WHILE = 5.0
 """Seconds after which a line says what is being done."""
 _SEEN: dict[tuple[Any, ...], int] = {}
@@ -128,10 +131,29 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_small(path: Path) -> str:
     if require_regular(path).stat().st_size > 16 * MAX_CARD:
         raise UserError(f"{path}: is longer than {16 * MAX_CARD} bytes")
-    return path.read_text(encoding="utf-8", errors="replace")
+    content = path.read_bytes()
+    require_utf8(path, content)
+    return content.decode("utf-8", errors="replace")
 
 
 # ---- folders that `datasets` reads ----
+
+
+def require_folder(folder: Path) -> None:
+    """A folder with not too many files; nothing is opened. What is hidden is not data, and not counted.
+
+    Raises:
+      UserError: with the number that is allowed.
+    """
+    count = 0
+    for _, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += len(folders) + len(names)
+        if count > MAX_FILES:
+            raise UserError(
+                f"{folder}: has more than {MAX_FILES} files and folders; allowed are as many, and files of "
+                "JSON lines can be put behind each other in one"
+            )
 
 
 def check_card(folder: Path) -> bool:
@@ -266,6 +288,10 @@ def prepare(source: str, builder: Any, files: Mapping[str, Sequence[Path]]) -> N
     from datasets import config
     from datasets.utils.py_utils import asdict
 
+    files = _pass_over_empty(source, files)
+    for path in (path for paths in files.values() for path in paths if builder.name in ("csv", "json")):
+        if getattr(builder.config, "encoding", None) in (None, "utf-8"):
+            require_utf8_file(path)
     given = builder.config
     features = getattr(given, "features", None)
     request = {
@@ -281,24 +307,44 @@ def prepare(source: str, builder: Any, files: Mapping[str, Sequence[Path]]) -> N
         "directory": os.path.abspath(builder.cache_dir),
     }
     size = sum(stored_bytes(path) for paths in files.values() for path in paths)
-    with _saying(f"{source}: its files, {size >> 20} MiB, are made into tables, which are kept"):
+    with _saying_slow(f"{source}: its files, {size >> 20} MiB, are made into tables, which are kept"):
         said = look(WORKER, request, size=size, writes=BASE + FACTOR * size)
     if "error" in said or not is_prepared(builder):
         raise UserError(f"{source}: could not be read: {said.get('error', 'nothing was made of it')}")
 
 
-@contextlib.contextmanager
-def _saying(text: str) -> Iterator[None]:
-    """Print a line once what is inside takes a while; of several processes the main one speaks.
+def _pass_over_empty(source: str, files: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
+    """The files without the empty ones, which are counted aloud: `datasets` ends at nothing else wordlessly.
+
+    Raises:
+      UserError: for a split that has no others.
+    """
+    left = {split: [path for path in paths if path.stat().st_size] for split, paths in files.items()}
+    for split, paths in files.items():
+        names = [path.name for path in paths if path not in left[split]]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        if names and not left[split]:
+            raise UserError(
+                f"{source}: all files of split {split!r} are empty: {shown}; allowed are files with rows"
+            )
+        if names:
+            _say(f"{source}: {len(names)} of {len(paths)} files of split {split!r} are empty: {shown}")
+    return left
+
+
+def _say(text: str) -> None:
+    """Of several processes the main one speaks.
 
     Before they have met each does: whether there are others is not asked, which would keep them from meeting.
     """
+    if not jax.distributed.is_initialized() or is_main():
+        terminal.print_plain(text)
 
-    def say() -> None:
-        if not jax.distributed.is_initialized() or is_main():
-            terminal.print_plain(text)
 
-    timer = threading.Timer(A_WHILE, say)
+@contextlib.contextmanager
+def _saying_slow(text: str) -> Iterator[None]:
+    """Print a line once what is inside takes a while."""
+    timer = threading.Timer(A_WHILE, _say, [text])
     timer.daemon = True
     timer.start()
     try:

@@ -57,13 +57,22 @@ def main(request: dict[str, Any]) -> None:
     except MemoryError:
         said = {"error": f"it takes more than {memory >> 20} MiB of memory to read"}
     except BaseException as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        text = str(error) if isinstance(error, _WrongError) else f"{type(error).__name__}: {error}"
+        text = _told_by(error)
         if "malloc of size" in text or "realloc of size" in text:
             text = f"it takes more than {memory >> 20} MiB of memory to read"
         said = {"error": "".join([*(f"{os.path.basename(path)}: " for path in _AT_FAULT[-1:]), text])[:500]}
     print(json.dumps(said), flush=True)
+
+
+def _told_by(error: BaseException) -> str:
+    """What the innermost error with a text says: what raised the others came from it."""
+    chain = [error]
+    while (inner := chain[-1].__cause__) is not None and inner not in chain:
+        chain.append(inner)
+    for one in reversed(chain):
+        if text := str(one).strip():
+            return text if isinstance(one, _WrongError) else f"{type(one).__name__}: {text}"
+    return f"{type(error).__name__}, which the library that reads it raised without a word"
 
 
 # ---- Parquet ----

@@ -111,7 +111,7 @@ def _limited(request: Fields, variables: Fields | None, size: int = 0) -> Fields
     except MemoryError:
         return {"error": "it used more memory than it may", "limit": True}
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {str(error).strip() or 'raised without a word'}"
         return {"error": message[:LONGEST_MESSAGE], "limit": False}
 
 

@@ -80,7 +80,7 @@ from dpo.huggingface.weight_names import (
 from dpo.models.decoder_config import DecoderConfig
 from dpo.models.parts import XIELU_BETA, XIELU_EPS
 from dpo.models.rotary import Rope
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 
 
 class Family(NamedTuple):
@@ -118,7 +118,7 @@ def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
             config = family.configure(hf)
             problems = _contradictions(config)
         except (ValueError, ArithmeticError, LookupError, TypeError) as error:  # of values that do not fit
-            problems = [str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"]
+            problems = [str(error) if isinstance(error, UserError) else told_by(error)]
         if not problems:
             return config
     raise UserError(f"unsupported {hf.model_type} configuration:\n  " + "\n  ".join(problems))

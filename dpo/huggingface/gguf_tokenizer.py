@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from dpo.huggingface.end_tokens import END_TEXTS, gguf_end_tokens
 from dpo.huggingface.pre_tokenizers import PreTokenizerKind, find_pre_tokenizer, make_pre_tokenizer
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 
 
 def make_tokenizer(
@@ -40,9 +40,7 @@ def make_tokenizer(
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises Exception itself
-        raise UserError(
-            f"{path}: no tokenizer can be built from its metadata: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{path}: no tokenizer can be built from its metadata: {told_by(error)}") from error
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=metadata.value("chat_template", str),

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from dpo.huggingface.foreign_json import JsonObject, find_problem, require_file, show
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 from dpo.regular_files import is_there
 
 MAX_README_BYTES = 1 << 20
@@ -46,9 +46,7 @@ def read_front_matter(path: Path) -> JsonObject:
     except yaml.YAMLError:
         return {}
     except (ValueError, RecursionError, TypeError) as error:  # a date of month 13, 5,000 digits, 900 lists
-        raise UserError(
-            f"{path}: its front matter cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{path}: its front matter cannot be read: {told_by(error)}") from error
     if problem:
         raise UserError(f"{path}: {problem}")
     return values if isinstance(values, dict) else {}

@@ -15,7 +15,7 @@ from dpo.huggingface.families import FAMILIES, WRAPPERS, Family, decoder_config,
 from dpo.huggingface.foreign_json import JsonObject, show
 from dpo.huggingface.weight_names import SPELLINGS, Rule, Spelling
 from dpo.models.decoder_config import DecoderConfig
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 
 _SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text models that are another family on text alone, where the three axes of a position are equal."""
@@ -108,4 +108,4 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     except Exception as error:  # transformers makes it, and raises whatever its values lead to
         what = f"the configuration of a {show(config.get('model_type'))} is not valid"
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {told_by(error)}") from error

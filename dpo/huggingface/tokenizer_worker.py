@@ -71,7 +71,8 @@ def main(request: dict[str, Any]) -> None:
     except MemoryError:
         said = {"error": f"it takes more than {memory >> 20} MiB of memory"}
     except BaseException as error:  # a panic of Rust is no Exception
-        text = str(error) if isinstance(error, _WrongError) else f"{type(error).__name__}: {error}"
+        said = str(error).strip() or "the library that reads it raised it without a word"
+        text = said if isinstance(error, _WrongError) else f"{type(error).__name__}: {said}"
         said = {"error": text[:500]}
     print(json.dumps(said), flush=True)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dpo.data.inspection import FOUND_IN_TEXTS, QUANTILES, in_brackets, join_counts
 from dpo.data.remaining import drawn_or_not
-from dpo.outcomes import UserError
+from dpo.outcomes import UserError, told_by
 from dpo.pages.page import percent
 from dpo.typed_json import read_typed
 
@@ -37,7 +37,7 @@ def read_data(path: Path) -> DataSection | None:
         return DataSection(list(map(str, report["warnings"])), list(_sentences(report)), _tables(report))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not the data report of a run ({type(error).__name__}: {error}); without the file the "
+            f"{path} is not the data report of a run ({told_by(error)}); without the file the "
             "page has no section on data"
         ) from error
 

@@ -16,6 +16,7 @@ from dpo import limited
 from dpo.data import sources, table_checks, table_worker
 from dpo.data.preferences import read_preferences
 from dpo.limited import stored_bytes
+from dpo.outcomes import told_by
 
 PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
 
@@ -373,6 +374,43 @@ def test_what_takes_a_while_is_said_once(tmp_path, monkeypatch, capsys):
     refusal(folder)
     said = capsys.readouterr().out
     assert said.count("folder: its files, 0 MiB, are made into tables, which are kept") == 1
+
+
+def test_empty_files_of_a_folder_are_passed_over_aloud(tmp_path, capsys):
+    folder = make_folder(tmp_path)
+    (folder / "train.jsonl").rename(folder / "rows.jsonl")
+    for number in range(7):
+        (folder / f"empty{number}.jsonl").touch()
+    assert len(read_preferences(folder).preferences) == 1
+    assert "7 of 8 files of split 'train' are empty: empty0.jsonl, " in capsys.readouterr().out
+
+
+def test_a_folder_of_empty_files_is_refused_by_name(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"x{number}.jsonl").touch()
+    assert "all files of split 'train' are empty: x0.jsonl, x1.jsonl, " in refusal(folder)
+
+
+def test_a_folder_of_files_without_number_is_refused_unread(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path)
+    (folder / ".git").mkdir()
+    for number in range(20):
+        (folder / ".git" / str(number)).touch()
+    monkeypatch.setattr(table_checks, "MAX_FILES", 10)
+    assert len(read_preferences(folder).preferences) == 1
+    (folder / "itself").symlink_to(".")  # as often as the system follows links
+    assert "has more than 10 files and folders; allowed are as many" in refusal(folder)
+
+
+def test_a_library_that_raises_without_a_word_is_said_to():
+    """Whose next() finds nothing, whose assert fails: what reads on the terminal as `StopIteration:`."""
+    outer = RuntimeError("while a table was made")
+    outer.__cause__ = StopIteration()
+    for error in (outer, StopIteration(), AssertionError(" ")):
+        for told in (told_by(error), table_worker._told_by(error)):
+            assert told.endswith((": while a table was made", "raised without a word"))
 
 
 @pytest.mark.parametrize("other", ["notes.csv", "more.jsonl"])
