@@ -1,4 +1,4 @@
-"""A text that is not UTF-8 is refused by the encoding that it begins with, wherever others' texts are read."""
+"""A text that is not UTF-8 is refused by the encoding that it begins with, wherever one is read."""
 
 import gzip
 import json

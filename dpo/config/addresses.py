@@ -7,15 +7,16 @@ from urllib.parse import urlsplit
 
 from dpo.outcomes import UserError
 
-_USER = re.compile(r"(?<=//)[^/?#]*@")
+_USER = re.compile(r"^(https?://)?.*@", re.DOTALL)
+"""What may be one, where the address is none too: up to the last @, whatever stands before it."""
 
 
 def check_address(key: str, value: str) -> None:
     """Raise for anything but an http:// or https:// address without user, password, query and fragment.
 
-    A user and a password are never shown.
+    A user, a password, a query and a fragment are never shown.
     """
-    shown = _USER.sub("[user]@", value).partition("?")[0]
+    shown = re.split("[?#]", _USER.sub(r"\1[user]@", value))[0]
     try:
         parts = urlsplit(value)
         has_host, _ = bool(parts.hostname), parts.port

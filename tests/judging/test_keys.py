@@ -70,6 +70,10 @@ def test_a_key_in_the_open_is_warned_of(url: str, warns: bool) -> None:
         ("https://me:hunter2@[::1", "which is no address"),
         ("http://", "allowed: http:// or https:// addresses"),
         ("http://me:hunter2@host:port/v1", "which is no address"),
+        ("me:hunter2@example.com/v1", "allowed: http:// or https:// addresses"),
+        ("http:\\\\me:hunter2@example.com", "allowed: http:// or https:// addresses"),
+        ("http://me:hunter2/3?4@example.com/v1", "which is no address"),
+        ("https://example.com/v1#hunter2", r"with a query"),
     ],
 )
 def test_secrets_in_an_address_are_refused_unseen(url: str, message: str) -> None:
