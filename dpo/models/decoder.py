@@ -157,10 +157,28 @@ class Decoder(nnx.Module):
         """
         group = jnp.ones_like(positions) if group is None else group
         ropes = self._ropes(positions, group)
+        cores = self._cached_cores(positions, group, length=cache.values.shape[3])
+
+        def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
+            def apply(carry: tuple[Array, Cache], layer: Layer) -> tuple[Array, Cache]:
+                h, cache = carry
+                core = partial(cores[kind], cache, layer)
+                return nnx.merge(graphdef, layer.state)(h, ropes(kind, layer.rope), core, *layer.beside)
+
+            return apply
+
+        h = self._embed(tokens, positions)
+        h, cache = self._through_layers(block, (h, cache), self._beside(tokens, h))
+        return self._final(h), cache
+
+    def _cached_cores(
+        self, positions: Int[Array, "R S"], group: Int[Array, "R S"], *, length: int
+    ) -> dict[str, Callable]:
+        """By kind, what layers read of a cache of so many positions, and the cache with their own in it."""
         grow = self._query_growth(positions)
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        slots = jnp.arange(cache.values.shape[3])[None, :]
-        key_bias = self._key_bias(jnp.broadcast_to(slots, (tokens.shape[0], slots.shape[1])))
+        count = positions.shape[0]
+        rows = jnp.arange(count)[:, None]
+        key_bias = self._key_bias(jnp.broadcast_to(jnp.arange(length)[None, :], (count, length)))
 
         def attention(
             kind: str, cache: Cache, layer: Layer, q: Array, k: Array, v: Array
@@ -194,25 +212,13 @@ class Decoder(nnx.Module):
             return before, run
 
         chunks = continued(group)
-        cores = {
+        return {
             **{kind: partial(attention, kind) for kind in ("attention", "global")},
             **{f"{kind}_kept": partial(attention, kind) for kind in ("attention", "global")},
             **{f"{kind}_reader": partial(reading, kind) for kind in ("attention", "global")},
             "convolution": convolution,
             "delta": delta,
         }
-
-        def block(kind: str, graphdef: nnx.GraphDef) -> Callable:
-            def apply(carry: tuple[Array, Cache], layer: Layer) -> tuple[Array, Cache]:
-                h, cache = carry
-                core = partial(cores[kind], cache, layer)
-                return nnx.merge(graphdef, layer.state)(h, ropes(kind, layer.rope), core, *layer.beside)
-
-            return apply
-
-        h = self._embed(tokens, positions)
-        h, cache = self._through_layers(block, (h, cache), self._beside(tokens, h))
-        return self._final(h), cache
 
     def _through_layers(
         self, block: Callable[[str, nnx.GraphDef], Callable], carry: Any, beside: tuple[Array, ...]
