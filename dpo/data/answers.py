@@ -254,7 +254,9 @@ _VERDICTS = ("winner", "preference", "label", "choice", "preferred")
 def sides(row: Columns) -> Answers:
     """Two responses in columns of one kind, and a verdict on them, a tie among its words."""
     names, verdict = find_sides(row)
-    ranks = by_side(row[verdict], verdict, names, row.reading.counts_from)
+    ranks = by_side(
+        row[verdict], verdict, names, row.reading.counts_from, setting=row.reading.setting("columns")
+    )
     return Answers({name: row[name] for name in names}, ranks)
 
 

@@ -40,11 +40,18 @@ Other rows' numbers may then mean something else too: they are not learned, what
 """
 
 
-def by_side(value: Any, field: str, names: tuple[str, str], counts_from: int | None = None) -> Ranks:
+def by_side(
+    value: Any,
+    field: str,
+    names: tuple[str, str],
+    counts_from: int | None = None,
+    *,
+    setting: str = "data.columns",
+) -> Ranks:
     """A side by its name (a, model_a, the column's own), by a number, or a tie.
 
     A number says which of the columns it is where their names end in numbers; else `counts_from` is the first
-    one's, and with None it is not known.
+    one's, and with None it is not known. `setting` is where the user can say it.
     """
     text = _as_word(value)
     if (named := side_of_word(text, names)) is not None:
@@ -60,7 +67,7 @@ def by_side(value: Any, field: str, names: tuple[str, str], counts_from: int | N
     if first is None:
         detail = (
             f"found {show(value)}, and no other row says whether {names[0]} is 0 or 1; allowed are {words}, "
-            f"or names that say it: data.columns {{response_0: {names[0]}, response_1: {names[1]}}} or "
+            f"or names that say it: {setting} {{response_0: {names[0]}, response_1: {names[1]}}} or "
             f"{{response_1: {names[0]}, response_2: {names[1]}}}"
         )
     else:

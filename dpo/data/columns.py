@@ -111,10 +111,18 @@ class RowReading(NamedTuple):
     """The number of the first of two responses whose columns do not say it; not known when not given."""
     repeats: bool = False
     """Whether responses that are text begin with their prompt, which is cut off there."""
+    place: str = "data"
+    """Where settings for this source stand: data, or of one in a list its place, such as data.train[1]."""
+    place_of_columns: str = "data"
+    """Where the names in `columns` stand: there, or in a list at data for every source that has none."""
+
+    def setting(self, name: str) -> str:
+        """A setting for this source as the user can write it, by its name in a list of sources."""
+        return f"{self.place}.{'row_layout' if (self.place, name) == ('data', 'layout') else name}"
 
     def as_json(self) -> list[Any]:
         """What another process makes the same of, by `from_json`."""
-        return [self.layout, self.columns, sorted(self.ignored), self.counts_from, self.repeats]
+        return [self.layout, self.columns, sorted(self.ignored), *self[3:]]
 
     @classmethod
     def from_json(cls, given: Sequence[Any]) -> RowReading:
@@ -202,7 +210,7 @@ def _rename(row: Mapping[str, Any], values: Values, reading: RowReading) -> Valu
         if found is not None:
             renamed[ours] = found
         elif their not in row and their not in inside and not _is_in_items(their, values):
-            raise _missing_column(ours, their, row, values)
+            raise _missing_column(ours, their, row, values, reading.place_of_columns)
     return renamed
 
 
@@ -233,11 +241,11 @@ def _find(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _missing_column(
-    ours: str, their: str, row: Mapping[str, Any], values: Mapping[str, Any]
+    ours: str, their: str, row: Mapping[str, Any], values: Mapping[str, Any], place: str
 ) -> MalformedRowError:
     last = their.rpartition(".")[2]
     of_items = f"; of the objects in a list it is {last!r} alone" if _is_in_items(last, values) else ""
-    detail = f"data.columns reads {ours!r} from it; found {show_names(row)}{of_items}"
+    detail = f"{place}.columns reads {ours!r} from it; found {show_names(row)}{of_items}"
     return MalformedRowError(their, "missing_column", detail)
 
 

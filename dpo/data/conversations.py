@@ -23,12 +23,16 @@ from dpo.data.values import is_plain_text
 
 
 def split_prompt(
-    prompt: Prompt | None, given: Mapping[str, Any], *, strip: bool = False
+    prompt: Prompt | None,
+    given: Mapping[str, Any],
+    *,
+    strip: bool = False,
+    setting: str = "data.columns",
 ) -> tuple[Prompt, list[Response]]:
     """The prompt and what follows it in every given field, whether the field repeats the prompt or not.
 
     Without a prompt it is what all fields share. `strip` takes white space off the ends of responses that
-    are text, as the style of HH has it.
+    are text, as the style of HH has it; `setting` is where the user can name the prompt.
     """
     fields: dict[str, Response] = {
         field: value if is_plain_text(value) else read_turns(value, field) for field, value in given.items()
@@ -49,7 +53,7 @@ def split_prompt(
         return _split_conversations(conversations)
     texts = [value for value in fields.values() if isinstance(value, str)]
     if len(texts) == len(fields) > 1:
-        return _split_strings(texts, list(fields))
+        return _split_strings(texts, list(fields), setting)
     raise MalformedRowError("prompt", "missing_field", "no prompt, and the responses have none in common")
 
 
@@ -132,7 +136,7 @@ def _split_conversations(fields: Mapping[str, Turns]) -> tuple[Prompt, list[Resp
 _SPEAK = frozenset({"system", "developer", "user", "assistant"})
 
 
-def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Response]]:
+def _split_strings(texts: list[str], fields: list[str], setting: str) -> tuple[Prompt, list[Response]]:
     """The prompt is the common prefix, cut back to a border between words when it ends inside one."""
     low, high = min(texts), max(texts)
     end = next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
@@ -143,8 +147,8 @@ def _split_strings(texts: list[str], fields: list[str]) -> tuple[Prompt, list[Re
         raise MalformedRowError(
             "prompt",
             "no_common_prompt",
-            "no prompt, and the strings share no first words; allowed is a prompt, by data.columns under "
-            "another name",
+            "no prompt, and the strings share no first words; allowed is a prompt, by "
+            f"{setting} under another name",
         )
     responses: list[Response] = [text[len(prompt) :] for text in texts]
     for field, response in zip(fields, responses, strict=True):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dpo.data import answers
 from dpo.data.answers import Answers, is_list_text, read_two
-from dpo.data.columns import Columns
+from dpo.data.columns import BY_COLUMNS, Columns, RowReading
 from dpo.data.conversations import read_prompt_column
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import Prompt, as_turns, turn_of
@@ -235,17 +235,17 @@ LAYOUTS: dict[str, RowLayout] = {
 """By the names that `data.row_layout` takes."""
 
 
-def find_layout(columns: Iterable[str]) -> str:
+def find_layout(columns: Iterable[str], reading: RowReading = BY_COLUMNS) -> str:
     """The one layout that a row with these columns can have, the most particular where one includes another.
 
     Raises:
       MalformedRowError: when there is none, or several.
     """
-    return _find_layout(frozenset(columns))
+    return _find_layout(frozenset(columns), reading)
 
 
 @lru_cache(128)
-def _find_layout(columns: frozenset[str]) -> str:
+def _find_layout(columns: frozenset[str], reading: RowReading) -> str:
     fitting = [name for name, layout in LAYOUTS.items() if layout.fits(columns)]
     needs = {name: _needed(LAYOUTS[name], columns) for name in fitting}
     found = [name for name in fitting if not any(needs[name] < needs[other] for other in fitting)]
@@ -255,12 +255,12 @@ def _find_layout(columns: frozenset[str]) -> str:
         allowed = "; ".join(f"{name}: {layout.needs}" for name, layout in LAYOUTS.items() if name in _COMMON)
         detail = (
             f"no layout has the columns {show_names(columns)}; allowed are the columns of a layout "
-            f"({allowed}; docs/data.md has all), or data.columns to say which column is which"
+            f"({allowed}; docs/data.md has all), or {reading.setting('columns')} to say which column is which"
         )
         raise MalformedRowError("(row)", "unknown_format", detail)
     detail = (
         f"the columns {show_names(columns)} fit the layouts {', '.join(found)}; allowed is to name one by "
-        "data.row_layout"
+        f"{reading.setting('layout')}"
     )
     raise MalformedRowError("(row)", "ambiguous_format", detail)
 

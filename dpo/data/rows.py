@@ -112,7 +112,7 @@ def read_row(row: Any, *, location: str, source: str, reading: RowReading = BY_C
     for column in sorted(meant):
         value = unused[column]
         if not isinstance(value, str) or not mentions(preference.prompt, value):
-            raise _unused_meaning(column, name)
+            raise _unused_meaning(column, name, reading)
     return ReadRow(preference, name, (*sorted(unused), *columns.replaced))
 
 
@@ -126,7 +126,7 @@ def _require_object(row: Any) -> None:
 def _find_layout(columns: Columns, row: Mapping[str, Any]) -> str:
     """The layout of a row; where it has none because a column holds null, that column is named."""
     try:
-        return find_layout(columns)
+        return find_layout(columns, columns.reading)
     except MalformedRowError as error:
         nulls = [str(name) for name, value in row.items() if value is None]
         with_nulls = frozenset([*columns, *nulls])
@@ -160,12 +160,16 @@ _PROMPT_ALONE = RowLayout("prompt", lambda row: Answers({"(response)": "-"}, (0,
 """A response that is taken off again stands in for those that are not there."""
 
 
-def _unused_meaning(column: str, layout: str) -> MalformedRowError:
+def _unused_meaning(column: str, layout: str, reading: RowReading) -> MalformedRowError:
     detail = (
         f"would change what is learned, and the layout {layout} does not read it; allowed: its place by "
-        f"data.columns, or data.ignore_columns [{column}]"
+        f"{_columns_or_ignored(column, reading)}"
     )
     return MalformedRowError(column, "unused_meaning", detail)
+
+
+def _columns_or_ignored(column: str, reading: RowReading) -> str:
+    return f"{reading.setting('columns')}, or {reading.setting('ignore_columns')} [{column}]"
 
 
 def _read_columns(columns: Columns, layout: RowLayout, location: str, source: str) -> Preference:
@@ -173,7 +177,10 @@ def _read_columns(columns: Columns, layout: RowLayout, location: str, source: st
     answers = layout.read(columns)
     require_few(len(answers.responses))
     prompt, responses = split_prompt(
-        found and found[0], answers.responses, strip=found is not None and found[1]
+        found and found[0],
+        answers.responses,
+        strip=found is not None and found[1],
+        setting=columns.reading.setting("columns"),
     )
     if columns.reading.repeats and found is not None:
         responses, is_cut = cut_repeated(prompt, responses, list(answers.responses))
@@ -222,8 +229,8 @@ def _require_no_empty(columns: Columns) -> None:
         name, value = found
         detail = (
             f"found {'null' if value is None else 'nothing'}, and what the responses begin with alike is not "
-            f"taken for the prompt; allowed is text or messages, or data.ignore_columns [{name}] where the "
-            "responses begin with the prompt"
+            "taken for the prompt; allowed is text or messages, or "
+            f"{columns.reading.setting('ignore_columns')} [{name}] where the responses begin with the prompt"
         )
         raise MalformedRowError(name, "null" if value is None else "empty", detail)
 
@@ -241,7 +248,7 @@ def _require_no_other(columns: Columns, layout: RowLayout, shared: str) -> None:
             ends = ", which ends with the assistant" if name in tried else ""
             detail = (
                 f"may be the prompt{ends}, and what the responses begin with alike is not taken for it; "
-                f"allowed: its place by data.columns, or data.ignore_columns [{name}]"
+                f"allowed: its place by {_columns_or_ignored(name, columns.reading)}"
             )
             raise MalformedRowError(name, "unused_meaning", detail)
 
@@ -317,17 +324,27 @@ _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 def row_reading(
-    layout: str | None, columns: Mapping[str, str], ignored: Iterable[str], *, name: str = "data"
+    layout: str | None,
+    columns: Mapping[str, str],
+    ignored: Iterable[str],
+    *,
+    place: str = "data",
+    place_of_layout: str = "data",
+    place_of_columns: str = "data",
 ) -> RowReading:
-    """How settings want rows to be read; `name` is where they stand.
+    """How settings want rows to be read; a place is where they stand, and where they can be set.
 
     Raises:
       ValueError: when there is no such layout, or two names stand for one column.
     """
     if layout is not None and layout not in LAYOUTS:
-        setting = "row_layout" if name == "data" else "layout"
-        raise UserError(f"{name}.{setting} is {layout!r}; allowed are {', '.join(LAYOUTS)}")
+        setting = BY_COLUMNS._replace(place=place_of_layout).setting("layout")
+        raise UserError(f"{setting} is {layout!r}; allowed are {', '.join(LAYOUTS)}")
     twice = [name for name, count in Counter(columns.values()).items() if count > 1]
     if twice:
-        raise UserError(f"{name}.columns names {twice[0]!r} twice; allowed is one name for a column")
-    return RowReading(layout, tuple(columns.items()), frozenset(ignored))
+        raise UserError(
+            f"{place_of_columns}.columns names {twice[0]!r} twice; allowed is one name for a column"
+        )
+    return RowReading(
+        layout, tuple(columns.items()), frozenset(ignored), place=place, place_of_columns=place_of_columns
+    )

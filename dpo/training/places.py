@@ -87,7 +87,9 @@ def _place_of(
         given.layout or config.row_layout,
         config.columns if given.columns is None else given.columns,
         config.ignore_columns if given.ignore_columns is None else given.ignore_columns,
-        name="data" if given.layout is None and given.columns is None else setting,
+        place=setting,
+        place_of_layout="data" if given.layout is None else setting,
+        place_of_columns="data" if given.columns is None else setting,
     )
     if given.split is not None:
         _require_splits(f"{setting}.split", given.split, given.source)

@@ -191,6 +191,60 @@ def test_a_malformed_row_is_placed_in_its_file(files, tokenizer):
         read_dataset(mixture(files), tokenizer, log=quiet)
 
 
+OWN, OF_ALL = r"data\.train\[1\]", r"data"
+ROW = {"prompt": "p", "chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("row", "own", "of_all", "message"),
+    [
+        (ROW, {"columns": {"prompt": "q"}}, {}, rf"{OWN}\.columns reads 'prompt' from it"),
+        (ROW, {}, {"columns": {"prompt": "q"}}, rf"{OF_ALL}\.columns reads 'prompt' from it"),
+        (
+            {**ROW, "tool_list": "t", "context": "c"},
+            {},
+            {"columns": {"chosen": "chosen"}},
+            rf"allowed: its place by {OWN}\.columns, or {OWN}\.ignore_columns \[context\]",
+        ),
+        ({"x": 1}, {}, {}, rf"or {OWN}\.columns to say which column"),
+        ({**ROW, "responses": ["a", "b"], "ranks": [1, 2]}, {}, {}, rf"to name one by {OWN}\.layout"),
+        ({"chosen": "aa", "rejected": "bb"}, {}, {}, rf"a prompt, by {OWN}\.columns under another name"),
+        (
+            {"chosen": "so a", "rejected": "so b", "prompt": None},
+            {},
+            {},
+            rf"or {OWN}\.ignore_columns \[prompt\] where",
+        ),
+        (
+            {"chosen": "so a", "rejected": "so b", "post": "other words"},
+            {},
+            {},
+            rf"its place by {OWN}\.columns, or {OWN}\.ignore_columns \[post\]",
+        ),
+        (
+            {"prompt": "p", "response_a": "a", "response_b": "b", "winner": 1},
+            {},
+            {},
+            rf"names that say it: {OWN}\.columns \{{response_0",
+        ),
+        (ROW, {}, {"row_layout": "orka"}, r"^data\.row_layout is 'orka'"),
+        (ROW, {"columns": {}}, {"row_layout": "orka"}, r"^data\.row_layout is 'orka'"),
+        (ROW, {"layout": "pair"}, {"columns": {"a": "x", "b": "x"}}, r"^data\.columns names 'x' twice"),
+        (ROW, {"columns": {"a": "x", "b": "x"}}, {}, rf"^{OWN}\.columns names 'x' twice"),
+    ],
+)
+def test_what_is_said_of_a_source_names_its_own_place(files, tokenizer, tmp_path, row, own, of_all, message):
+    """The setting that the user gave where it is wrong, and the source's own one where one would help."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    names = of_all.get("columns", {})
+    first.write_text(json.dumps({names.get(name, name): value for name, value in ROW.items()}) + "\n")
+    second.write_text(json.dumps(row) + "\n")
+    config = DataConfig(train=[str(first), {"source": str(second), **own}], **of_all)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_dataset(config, tokenizer, log=quiet)
+    assert "train[0]" not in str(raised.value)
+
+
 def test_a_limit_is_of_each_source(files):
     read = places(mixture(files, max_train=5), heldout=False)
     assert [place.limit for place in read] == [5, 5, 5]
