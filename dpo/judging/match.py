@@ -81,7 +81,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
         sampled = make_pairs(given, config, preferences, requests, journal, log)
     pairs = [pair for pair in sampled if not (given.leave_out_cut and pair.is_cut)]
     with Journal(output / VERDICTS_FILE) as journal:
-        verdicts = judge_pairs(judge, pairs, journal, log)
+        verdicts = judge_pairs(judge, pairs, journal, log, name=str(given.judge))
     ratios = None
     if given.kl and config.model.reference not in DATA_OPPONENTS:
         with Journal(output / "log_probs.jsonl") as journal:
@@ -152,16 +152,19 @@ def make_pairs(
 
 
 def judge_pairs(
-    judge: Judge, pairs: Sequence[Pair], journal: Journal, log: Log
+    judge: Judge, pairs: Sequence[Pair], journal: Journal, log: Log, *, name: str
 ) -> list[tuple[VerdictLine, VerdictLine]]:
-    """The journal's lines on every pair in both orders; what is not there is asked, or tied if identical."""
+    """The journal's lines on every pair in both orders; what is not there is asked, or tied if identical.
+
+    `name` is the judge's as the user gave it.
+    """
     lines = [_unjudged(judge, pair, order) for pair in pairs for order in ORDERS]
     for line, pair in zip(lines, [pair for pair in pairs for _ in ORDERS], strict=True):
         if pair.is_identical and not judge.scores_each and line["key"] not in journal.lines:
             verdict = Verdict("tie", "", details={"identical": True})
             journal.append(_judged(line, verdict))
     missing = [line for line in lines if not journal.lines.get(line["key"], {}).get("was_asked")]
-    log(f"judge: {len(lines) - len(missing)} of {len(lines)} verdicts are there ({judge.identity['judge']})")
+    log(f"judge: {len(lines) - len(missing)} of {len(lines)} verdicts of {name} are there")
     questions = [_question(line) for line in missing]
     for count, (index, verdict) in enumerate(judge.ask(questions) if questions else (), start=1):
         journal.append(_judged(missing[index], verdict))

@@ -156,11 +156,14 @@ def test_against_the_datas_own_responses(command: list[str], tmp_path: Path, mon
     assert texts == {"no", *(f"{text} yes" for text in PROMPTS)}
 
 
-def test_rewards_are_means_over_all_pairs(command: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_rewards_are_means_over_all_pairs(
+    command: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At temperature 0 a model against itself gives the same texts: ties, whose rewards count too."""
     (tmp_path / "length_reward.py").write_text("def length(prompt, response): return len(response)\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert main([*command, "--judge=length_reward:length", "--temperatures=[0]", "--kl=false"]) == 0
+    assert "judge: 0 of 10 verdicts of length_reward:length are there" in capsys.readouterr().out
     figures = result_of(tmp_path / "out", "0.0")
     assert (figures["ties_identical"], figures["wins"], figures["losses"]) == (5, 0, 0)
     for side in ("policy", "opponent"):
