@@ -248,6 +248,17 @@ def objective_title(config: Config) -> str:
     return " + ".join(map(term_title, objective_terms(config)))
 
 
+def trained_title(config: Config) -> str:
+    """What of its model a run trains, such as "LoRA adapters of rank 8" or "all weights"."""
+    lora = config.lora
+    if not lora.is_on:
+        return "all weights"
+    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    if lora.init is None:
+        return f"{kind} adapters of rank {lora.rank}"
+    return f"{kind} adapters starting as {Path(lora.init).name if Path(lora.init).exists() else lora.init}"
+
+
 def term_title(term: Mapping[str, Any]) -> str:
     """One objective with its hyper-parameters."""
     settings = ", ".join(f"{key} {value}" for key, value in term.items() if key != "name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -182,7 +183,16 @@ def _same_preferences(run: ComparedRun, other: ComparedRun) -> bool:
 
 def differing_settings(configs: Sequence[Config]) -> list[tuple[str, list[str]]]:
     """Settings that are not the same in all runs, run_dir apart, by their dotted names."""
-    flat = [{name: str(value) for name, value in flat_settings(asdict(config)).items()} for config in configs]
+    flat = [
+        {name: _value(value) for name, value in flat_settings(asdict(config)).items()} for config in configs
+    ]
     names = dict.fromkeys(name for one in flat for name in one if name != "run_dir")
     found = [(name, [one.get(name, "") for one in flat]) for name in names]
     return [(name, values) for name, values in found if len(set(values)) > 1]
+
+
+def _value(value: object) -> str:
+    """As the settings file has it, but for what it has no value for."""
+    if value is None:
+        return "not set"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

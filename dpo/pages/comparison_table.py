@@ -20,7 +20,7 @@ from dpo.pages.curves import points
 from dpo.pages.page import percent, percent_with_interval, points_with_interval, with_interval
 from dpo.pages.report import describe_steps
 from dpo.pages.report_match import ShownMatch
-from dpo.runs import objective_title
+from dpo.runs import objective_title, trained_title
 
 
 class ComparedRun(NamedTuple):
@@ -47,7 +47,10 @@ def compare(runs: Sequence[ComparedRun], shared: Common | None, gains: Sequence[
 
     `shared` is what all runs scored, `gains` what each of them but the first scored as the first did.
     """
-    rows: list[Row] = [("objective", [objective_title(run.config) for run in runs])]
+    rows: list[Row] = [
+        ("objective", [objective_title(run.config) for run in runs]),
+        ("trained", [trained_title(run.config) for run in runs]),
+    ]
     for kind in kinds(runs):
         found = [run.matches.get(kind) for run in runs]
         rows += [

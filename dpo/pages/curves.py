@@ -105,6 +105,7 @@ def draw_runs(runs: Mapping[str, Metrics], *, left_out: Collection[str] = ()) ->
                     colour=index,
                     is_heldout=held,
                     is_one_of_many=True,
+                    stroke=index,
                     is_exact=name in EXACT,
                 )
                 for index, (run, metrics) in enumerate(runs.items())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dpo.data.messages import message_text, response_text
 from dpo.files import replace_text
@@ -48,8 +49,24 @@ def make_environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["options_whole"] = options_whole
     environment.globals.update(percent=percent, percents=percents, interval=with_interval)
     return environment
+
+
+_OPTION = re.compile(r"(?<![\w.-])--[\w.-]{1,40}(?![\w.-])")
+
+
+def options_whole(command: str) -> Markup:
+    """A command, escaped, whose options no line ends in: browsers break after every dash."""
+    return Markup(
+        "".join(
+            f'<span class="option">{escape(piece)}</span>'
+            if _OPTION.fullmatch(piece)
+            else escape(show_controls(piece))
+            for piece in re.split(f"({_OPTION.pattern})", command)
+        )
+    )
 
 
 def _shown(value: object) -> object:

@@ -23,6 +23,10 @@ SERIES = ("#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06", "#0a0b07", "#0a0b08")
 _COLOURS = {INK: "currentColor", FAINT: "var(--faint)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)
 }
+STROKES: Sequence[Any] = ("-", (0, (5, 3)), (0, (2, 2.5)), (0, (7, 2.5, 1.5, 2.5)))
+"""Dashes of lines, from the start again after their end."""
+_DOTS = (6.0, 4.4, 3.0, 1.8)
+"""Sizes of the points with them."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpo",
@@ -58,6 +62,8 @@ class Curve(NamedTuple):
     is_heldout: bool = False
     is_one_of_many: bool = False
     """Without the noise behind the running mean."""
+    stroke: int = 0
+    """Index into STROKES: of equal curves the earlier is seen through the later."""
     is_exact: bool = False
     """A schedule: drawn as it is, since a running mean would come late."""
 
@@ -129,7 +135,7 @@ def against(
             colour = SERIES[index % len(SERIES)]
             axes.plot([left, right], [y, y], color=colour, linewidth=1)
             axes.plot([x, x], [low, high], color=colour, linewidth=1)
-            axes.plot([x], [y], "o", color=colour, markersize=6)
+            axes.plot([x], [y], "o", color=colour, markersize=_dot(index))
         axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
         if is_rate:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -144,8 +150,9 @@ def paths(title: str, label: str, lines: Sequence[tuple[Sequence[tuple[float, fl
         axes.set_xlabel(label)
         for points, index in lines:
             across, up = zip(*points, strict=True)
-            axes.plot(across, up, color=SERIES[index % len(SERIES)], linewidth=1)
-            axes.plot(across[-1:], up[-1:], "o", color=SERIES[index % len(SERIES)], markersize=6)
+            colour = SERIES[index % len(SERIES)]
+            axes.plot(across, up, color=colour, linewidth=1, linestyle=_dashes(index))
+            axes.plot(across[-1:], up[-1:], "o", color=colour, markersize=_dot(index))
         return _svg(figure, title)
 
 
@@ -194,18 +201,40 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
     finite = np.isfinite(np.asarray(line.values, float))
     steps, values = np.asarray(line.steps, float)[finite], np.asarray(line.values, float)[finite]
+    dashes = _dashes(line.stroke)
     if line.is_heldout:
-        axes.plot(steps, values, "o--", color=colour, markersize=4, linewidth=1, label=line.label or "_")
+        dashes = dashes if line.is_one_of_many else "--"
+        dot, label = 2 / 3 * _dot(line.stroke), line.label or "_"
+        axes.plot(
+            steps, values, "o", color=colour, markersize=dot, linewidth=1, linestyle=dashes, label=label
+        )
         return
     window = max(1, len(values) // 15)
     if window < 3 or line.is_exact:
         alone = "o" if len(values) == 1 else None  # a line of one point shows nothing
-        axes.plot(steps, values, marker=alone, markersize=4, color=colour, linewidth=1.4, label=line.label)
+        axes.plot(
+            steps,
+            values,
+            marker=alone,
+            markersize=2 / 3 * _dot(line.stroke),
+            color=colour,
+            linewidth=1.4,
+            linestyle=dashes,
+            label=line.label,
+        )
         return
     if not line.is_one_of_many:
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
     means = [values[max(0, end - window) : end].mean() for end in range(1, len(values) + 1)]
-    axes.plot(steps, means, color=colour, linewidth=1.6, label=line.label)
+    axes.plot(steps, means, color=colour, linewidth=1.6, linestyle=dashes, label=line.label)
+
+
+def _dashes(stroke: int) -> Any:
+    return STROKES[stroke % len(STROKES)]
+
+
+def _dot(stroke: int) -> float:
+    return _DOTS[stroke % len(_DOTS)]
 
 
 def _thin_ticks(figure: Figure) -> None:

@@ -49,6 +49,7 @@ from dpo.runs import (
     read_metrics,
     read_summary,
     specification,
+    trained_title,
 )
 from dpo.training.versions import versions
 
@@ -90,7 +91,9 @@ def _gather(run_dir: Path, config: Config) -> dict[str, object]:
     commands = [shlex.join(["dpo", "train", *again])]
     content: dict[str, object] = {
         "title": f"{objective_title(config)} on {_names(config.data.train)}",
-        "subtitle": f"{config.model.source} · {run_dir} · {describe_steps(metrics)}",
+        "subtitle": " · ".join(
+            [config.model.source, trained_title(config), str(run_dir), describe_steps(metrics)]
+        ),
         "finished": summary is not None,
         "figures": None,
         "lost": None,

@@ -18,7 +18,7 @@ from dpo.config.sources import spellings
 from dpo.huggingface.pretrained import Pretrained
 from dpo.losses import reward_scale
 from dpo.models.decoder import Decoder
-from dpo.runs import objective_terms, specification, term_title
+from dpo.runs import objective_terms, specification, term_title, trained_title
 from dpo.terminal import show_controls
 from dpo.training.versions import versions
 
@@ -96,11 +96,11 @@ def adapter_card(
             "",
             f"# {base_name}, {objectives}, adapters",
             "",
-            f"{_adapters(config)} ({show_parameters(num_parameters)} parameters, float32) for "
+            f"{trained_title(config)} ({show_parameters(num_parameters)} parameters, float32) for "
             f"{as_text(_data(name))}, trained on preferences with `dpo`. They need that model.",
             "",
             *_how_to_load_adapters(str(matter.get("base_model", ""))),
-            *_how_it_was_made(config, base, num_steps, trained=_adapters(config)),
+            *_how_it_was_made(config, base, num_steps, trained=trained_title(config)),
             *_heldout(config, metrics),
             *_settings(config),
         ]
@@ -233,14 +233,7 @@ def _reference(config: Config) -> str:
 
 
 def _trained(config: Config) -> str:
-    return f"{_adapters(config)}, merged into the weights" if config.lora.is_on else "all weights"
-
-
-def _adapters(config: Config) -> str:
-    lora = config.lora
-    kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-    start = f"of rank {lora.rank}" if lora.init is None else f"starting as {_data(lora.init)}"
-    return f"{kind} adapters {start}"
+    return trained_title(config) + (", merged into the weights" if config.lora.is_on else "")
 
 
 def _data(source: str) -> str:

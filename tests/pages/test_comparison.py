@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from finished_run import HOSTILE, Page, finished, open_in_chromium  # noqa: F401
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
 from dpo.cli import main
-from dpo.config import Config, OptimizerConfig, save_config
+from dpo.config import Config, LoraConfig, OptimizerConfig, save_config
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.choosing import choose
 from dpo.evaluation.common import find_common
@@ -121,6 +122,39 @@ def test_only_settings_that_differ_are_listed() -> None:
     assert differing_settings([one, one]) == []
 
 
+def test_settings_are_shown_in_the_words_of_a_settings_file() -> None:
+    one = Config(run_dir="a")
+    two = Config(run_dir="b", lora=LoraConfig(rank=8, use_dora=True, target_modules=["q_proj", "v_proj"]))
+    assert differing_settings([one, two]) == [
+        ("lora.rank", ["not set", "8"]),
+        ("lora.target_modules", ["all-linear", '["q_proj", "v_proj"]']),
+        ("lora.use_dora", ["false", "true"]),
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_adapters_and_whole_weights_are_told_apart(runs) -> None:
+    first, (path, config) = runs
+    adapted = replace(config, lora=LoraConfig(rank=8))
+    shown = Page(write_comparison([first, (path, adapted)]).read_text()).text
+    assert "trainedall weightsLoRA adapters of rank 8" in shown
+
+
+def test_equal_curves_do_not_hide_one_another() -> None:
+    """Each run has dashes through which the one below is seen, and smaller points than that."""
+    for is_heldout in (False, True):
+        axes = Figure().subplots()
+        for run in range(len(plots.STROKES)):
+            line = plots.Curve("run", [1, 2], [0.5, 0.7], run, is_heldout, True, stroke=run)
+            plots._draw_curve(axes, line, plots.SERIES[run])
+        sizes = [line.get_markersize() for line in axes.lines]
+        assert not is_heldout or sizes == sorted(set(sizes), reverse=True)
+        assert len({str(vars(line)["_dash_pattern"]) for line in axes.lines}) == len(plots.STROKES)
+    axes = Figure().subplots()
+    plots._draw_curve(axes, plots.Curve("run", [1, 2], [0.5, 0.7], is_heldout=True), "black")
+    assert axes.lines[0].get_linestyle() == "--", "held out, of one run"
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_the_command_takes_one_run_or_several(
     runs, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -211,4 +245,4 @@ def test_a_second_judge_has_a_row_and_a_picture_of_its_own(runs, tmp_path: Path)
     assert page.count("Win-rate over the reference, judge ") == 2
     assert page.count("<title>Win-rate over the reference, 95% intervals\njudge ") == 2
     assert page.index("judge reward vader") < page.index("judge local judging-model")
-    assert "--judge=local:judging-model" in page
+    assert "--judge=local:judging-model" in Page(page).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
@@ -16,13 +17,13 @@ from finished_run import HOSTILE, Page, finished, open_in_chromium, written_page
 from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
-from dpo.config import Config, save_config
+from dpo.config import Config, LoraConfig, save_config
 from dpo.evaluation.accuracy import describe
 from dpo.evaluation.heldout import load_heldout
 from dpo.files import WriteError
 from dpo.judging.results import listed_files, read_as, read_results
 from dpo.pages import plots
-from dpo.pages.page import points_with_interval, with_interval
+from dpo.pages.page import options_whole, points_with_interval, with_interval
 from dpo.pages.report import BREAKDOWN, breakdown, write_report
 from dpo.pages.report_data import read_data
 from dpo.pages.report_match import command
@@ -153,6 +154,31 @@ def test_the_page_says_how_to_repeat_it(run: tuple[Path, Config]) -> None:
     shown = Page(write_report(*run).read_text()).text
     assert "0.0.1" in shown
     assert "of the software" not in shown
+
+
+def test_the_head_says_what_was_trained(run: tuple[Path, Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_svg", lambda *_: "<svg></svg>")
+    path, config = run
+    for lora, said in (
+        (LoraConfig(), "all weights"),
+        (LoraConfig(rank=8), "LoRA adapters of rank 8"),
+        (LoraConfig(rank=4, use_dora=True), "DoRA adapters of rank 4"),
+        (LoraConfig(init="owner/adapter"), "LoRA adapters starting as owner/adapter"),
+    ):
+        shown = Page(write_report(path, replace(config, lora=lora)).read_text()).text
+        assert f" · {said} · " in shown[: shown.index("Held-out accuracy")]
+
+
+def test_no_line_ends_within_an_option() -> None:
+    command = "dpo train --run_dir='a<b> --long' '--temperatures=[0.5, 1.0]' a--b --" + "x" * 99
+    shown = str(options_whole(command))
+    assert re.findall(r'<span class="option">(.*?)</span>', shown) == [
+        "--run_dir",
+        "--long",
+        "--temperatures",
+    ]
+    assert html.unescape(re.sub(r"</?span[^>]*>", "", shown)) == command
+    assert "<b>" not in shown
 
 
 def test_the_command_of_an_endpoint_says_where_it_is(run: tuple[Path, Config]) -> None:
