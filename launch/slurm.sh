@@ -3,7 +3,7 @@
 #
 #   sbatch launch/slurm.sh --config configs/sentiment_pairs.yaml --mesh.data=1 --mesh.fsdp=-1
 #
-# The run directory and DPO_CACHE must be on a file system that all nodes share. Two minutes before the time is
+# The run directory must, and DPO_CACHE should, be on a file system that all nodes share. Two minutes before the time is
 # up every process saves and ends with code 75, and the job is queued again and goes on from there.
 #
 # srun gives the largest code of all processes, which hides the cause: a process with wrong data ends with 2, those
