@@ -360,7 +360,7 @@ def odpo(
 ) -> Objective:
     """DPO with an offset: the margin grows with the difference of the given scores.
 
-    Formula: −log σ(δ − α f(score_w − score_l)), f the logarithm or the identity
+    Formula: −log σ(δ − α f(score_w − score_l)), f the logarithm (of 1e-6 at least) or the identity
     Gradient weight: σ(α f(score_w − score_l) − δ)
     Source: Amini et al. 2024, arXiv:2402.10571
     Defaults: β = 0.1 (as DPO's); α = 1 (the authors' code; 0.5 for its sentiment task), f = log
