@@ -32,6 +32,7 @@ from dpo.config import (
 )
 from dpo.config.home import at_home
 from dpo.distribution import version
+from dpo.hub_names import forget
 from dpo.outcomes import (
     BUG,
     ENVIRONMENT,
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     name = given[0] if given and given[0] in COMMANDS else None
+    forget()
     with guarded_output():
         try:
             code = _run(given)

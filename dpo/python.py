@@ -33,6 +33,7 @@ from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.data.tokenizer_calls import decode_ids
 from dpo.evaluation.token_ratios import score_tokens
+from dpo.hub_names import forget
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
 from dpo.models.drawing import SamplingConfig
 from dpo.models.sampling import generate
@@ -244,6 +245,7 @@ def train(config: Config, *, winrate: str | None = None) -> Any:
     """
     from dpo.commands.train import train_and_report
 
+    forget()  # what a run directory named before: these are the program's own words
     word = [f"--objective={term}" for term in (config.objectives or [config.objective])]
     return train_and_report(config, judge=winrate, arguments=[*word, f"--winrate={winrate}"])
 

@@ -30,6 +30,7 @@ import yaml
 
 from dpo.config import Config
 from dpo.config.run import ObjectiveSettings
+from dpo.hub_names import note_named_by, note_own_word
 from dpo.outcomes import UserError
 from dpo.overwriting import require_own
 from dpo.typed_json import parse_typed, read_typed
@@ -189,6 +190,7 @@ def model_of(source: str) -> str:
     Raises:
       ValueError: when the run has no export yet, or does not say what its adapters are on.
     """
+    note_own_word(source)
     path = Path(source).expanduser()
     if not (path / CONFIG_FILE).is_file() or (path / "config.json").is_file():
         return source
@@ -217,6 +219,7 @@ def _adapters_of(run_dir: Path) -> str:
         source = str(settings["model"]["source"])
     except (ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{run_dir / CONFIG_FILE} does not say what model.source is: {error}") from error
+    note_named_by(str(run_dir / CONFIG_FILE), source)
     is_named = named in (source, str(Path(source).expanduser().resolve()))
     return str(adapter) if is_named else f"{adapter} on {source}"
 

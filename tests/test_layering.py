@@ -20,6 +20,7 @@ ANYWHERE = {"distribution", "hidden", "terminal"}
 BELOW = {
     "": {"python", "losses", "config"},
     "outcomes": set(),
+    "hub_names": set(),
     "hidden": set(),
     "proxies": {"outcomes"},
     "terminal": set(),
@@ -34,7 +35,7 @@ BELOW = {
     "config": {"outcomes", "files"},
     "help": set(),
     "command_line": {"outcomes", "config", "regular_files", "help", "text_encoding"},
-    "runs": {"outcomes", "config", "typed_json", "overwriting"},
+    "runs": {"outcomes", "config", "typed_json", "overwriting", "hub_names"},
     "own_code": {"outcomes"},
     "losses": {"outcomes", "own_code"},
     "diffusion": {"outcomes", "losses"},
@@ -48,6 +49,7 @@ BELOW = {
         "regular_files",
         "limited",
         "proxies",
+        "hub_names",
         "text_encoding",
     },
     "models": {"outcomes", "parallel"},
@@ -59,6 +61,7 @@ BELOW = {
         "regular_files",
         "limited",
         "proxies",
+        "hub_names",
         "text_encoding",
     },
     "training": {
@@ -164,6 +167,7 @@ BELOW = {
         "config",
         "files",
         "regular_files",
+        "hub_names",
     },
     "python": {
         "outcomes",
@@ -176,8 +180,9 @@ BELOW = {
         "data",
         "runs",
         "config",
+        "hub_names",
     },
-    "cli": {"outcomes", "commands", "data", "command_line", "config"},
+    "cli": {"outcomes", "commands", "data", "command_line", "config", "hub_names"},
     "__main__": {"outcomes", "cli", "training"},
 }
 

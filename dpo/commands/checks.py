@@ -10,6 +10,7 @@ from dpo.command_line import load_config
 from dpo.config import Config, DataConfig, EvaluateConfig, heldout_settings
 from dpo.config.sources import spellings
 from dpo.distribution import find_data
+from dpo.hub_names import note_named_by, note_own_word
 from dpo.outcomes import UserError
 from dpo.own_code import require_own_word_for_objectives
 from dpo.regular_files import why_no_file
@@ -22,7 +23,7 @@ FIRST_ROWS = 8
 
 
 def load_run(run: str) -> Config:
-    """The settings that a run directory was made with.
+    """The settings that a run directory was made with; what they name on the hub is not the user's own word.
 
     Raises:
       ValueError: naming the file, when there is none, it is not a configuration, it has an objective that no
@@ -39,6 +40,8 @@ def load_run(run: str) -> Config:
             reward_scale(term)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    data = [source for given in (config.data.train, config.data.eval) if given for source in spellings(given)]
+    note_named_by(str(path), config.model.source, config.model.reference, config.lora.init, *data)
     return config
 
 
@@ -99,6 +102,7 @@ def check_heldout(given: EvaluateConfig, run: Config | None) -> Config:
     """
     from dpo.runs import model_of
 
+    note_own_word(given.policy, given.reference, *(spellings(given.data) if given.data else ()))
     config = heldout_settings(given, run)
     if given.policy is None and given.run is not None and not Path(config.model.source).exists():
         model_of(given.run)  # says what the run lacks

@@ -10,6 +10,7 @@ from dpo.commands.checks import check_heldout, check_models, load_run
 from dpo.config import Config, EvaluateConfig, WinrateConfig
 from dpo.config.commands import HeldoutConfig
 from dpo.config.sources import show_source
+from dpo.hub_names import note_own_word
 from dpo.outcomes import UserError
 from dpo.terminal import print_plain
 
@@ -40,6 +41,7 @@ def match_after_training(config: Config, judge: str, arguments: Sequence[str]) -
 
 def measure_winrate(given: WinrateConfig, run: Config | None) -> None:
     """Sample, judge, print the figures, and add them to the run's report."""
+    note_own_word((given.judge or "").partition(":")[2])
     config = check_heldout(comparison(given), run)
     from dpo.judging.match import DATA_OPPONENTS, play
     from dpo.judging.results import VERDICTS_FILE

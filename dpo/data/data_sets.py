@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from dpo.data.hub_sets import fetch, look_at_card, require_card
+from dpo.data.hub_sets import fetch, look_at_card, require_card, say_without_token, token_for
 from dpo.data.table_checks import (
     check_arrow,
     check_card,
@@ -55,12 +55,14 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     repository, _, subset = named.partition(":")
     if Path(repository).name in ("", "..") and Path(repository).is_dir():  # no name for datasets
         repository = str(Path(repository).resolve())
-    where = {"revision": revision} if revision else {}
+    where: dict[str, Any] = {"revision": revision} if revision else {}
     place = (
         _open_folder(repository, subset)
         if Path(repository).is_dir()
         else _open_hub(repository, subset, revision)
     )
+    if token_for(repository) is False and not Path(repository).is_dir():
+        where["token"] = False
     if subset:
         where |= {"name": subset} if _has_subset(repository, subset, where) else {"data_dir": subset}
     found = _read_split(repository, split, where, place)
@@ -128,6 +130,7 @@ def _open_folder(repository: str, subset: str) -> _Place:
 
 
 def _open_hub(repository: str, subset: str, revision: str) -> _Place:
+    say_without_token(repository)
     card = look_at_card(repository, revision or None, subset)
 
     def check(builder: Any) -> Callable[[], _Files]:

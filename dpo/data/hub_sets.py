@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.data.table_checks import check_arrow, check_card, require_tables, unnamed_subsets
+from dpo.data.table_checks import check_arrow, check_card, require_tables, say, unnamed_subsets
+from dpo.hub_names import named_by
 from dpo.outcomes import UserError
 from dpo.proxies import check_proxies
 from dpo.regular_files import is_inside
@@ -47,7 +48,11 @@ def look_at_card(repository: str, revision: str | None, subset: str) -> Card:
     commit = None
     for name in _CARDS:
         try:
-            path = Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+            path = Path(
+                hf_hub_download(
+                    repository, name, repo_type="dataset", revision=revision, token=token_for(repository)
+                )
+            )
         except LocalEntryNotFoundError as error:
             return Card(repository, revision, subset, error=error)
         except EntryNotFoundError:
@@ -57,6 +62,20 @@ def look_at_card(repository: str, revision: str | None, subset: str) -> Card:
         commit = path.parent.name
         check_card(path.parent)
     return Card(repository, revision, subset, commit)
+
+
+def token_for(repository: str) -> bool | None:
+    """For huggingface_hub: False, which is none, where only a run directory names a data set; else None."""
+    return None if named_by(repository) is None else False
+
+
+def say_without_token(repository: str) -> None:
+    """Say before anything is asked that only a run directory names a data set, and what follows from it."""
+    if (run := named_by(repository)) is not None:
+        say(
+            f"{repository}: the hub is asked for it without your account's token, since only {run} names it; "
+            "--data DATA_SET names it on your word"
+        )
 
 
 def require_card(card: Card, builder: Any) -> None:
@@ -117,7 +136,13 @@ def fetch(repository: str, builder: Any) -> dict[str, list[Path]]:
                 f"{repository}: {os.path.basename(name)[:200]!r} is an archive; allowed are tables, "
                 "compressed or not; fetch it with `hf download`, unpack it and name the files in data.train"
             )
-    download = partial(hf_hub_download, builder.repo_id, repo_type="dataset", revision=builder.hash)
+    download = partial(
+        hf_hub_download,
+        builder.repo_id,
+        repo_type="dataset",
+        revision=builder.hash,
+        token=token_for(repository),
+    )
     paths = thread_map(
         lambda name: Path(download(name.removeprefix(begin))),
         names,

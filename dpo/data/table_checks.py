@@ -328,11 +328,11 @@ def _pass_over_empty(source: str, files: Mapping[str, Sequence[Path]]) -> dict[s
                 f"{source}: all files of split {split!r} are empty: {shown}; allowed are files with rows"
             )
         if names:
-            _say(f"{source}: {len(names)} of {len(paths)} files of split {split!r} are empty: {shown}")
+            say(f"{source}: {len(names)} of {len(paths)} files of split {split!r} are empty: {shown}")
     return left
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Of several processes the main one speaks.
 
     Before they have met each does: whether there are others is not asked, which would keep them from meeting.
@@ -344,7 +344,7 @@ def _say(text: str) -> None:
 @contextlib.contextmanager
 def _saying_slow(text: str) -> Iterator[None]:
     """Print a line once what is inside takes a while."""
-    timer = threading.Timer(A_WHILE, _say, [text])
+    timer = threading.Timer(A_WHILE, say, [text])
     timer.daemon = True
     timer.start()
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo.files import CHECKSUMS_FILE, damaged_files
+from dpo.hub_names import named_by
 from dpo.huggingface.adapter_files import read_base
 from dpo.huggingface.config_rules import check_config
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, fetch_embedded
@@ -202,13 +203,15 @@ def find_base(directory: Path, base: str, patterns: Sequence[str], *, offline: b
 def fetch_files(hub_id: str, revision: str | None, patterns: Sequence[str], *, offline: bool = False) -> Path:
     """Files of a hub repository, at the newest commit or at a branch, tag or commit that is named.
 
-    `offline` takes them from the hub's cache on this machine.
+    `offline` takes them from the hub's cache on this machine; so does what only a run directory names.
 
     Raises:
       ValueError: when they are not there, or could not be fetched.
     """
     from huggingface_hub import snapshot_download
 
+    run = named_by(hub_id)
+    offline = offline or run is not None
     if not offline:
         check_proxies()
     only: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
@@ -217,9 +220,10 @@ def fetch_files(hub_id: str, revision: str | None, patterns: Sequence[str], *, o
     except (OSError, ValueError) as error:
         if offline:
             at = f" --revision {revision}" if revision else ""
+            reason = "for an adapter on this machine" if run is None else f"for what {run} names"
             raise UserError(
-                f"{hub_id!r} is not in the hub's cache here, and for an adapter on this machine nothing is "
-                f"fetched; allowed: fetch it first, `hf download {hub_id}{at}`, if you trust it"
+                f"{hub_id!r} is not in the hub's cache here, and {reason} nothing is fetched; allowed: "
+                f"fetch it first, `hf download {hub_id}{at}`, if you trust it"
             ) from error
         raise UserError(
             f"{hub_id!r} is no directory here and could not be fetched from the Hugging Face hub: {error}"
