@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from markupsafe import Markup
 
 from dpo.pages import plots
-from dpo.pages.plots import Curve
+from dpo.pages.plots import Curve, is_drawable
 
 Metrics = Sequence[Mapping[str, int | float]]
 """Lines of metrics.jsonl."""
@@ -119,5 +118,6 @@ def draw_runs(runs: Mapping[str, Metrics], *, left_out: Collection[str] = ()) ->
 
 
 def points(metrics: Metrics, name: str) -> list[tuple[int | float, int | float]]:
-    """(step, value) of a metric wherever it is there and finite."""
-    return [(row["step"], row[name]) for row in metrics if name in row and np.isfinite(row[name])]
+    """(step, value) of a metric wherever it is there and a figure can show it."""
+    found = [(row["step"], row[name]) for row in metrics if name in row]
+    return [point for point in found if all(map(is_drawable, point))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -50,6 +50,21 @@ _STYLE: Any = {
 }
 
 
+LARGEST, LARGEST_RATE = 1e100, 100.0
+"""Numbers beyond it are left out of a figure, as infinite ones are: an axis would overflow, and a library
+would say so on the terminal. Of rates, in percent, an axis would be wider than the page."""
+
+
+def is_drawable(value: float | int) -> bool:
+    """Whether a figure can show a number; a whole one may be of any size."""
+    return abs(value) <= LARGEST
+
+
+def _drawable(values: Iterable[float | int], most: float = LARGEST) -> Float[np.ndarray, " n"]:
+    """The numbers, with NaN, of which nothing is drawn, for those that no figure can show."""
+    return np.array([float(value) if abs(value) <= most else np.nan for value in values], float)
+
+
 class Curve(NamedTuple):
     """One line of a plot: training values by step, and held-out ones as points."""
 
@@ -82,7 +97,7 @@ def curves(
         axes.set_title(title)
         axes.set_xlabel("step")
         for line in lines:
-            _draw_curve(axes, line, SERIES[line.colour % len(SERIES)])
+            _draw_curve(axes, line, SERIES[line.colour % len(SERIES)], LARGEST_RATE if is_rate else LARGEST)
         if level is not None:
             axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
         if is_rate:
@@ -104,7 +119,8 @@ def intervals(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(5.2, 0.9 + 0.32 * len(rows))
         axes.set_title(title)
-        for index, (_, (estimate, low, high)) in enumerate(rows):
+        for index, (_, numbers) in enumerate(rows):
+            estimate, low, high = _drawable(numbers, LARGEST_RATE)
             colour = SERIES[0] if index == 0 else INK
             if colours is not None:
                 colour = SERIES[colours[index] % len(SERIES)]
@@ -131,12 +147,15 @@ def against(
         figure, axes = _figure(4.2, 2.4)
         axes.set_title(title)
         axes.set_xlabel(label)
-        for _, (x, left, right), (y, low, high), index in points:
+        for _, across, up, index in points:
+            x, left, right = _drawable(across)
+            y, low, high = _drawable(up, LARGEST_RATE if is_rate else LARGEST)
             colour = SERIES[index % len(SERIES)]
             axes.plot([left, right], [y, y], color=colour, linewidth=1)
             axes.plot([x, x], [low, high], color=colour, linewidth=1)
             axes.plot([x], [y], "o", color=colour, markersize=_dot(index))
-        axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        if is_drawable(level):
+            axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
         if is_rate:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         return _svg(figure, title)
@@ -149,7 +168,7 @@ def paths(title: str, label: str, lines: Sequence[tuple[Sequence[tuple[float, fl
         axes.set_title(title)
         axes.set_xlabel(label)
         for points, index in lines:
-            across, up = zip(*points, strict=True)
+            across, up = map(_drawable, zip(*points, strict=True))
             colour = SERIES[index % len(SERIES)]
             axes.plot(across, up, color=colour, linewidth=1, linestyle=_dashes(index))
             axes.plot(across[-1:], up[-1:], "o", color=colour, markersize=_dot(index))
@@ -162,7 +181,8 @@ def histogram(title: str, values: Float[np.ndarray, " m"], label: str, *, counte
         figure, axes = _figure(4.2, 2.4)
         axes.set_title(title)
         axes.set_xlabel(label)
-        low, high = np.quantile(values, [0.005, 0.995])
+        values = values[np.abs(values) <= LARGEST]
+        low, high = np.quantile(values, [0.005, 0.995]) if len(values) else (0.0, 0.0)
         span = max(abs(low), abs(high), 1e-6)
         edges = np.linspace(-span, span, 41)  # zero is an edge
         counts, _ = np.histogram(np.clip(values, -span, span), edges)
@@ -181,9 +201,10 @@ def reliability(title: str, bins: CalibrationFigures) -> str:
         axes.set_xlabel("confidence in the order, σ(|δ|)")
         axes.set_ylabel("part right")
         axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle=":")
-        sizes = 12 + 150 * np.array(bins["share"])
-        axes.plot(bins["confidence"], bins["accuracy"], color=SERIES[0], linewidth=1)
-        axes.scatter(bins["confidence"], bins["accuracy"], s=sizes, color=SERIES[0], clip_on=False)
+        sizes = 12 + 150 * np.nan_to_num(_drawable(bins["share"], 1.0)).clip(0)
+        confidence, right = _drawable(bins["confidence"], 1.0), _drawable(bins["accuracy"], 1.0)
+        axes.plot(confidence, right, color=SERIES[0], linewidth=1)
+        axes.scatter(confidence, right, s=sizes, color=SERIES[0], clip_on=False)
         axes.set_xlim(0.48, 1.02)
         axes.set_ylim(-0.03, 1.03)
         return _svg(figure, title)
@@ -198,9 +219,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw_curve(axes: Axes, line: Curve, colour: str) -> None:
-    finite = np.isfinite(np.asarray(line.values, float))
-    steps, values = np.asarray(line.steps, float)[finite], np.asarray(line.values, float)[finite]
+def _draw_curve(axes: Axes, line: Curve, colour: str, most: float) -> None:
+    steps, values = _drawable(line.steps), _drawable(line.values, most)
+    shown = np.isfinite(steps) & np.isfinite(values)
+    steps, values = steps[shown], values[shown]
     dashes = _dashes(line.stroke)
     if line.is_heldout:
         dashes = dashes if line.is_one_of_many else "--"
