@@ -6,6 +6,7 @@ A row is a page, what it says with {} for each number, and the numbers. Spaces a
 from __future__ import annotations
 
 import ast
+import errno
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,8 @@ from pathlib import Path
 import cpu_times
 import pytest
 
+from dpo import files, hidden, limited, terminal
 from dpo import help as short_help
-from dpo import hidden, limited, terminal
 from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
 from dpo.data import (
     chunks,
@@ -265,6 +266,12 @@ def test_the_page_says_how_many_cases_train_on_meshes() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert f"has {len(cases.keys)} cases x {len(sizes)} meshes of 8 virtual CPU devices" in page
     assert ", ".join(map(str, sizes)) in page
+
+
+def test_the_page_names_what_a_file_system_without_locks_answers() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"A file system without locks \(([A-Z, ]+)\)", page)
+    assert tuple(getattr(errno, name) for name in named.split(", ")) == files.NO_LOCKS
 
 
 IN_BRACKETS = re.compile(r"`(?:--)?([a-z]\w*(?:\.\w+)+)` \(\W*((?:an? )?[\w.,]+)")
