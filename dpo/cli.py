@@ -33,16 +33,7 @@ from dpo.config import (
 from dpo.config.home import at_home
 from dpo.distribution import version
 from dpo.hub_names import forget
-from dpo.outcomes import (
-    BUG,
-    ENVIRONMENT,
-    STOPPED,
-    USER,
-    EnvironmentFailure,
-    UserError,
-    describe,
-    outcome_of,
-)
+from dpo.outcomes import BUG, ENVIRONMENT, STOPPED, USER, EnvironmentFailure, UserError, describe, outcome_of
 from dpo.terminal import guarded_output, shortened, unprinted
 
 PRODUCT_IS_PRINTED = ("evaluate", "generate", "inspect", "plan", "watch")

@@ -18,13 +18,13 @@ from dpo import files, hidden, limited, terminal
 from dpo import help as short_help
 from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
 from dpo.data import (
+    cards,
     chunks,
     gzip_bytes,
     preferences,
     remaining,
     rows,
     sources,
-    table_checks,
     table_worker,
     templates,
     token_processes,
@@ -253,7 +253,7 @@ def test_the_steps_that_lengths_are_compared_over() -> None:
     assert watchdog.DRIFT_STEPS == 50
     assert watchdog.DRIFT_RATIO == 1.5
     assert preferences.MAX_PROBLEMS == 20
-    assert licences.MAX_README_BYTES == table_checks.MAX_CARD, "of a model and of a folder of data"
+    assert licences.MAX_README_BYTES == cards.MAX_CARD, "of a model and of a folder of data"
 
 
 def test_the_page_says_how_many_cases_train_on_meshes() -> None:

@@ -9,10 +9,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from dpo.data.cards import check_card
 from dpo.data.hub_sets import fetch, look_at_card, require_card, say_without_token, token_for
 from dpo.data.table_checks import (
     check_arrow,
-    check_card,
     check_folder,
     check_saved,
     is_prepared,

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo.data.table_checks import check_arrow, check_card, require_tables, say, unnamed_subsets
+from dpo.data.cards import check_card, unnamed_subsets
+from dpo.data.table_checks import check_arrow, require_tables, say
 from dpo.hub_names import named_by
 from dpo.outcomes import UserError
 from dpo.proxies import check_proxies

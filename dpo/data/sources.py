@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import hashlib
 import io
 import json
@@ -22,8 +21,7 @@ from dpo.data.data_sets import fingerprint_data_set, open_data_set, row_without_
 from dpo.data.gzip_bytes import GzipBytes
 from dpo.data.json_text import DuplicateKeyError, begins_a_list, decode, describe, list_rows
 from dpo.data.malformed import MalformedRowError
-from dpo.data.table_checks import check_groups
-from dpo.data.table_worker import ROWS
+from dpo.data.parquet_rows import parquet_length, parquet_rows
 from dpo.distribution import find_data
 from dpo.outcomes import UserError, told_by
 from dpo.regular_files import is_there
@@ -288,46 +286,8 @@ def _decode_json(line: bytes) -> Any:
 
 
 def _read_parquet(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
-    with _parquet(path) as file:
-        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-        group = int(np.searchsorted(ends, part.offset, side="right"))
-        skip = part.offset - int(ends[group - 1] if group else 0)
-        batches = _each_batch(path, file, group)
-        for number, row in enumerate(_after(skip, batches), start=part.number):
-            yield f"{path}:{number}", row
-
-
-def _each_batch(path: Path, file: Any, first: int) -> Iterator[Any]:
-    """Batches from a row group on, each group looked at before this process decodes it."""
-    for group in range(first, file.num_row_groups):
-        check_groups(path, group, rows=1)
-        yield from file.iter_batches(ROWS, row_groups=[group])
-
-
-def _after(skip: int, batches: Iterable[Any]) -> Iterator[Any]:
-    """Rows of Arrow's batches but for the first ones; a map is an object, as it was before it was a table."""
-    for batch in batches:
-        rows = batch.slice(min(skip, len(batch))).to_pylist(maps_as_pydicts="strict")
-        yield from map(row_without_nulls, rows)
-        skip = max(0, skip - len(batch))
-
-
-def _parquet_starts(path: Path) -> Iterator[tuple[int, int]]:
-    with _parquet(path) as file:
-        return _each_row(file.metadata.num_rows)
-
-
-@contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    check_groups(path, 0, rows=1)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {error}") from error
+    for number, row in enumerate(parquet_rows(path, part.offset), start=part.number):
+        yield f"{path}:{number}", row
 
 
 def _read_csv(path: Path, part: Part) -> Iterator[tuple[str, Any]]:
@@ -359,7 +319,7 @@ _READERS: dict[
 ] = {
     ".jsonl": (_read_json_lines, _line_starts),
     ".json": (_read_json, _json_starts),
-    ".parquet": (_read_parquet, _parquet_starts),
+    ".parquet": (_read_parquet, lambda path: _each_row(parquet_length(path))),
     ".csv": (_read_csv, _csv_starts),
     ".tsv": (_read_csv, _csv_starts),
     ".arrow": (_read_table, _table_starts),

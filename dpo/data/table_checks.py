@@ -12,24 +12,22 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
-import yaml
 
 from dpo import terminal
+from dpo.data.cards import read_small
 from dpo.data.table_worker import BASE, FACTOR, READERS
 from dpo.limited import look, stored_bytes
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
 from dpo.regular_files import is_inside, is_there, require_regular
-from dpo.text_encoding import require_utf8, require_utf8_file
+from dpo.text_encoding import require_utf8_file
 
 WORKER = Path(__file__).with_name("table_worker.py")
-MAX_CARD = 1 << 20
-"""Bytes of a folder's README, and of the files that say what is in it."""
 MAX_FILES = 10_000
 """Files and folders in a folder of data."""
 A_WHILE = 5.0
@@ -120,20 +118,12 @@ def _is_name(name: Any) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_read_small(path))
+        found = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(found).__name__}")
     return found
-
-
-def _read_small(path: Path) -> str:
-    if require_regular(path).stat().st_size > 16 * MAX_CARD:
-        raise UserError(f"{path}: is longer than {16 * MAX_CARD} bytes")
-    content = path.read_bytes()
-    require_utf8(path, content)
-    return content.decode("utf-8", errors="replace")
 
 
 # ---- folders that `datasets` reads ----
@@ -154,94 +144,6 @@ def require_folder(folder: Path) -> None:
                 f"{folder}: has more than {MAX_FILES} files and folders; allowed are as many, and files of "
                 "JSON lines can be put behind each other in one"
             )
-
-
-def check_card(folder: Path) -> bool:
-    """Whether a folder's README or .huggingface.yaml says which of its files are the data.
-
-    Only files of the folder may be named: `datasets` would fetch others from the hub or a server, with the
-    user's token.
-
-    Raises:
-      UserError: naming the pattern that leads out, and for values that take long to look through.
-    """
-    listed = False
-    for name in ("README.md", ".huggingface.yaml"):
-        path = folder / name
-        configs = _front_matter(path).get("configs") if is_there(path) else None
-        listed = listed or bool(configs)
-        for pattern in _patterns(configs):
-            if not is_inside(pattern) or "://" in pattern or "::" in pattern:
-                raise UserError(
-                    f"{path}: its data_files or data_dir name {pattern[:200]!r}; allowed are files of "
-                    "this folder (a data set of the hub is named by its id, in data.train or data.eval)"
-                )
-    return listed
-
-
-def unnamed_subsets(folder: Path) -> set[str]:
-    """The subsets that may be meant where none is named: what the card calls the default, or its only one."""
-    names, flagged = {"default"}, set[str]()
-    for path in (folder / "README.md", folder / ".huggingface.yaml"):
-        configs = _front_matter(path).get("configs") if is_there(path) else None
-        listed = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
-        names |= {str(one.get("config_name", "default")) for one in listed}
-        flagged |= {str(one.get("config_name", "default")) for one in listed if one.get("default") is True}
-    if flagged:
-        return flagged
-    return names if len(names) <= 2 else {"default"}
-
-
-def _front_matter(path: Path) -> dict[Any, Any]:
-    text = _read_small(path)
-    if path.suffix == ".md":
-        text = text.split("---", 2)[1] if text.lstrip().startswith("---") and text.count("---") > 1 else ""
-    if len(text) > MAX_CARD:
-        raise UserError(f"{path}: says more than {MAX_CARD} characters of its data; allowed are as many")
-    try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"{path}: what it says of the data is no YAML: {error}") from error
-    _require_few(found, path, 0, [_MAX_VALUES])
-    return found if isinstance(found, dict) else {}
-
-
-_MAX_VALUES = 20_000
-"""Values of a card; what an alias stands for is counted each time, as it is read each time."""
-_MAX_DEPTH = 20
-
-
-def _require_few(value: Any, path: Path, depth: int, left: list[int]) -> None:
-    left[0] -= 1
-    if left[0] < 0:
-        raise UserError(f"{path}: says more than {_MAX_VALUES} values, aliases counted; allowed are as many")
-    if depth > _MAX_DEPTH:
-        raise UserError(f"{path}: has values more than {_MAX_DEPTH} lists and objects deep")
-    inner = value.values() if isinstance(value, Mapping) else value
-    for one in inner if isinstance(value, (Mapping, list, tuple, set)) else ():
-        _require_few(one, path, depth + 1, left)
-
-
-def _patterns(value: Any) -> Iterable[str]:
-    """All texts under `data_files`, `data_dir` or `path` of the configurations, in whatever they lie."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner) if name in ("data_files", "data_dir", "path") else _patterns(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _patterns(inner)
-
-
-def _texts(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            if name != "split":
-                yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
 
 
 def check_folder(folder: Path, builder: Any, *, whole: bool) -> dict[str, list[Path]]:

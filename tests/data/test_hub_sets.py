@@ -17,7 +17,7 @@ from hub_server import TOKEN, Hub, point_to, running_hub
 from huggingface_hub import constants
 
 from dpo import limited
-from dpo.data import table_checks
+from dpo.data import cards, table_checks
 from dpo.data.data_sets import open_data_set
 from dpo.data.preferences import read_preferences
 
@@ -121,7 +121,7 @@ def test_a_subset_is_meant_without_a_name_where_the_card_says_so(
 ) -> None:
     """As `datasets` reads the card where it can ask the hub."""
     (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n" if configs else "no card")
-    assert table_checks.unnamed_subsets(tmp_path) == expected
+    assert cards.unnamed_subsets(tmp_path) == expected
 
 
 def parquet(columns: dict) -> bytes:

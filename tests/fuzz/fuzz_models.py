@@ -313,7 +313,7 @@ CARD_WORDS += [
 
 def card(data: bytes) -> object:
     """A README of a model, and of a folder of data."""
-    from dpo.data.table_checks import check_card
+    from dpo.data.cards import check_card
     from dpo.huggingface.licences import read_licence
 
     path = place("card")
