@@ -20,6 +20,7 @@ from dpo.data.table_checks import (
     require_folder,
 )
 from dpo.outcomes import UserError, told_by
+from dpo.regular_files import is_there
 
 
 def open_data_set(source: str, split: str, *, data_files: str | None = None, name: str | None = None) -> Any:
@@ -40,7 +41,7 @@ def open_data_set(source: str, split: str, *, data_files: str | None = None, nam
 def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
     import datasets
 
-    if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "state.json").is_file():
+    if any([is_there(Path(source) / name) for name in ("dataset_dict.json", "state.json")]):
         check_saved(Path(source))
         saved = _load_saved(source)
         if not isinstance(saved, datasets.DatasetDict):
