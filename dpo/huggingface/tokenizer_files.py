@@ -96,7 +96,12 @@ def open_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     _check_files(directory)
     with raising_user_errors(f"{directory}: its tokenizer cannot be opened"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            raise (
+                UserError(f"{directory}/{_OWN_CODE}") if _asks_to_run_code(str(error)) else error
+            ) from error
     _check_templates(directory, tokenizer.chat_template)
     return tokenizer
 
@@ -150,8 +155,20 @@ def _try(path: Path) -> None:
         said = look(WORKER, {"path": key[0]}, size=key[1], writes=_WRITES)
         if "error" in said:
             reason = " ".join(str(said["error"]).split())  # transformers' takes five lines
+            if _asks_to_run_code(reason):
+                raise UserError(f"{path}/{_OWN_CODE}")
             raise UserError(f"{path}: its tokenizer cannot be opened: {reason}")
         _TRIED.add(key)
+
+
+_OWN_CODE = (
+    "tokenizer_config.json: auto_map names code of the tokenizer's own, which is not run; allowed is a "
+    "tokenizer_class of transformers, or none beside a tokenizer.json"
+)
+
+
+def _asks_to_run_code(reason: str) -> bool:
+    return "trust_remote_code" in reason
 
 
 def _check_templates(directory: Path, templates: Any) -> None:
