@@ -219,7 +219,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw_curve(axes: Axes, line: Curve, colour: str, most: float) -> None:
+def _draw_curve(axes: Axes, line: Curve, colour: str, most: float = LARGEST) -> None:
     steps, values = _drawable(line.steps), _drawable(line.values, most)
     shown = np.isfinite(steps) & np.isfinite(values)
     steps, values = steps[shown], values[shown]
