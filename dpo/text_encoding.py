@@ -33,17 +33,17 @@ def encoding_problem(beginning: bytes) -> str | None:
     return f"its first bytes are those of {name}; allowed is UTF-8: {remedy}"
 
 
-def require_utf8(path: Path, beginning: bytes) -> None:
-    """Refuse a file by the encoding that its first four bytes show.
+def require_utf8(path: Path, beginning: bytes, *, name: str | None = None) -> None:
+    """Refuse a file, by its path or another `name`, for the encoding that its first four bytes show.
 
     Raises:
       UserError: naming file, encoding and what helps.
     """
     if (problem := encoding_problem(beginning[:4])) is not None:
-        raise UserError(f"{path}: {problem}")
+        raise UserError(f"{name or path}: {problem}")
 
 
-def require_utf8_file(path: Path) -> None:
+def require_utf8_file(path: Path, *, name: str | None = None) -> None:
     """The same of a file that is not open yet.
 
     Raises:
@@ -51,4 +51,4 @@ def require_utf8_file(path: Path) -> None:
       OSError: where it cannot be read.
     """
     with path.open("rb") as file:
-        require_utf8(path, file.read(4))
+        require_utf8(path, file.read(4), name=name)

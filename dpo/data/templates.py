@@ -187,7 +187,7 @@ def read_template(path: str | Path, *, name: str) -> str:
     try:
         if require_regular(Path(path), name=f"{name} {path}").stat().st_size > _MAX_FILE:
             raise UserError(f"{name} {path}: has more than {_MAX_FILE} bytes")
-        require_utf8_file(Path(path))
+        require_utf8_file(Path(path), name=f"{name} {path}")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name} {path}: cannot be read: {error}; allowed is a UTF-8 file") from error

@@ -748,9 +748,12 @@ def test_what_is_refused_says_what_was_found_and_what_helps(row, says):
 
 
 def test_a_csv_of_another_coding_is_refused_by_what_is_allowed(tmp_path):
-    for coding in ("utf-16", "latin-1"):
+    for coding, said in (
+        ("utf-16", "its first bytes are those of UTF-16; allowed is UTF-8: iconv"),
+        ("latin-1", "cannot be read as CSV: .*; allowed is UTF-8"),
+    ):
         (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\né,b,c\n", encoding=coding)
-        with pytest.raises(ValueError, match=r"rows\.csv: cannot be read as CSV: .*; allowed is UTF-8"):
+        with pytest.raises(ValueError, match=rf"rows\.csv: {said}"):
             read_preferences(tmp_path / "rows.csv")
 
 

@@ -304,10 +304,12 @@ def test_any_text_passes_through_unchanged():
 
 def test_a_template_file_that_is_not_text_is_named(tmp_path):
     path = tmp_path / "t.jinja"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(
-        ValueError, match=r"data.chat_template .*t.jinja: cannot be read: .*allowed is a UTF-8 file"
+    for content, said in (
+        (b"\xff\xfe", "its first bytes are those of UTF-16; allowed is UTF-8"),
+        (b"\xe9t\xe9", "cannot be read: .*allowed is a UTF-8 file"),
     ):
-        read_template(path, name="data.chat_template")
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"data.chat_template .*t.jinja: {said}"):
+            read_template(path, name="data.chat_template")
     with pytest.raises(ValueError, match="must be a regular file, and is a directory"):
         read_template(tmp_path, name="data.chat_template")
