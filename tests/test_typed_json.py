@@ -68,11 +68,17 @@ def test_what_is_of_another_type_is_refused_by_field(change, says):
         parse_typed(json.dumps(given).encode(), Outer)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
-def test_what_is_no_json_is_refused(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        *((content, "not valid JSON") for content in (b"{", b"\xe9", b"[" * 100_000, b"9" * 5000)),
+        (b"\xff\xfe", "its first bytes are those of UTF-16"),
+    ],
+)
+def test_what_is_no_json_is_refused(content, says, tmp_path):
     path = tmp_path / "figures.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"figures\.json is damaged: not valid JSON.*; delete it"):
+    with pytest.raises(ValueError, match=rf"figures\.json is damaged: {says}.*; delete it"):
         read_typed(path, dict, remedy="; delete it")
 
 
