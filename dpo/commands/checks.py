@@ -136,7 +136,7 @@ def _check_place(place: Place, data: DataConfig) -> None:
 
 def _check_first_rows(place: Place, data: DataConfig) -> None:
     """Where one of them is malformed and must not be, all rows are read, and the error is about all."""
-    from dpo.data.preferences import read_part, read_preferences
+    from dpo.data.preferences import read_part
     from dpo.data.settling import settle
     from dpo.data.sources import Part
 
@@ -144,11 +144,4 @@ def _check_first_rows(place: Place, data: DataConfig) -> None:
     settled = settle(place.source, place.split, place.reading)
     read = read_part(place.source, place.split, first, data.expand, settled)
     if not read.num_rows or (read.problems and data.on_error == "stop"):
-        read_preferences(
-            place.source,
-            split=place.split,
-            on_error=data.on_error,
-            limit=place.limit,
-            expand=data.expand,
-            reading=place.reading,
-        )
+        place.read(data)

@@ -11,7 +11,7 @@ from dpo.config import DataConfig
 from dpo.config.sources import SourceConfig, parse_sources
 from dpo.data.columns import RowReading
 from dpo.data.mixing import Share
-from dpo.data.preferences import Preference
+from dpo.data.preferences import Preference, ReadPreferences, read_preferences
 from dpo.data.rows import row_reading
 from dpo.data.sources import has_splits
 from dpo.distribution import find_data
@@ -29,6 +29,21 @@ class Place(NamedTuple):
     reading: RowReading
     share: Share | None = None
     """How much of it a mixture has; None where it is the only source."""
+
+    def read(self, config: DataConfig) -> ReadPreferences:
+        """All its preferences, as the settings have them read.
+
+        Raises:
+          ValueError: as `read_preferences` does.
+        """
+        return read_preferences(
+            self.source,
+            split=self.split,
+            on_error=config.on_error,
+            limit=self.limit,
+            expand=config.expand,
+            reading=self.reading,
+        )
 
     def label(self, preference: Preference) -> Preference:
         """The preference, in a mixture under the name of this source."""

@@ -25,13 +25,11 @@ from dpo.data.mixing import Drawn, Share, Source, mix, take
 from dpo.data.parts import ALONE, Peers, read_together, tokenize_together
 from dpo.data.preferences import (
     Preference,
-    ReadPreferences,
     ReadSummary,
     digest,
     each_preference,
     fingerprint,
     join_summaries,
-    read_preferences,
 )
 from dpo.data.prepared import Prepared, Store, join_locations, prepare
 from dpo.data.sources import Part
@@ -189,7 +187,7 @@ def read_texts(config: DataConfig, *, heldout: bool = False) -> Texts:
       ValueError: naming file, line, field and reason of malformed rows.
     """
     read_at = places(config, heldout=heldout)
-    found = [_read_texts(config, place) for place in read_at]
+    found = [place.read(config) for place in read_at]
     contents = [fingerprint(map(digest, read.preferences)) for read in found]
     shares = [place.share for place in read_at if place.share is not None]
     return Texts(
@@ -210,19 +208,8 @@ def read_texts_to_draw(config: DataConfig, *, heldout: bool = False) -> list[Pre
     read_at = places(config, heldout=heldout)
     shares = [place.share for place in read_at if place.share is not None]
     config = config if shares else replace(config, expand="ranking")
-    found = [_read_texts(config, place).preferences for place in read_at]
+    found = [place.read(config).preferences for place in read_at]
     return [one for taken in (take(shares, found) if shares else found) for one in taken]
-
-
-def _read_texts(config: DataConfig, place: Place) -> ReadPreferences:
-    return read_preferences(
-        place.source,
-        split=place.split,
-        on_error=config.on_error,
-        limit=place.limit,
-        expand=config.expand,
-        reading=place.reading,
-    )
 
 
 def each_text(config: DataConfig, *, heldout: bool = False) -> Iterator[Preference]:
