@@ -12,6 +12,7 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # `python -m` puts the working directory there, and what lies in it may be anybody's
 
+import gc
 import os
 import platform
 import traceback
@@ -23,6 +24,9 @@ from dpo.training.interrupt import answer_held_signals, ends_at_once, hold_signa
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+FEW_COLLECTIONS = (50_000, 20, 50)
+"""Python's garbage is collected after so many new objects, not 700: importing and tracing make millions that
+stay, and looking through them again and again took a seventh of a start (docs/performance.md)."""
 LONG = ("train", "evaluate", "winrate", "frontier", "sweep")
 """Commands that go on from what they have kept, so that a signal at any moment ends them as a stop."""
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -35,6 +39,7 @@ def run() -> int:
     if wants_huge_pages():
         os.environ[TUNABLES] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    gc.set_threshold(*FEW_COLLECTIONS)
     from dpo.terminal import Guard
 
     sys.stdout, sys.stderr = map(Guard, (sys.stdout, sys.stderr))  # to the end: of a traceback, too

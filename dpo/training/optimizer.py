@@ -38,7 +38,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 def learning_rates(schedule: optax.Schedule, num_steps: int) -> Float[np.ndarray, " S"]:
     """Of every update of a run, on the host."""
-    return np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)))
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(num_steps)))  # one program, not one an operation
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
