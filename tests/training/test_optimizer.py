@@ -24,7 +24,8 @@ def test_linear_decay_is_a_line_to_zero():
 
 def test_cosine_decay_is_half_a_cosine():
     expected = (1 + np.cos(np.pi * np.arange(10) / 10)) / 2
-    assert_allclose(rates(10, warmup_fraction=0.0, schedule="cosine"), expected, rtol=1e-6)
+    got = rates(10, warmup_fraction=0.0, schedule="cosine")
+    assert_allclose(got, expected, rtol=1e-6, atol=1e-7)  # 1 + cos loses digits near its zero
 
 
 def test_without_warmup_the_first_update_uses_the_peak():
