@@ -124,6 +124,9 @@ class SettingsParser(ArgumentParser):
         except RecursionError:
             self.error(f"a value holds more than {MAX_YAML_DEPTH} lists or mappings in each other")
 
+    def format_help(self) -> str:
+        return super().format_help().replace(" \b[=", "[=")  # the parser's own option takes back a blank so
+
     def _show_help(self, *, in_short: bool) -> NoReturn:
         if not in_short:
             print(self.format_help(), end="")

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
     "losses/bradley_terry.py": "bradley_terry",
-    "losses/divergences.py": "divergences theory",
+    "losses/divergences.py": "divergences theory objectives",
     "losses/pairs.py": "pairs formulas golden weighting",
     "losses/pairwise.py": "formulas golden laws",
     "losses/listwise.py": "listwise formulas golden laws",

@@ -58,6 +58,7 @@ def test_help_gives_type_default_and_text_of_settings(capsys: pytest.CaptureFixt
     learning_rate = "Learning rate at its peak, after the warm-up. (type: float, default: 1e-06)"
     assert f"--optimizer.learning_rate LEARNING_RATE {learning_rate}" in text
     assert "--model.remat {none,dots,full}" in text
+    assert "--print_config[=flags] Print" in text
 
 
 def test_inspect_takes_a_runs_settings_and_its_own(capsys: pytest.CaptureFixture[str]) -> None:

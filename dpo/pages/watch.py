@@ -18,7 +18,14 @@ from dpo.losses import reward_scale
 from dpo.pages import terminal_plots
 from dpo.pages.curves import PANELS, Metrics, Panel, add_log_ratios, points
 from dpo.pages.terminal_plots import Series
-from dpo.runs import METRICS_FILE, SUMMARY_FILE, objective_title, read_metrics, specification
+from dpo.runs import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    objective_title,
+    read_metrics,
+    specification,
+    trained_title,
+)
 from dpo.training.lock import is_held
 from dpo.training.progress import SHOWN, time_left
 
@@ -80,7 +87,8 @@ def picture(run_dir: Path, config: Config, state: str, width: int) -> Group:
     beta = reward_scale(specification(config))
     path = run_dir / METRICS_FILE
     metrics = add_log_ratios(read_metrics(path), beta=beta) if path.is_file() else []
-    head = Text.assemble((run_dir.resolve().name, "bold"), f"  {objective_title(config)}")
+    title = f"  {objective_title(config)}, {trained_title(config)}"
+    head = Text.assemble((run_dir.resolve().name, "bold"), title)
     return Group(head, _progress(config, metrics, state), "", _plots(metrics, width), _heldout(metrics))
 
 

@@ -21,6 +21,7 @@ from dpo.losses import make_objective
         ({"name": "dpo", "beta": float("nan")}, ["beta is nan", "> 0"]),
         ({"name": "dpo", "beta": True}, ["beta is True", "bool"]),
         ({"name": "dpo", "label_smoothing": 0.5}, ["label_smoothing is 0.5", ">= 0 and < 0.5"]),
+        ({"name": "dpo", "divergence": 1.5}, ["divergence is 1.5", "reverse_kl", ">= 0 and <= 1"]),
         ({"name": "dpo", "pairs": "some"}, ["pairs is 'some'", "all, adjacent, best_worst"]),
         ({"name": "plackett_luce", "top_k": 0}, ["top_k is 0", "an integer >= 1 or null"]),
         ({"name": "plackett_luce", "top_k": 1.5}, ["top_k is 1.5", "an integer"]),

@@ -105,7 +105,9 @@ def test_the_page_names_the_curves_that_are_drawn() -> None:
 
 def test_a_run_without_steps_is_shown_as_such(tmp_path: Path) -> None:
     save_config(Config(), tmp_path / "config.yaml")
-    assert "stopped: no step yet" in seen((tmp_path, Config()))[1]
+    text = seen((tmp_path, Config()))[1]
+    assert "stopped: no step yet" in text
+    assert "dpo, all weights" in text
 
 
 def test_the_newest_held_out_figures_are_printed(run: tuple[Path, Config]) -> None:
