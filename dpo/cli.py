@@ -29,6 +29,7 @@ from dpo.config import (
     ReportConfig,
     WatchConfig,
     WinrateConfig,
+    with_options,
 )
 from dpo.config.home import at_home
 from dpo.distribution import version
@@ -38,6 +39,8 @@ from dpo.terminal import guarded_output, shortened, unprinted
 
 PRODUCT_IS_PRINTED = ("evaluate", "generate", "inspect", "plan", "watch")
 """Commands of which what they print is what they are asked for, as it is of any command's --help."""
+ON_HELDOUT_DATA = {"evaluate": EvaluateConfig, "winrate": WinrateConfig}
+"""Commands whose options for a run's `data` have other names than the settings."""
 FAILED = 1
 """Exit code of a plan that does not fit, and of a sweep of which a run failed; what was given is right."""
 
@@ -92,7 +95,10 @@ def _run(arguments: list[str]) -> int:
         outcome = outcome_of(error)
         if outcome is BUG:
             raise
-        print(shortened(describe(f"dpo {name}", error)), file=sys.stderr)
+        text = describe(f"dpo {name}", error)
+        if name in ON_HELDOUT_DATA:
+            text = with_options(text, ON_HELDOUT_DATA[name])
+        print(shortened(text), file=sys.stderr)
         return outcome.code
 
 

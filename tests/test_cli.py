@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dpo import cli
 from dpo.cli import COMMANDS, main
-from dpo.config import Config, DataConfig
+from dpo.config import Config, DataConfig, WinrateConfig, with_options
 from dpo.help import COMMON
 from dpo.outcomes import STOPPED
 from dpo.training import hub
@@ -475,6 +475,22 @@ def test_evaluate_refuses_models_with_different_tokens(
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
     arguments = ["evaluate", f"--policy={tiny_model_dir}", f"--reference={other}"]
     assert "make different tokens" in refused(capsys, *arguments, f"--data={tmp_path / 'eval.jsonl'}")
+
+
+def test_what_helps_is_said_as_the_options_of_the_command(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run has `data.on_error`; `dpo evaluate` has `--on_error`, and `dpo winrate` neither."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b"}\n')
+    given = [f"--policy={tiny_model_dir}", f"--data={data}"]
+    text = refused(capsys, "evaluate", *given, f"--reference={tiny_model_dir}")
+    assert "--on_error" in text
+    assert "data.on_error" not in text
+    said = "data.columns, data.eval_split, data.on_error, data.eval[0].columns, data.evaluated"
+    assert with_options(said, WinrateConfig) == (
+        "--columns, --split, data.on_error, data.eval[0].columns, data.evaluated"
+    )
 
 
 def test_going_on_is_the_default_and_what_may_differ_is_for_one_start() -> None:

@@ -21,6 +21,7 @@ from dpo.config.commands import (
     heldout_settings,
     reference_source,
     starting_source,
+    with_options,
 )
 from dpo.config.data import DataConfig
 from dpo.config.experiments import (
@@ -64,6 +65,7 @@ __all__ = [
     "reference_source",
     "save_config",
     "starting_source",
+    "with_options",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -378,6 +379,27 @@ class GenerateConfig:
         check_range("template_characters", self.template_characters, low=1000)
 
 
+_OPTIONS_OF_DATA = {"eval": "data", "eval_split": "split", "max_eval": "limit"} | {
+    name: name
+    for name in (
+        *("expand", "max_length", "truncation", "on_error", "row_layout", "columns", "ignore_columns"),
+        *("chat_template", "template_kwargs", "template_characters"),
+    )
+}
+"""What of a run's `data` the commands on held-out data take, and as which option."""
+_SETTING_OF_DATA = re.compile(rf"\bdata\.({'|'.join(_OPTIONS_OF_DATA)})\b(?!\[)")
+
+
+def with_options(text: str, command: type[HeldoutConfig]) -> str:
+    """A message about a run's settings with the options that this command has for them."""
+
+    def option(setting: re.Match[str]) -> str:
+        name = _OPTIONS_OF_DATA[setting[1]]
+        return f"--{name}" if name in command.__dataclass_fields__ else setting[0]
+
+    return _SETTING_OF_DATA.sub(option, text)
+
+
 def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
     """The settings of a run (or the defaults) with what was given on the command line in their place.
 
@@ -386,21 +408,8 @@ def heldout_settings(given: EvaluateConfig, run: Config | None) -> Config:
     """
     base = Config() if run is None else run
     is_held = given.reference is None and base.model.reference is None and not base.lora.is_all_there_is
-    data = {
-        "eval": given.data,
-        "eval_split": given.split or _split_of(given.data),
-        "max_eval": given.limit,
-        "expand": given.expand,
-        "max_length": given.max_length,
-        "truncation": given.truncation,
-        "on_error": given.on_error,
-        "row_layout": given.row_layout,
-        "columns": given.columns,
-        "ignore_columns": given.ignore_columns,
-        "chat_template": given.chat_template,
-        "template_kwargs": given.template_kwargs,
-        "template_characters": given.template_characters,
-    }
+    data = {name: getattr(given, option) for name, option in _OPTIONS_OF_DATA.items()}
+    data["eval_split"] = given.split or _split_of(given.data)
     model = {
         "source": given.policy or (None if given.run is None else _policy_source(given.run, base)),
         "reference": given.reference or reference_source(base),
