@@ -25,13 +25,14 @@ from dpo.config import Config, DataConfig, MeshConfig, ModelConfig
 from dpo.config.home import at_home
 from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.malformed import MalformedRowError
-from dpo.data.messages import Message, read_prompt, read_turns
+from dpo.data.messages import Message, Prompt, read_turns
 from dpo.data.preferences import ReadSummary, fingerprint
 from dpo.data.rows import Preference, digest, parse_row
 from dpo.data.settling import settle_rows
 from dpo.data.tokenization import tokenize_prompts
 from dpo.data.tokenized import TokenizedDataset
 from dpo.data.tokenizer_calls import decode_ids
+from dpo.data.values import read_text
 from dpo.evaluation.token_ratios import score_tokens
 from dpo.hub_names import forget
 from dpo.huggingface.pretrained import Pretrained, stop_tokens
@@ -76,7 +77,7 @@ class ImplicitRewards(NamedTuple):
     """Scored tokens of every response."""
     present: Bool[np.ndarray, "n K"]
     ranks: Int[np.ndarray, "n K"]
-    """0 is best; equal ranks are ties."""
+    """0 is best; equal ranks are ties. A row of HelpSteer2, which has one response, is a row here too."""
 
 
 class LanguageModel:
@@ -151,8 +152,8 @@ class LanguageModel:
             )
         rows = [
             Preference(
-                read_prompt(prompt, f"prompts[{i}]"),
-                (read_turns(response, f"responses[{i}]"),),
+                _said(prompt, f"prompts[{i}]"),
+                (_said(response, f"responses[{i}]"),),
                 (0,),
                 None,
                 "score",
@@ -228,7 +229,7 @@ def implicit_rewards(
     present = np.arange(K) < counts[:, None]
     policy_logps, reference_logps = (_sums(found, K) for found in (ours, theirs))
     ranks = np.zeros(present.shape, np.int64)
-    ranks[present] = tokens.ranks
+    ranks[present] = np.maximum(tokens.ranks, 0)  # of one response whose neighbours' scores would say it
     rewards = (beta * (policy_logps - reference_logps)).astype(np.float32)
     return ImplicitRewards(rewards, policy_logps, reference_logps, tokens.scored_lengths, present, ranks)
 
@@ -255,6 +256,11 @@ def _read_row(row: Mapping[str, Any], where: str, reading: RowReading) -> Prefer
         return parse_row(dict(row), location=where, source="rows", reading=reading)
     except MalformedRowError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _said(given: Text, where: str) -> Prompt:
+    """A text as it is, whatever it looks like, as `generate` takes it; messages as rows have them."""
+    return read_text(given, where) if isinstance(given, str) else read_turns(given, where)
 
 
 def _listed(name: str, given: Sequence[Any]) -> list[Any]:

@@ -59,6 +59,29 @@ def test_a_response_scores_alike_whatever_it_is_beside(model: dpo.LanguageModel)
     assert_allclose(together, alone, rtol=1e-5)
 
 
+class SeenError(Exception):
+    """Has the rows that are about to be scored."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n\nHuman: Say A.\n\nAssistant:", '[{"role": "user", "content": "Say A."}]', "A\n<extra_id_1>User\nB"],
+)
+def test_a_text_is_scored_as_a_text_whatever_it_looks_like(
+    text: str, model: dpo.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`generate` takes it so; rows of data files have such texts for conversations."""
+
+    def see(rows: Any) -> None:
+        raise SeenError(rows)
+
+    monkeypatch.setattr(model, "_score", see)
+    with pytest.raises(SeenError) as seen:
+        model.score([text], [text])
+    (row,) = seen.value.args[0]
+    assert (row.prompt, row.responses) == (text, (text,))
+
+
 def test_generating_is_a_function_of_prompt_and_seed(model: dpo.LanguageModel) -> None:
     drawn = model.generate(["Say A.", "Say B."], max_new_tokens=6, temperature=1.0, min_p=None, seed=3)
     assert len(drawn) == 2
@@ -94,6 +117,8 @@ def test_implicit_rewards_of_equal_models_are_zero_and_scale_with_beta(
     flat = model.score(["Say A.", "Say A.", "Say B.", "Say B.", "Say B."], ["A", "B", "B", "A", "nothing"])
     assert_allclose(found.policy_logps[found.present], flat.logps, rtol=1e-5)
     assert (dpo.implicit_rewards(model, model, rows).rewards == 0).all()
+    alone = [{"prompt": "Say A.", "response": text, "helpfulness": n} for n, text in enumerate("AB")]
+    assert dpo.implicit_rewards(model, model, alone).ranks.tolist() == [[0], [0]]
     with pytest.raises(UserError, match=r"rows\[0\]"):
         dpo.implicit_rewards(model, other, [{"prompt": "Say A.", "chosen": None, "rejected": "B"}])
 
