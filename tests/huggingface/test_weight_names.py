@@ -1,6 +1,7 @@
 """Tensors that hold several projections: cut and joined, stacked or not, of kernels and of biases."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from numpy.testing import assert_array_equal
 from tiny_models import case_config
 
 from dpo.huggingface import weight_names
+from dpo.huggingface.families import FAMILIES
 from dpo.huggingface.text_models import read_config
 from dpo.huggingface.weight_names import Fusion
 from dpo.models.decoder_config import DecoderConfig
@@ -101,3 +103,32 @@ def test_modules_are_those_of_transformers_whatever_files_call_them():
     names = {rule.theirs: rule.module_of(f"{rule.theirs}.weight") for rule in weight_names.LFM3_RULES}
     assert names[f"{LAYER}self_attn.gate_proj"] == f"{LAYER}self_attn.g_proj"
     assert names[f"{LAYER}self_attn.q_proj"] == f"{LAYER}self_attn.q_proj"
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "lora.md"
+SPELLED = {
+    "falcon": "Falcon",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX",
+    "granitemoehybrid": "Granite's hybrid",
+    "lfm2": "LFM2",
+    "lfm3": "LFM3",
+    "mpt": "MPT",
+    "phi3": "Phi-3",
+    "qwen3_5_text": "Qwen3.5",
+    "qwen3_next": "Qwen3-Next",
+}
+"""Families in the words of docs/lora.md."""
+
+
+def test_the_page_names_the_families_whose_linears_hold_several_projections() -> None:
+    """An adapter is one on such a linear; Falcon's rules are a function of its configuration."""
+    fused = {
+        name
+        for name, family in FAMILIES.items()
+        if callable(family.rules) or any(len(rule.ours) > 1 for rule in family.rules)
+    }
+    assert fused == SPELLED.keys()
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    listed = text.partition("stores several projections in one linear (")[2].partition(")")[0]
+    assert sorted(listed.replace(" and ", ", ").split(", ")) == sorted(SPELLED.values())
