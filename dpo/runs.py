@@ -256,10 +256,10 @@ def trained_title(config: Config) -> str:
     lora = config.lora
     if not lora.is_on:
         return "all weights"
+    if lora.init is not None:  # of which kind, its own configuration says
+        return f"adapters starting as {Path(lora.init).name if Path(lora.init).exists() else lora.init}"
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
-    if lora.init is None:
-        return f"{kind} adapters of rank {lora.rank}"
-    return f"{kind} adapters starting as {Path(lora.init).name if Path(lora.init).exists() else lora.init}"
+    return f"{kind} adapters of rank {lora.rank}"
 
 
 def term_title(term: Mapping[str, Any]) -> str:

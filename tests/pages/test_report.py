@@ -163,7 +163,7 @@ def test_the_head_says_what_was_trained(run: tuple[Path, Config], monkeypatch: p
         (LoraConfig(), "all weights"),
         (LoraConfig(rank=8), "LoRA adapters of rank 8"),
         (LoraConfig(rank=4, use_dora=True), "DoRA adapters of rank 4"),
-        (LoraConfig(init="owner/adapter"), "LoRA adapters starting as owner/adapter"),
+        (LoraConfig(init="owner/adapter"), "adapters starting as owner/adapter"),
     ):
         shown = Page(write_report(path, replace(config, lora=lora)).read_text()).text
         assert f" · {said} · " in shown[: shown.index("Held-out accuracy")]
