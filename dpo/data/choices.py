@@ -66,9 +66,9 @@ def by_side(
         raise MalformedRowError(field, "unknown_side", f"found {show(value)}; allowed are {words}{numbers}")
     if first is None:
         detail = (
-            f"found {show(value)}, and no other row says whether {names[0]} is 0 or 1; allowed are {words}, "
-            f"or names that say it: {setting} {{response_0: {names[0]}, response_1: {names[1]}}} or "
-            f"{{response_1: {names[0]}, response_2: {names[1]}}}"
+            f"found {show(value)}, and the rows do not say whether {names[0]} is 0 or 1 (numbers behind "
+            f"words do not); allowed are {words}, or names that say it: {setting} {{response_0: {names[0]}, "
+            f"response_1: {names[1]}}} or {{response_1: {names[0]}, response_2: {names[1]}}}"
         )
     else:
         detail = (

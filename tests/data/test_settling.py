@@ -52,11 +52,12 @@ def test_all_verdicts_together_say_what_numbers_count_from(tmp_path, verdicts, w
 @pytest.mark.parametrize(
     ("verdicts", "says"),
     [
-        ([1, 1, 1], r"no other row says whether response_a is 0 or 1.*response_0: response_a.*response_2"),
+        ([1, 1, 1], r"the rows do not say whether response_a is 0 or 1.*response_0: response_a.*response_2"),
         ([0, 1, 2], "found 2, where response_a is 0"),
         ([2, 1, 0], "found 0, where response_a is 1"),
         ([0, 1, -1], "found -1, where response_a is 0"),
-        (["a", 1, "b"], "found 1, and no other row says"),
+        (["a", 1, "b"], "found 1, and the rows do not say"),
+        (["a", 0, 1], "found 0, and the rows do not say"),
         ([0] * 30 + ["maybe"] * 25 + [3], "found 3, where"),
     ],
 )
