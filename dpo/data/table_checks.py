@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,25 +32,40 @@ MAX_FILES = 10_000
 """Files and folders in a folder of data."""
 A_WHILE = 5.0
 """Seconds after which a line says what is being done."""
-_SEEN: dict[tuple[Any, ...], int] = {}
-"""Of each file as it was, the row groups that were looked at; 1 for all of an Arrow file."""
+
+
+class _Looked(NamedTuple):
+    """What was looked at of a file."""
+
+    groups: set[int]
+    """Numbers of row groups; of an Arrow file, which is looked at whole, none."""
+    taken: int
+    """Bytes that their rows take as Python's values."""
+
+
+_SEEN: dict[tuple[Any, ...], _Looked] = {}
+"""Of each file as it was."""
 
 
 def check_groups(path: Path, group: int, *, rows: int) -> None:
-    """Look at a row group of a Parquet file, and at those behind it which hold so many rows.
+    """Look at a row group of a Parquet file, and at those behind it that hold so many rows or fill a window.
+
+    What all looks of this process find is counted together.
 
     Raises:
       UserError: for what is no Parquet file, or takes more than it may.
     """
     key = _identify(path)
-    seen = _SEEN.get(key, 0)
-    if group < seen or (key in _SEEN and group == seen == 0):
+    seen = _SEEN.get(key, _Looked(set(), 0))
+    if group in seen.groups or (key in _SEEN and group == 0 and not seen.groups):  # a file without rows
         return
-    request = {"kind": "parquet", "path": str(path.resolve()), "first": seen, "rows": rows}
+    until = min((other for other in seen.groups if other > group), default=None)
+    request = {"kind": "parquet", "path": str(path.resolve()), "first": group, "until": until}
+    request |= {"rows": rows, "taken": seen.taken}
     said = look(WORKER, request, size=stored_bytes(path))
     if "error" in said:
         raise UserError(f"{path}: not a readable Parquet file: {said['error']}")
-    _SEEN[key] = int(said["seen"])
+    _SEEN[key] = _Looked(seen.groups | set(range(group, int(said["seen"]))), int(said["taken"]))
 
 
 def check_arrow(paths: Sequence[Path]) -> None:
@@ -65,7 +80,7 @@ def check_arrow(paths: Sequence[Path]) -> None:
         said = look(WORKER, request, size=stored_bytes(path))
         if "error" in said:
             raise UserError(f"{path}: not a readable Arrow file: {said['error']}")
-        _SEEN[_identify(path)] = 1
+        _SEEN[_identify(path)] = _Looked(set(), 0)
 
 
 def _identify(path: Path) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """Looks at data files in a process of its own (`dpo.limited`): are they what they say?
 
-    {"kind": "parquet", "path", "first": row group, "rows": how many are needed}
-        gives {"seen": row groups that were looked at}
+    {"kind": "parquet", "path", "first": row group, "until": one not to look at or null,
+     "rows": how many are needed, "taken": bytes of those that were looked at before}
+        gives {"seen": the row group after those that were looked at now, "taken": bytes with theirs}
     {"kind": "arrow", "paths": [...]} gives {"rows": of each file}
     {"kind": "data_set", "reader", "files": {split: paths}, "config", "info", …, "directory": where to}
         gives {"made": true}
@@ -79,7 +80,10 @@ def _told_by(error: BaseException) -> str:
 
 
 def _look_at_parquet(request: dict[str, Any]) -> dict[str, Any]:
-    """So many row groups from `first` as hold the rows that are needed, and a window's bytes at least."""
+    """So many row groups from `first` as hold the rows that are needed, and a window's bytes at least.
+
+    None from `until` on: it was looked at already.
+    """
     import pyarrow.parquet
 
     path, first = request["path"], request["first"]
@@ -88,13 +92,13 @@ def _look_at_parquet(request: dict[str, Any]) -> dict[str, Any]:
         about = file.metadata
         _require_names_once(file.schema_arrow)
         allowed.take(about.num_rows * POINTER)
-        allowed.taken = rows = size = 0
-        group = first
-        while group < about.num_row_groups and (size < WINDOW or rows < request["rows"]):
+        allowed.taken, rows, size = request["taken"], 0, 0
+        group, last = first, about.num_row_groups if request["until"] is None else request["until"]
+        while group < last and (size < WINDOW or rows < request["rows"]):
             rows += _count(file, group, allowed)
             size += max(0, about.row_group(group).total_byte_size)
             group += 1
-    return {"seen": group}
+    return {"seen": group, "taken": allowed.taken}
 
 
 def _count(file: Any, group: int, allowed: _Allowed) -> int:

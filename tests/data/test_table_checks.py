@@ -15,6 +15,7 @@ import pytest
 from dpo import limited
 from dpo.data import sources, table_checks, table_worker
 from dpo.data.preferences import read_preferences
+from dpo.data.sources import Part, read_rows
 from dpo.limited import stored_bytes
 from dpo.outcomes import told_by
 
@@ -74,6 +75,35 @@ def test_a_large_file_is_looked_at_as_far_as_it_is_read(tmp_path, monkeypatch):
     assert len(read_preferences(source).preferences) == 40
     assert len(read_preferences(source).preferences) == 40
     assert asked == [0]
+
+
+def test_a_row_group_is_looked_at_before_it_is_decoded_wherever_reading_begins(tmp_path, monkeypatch):
+    """Of a large file each process reads a part, and one look goes no further than its window."""
+    looked = []
+
+    def look(script, request, **sizes):
+        said = limited.look(script, request | {"until": request["first"] + 1}, **sizes)
+        looked.append(request["first"])
+        return said
+
+    monkeypatch.setattr(table_checks, "look", look)
+    monkeypatch.setattr(table_checks, "_SEEN", {})
+    source = tmp_path / "rows.parquet"
+    write_parquet(source, {name: [text] * 40 for name, text in PAIR.items()}, row_group_size=10)
+    last = Part(offset=30, number=31)
+    assert len(list(read_rows(str(source), "train", last))) == 10
+    assert looked == [0, 3]
+    assert len(read_preferences(source).preferences) == 40
+    assert looked == [0, 3, 1, 2]
+
+
+def test_row_groups_take_together_what_a_file_may(tmp_path):
+    """However many looks it takes to go through them."""
+    path = write_parquet(tmp_path / "rows.parquet", {name: [text] * 40 for name, text in PAIR.items()})
+    request = {"kind": "parquet", "path": str(path), "first": 0, "until": None, "rows": 1}
+    for taken, is_read in ((0, True), (table_worker.BASE + 1001 * path.stat().st_size, False)):
+        said = limited.look(table_checks.WORKER, request | {"taken": taken}, size=path.stat().st_size)
+        assert ("seen" in said) == is_read, said
 
 
 def save(tmp_path: Path) -> Path:
