@@ -79,6 +79,7 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
     ]
     with Journal(output / "samples.jsonl") as journal:
         sampled = make_pairs(given, config, preferences, requests, journal, log)
+    left_out = [pair for pair in sampled if given.leave_out_cut and pair.is_cut]
     pairs = [pair for pair in sampled if not (given.leave_out_cut and pair.is_cut)]
     with Journal(output / VERDICTS_FILE) as journal:
         verdicts = judge_pairs(judge, pairs, journal, log, name=str(given.judge))
@@ -95,7 +96,14 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
         "judge": judge.identity,
         "settings": {name: getattr(given, name) for name in RESULT_SETTINGS} | read_as(config.data),
         "temperatures": {
-            str(temperature): describe_temperature(temperature, given.seed, pairs, verdicts, ratios)
+            str(temperature): describe_temperature(
+                temperature,
+                given.seed,
+                pairs,
+                verdicts,
+                ratios,
+                left_out=any(temperature == pair.temperature for pair in left_out),
+            )
             for temperature in dict.fromkeys(given.temperatures)
         },
     }

@@ -55,8 +55,14 @@ def describe_temperature(
     pairs: Sequence[Pair],
     verdicts: Sequence[tuple[VerdictLine, VerdictLine]],
     ratios: np.ndarray | None,
+    *,
+    left_out: bool = False,
 ) -> WinrateFigures:
-    """The win-rate at one temperature; where they are known, mean rewards and the policy's log-ratio."""
+    """The win-rate at one temperature; where they are known, mean rewards and the policy's log-ratio.
+
+    `left_out` says that the policy's samples at this temperature are not all here: the mean of the log-ratio
+    then is no estimate of a KL.
+    """
     mine = [i for i, pair in enumerate(pairs) if pair.temperature == temperature]
     if not mine:
         raise UserError(
@@ -80,7 +86,7 @@ def describe_temperature(
         }
     if ratios is not None:
         rules = pairs[mine[0]].request.sampling
-        is_kl = temperature == 1 and rules.top_k is rules.top_p is rules.min_p is None
+        is_kl = temperature == 1 and rules.top_k is rules.top_p is rules.min_p is None and not left_out
         name = "KL, nats" if is_kl else "log-ratio, nats"
         result["log_ratio"] = {name: list(cluster_bootstrap(ratios[mine], prompts, seed=seed))}
     return result

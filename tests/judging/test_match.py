@@ -18,12 +18,15 @@ from dpo.data.preferences import Preference
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging import local_judge, match, samples
-from dpo.judging.judges import Template
+from dpo.judging.judges import ControlJudge, Template, Verdict
 from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
+from dpo.judging.match import _judged, _unjudged
+from dpo.judging.match_figures import Pair, describe_temperature
 from dpo.judging.prompts import choose_judge, with_length
-from dpo.judging.samples import model_identity
+from dpo.judging.samples import Request, Sample, model_identity
 from dpo.models import sampling
+from dpo.models.drawing import SamplingConfig
 from dpo.outcomes import UserError
 
 PROMPTS = ["Say A.", "Say B.", "What now?", "Name a fruit.", "Is it late?", "Say A."]
@@ -206,6 +209,21 @@ def test_what_was_cut_stands_beside_the_win_rate(
     else:
         assert code == 2
         assert "in every pair a response was cut off" in capsys.readouterr().err
+
+
+def test_without_the_samples_that_were_cut_the_log_ratio_estimates_no_kl() -> None:
+    """Those that are left are the short ones, of which the policy may think otherwise."""
+    request = Request("Say A.", 0, SamplingConfig(max_new_tokens=8))
+    pair = Pair(request, Sample("A", [1], [2], has_ended=True), "B", [1], opponent_has_ended=True)
+    lines = [
+        _judged(_unjudged(ControlJudge("longer"), pair, order), Verdict("tie", ""))
+        for order in ("policy_first", "opponent_first")
+    ]
+    for left_out, name in ((False, "KL, nats"), (True, "log-ratio, nats")):
+        figures = describe_temperature(
+            1.0, 0, [pair], [(lines[0], lines[1])], np.array([2.0]), left_out=left_out
+        )
+        assert figures.get("log_ratio", {}).keys() == {name}
 
 
 def test_rows_of_prompts_alone_are_answered(
