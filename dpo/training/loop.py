@@ -157,7 +157,7 @@ def _fit(
     resume = resume_of(run, checkpoints, log=say)
     _introduce(run)
     program = program_of(run)
-    require_what_comes_later(run, program)
+    require_what_comes_later(run, program, first_step=resume.step)
 
     # The reference: from here on its log-probs are data.
     scoring = make_scoring(run.config, run.policy, run.objective, run.mesh)

@@ -30,8 +30,10 @@ SMALL_FILES = 64 * 2**20
 """Bytes for metrics, log-probs, report and what else is small."""
 
 
-def require_what_comes_later(run: Run, program: Program) -> None:
+def require_what_comes_later(run: Run, program: Program, *, first_step: int) -> None:
     """Refuse a run that could not be saved or exported, while nothing is computed yet.
+
+    It goes on from the checkpoint of `first_step`, 0 where it begins.
 
     Raises:
       EnvironmentFailure: naming the place and how much room is missing.
@@ -46,7 +48,12 @@ def require_what_comes_later(run: Run, program: Program) -> None:
         with standing(run.run_dir):
             require_room(
                 run.run_dir,
-                num_checkpoints(run.config.training, run.num_steps),
+                num_checkpoints(
+                    run.config.training,
+                    run.num_steps,
+                    first_step=first_step,
+                    there=len(saved_steps(run.run_dir / CHECKPOINTS_DIRECTORY)),
+                ),
                 checkpoint=tree_bytes(program.state),
                 export=tree_bytes(exported),
             )
@@ -83,7 +90,8 @@ def require_room(
 ) -> None:
     """Room for so many checkpoints and the export, each of so many bytes, whose weights may be one file.
 
-    What checkpoints and exports of an earlier start take counts as room.
+    What checkpoints of an earlier start take counts as room, since they are among the many or deleted for
+    them. An export of an earlier start does not: it stays until the new one is whole.
 
     Raises:
       EnvironmentFailure: with the figures.
@@ -95,8 +103,8 @@ def require_room(
             f"a file of {file / 1e9:.2f} GB; allowed: a larger limit, as `ulimit -f unlimited` sets it"
         )
     needed = count * checkpoint + export + SMALL_FILES
-    directories = (CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, ADAPTER_DIRECTORY)
-    there = free(run_dir) + sum(held_bytes(run_dir / name) for name in directories)
+    checkpoints = run_dir / CHECKPOINTS_DIRECTORY
+    there = free(run_dir) + sum(held_bytes(checkpoints / str(step)) for step in saved_steps(checkpoints))
     if there < needed:
         raise EnvironmentFailure(
             f"{run_dir} has room for {there / 1e9:.2f} GB, and the run needs {needed / 1e9:.2f} GB: "
@@ -106,13 +114,24 @@ def require_room(
         )
 
 
-def num_checkpoints(training: TrainingConfig, num_steps: int) -> int:
-    """How many there are at a time, at most: those that are kept, the best, and the one being written."""
-    kept = training.keep_checkpoints + (training.keep_best is not None) + 1
-    if training.save_minutes is not None or training.keep_best is not None:
-        return kept
-    saves = 1 if training.save_every is None else -(-num_steps // training.save_every)
-    return min(kept, saves)
+def num_checkpoints(training: TrainingConfig, num_steps: int, *, first_step: int = 0, there: int = 0) -> int:
+    """How many there are at a time, at most: those that are kept, the best, and the one being written.
+
+    Fewer where a run that goes on after `first_step`, with so many `there`, saves fewer.
+    """
+    if first_step >= num_steps:
+        return there
+    most = training.keep_checkpoints + (training.keep_best is not None) + 1
+    if training.save_minutes is None and training.keep_best is None:
+        every = training.save_every or num_steps
+        most = min(most, there + -(-num_steps // every) - first_step // every)
+    return max(most, there + 1)
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a directory that may not be there, without what is set aside."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def tree_bytes(tree: Any) -> int:

@@ -61,7 +61,7 @@ def test_a_directory_that_goes_away_before_room_is_looked_for_is_named(tmp_path:
     config = Mock(training=TrainingConfig())
     run = Mock(spec=Run, run_dir=run_dir, num_steps=1, config=config, policy=Mock(params=[]))
     with pytest.raises(EnvironmentFailure, match=f"the run directory {run_dir} was deleted or renamed"):
-        requirements.require_what_comes_later(run, program)
+        requirements.require_what_comes_later(run, program, first_step=0)
 
 
 def test_what_somebody_put_into_the_export_is_not_deleted(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_what_somebody_put_into_the_export_is_not_deleted(tmp_path: Path) -> Non
         notes.parent.mkdir()
         notes.touch()
         with pytest.raises(UserError, match=f"place of the run.s {name} is .* holds what no export wrote"):
-            requirements.require_what_comes_later(run, Mock(spec=Program, state=[]))
+            requirements.require_what_comes_later(run, Mock(spec=Program, state=[]), first_step=0)
         with pytest.raises(UserError, match="and would be deleted"):
             loop._export(run, state, None)
         shutil.rmtree(notes.parent)
@@ -88,11 +88,32 @@ def test_what_an_earlier_start_saved_counts_as_room(tmp_path: Path) -> None:
     require_room(tmp_path, 1, checkpoint=3 * GB, export=GB, free=lambda _: int(1.1 * GB))
 
 
+def test_what_stays_or_is_replaced_when_its_successor_is_whole_is_no_room(tmp_path: Path) -> None:
+    for place in ("checkpoints/4.damaged", "export"):
+        (tmp_path / place).mkdir(parents=True)
+        with (tmp_path / place / "file").open("wb") as file:
+            file.truncate(3 * GB)
+        with pytest.raises(EnvironmentFailure, match=r"room for 3\.50 GB, and the run needs 4\.07 GB"):
+            require_room(tmp_path, 1, checkpoint=3 * GB, export=GB, free=lambda _: int(3.5 * GB))
+
+
 def test_how_many_checkpoints_there_are_at_a_time() -> None:
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None), 100) == 1
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=50), 100) == 2
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=1), 100) == 4
     assert num_checkpoints(TrainingConfig(keep_checkpoints=3, save_every=None, save_minutes=5.0), 100) == 4
+
+
+def test_a_run_that_was_stopped_keeps_that_checkpoint_beside_its_last() -> None:
+    """`training.save_every` is not given: the stop saved one, and the end will save another."""
+    training = TrainingConfig(keep_checkpoints=2, save_every=None)
+    assert num_checkpoints(training, 100, first_step=40, there=1) == 2
+    assert num_checkpoints(training, 100, first_step=60, there=2) == 3
+    assert num_checkpoints(training, 100, first_step=60, there=5) == 6
+    assert num_checkpoints(training, 100, first_step=100, there=1) == 1
+    assert (
+        num_checkpoints(TrainingConfig(keep_checkpoints=2, save_every=50), 100, first_step=60, there=2) == 3
+    )
 
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path: Path) -> None:
