@@ -231,22 +231,26 @@ def take_probe(score: Score, batch: Batch) -> Probe:
     return {"rows": index.tolist(), "logps": logps.tolist()}
 
 
-def check_probe(saved: Probe, now: Probe, *, where: str) -> str:
+def check_probe(saved: Probe, now: Probe, *, where: str, is_coarse: bool = False) -> str:
     """Compare the restored policy's log-probs with those at the time of saving; returns what was found.
+
+    On another mesh the first batch holds more rows, or fewer: those that are in both are compared, but where
+    log-probs are `is_coarse`, of bfloat16, and differ from batch to batch by more than rounding in float32.
 
     Raises:
       ValueError: when one differs by more than rounding.
     """
-    then, again = np.asarray(saved["logps"]), np.asarray(now["logps"])
-    if saved["rows"] != now["rows"] or then.shape != again.shape:
-        return (
-            "the probe's rows are not the same rows now: log-probs of the restored policy were not compared"
-        )
+    known, here = (dict(zip(probe["rows"], probe["logps"], strict=True)) for probe in (saved, now))
+    is_comparable = saved["rows"] == now["rows"] or not is_coarse
+    rows = [row for row in known if row >= 0 and row in here and is_comparable]
+    then, again = np.asarray([known[row] for row in rows]), np.asarray([here[row] for row in rows])
+    if not rows or then.shape != again.shape:
+        return "the probe's batch is not the same one now: log-probs of the restored policy were not compared"
     difference = np.abs(again - then)
     if not (difference <= PROBE_ABSOLUTE + PROBE_RELATIVE * np.abs(then)).all():
         p, k = np.unravel_index(np.nanargmax(np.where(np.isnan(difference), np.inf, difference)), then.shape)
         raise UserError(
-            f"{where} does not give the log-probs that it was saved with: row {saved['rows'][p]}, response "
+            f"{where} does not give the log-probs that it was saved with: row {rows[p]}, response "
             f"{k} had {then[p, k]:.4f} and has {again[p, k]:.4f} now; the model's code or its frozen parts "
             "are not what they were"
         )

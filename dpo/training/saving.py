@@ -113,7 +113,12 @@ class Resume(NamedTuple):
         changed = sorted(differences(self.identity, now).keys() & (ROOTS | FOLLOWING))
         if changed:
             return f"its log-probs were not compared with those at the time of saving: other {changed}"
-        return check_probe(cast("Probe", self.identity["probe"]), probe(), where=self._where)
+        settings = now["settings"]
+        is_coarse = (
+            "bfloat16" in settings["model.compute_dtype"] or settings["model.round_products"] == "both"
+        )
+        saved = cast("Probe", self.identity["probe"])
+        return check_probe(saved, probe(), where=self._where, is_coarse=is_coarse)
 
     @property
     def _where(self) -> str:

@@ -146,7 +146,20 @@ def test_a_probe_tells_rounding_from_another_policy():
         with pytest.raises(ValueError, match=r"row 1, response 0 had -7\.0000 and has"):
             check_probe(saved, far, where="it")
     assert "not compared" in check_probe(saved, {"rows": [5], "logps": [[0.0]]}, where="it")
-    assert "not compared" in check_probe(saved, {**saved, "rows": [0, 5]}, where="it")
+    assert "not compared" in check_probe(saved, {**saved, "rows": [5, -1]}, where="it")
+
+
+def test_on_another_mesh_the_rows_are_compared_that_both_probes_have():
+    """A batch of more devices has more rows; a padding prompt has none."""
+    few: Probe = {"rows": [0, 1], "logps": [[-100.0, -50.0], [-7.0, 0.0]]}
+    more: Probe = {"rows": [0, 1, 2, -1], "logps": [*few["logps"], [-3.0, -4.0], [0.0, 0.0]]}
+    assert check_probe(few, more, where="it").startswith("its log-probs of 2 rows are as they were")
+    assert check_probe(more, few, where="it").startswith("its log-probs of 2 rows are as they were")
+    assert "not compared" in check_probe(few, more, where="it", is_coarse=True)
+    assert "as they were" in check_probe(few, few, where="it", is_coarse=True)
+    moved: Probe = {**more, "logps": [[-100.0, -50.0], [-7.5, 0.0], *more["logps"][2:]]}
+    with pytest.raises(ValueError, match=r"row 1, response 0 had -7\.0000 and has"):
+        check_probe(few, moved, where="it")
 
 
 @pytest.mark.parametrize(
