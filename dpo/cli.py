@@ -146,7 +146,7 @@ def plan(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Write a checkpoint of a run as a directory that `transformers` opens, or its adapters for `peft`."""
+    """Write a checkpoint of a run as a directory for `transformers`, adapters for `peft`, or a GGUF file."""
     given = read_settings(ExportConfig, "export", arguments)
     from dpo.commands.export import export_run
 

@@ -47,11 +47,14 @@ class PlanConfig:
     search: bool = False
     """Try several meshes and show the fastest that fits."""
     prompt_tokens: int | None = None
-    """Assume prompts of this many tokens; the training data's lengths when not given."""
+    """Assume prompts of this many tokens, where response_tokens is given too; the training data's lengths
+    when neither is."""
     response_tokens: int | None = None
-    """Assume responses of this many tokens; the training data's lengths when not given."""
+    """Assume responses of this many tokens, where prompt_tokens is given too; the training data's lengths
+    when neither is."""
     num_responses: int = 2
-    """Assume this many responses to each prompt."""
+    """Responses to each prompt, where prompt_tokens and response_tokens are given; else the training data's
+    own."""
     output: str | None = None
     """JSON file to write all figures to."""
 
@@ -77,7 +80,8 @@ class HeldoutConfig:
     split: str | None = None
     """Split of a hub data set; the run's, or else test, when not given."""
     limit: int | None = None
-    """Use the first so many rows only; the run's data.max_eval, or else all, when not given."""
+    """Use the first so many rows only, of each source; the run's data.max_eval, or else all, when not
+    given."""
     row_layout: str | None = None
     """Layout of the rows, as data.row_layout names it; the run's, or else recognised by the columns, when
     not given."""
@@ -236,7 +240,8 @@ class EndpointConfig:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the API key; no key is sent where it is not set."""
     options: dict[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 512})
-    """Further fields of every request, sent unchanged."""
+    """Further fields of every request, sent unchanged, but that max_tokens becomes max_completion_tokens for
+    a model that wants it by that name."""
     concurrency: int = 8
     """Number of requests under way at a time."""
     timeout: float = 60.0
@@ -248,7 +253,8 @@ class EndpointConfig:
     5xx, or a malformed reply."""
     backoff: float = 1.0
     """Seconds at most before the first retry, half of them at least, doubled for each further one up to a
-    minute. A server that asks for more (Retry-After) is left alone for as long, up to an hour."""
+    minute. A server that asks for more (Retry-After) is left alone for as long, up to an hour; a longer wait
+    stops the command."""
     cache: str | None = None
     """Directory in which replies are kept; judge/ in DPO_CACHE (~/.cache/dpo) when not given."""
     price_input: float = 0.0
@@ -293,7 +299,8 @@ class WinrateConfig(HeldoutConfig):
     samples: int = 1
     """Number of responses of each model to each prompt at each temperature."""
     max_new_tokens: int | None = None
-    """Longest response that is sampled, in tokens; as long as 99% of the data's responses when not given."""
+    """Longest response that is sampled, in tokens; as long as 99% of the data's responses when not given, or
+    256 where the data are prompts alone."""
     leave_out_cut: bool = False
     """Leave out pairs in which a response was cut off at that length; the shares are shown either way."""
     top_k: int | None = None
@@ -309,8 +316,9 @@ class WinrateConfig(HeldoutConfig):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations of all models."""
     kl: bool = True
-    """Estimate the KL from the opponent, where it is a model: the mean of log policy/opponent over the
-    policy's samples, which both models score."""
+    """Estimate the KL from the opponent, where it is a model with the same tokens: the mean of log
+    policy/opponent over the policy's samples, which both models score (at temperature 1, of all that can be
+    drawn, with none left out; else it is a log-ratio)."""
     seed: int = 0
     """Seed of the sampling and of the bootstrap that makes the intervals."""
     output: str | None = None

@@ -61,9 +61,9 @@ class DataConfig:
     eval_split: str = "test"
     """Split of a hub data set that is read for evaluation."""
     max_train: int | None = None
-    """Train on the first so many rows only; on all when not given."""
+    """Train on the first so many rows only, of each source; on all when not given."""
     max_eval: int | None = None
-    """Evaluate on the first so many held-out rows only; on all when not given."""
+    """Evaluate on the first so many held-out rows only, of each source; on all when not given."""
     row_layout: str | None = None
     """Layout of the rows, one of those in docs/data.md, such as pair or nectar; recognised by the columns
     when not given."""

@@ -43,7 +43,7 @@ class OptimizerConfig:
     """Precision of Adam's running mean of gradients: bfloat16 takes two bytes a trained parameter instead of
     four, and rounds the mean to two or three digits in every step."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of all weights but norms and biases."""
+    """Decoupled weight decay of all weights but norms, biases and DoRA's magnitudes."""
     max_grad_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; none are when null."""
 
@@ -66,7 +66,8 @@ class TrainingConfig:
     batch_size: int = 8
     """Prompts in a step, over all devices and micro-batches."""
     micro_batches: int = 1
-    """Number of parts into which a step's prompts are split to save memory; the result is the same."""
+    """Number of parts into which a step's prompts are split to save memory; the result is the same but for
+    rounding."""
     memory_limit: float | Literal["device"] | None = field(default=None, metadata=marks(BESIDE))
     """Memory that a device may use, in GiB, or device for all that it has. model.remat,
     training.micro_batches and model.log_prob_chunk are then chosen to fit it; nothing is chosen when not
@@ -83,7 +84,8 @@ class TrainingConfig:
     eval_max_new_tokens: int = field(default=64, metadata=marks(BESIDE, OFF_THE_CARD))
     """Longest answer that is sampled for training.eval_samples and for dpo train --winrate, in tokens."""
     save_every: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
-    """Steps between checkpoints; only at the end when not given."""
+    """Steps between checkpoints; when not given, and neither training.save_minutes nor training.keep_best is,
+    only at the end and at a stop."""
     save_minutes: float | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
     """Minutes between checkpoints, besides those of training.save_every."""
     keep_checkpoints: int = field(default=2, metadata=marks(BESIDE, OFF_THE_CARD))
@@ -100,7 +102,7 @@ class TrainingConfig:
     given."""
     reference_alpha: float = 0.6
     """Size of a move of training.reference_every: the reference becomes alpha x policy + (1 - alpha) x
-    reference, so that 1 replaces it."""
+    reference, so that 1 replaces it, which is all that adapters allow."""
     resume: Literal["auto", "never"] = field(default="auto", metadata=marks(BESIDE, OFF_THE_CARD))
     """Continue from the newest checkpoint of the run directory (auto), or refuse to run where there is one
     (never)."""

@@ -14,7 +14,7 @@ import jax
 from dpo.outcomes import HANG, NO_PROGRESS, Outcome
 
 _GOES_ON = "the same command goes on from the newest checkpoint"
-_TWICE = "the start before this one ended so too; allowed is a longer one"
+_TWICE = "an earlier start ended so too, with nothing saved since; allowed is a longer one"
 COMPILE_SECONDS = 1800.0
 """What a step of a new shape may take longer, since it is compiled."""
 
@@ -25,8 +25,8 @@ class Deadline:
     def __init__(self, timeout: float | None, *, fruitless: Callable[[], bool] = lambda: False):
         """`timeout` in seconds; None never ends anything.
 
-        `fruitless` says whether a start before this one has ended so too, with nothing saved since: another
-        one would not help then, and the process does not end as one that goes on.
+        `fruitless` says whether an earlier start has ended so too, with nothing saved since: another would
+        not help then, and the process does not end as one that goes on.
         """
         self._timeout, self._fruitless = timeout, fruitless
         self._seen: set[Hashable] = set()
