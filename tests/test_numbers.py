@@ -91,7 +91,7 @@ LIMITED: list[tuple[str, tuple[object, ...]]] = [
         (limited.MEMORY >> 30, limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
     ),
     (
-        "rows of one part but for its last | {} MiB; {} MiB |",
+        "rows of JSON lines in one part but for its last | {} MiB; {} MiB |",
         (sources.MAX_ROW_BYTES >> 20, sources.MAX_PART_BYTES >> 20),
     ),
     (
@@ -146,6 +146,8 @@ SAID: list[tuple[str, str, tuple[object, ...]]] = [
     ("docs/data.md", "in chunks of {:,}", (chunks.CHUNK_ROWS,)),
     ("docs/data.md", "from {} chunks on", (WORDS[token_processes.PARALLEL_FROM],)),
     ("docs/data.md", "there are cores ({} at most)", (token_processes.MOST,)),
+    ("docs/scaling.md", "many cores as its host has ({} at most)", (token_processes.MOST,)),
+    ("docs/security.md", "JSON list {:,} rows are a part", (chunks.CHUNK_ROWS,)),
     ("docs/data.md", "Above `data.token_store_limit` gigabytes ({:g})", (DEFAULT.data.token_store_limit,)),
     *(("docs/data.md", "`{}`", (reason,)) for reason in remaining._SETTINGS if reason.endswith("_shown")),
     ("docs/security.md", "a line is at most {} MiB", (sources.MAX_ROW_BYTES // 2**20,)),
