@@ -1,5 +1,6 @@
 """Shapes are checked and warnings are errors under pytest only."""
 
+import gc
 import os
 import shutil
 import sys
@@ -24,6 +25,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("dpo", "checked.typechecked")
+
+from dpo.__main__ import FEW_COLLECTIONS  # noqa: E402
+
+gc.set_threshold(*FEW_COLLECTIONS)  # a twelfth of what tests cost, as of a start
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

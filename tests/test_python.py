@@ -51,6 +51,7 @@ def test_scores_are_those_of_the_model_itself(model: dpo.LanguageModel) -> None:
     assert_allclose(scored.logps, scored.token_logps.sum(1), rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_a_response_scores_alike_whatever_it_is_beside(model: dpo.LanguageModel) -> None:
     together = model.score(["Say A.", "Say B."], ["A", "B, and no more"]).logps
     alone = np.concatenate(
@@ -123,6 +124,7 @@ def test_implicit_rewards_of_equal_models_are_zero_and_scale_with_beta(
         dpo.implicit_rewards(model, other, [{"prompt": "Say A.", "chosen": None, "rejected": "B"}])
 
 
+@pytest.mark.ci
 def test_models_whose_templates_mark_other_tokens_are_not_compared(
     model: dpo.LanguageModel, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

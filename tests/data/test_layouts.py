@@ -87,7 +87,7 @@ def plain_logps(model, dataset):
     return logps
 
 
-@pytest.mark.parametrize("attention", [pytest.param("plain", marks=pytest.mark.as_users), "blocked"])
+@pytest.mark.parametrize("attention", [pytest.param("plain", marks=pytest.mark.ci), "blocked"])
 @settings(max_examples=8)
 @given(shapes=shapes, seed=st.integers(0, 99))
 def test_every_layout_gives_the_same_log_probs_and_gradients(attention, shapes, seed):

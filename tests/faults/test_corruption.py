@@ -52,6 +52,7 @@ def resume(run_dir: Path, log) -> int:
         return find_resume(checkpoints, {}, settings=settings, run_dir=run_dir, num_steps=9, log=log).step
 
 
+@pytest.mark.ci
 def test_damage_to_a_checkpoint_makes_a_run_go_on_from_the_one_before(run_dir, capsys):
     newest = run_dir / "checkpoints" / "9"
     cases = 0
@@ -67,6 +68,7 @@ def test_damage_to_a_checkpoint_makes_a_run_go_on_from_the_one_before(run_dir, c
     assert resume(run_dir, print) == 9
 
 
+@pytest.mark.ci
 def test_damage_to_the_only_checkpoint_is_refused_by_name(run_dir, capsys):
     shutil.rmtree(run_dir / "checkpoints" / "8")
     cases = 0
@@ -79,6 +81,7 @@ def test_damage_to_the_only_checkpoint_is_refused_by_name(run_dir, capsys):
     assert cases
 
 
+@pytest.mark.ci
 def test_damage_to_a_reference_store_is_refused_by_name(run_dir, capsys):
     import json
 
@@ -96,6 +99,7 @@ def test_damage_to_a_reference_store_is_refused_by_name(run_dir, capsys):
     assert cases
 
 
+@pytest.mark.ci
 def test_damage_to_an_export_is_refused_by_name(run_dir, capsys):
     export = run_dir / "export"
     assert not damaged_files(export)

@@ -83,6 +83,7 @@ def test_a_full_disk_at_the_export_leaves_none_in_part(server, make_config, expe
     assert outcome(config) == expected
 
 
+@pytest.mark.ci
 def test_a_read_only_directory_is_named_before_anything_is_loaded(server, make_config, disk):
     path, remount = disk
     (path / "run").mkdir()

@@ -18,7 +18,9 @@ START = 4.0
 """Seconds that a run takes at most from its start to its end, on a machine that is not busy."""
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills", [pytest.param(3, marks=pytest.mark.ci), pytest.param(60, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_comes_to_the_same_bits(server, make_config, expected, tmp_path, num_kills, capsys):
     generator = random.Random(SEED)
     killed: Counter[str] = Counter()

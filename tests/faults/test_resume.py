@@ -24,7 +24,7 @@ STOPS = {
 }
 """SIGTERM arrives in the n-th step of each part of a run, and is answered at its end; an epoch has three."""
 MARKS = {
-    "in the middle of epoch 1": (),
+    "in the middle of epoch 1": pytest.mark.ci,
     "at the border of epochs 0 and 1": pytest.mark.ci,
     "after every step": pytest.mark.ci,
 }
@@ -48,7 +48,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(server, make_config, expected, t
 @pytest.mark.parametrize(
     ("where", "count"),
     [
-        ("save", 4),
+        pytest.param("save", 4, marks=pytest.mark.ci),
         pytest.param("evaluation", 1, marks=pytest.mark.slow),
         pytest.param("evaluation", 3, marks=pytest.mark.ci),
     ],
@@ -61,6 +61,7 @@ def test_a_stop_during_a_save_or_an_evaluation(server, make_config, expected, tm
     assert outcome(config) == expected
 
 
+@pytest.mark.ci
 def test_a_stop_during_the_export_lets_it_finish(server, make_config, expected, tmp_path):
     config = make_config(tmp_path / "run")
     assert server.run(config, hooks=[{"where": "export", "count": 1, "do": "SIGTERM"}]) == 0
@@ -135,6 +136,7 @@ def test_the_best_checkpoint_stays_and_does_not_depend_on_stops(server, make_con
     assert kept[0] == kept[1]
 
 
+@pytest.mark.ci
 def test_a_second_process_on_the_run_directory_is_refused(server, make_config, tmp_path):
     from dpo.training.lock import exclusive
 

@@ -517,7 +517,7 @@ def model_targets() -> list[Target]:
             "generation config", of(generation), models.words(*generation), models.generation_config, own, 200
         ),
         Target("adapter", of(adapter), models.words(*adapter), models.adapter, own, 150),
-        Target("tokenizer", models.tokenizer_seeds(), models.TOKENIZER_WORDS, models.tokenizer, own, 60),
+        Target("tokenizer", models.tokenizer_seeds(), models.TOKENIZER_WORDS, models.tokenizer, own, 20),
         Target(
             "checksums",
             models.checksum_seeds(),
@@ -527,7 +527,7 @@ def model_targets() -> list[Target]:
             300,
         ),
         Target("card", models.CARDS, models.CARD_WORDS, models.card, own, 150),
-        Target("rows.arrow", models.arrow_seeds(), models.ARROW_WORDS, models.arrow, own, 60),
+        Target("rows.arrow", models.arrow_seeds(), models.ARROW_WORDS, models.arrow, own, 20),
         Target("saved state", of([models.STATE]), models.words(models.STATE), models.saved_state, own, 60),
     ]
 
@@ -546,7 +546,7 @@ def targets() -> dict[str, Target]:
         Target("layouts", layout_lines, JSON_WORDS + LAYOUT_WORDS, layouts, own, 60),
         Target("rows.json", [b"[" + b",".join(rows) + b"]"], JSON_WORDS, json_list, own, 200),
         Target("rows.jsonl.gz", [gzip.compress(lines[0])], JSON_WORDS, compressed_lines, own, 200),
-        Target("rows.parquet", parquet_seeds(), JSON_WORDS, parquet_rows, own, 60),
+        Target("rows.parquet", parquet_seeds(), JSON_WORDS, parquet_rows, own, 20),
         Target("config.yaml", YAML_SEEDS, setting_words(), yaml_file, own, 60),
         Target("overrides", OVERRIDE_SEEDS, setting_words(), overrides, usage, 60),
         Target(

@@ -195,6 +195,7 @@ def smollm2_oracle():
     return json.loads(ORACLES.with_name("smollm2_oracle.json").read_text())
 
 
+@pytest.mark.ci
 def test_smollm2_has_transformers_logits(smollm2, smollm2_oracle):
     tokens = smollm2.tokenizer(smollm2_oracle["text"])["input_ids"]
     assert tokens == smollm2_oracle["tokens"]

@@ -115,22 +115,17 @@ def test_a_tokenizer_of_other_files_is_tried_and_read(directory, monkeypatch):
     assert tried == [{"path": str(path.resolve())}]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("tokenizer_class", "files", "problem"),
     [
         ("GPT2Tokenizer", {}, "its vocabulary is not there; allowed is one of"),
-        pytest.param(
+        (
             "GPT2Tokenizer",
             {"vocab__json": '{"a": "x"}', "merges__txt": "a b"},
             "its tokenizer cannot be opened",
-            marks=pytest.mark.ci,
         ),
-        pytest.param(
-            "LlamaTokenizer",
-            {"tokenizer__model": "junk"},
-            "its tokenizer cannot be opened",
-            marks=pytest.mark.ci,
-        ),
+        ("LlamaTokenizer", {"tokenizer__model": "junk"}, "its tokenizer cannot be opened"),
     ],
 )
 def test_a_tokenizer_of_other_files_is_refused_by_name(directory, tokenizer_class, files, problem):
@@ -161,6 +156,7 @@ def test_no_file_beside_it_is_a_pipe(directory):
         load_tokenizer(path)
 
 
+@pytest.mark.ci
 def test_a_tokenizer_file_for_a_version_is_tried_too(directory):
     """transformers takes the newest of those that its settings list."""
     bad = json.loads((directory / "tokenizer.json").read_text()) | BAD["padding to four billion"]

@@ -275,6 +275,7 @@ def test_a_head_of_its_own_is_kept_although_the_configuration_ties_it(tmp_path: 
     assert_array_equal(torch_logits(torch_model(out), TOKENS), expected)
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", ["gemma3", pytest.param("lfm3_vl", marks=pytest.mark.slow)])
 def test_adapters_have_the_names_of_transformers_modules(case: str, tmp_path: Path) -> None:

@@ -98,9 +98,7 @@ def test_the_way_to_cudnn_is_plain(heads, length):
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=["split", "whole"])
-@pytest.mark.parametrize(
-    "implementation", ["splash", "cudnn", pytest.param("ranges", marks=pytest.mark.as_users)]
-)
+@pytest.mark.parametrize("implementation", ["splash", "cudnn", pytest.param("ranges", marks=pytest.mark.ci)])
 def test_a_mesh_changes_nothing(implementation, heads):
     """Rows over two devices, heads over two where they can be split."""
     layout = make_layout(ROWS, 140)

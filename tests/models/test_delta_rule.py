@@ -48,7 +48,7 @@ def draw_row(rng: np.random.Generator) -> tuple[list[int], list[int], list[list[
     return group, branch, sequences
 
 
-@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("size", [4, *(pytest.param(size, marks=pytest.mark.ci) for size in (1, 64))])
 def test_every_sequence_reads_what_it_reads_alone(size: int) -> None:
     rng = np.random.default_rng(size)
     rows = [draw_row(rng) for _ in range(12)]
@@ -68,7 +68,7 @@ def test_every_sequence_reads_what_it_reads_alone(size: int) -> None:
             assert_allclose(read[row, np.asarray(slots)], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [2, 64])
+@pytest.mark.parametrize("size", [64, pytest.param(2, marks=pytest.mark.ci)])
 def test_a_sequence_goes_on_from_its_state_and_padding_leaves_it(size: int) -> None:
     arrays = draw(np.random.default_rng(0), 2, 9)
     lengths = (9, 5)

@@ -107,6 +107,7 @@ def gradient_of_a_model(tmp_path, rounds, remat="full"):
     return hidden, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
 
+@pytest.mark.ci
 def test_a_model_that_rounds_in_the_backward_pass_has_the_same_values(tmp_path):
     hidden, exact = gradient_of_a_model(tmp_path, "neither")
     same, close = gradient_of_a_model(tmp_path, "backward")

@@ -302,7 +302,7 @@ def test_rules_of_the_settings_change_the_layout_and_not_the_result(alone):
 
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param((1, 8, 1), marks=pytest.mark.slow), pytest.param((2, 2, 2), marks=pytest.mark.as_users)],
+    [pytest.param((1, 8, 1), marks=pytest.mark.slow), pytest.param((2, 2, 2), marks=pytest.mark.ci)],
     ids=str,
 )
 def test_sampling_on_a_mesh_draws_the_same_tokens(sizes):

@@ -74,8 +74,8 @@ def run(objective, batch, micro_batches):
     [
         ("dpo", 2),
         pytest.param("plackett_luce", 4, marks=pytest.mark.ci),
-        pytest.param("dpo", 8, marks=pytest.mark.as_users),
-        pytest.param("plackett_luce", 8, marks=pytest.mark.as_users),
+        pytest.param("dpo", 8, marks=pytest.mark.ci),
+        pytest.param("plackett_luce", 8, marks=pytest.mark.slow),
         pytest.param("dpo", 4, marks=pytest.mark.slow),
         pytest.param("plackett_luce", 2, marks=pytest.mark.slow),
     ],
