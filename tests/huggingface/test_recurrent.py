@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
-from tiny_models import TOKENS, load_case, write_checkpoint
+from tiny_models import TOKENS, batch_arrays, load_case, write_checkpoint
 
 from dpo.huggingface.binding import bind
 from dpo.huggingface.opening import open_checkpoint
@@ -157,13 +157,13 @@ def test_all_layouts_have_transformers_log_probs_and_gradients(case: str, tmp_pa
 
 @pytest.mark.parametrize("case", ["lfm2", "qwen3_5_text"])
 def test_prompts_of_different_lengths_decode_as_alone(case: str, tmp_path: Path) -> None:
+    """And as the whole forward pass says: what is filled up behind a prompt leaves no trace in the state."""
     model = load_case(tmp_path, case)
     prompts = [TOKENS[0, :n].tolist() for n in (1, 2, 9, 20)]
-    sampling = SamplingConfig(max_new_tokens=12, temperature=1.0)
-    seeds = list(range(len(prompts)))
-    together = generate(model, prompts, sampling=sampling, seeds=seeds, stop_tokens=[])
-    alone = [
-        generate(model, [prompt], sampling=sampling, seeds=[seed], stop_tokens=[])[0]
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    greedy = SamplingConfig(max_new_tokens=12, temperature=0.0)
+    together = generate(model, prompts, sampling=greedy, seeds=[0] * len(prompts), stop_tokens=[])
+    alone = [generate(model, [prompt], sampling=greedy, seeds=[0], stop_tokens=[])[0] for prompt in prompts]
     assert together == alone
+    prompt, answer = prompts[2], together[2]
+    hidden = model.hidden(*batch_arrays(np.asarray([prompt + answer[:-1]])))
+    assert jnp.argmax(model.logits(hidden[0, len(prompt) - 1 :]), axis=-1).tolist() == answer
