@@ -91,8 +91,8 @@ LIMITED: list[tuple[str, tuple[object, ...]]] = [
         (limited.MEMORY >> 30, limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
     ),
     (
-        "rows of JSON lines in one part but for its last | {} MiB; {} MiB |",
-        (sources.MAX_ROW_BYTES >> 20, sources.MAX_PART_BYTES >> 20),
+        "but for its last; where neighbours may be one preference | {} MiB; {} MiB; {} GiB |",
+        (sources.MAX_ROW_BYTES >> 20, sources.MAX_PART_BYTES >> 20, sources.MAX_WHOLE_BYTES >> 30),
     ),
     (
         "blank lines behind each other, of JSON lines and CSV; their bytes | {:,}; {} MiB |",

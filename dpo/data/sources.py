@@ -31,6 +31,8 @@ MAX_ROW_BYTES = 1 << 26
 """Longest line that is read: without a limit a small compressed file could fill the memory."""
 MAX_PART_BYTES = 1 << 28
 """Of JSON lines in one part but for its last line: a small compressed file has many long ones."""
+MAX_WHOLE_BYTES = 1 << 30
+"""Of rows of JSON lines that are all in memory, since their neighbours may belong to the same preference."""
 MAX_BLANK_LINES = 1 << 20
 """Blank lines behind each other; a small compressed file could have them without end."""
 MAX_BLANK_BYTES = MAX_PART_BYTES
@@ -76,6 +78,23 @@ def cut(source: str, split: str, *, count: int, limit: int | None = None) -> lis
     """
     starts, size = _find_starts(source, split, limit)
     return _parts(starts, [len(starts) * i // count for i in range(count + 1)], size)
+
+
+def cut_whole(source: str, split: str, *, limit: int | None = None) -> Part:
+    """The first `limit` rows of a source in one part, whose rows will be in memory all at once.
+
+    Raises:
+      UserError: where they are lines of more than `MAX_WHOLE_BYTES` together, as a small gzip file may hold.
+    """
+    starts, size = _find_starts(source, split, limit)
+    if len(starts) and starts[-1, 0] - starts[0, 0] > MAX_WHOLE_BYTES:
+        raise UserError(
+            f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows, whose neighbours may belong to the same "
+            "preference, so that all are in memory at once; allowed: several files of less, or rows that "
+            "have all responses to their prompt"
+        )
+    (whole,) = _parts(starts, [0, len(starts)], size)
+    return whole
 
 
 def cut_every(source: str, split: str, *, rows: int, limit: int | None = None) -> list[Part]:

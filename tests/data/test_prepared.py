@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_tokenizer import make_tokenizer
 
-from dpo.data import chunks, prepared, token_processes
+from dpo.data import chunks, parts, prepared, sources, token_processes
 from dpo.data.chunks import TokenJob
 from dpo.data.columns import BY_COLUMNS, RowReading
 from dpo.data.expansion import Expand
@@ -287,6 +287,21 @@ def test_neighbours_that_belong_together_are_one_chunk(tmp_path, preparation):
     rows = [{"prompt": f"q{i // 2}", "response": f"a{i}", "helpfulness": i % 2} for i in range(12)]
     source = write_rows(tmp_path / "rows.jsonl", rows)
     assert_same(preparation(source), source)
+
+
+def test_neighbours_that_belong_together_are_in_memory_up_to_a_limit(tmp_path, preparation, monkeypatch):
+    """A small gzip file may hold any number of them."""
+    rows = [{"prompt": f"q{i // 2}", "response": f"a{i}", "helpfulness": i % 2} for i in range(12)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(sources, "MAX_WHOLE_BYTES", source.stat().st_size // 2)
+
+    def together(path):
+        how = {"split": "train", "on_error": "stop", "limit": None, "expand": "ranking"}
+        return parts.read_together(str(path), **how, peers=parts.ALONE)
+
+    for read in (preparation, together):
+        with pytest.raises(ValueError, match=r"rows\.jsonl: more than \d+ bytes of rows, whose neighbours"):
+            read(source)
 
 
 def test_a_data_set_is_known_by_its_values(tmp_path, preparation):

@@ -126,4 +126,5 @@ def test_a_command_takes_the_budget(command, wordy, rows, capsys):
         "generate": [str(wordy), "Hi", "--max_new_tokens=1"],
     }[command]
     assert main([command, *given, f"--template_characters={FEW}"]) == 2
-    assert "characters; data.template_characters (template_characters in dpo" in capsys.readouterr().err
+    setting = {"evaluate": "--", "generate": "data."}[command] + "template_characters"
+    assert f"characters; {setting} (template_characters in dpo" in capsys.readouterr().err
