@@ -292,6 +292,16 @@ def test_something_is_learned_where_all_rewards_are_equal(spec):
     assert np.all(np.abs(slope).sum(axis=1) > 0)
 
 
+@every
+def test_a_prompt_with_one_response_teaches_where_the_objective_says_so(spec):
+    """Of the others such rows are left out before they are tokens."""
+    scores = _scores(spec, seed=3)
+    alone = jnp.asarray([[True, False, False, False]] * 4)
+    _, slope = evaluate(spec, scores._replace(present=alone, ranks=jnp.zeros_like(scores.ranks)))
+    assert np.all(slope[:, 0] != 0) == make_objective(spec).learns_from_single_responses
+    assert np.all(slope[:, 1:] == 0)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("key", MODIFIERS)
 def test_modifiers_are_taken_where_they_are_admitted_and_refused_elsewhere(name, key):
