@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from dpo.models.rotary import ROPE_TYPES, cos_sin, make_rope, no_rope, rotate
+from dpo.models.rotary import ROPE_TYPES, cos_sin, make_rope, no_rope, reversed_rope, rotate
 
 DEFAULT = make_rope({"rope_type": "default", "rope_theta": 10000.0}, 8, 64)
 DYNAMIC = make_rope({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, 8, 4)
@@ -33,6 +33,11 @@ def test_scores_depend_on_the_difference_of_positions():
     near = (turn(q, DEFAULT, [5, 6, 7]) * turn(k, DEFAULT, [3, 1, 7])).sum(-1)
     far = (turn(q, DEFAULT, [25, 26, 27]) * turn(k, DEFAULT, [23, 21, 27])).sum(-1)
     assert_allclose(near, far, atol=1e-4)
+
+
+def test_the_reversed_rope_turns_back():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    assert_allclose(turn(turn(x, DEFAULT, [1, 5, 9]), reversed_rope(DEFAULT), [1, 5, 9]), x, atol=1e-5)
 
 
 def test_partial_rotary_leaves_later_channels():
