@@ -81,20 +81,15 @@ def cut(source: str, split: str, *, count: int, limit: int | None = None) -> lis
 
 
 def cut_whole(source: str, split: str, *, limit: int | None = None) -> Part:
-    """The first `limit` rows of a source in one part, whose rows will be in memory all at once.
-
-    Raises:
-      UserError: where they are lines of more than `MAX_WHOLE_BYTES` together, as a small gzip file may hold.
-    """
+    """The first `limit` rows of a source in one part, which will be in memory all at once: `UserError` where
+    they are lines of more than `MAX_WHOLE_BYTES` together, as a small gzip file may hold."""
     starts, size = _find_starts(source, split, limit)
     if len(starts) and starts[-1, 0] - starts[0, 0] > MAX_WHOLE_BYTES:
         raise UserError(
-            f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows, whose neighbours may belong to the same "
-            "preference, so that all are in memory at once; allowed: several files of less, or rows that "
-            "have all responses to their prompt"
+            f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows that may belong to the same preference as "
+            "their neighbours; allowed: several files of less, or rows that have all responses to a prompt"
         )
-    (whole,) = _parts(starts, [0, len(starts)], size)
-    return whole
+    return _parts(starts, [0, len(starts)], size)[0]
 
 
 def cut_every(source: str, split: str, *, rows: int, limit: int | None = None) -> list[Part]:
