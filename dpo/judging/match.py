@@ -79,7 +79,6 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
     ]
     with Journal(output / "samples.jsonl") as journal:
         sampled = make_pairs(given, config, preferences, requests, journal, log)
-    left_out = [pair for pair in sampled if given.leave_out_cut and pair.is_cut]
     pairs = [pair for pair in sampled if not (given.leave_out_cut and pair.is_cut)]
     with Journal(output / VERDICTS_FILE) as journal:
         verdicts = judge_pairs(judge, pairs, journal, log, name=str(given.judge))
@@ -102,7 +101,8 @@ def play(given: WinrateConfig, config: Config, *, output: Path, log: Log) -> tup
                 pairs,
                 verdicts,
                 ratios,
-                left_out=any(temperature == pair.temperature for pair in left_out),
+                left_out=given.leave_out_cut
+                and any(pair.is_cut and pair.temperature == temperature for pair in sampled),
             )
             for temperature in dict.fromkeys(given.temperatures)
         },

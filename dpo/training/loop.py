@@ -172,7 +172,7 @@ def _fit(
     # The state, which takes the place of the policy's parameters and is donated from step to step.
     identity, probe = run.identity | known, probe_of(run, scoring)
     state = _first_state(run, program, resume, checkpoints)
-    _compare_restored(resume, partial(probe, state), identity)
+    _compare_restored(run, resume, partial(probe, state), identity)
 
     # All is compared that could have refused: from here on the directory is this start's.
     begin(run, start.given, start.settings)
@@ -235,10 +235,12 @@ def _first_state(run: Run, program: Program, resume: Resume, checkpoints: Checkp
     return checkpoints.restore(resume.step, program.state)
 
 
-def _compare_restored(resume: Resume, probe: Callable[[], Probe], identity: Identity) -> None:
+def _compare_restored(run: Run, resume: Resume, probe: Callable[[], Probe], identity: Identity) -> None:
     """A restored policy must score as it did when it was saved; a first start has nothing to compare."""
     if resume.step:
-        say(f"resumed after step {resume.step}: {resume.check_probe(probe, identity)}")
+        is_coarse = run.config.model.forward_dtype == "bfloat16"
+        found = resume.check_probe(probe, identity, is_coarse=is_coarse)
+        say(f"resumed after step {resume.step}: {found}")
 
 
 def _step_deadline(run: Run) -> Deadline:

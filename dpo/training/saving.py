@@ -103,8 +103,10 @@ class Resume(NamedTuple):
         if self.identity is not None:
             require_same(self.identity, now, allowed=self.may_differ, where=self._where, log=log)
 
-    def check_probe(self, probe: Callable[[], Probe], now: Identity) -> str:
+    def check_probe(self, probe: Callable[[], Probe], now: Identity, *, is_coarse: bool) -> str:
         """Whether the restored policy gives the log-probs that it was saved with, in words.
+
+        `is_coarse` says that they go through bfloat16.
 
         Raises:
           ValueError: when it does not, although nothing changed on which they depend.
@@ -113,10 +115,6 @@ class Resume(NamedTuple):
         changed = sorted(differences(self.identity, now).keys() & (ROOTS | FOLLOWING))
         if changed:
             return f"its log-probs were not compared with those at the time of saving: other {changed}"
-        settings = now["settings"]
-        is_coarse = (
-            "bfloat16" in settings["model.compute_dtype"] or settings["model.round_products"] == "both"
-        )
         saved = cast("Probe", self.identity["probe"])
         return check_probe(saved, probe(), where=self._where, is_coarse=is_coarse)
 
