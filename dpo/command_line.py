@@ -23,7 +23,7 @@ from dpo.config import Config
 from dpo.config.home import at_home
 from dpo.distribution import find_settings, settings_names
 from dpo.outcomes import USER, UserError
-from dpo.regular_files import require_regular, why_no_file
+from dpo.regular_files import near_name, require_regular, why_no_file
 from dpo.terminal import shortened, show_controls
 from dpo.text_encoding import encoding_problem
 
@@ -98,7 +98,8 @@ class SettingsParser(ArgumentParser):
         if _FILE_ERROR.match(text) and self._files:  # the parser does not say in which
             text = f"{' or '.join(self._files)}: not a YAML file of settings: {_FILE_ERROR.sub('', text)}"
         if _NO_FILE.match(text):
-            text += f"; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
+            near = "".join(near_name(Path(file)) for file in self._files if not Path(file).exists())
+            text += f"{near}; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
         print(show_controls(shortened(f"{self.prog}: error: {text}")), file=sys.stderr)
         print(f"(all settings: {self.prog} --help{'-all' if self.is_of_a_run else ''})", file=sys.stderr)
         raise SystemExit(USER.code)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from dpo.outcomes import UserError
@@ -34,11 +36,24 @@ def why_no_file(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "there is no such file"
+        return f"there is no such file{near_name(path)}"
     except (OSError, ValueError) as error:  # a loop of links, a name that no file can have
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
     kinds = (kind for is_of, kind in _KINDS if is_of(mode))
     return None if stat.S_ISREG(mode) else f"must be a regular file, and is a {next(kinds, 'device')}"
+
+
+def near_name(path: Path) -> str:
+    """Words that ask for the path which differs in one name and is there, for a path that is not; or none."""
+    try:
+        there = next(parent for parent in path.parents if parent.is_dir())
+        wrong, *rest = path.relative_to(there).parts
+        names = [entry.name for entry in islice(there.iterdir(), 1000)]
+        near = [there.joinpath(name, *rest) for name in get_close_matches(wrong, names)]
+        meant = next((one for one in near if one.exists() and str(one).isprintable()), None)
+    except (OSError, ValueError, StopIteration):  # what may not be listed, or is no name
+        return ""
+    return f"; did you mean {meant}?" if meant is not None else ""
 
 
 _KINDS = ((stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.cli import main
 from dpo.config import Config, save_config
 from dpo.data.token_store import TokenStore
 from dpo.files import (
@@ -25,6 +27,7 @@ from dpo.files import (
 )
 from dpo.judging.journal import Journal
 from dpo.outcomes import EnvironmentFailure
+from dpo.regular_files import why_no_file
 from dpo.training.lock import exclusive
 
 
@@ -254,3 +257,49 @@ def test_a_list_of_checksums_names_what_can_be_a_file(tmp_path):
         (tmp_path / CHECKSUMS_FILE).write_text(f"{'0' * 64}  {name}\n")
         (problem,) = damaged_files(tmp_path)
         assert "allowed is each file of the directory once" in problem
+
+
+def test_a_path_with_one_mistyped_name_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "config.yaml").write_text("", encoding="utf-8")
+    (tmp_path / "runs" / "farst").mkdir()
+    (tmp_path / "train\x1b.jsonl").write_text("", encoding="utf-8")
+    meant = tmp_path / "runs" / "first" / "config.yaml"
+    asked = f"there is no such file; did you mean {meant}?"
+    assert why_no_file(tmp_path / "runs" / "frist" / "config.yaml") == asked
+    assert why_no_file(tmp_path / "rnus" / "first" / "config.yaml") == asked
+    for path in (
+        "runs/first/summary.json",
+        "trian.jsonl",
+        "nothing/alike/config.yaml",
+        "a" * 300,
+        "b/" * 3000,
+    ):
+        assert why_no_file(tmp_path / path) in ("there is no such file", "cannot be read: File name too long")
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["train", "--config=my/setings.yaml"], "my/settings.yaml"),
+        (["train", "--config", "my/setings.yaml"], "my/settings.yaml"),
+        (["train", "--data.train=my/trian.jsonl"], "my/train.jsonl"),
+        (["train", "--model.source=./my/modle"], "my/model"),
+        (["report", "my/rnu"], "my/run/config.yaml"),
+        (["watch", "my/rnu"], "my/run/config.yaml"),
+    ],
+)
+def test_commands_ask_for_what_may_have_been_meant(
+    command: list[str],
+    meant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("settings.yaml", "train.jsonl", "run/config.yaml", "model/config.json"):
+        (tmp_path / "my" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my" / name).write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        main(command)
+    assert f"; did you mean {meant}?" in capsys.readouterr().err

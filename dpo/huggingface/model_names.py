@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo.huggingface.embedded import EMBEDDED_PREFIX, find_embedded
 from dpo.huggingface.foreign_json import show
 from dpo.outcomes import UserError
-from dpo.regular_files import is_there
+from dpo.regular_files import is_there, near_name
 
 CONFIG_FILE = "adapter_config.json"
 """What a directory with adapters has."""
@@ -66,8 +66,8 @@ def find_hub_id(source: str | Path) -> tuple[str, str | None]:
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) and path.suffix != ".gguf":
         return hub_id, revision or None
     raise UserError(
-        f"no model at {show(text)}; allowed: a directory, a .gguf file, a hub id (owner/name or "
-        "owner/name@revision), embedded:<name>"
+        f"no model at {show(text)}{near_name(path)}; allowed: a directory, a .gguf file, a hub id "
+        "(owner/name or owner/name@revision), embedded:<name>"
     )
 
 
