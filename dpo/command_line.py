@@ -90,6 +90,9 @@ class SettingsParser(ArgumentParser):
     _files: tuple[str, ...] = ()
     """Values of `--config` on the command line."""
 
+    settings_file: str = "a YAML file of settings"
+    """What `--config` takes, in words: with the names of the shipped files that are of this command."""
+
     is_of_a_run: bool = False
     """The settings of a run are among its options: `--help` shows those that people use, in groups."""
 
@@ -99,7 +102,7 @@ class SettingsParser(ArgumentParser):
             text = f"{' or '.join(self._files)}: not a YAML file of settings: {_FILE_ERROR.sub('', text)}"
         if _NO_FILE.match(text):
             near = "".join(near_name(Path(file)) for file in self._files if not Path(file).exists())
-            text += f"{near}; allowed: a YAML file of settings, or one of {', '.join(settings_names())}"
+            text += f"{near}; allowed: {self.settings_file}"
         print(show_controls(shortened(f"{self.prog}: error: {text}")), file=sys.stderr)
         print(f"(all settings: {self.prog} --help{'-all' if self.is_of_a_run else ''})", file=sys.stderr)
         raise SystemExit(USER.code)
@@ -169,12 +172,13 @@ def _with_shipped_settings(arguments: list[str]) -> list[str]:
 def settings_parser(*settings: type, prog: str | None = None, description: str = "") -> SettingsParser:
     """A parser for `--config FILE`, required fields by position, and a dotted option for every other."""
     parser = SettingsParser(prog=prog, description=description)
-    names = ", ".join(settings_names())
+    names = settings_names([field.name for kind in settings for field in fields(kind)])
+    if names:
+        parser.settings_file += f", or the name of one that comes with the package ({', '.join(names)})"
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file of settings, or the name of one that comes with the package ({names}). Options that "
-        "come after it override it.",
+        help=f"{parser.settings_file.removeprefix('a ')}. Options that come after it override it.",
     )
     parser.is_of_a_run = Config in settings
     for kind in settings:

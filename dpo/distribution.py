@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import sys
 import tomllib
+from collections.abc import Collection
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -49,9 +51,18 @@ def version() -> str:
         return "unknown: neither installed nor a checkout"
 
 
-def settings_names() -> list[str]:
-    """Names that stand for shipped files of settings: `sentiment_pairs` is `configs/sentiment_pairs.yaml`."""
-    return sorted(path.stem for path in _shipped("configs").glob("*.yaml"))
+def settings_names(known: Collection[str] | None = None) -> list[str]:
+    """Names that stand for shipped files of settings: `sentiment_pairs` is `configs/sentiment_pairs.yaml`.
+
+    Of those alone that set nothing but what is `known`, where that is given.
+    """
+    files = sorted(_shipped("configs").glob("*.yaml"))
+    return [path.stem for path in files if known is None or _names_in(path) <= set(known)]
+
+
+def _names_in(path: Path) -> set[str]:
+    """What a shipped file sets, or the sections in which it does."""
+    return set(re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def find_settings(given: str) -> str:

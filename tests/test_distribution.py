@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo import distribution
+from dpo.cli import COMMANDS, main
 from dpo.command_line import load_config
 from dpo.distribution import find_data, find_settings, settings_names, version
 
@@ -95,6 +97,20 @@ def test_the_installed_package_trains_from_an_empty_directory(
 @pytest.mark.parametrize("name", settings_names())
 def test_a_shipped_name_stands_for_its_file(name: str) -> None:
     assert Path(find_settings(name)) == ROOT / "configs" / f"{name}.yaml"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_offers_a_command_the_shipped_settings_that_are_of_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    offered = re.search(r"that comes with the package \(([\w, ]+)\)", text)
+    names = offered[1].split(", ") if offered else []
+    kinds = {"diffusion": "diffusion"} | dict.fromkeys(("train", "inspect", "plan", "sweep"), "run")
+    of = {name: "diffusion" if name.startswith("diffusion") else "run" for name in settings_names()}
+    assert names == [name for name in settings_names() if of[name] == kinds.get(command)]
 
 
 def test_a_file_of_that_name_goes_before_the_shipped_one(
