@@ -312,6 +312,7 @@ def measure_sharing(
                 sharing=sharing,
                 num_times=num,
                 num_pairs=20_000,
+                seed=config.seed,
             )
             for num in TIME_COUNTS
         ]

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
+from dpo.config import DiffusionConfig
 from dpo.diffusion.mixture import Mixture
+from dpo.diffusion.schedule import SCHEDULES
+from dpo.experiments import diffusion
 from dpo.experiments.diffusion import draw_preferences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +72,17 @@ def test_wrong_settings_are_named(capsys: pytest.CaptureFixture[str], argument: 
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_toy_of_the_shared_noise_is_drawn_by_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def share(*_: object, seed: int, **__: object) -> tuple[float, float]:
+        return float(seed), 0.0
+
+    monkeypatch.setattr(diffusion, "recovered_share", share)
+    found = diffusion.measure_sharing(DiffusionConfig(seed=7), SCHEDULES["linear"](5), 1.0, tmp_path)
+    assert {value for shares in found["shares"].values() for value, _ in shares} == {7.0}
 
 
 @pytest.mark.slow
