@@ -105,7 +105,10 @@ def test_an_option_below_a_setting_that_is_no_group_is_refused(option, message, 
         ("training: {eval_samples: 5}", r"training\.eval_samples is 5 and data\.eval is not set"),
         ("lora: {rank: 0}", r"lora\.rank is 0; allowed is at least 1"),
         ("lora: {alpha: 8}", r"lora\.alpha is 8\.0, but LoRA is off; allowed where lora\.rank is given"),
-        ("lora: {base_dtype: int8}", r"lora\.base_dtype is 'int8', but LoRA is off"),
+        (
+            "lora: {base_dtype: int8}",
+            r"lora\.base_dtype is 'int8', but LoRA is off; allowed where lora\.rank or lora\.init is given",
+        ),
         (
             "lora: {init: a, use_dora: true}",
             r"lora\.use_dora is True, but the adapter in lora\.init has its own",

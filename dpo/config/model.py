@@ -24,7 +24,7 @@ class ModelConfig:
     """Directory in which the reference's log-probs are kept from run to run; reference/ in DPO_CACHE
     (~/.cache/dpo) when not given."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the activations. Parameters, softmax and sums of log-probs stay float32."""
+    """Dtype of the activations. Trained parameters, softmax and sums of log-probs stay float32."""
     round_products: Literal["neither", "backward", "both"] | None = None
     """The passes in which matrix products round their operands to bfloat16 (they always sum in float32):
     neither; backward, which leaves losses exact; or both. When not given: both if model.compute_dtype is
@@ -33,8 +33,8 @@ class ModelConfig:
     """What the backward pass computes again instead of keeping it: nothing (none), all but matrix products
     (dots), or whole layers (full, which takes the least memory and the most time)."""
     attention: Literal["auto", "plain", "blocked", "ranges", "splash", "cudnn"] = "auto"
-    """The code that computes attention. auto is blocked on CPUs, ranges on GPUs and plain on TPUs. ranges
-    and cudnn need a GPU (cudnn with bfloat16), splash needs a TPU."""
+    """The code that computes attention. auto is plain for models with ALiBi, else blocked on CPUs, ranges on
+    GPUs and plain on TPUs. ranges and cudnn need a GPU (cudnn with bfloat16), splash needs a TPU."""
     log_prob_chunk: int = 1024
     """How many scored tokens of a device are compared with the vocabulary at once. Fewer take less memory:
     a chunk holds so many times the vocabulary's size in floats."""
@@ -90,8 +90,8 @@ class LoraConfig:
     """Write the whole model with the adapters merged at the run's end too (export/), which is as large as the
     base in float32; otherwise the adapters alone (adapter/)."""
     base_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Dtype in which the frozen weights are held (with int8 the embeddings are bfloat16). Adapters are
-    float32."""
+    """Dtype in which the matrices of the frozen model are held (with int8 its embeddings are bfloat16).
+    What is small, such as norms, biases and adapters, is float32."""
 
     def __post_init__(self) -> None:
         check_range("lora.rank", self.rank, low=1)
@@ -103,19 +103,15 @@ class LoraConfig:
             )
         if not self.target_modules:
             raise UserError("lora.target_modules is empty; allowed: all-linear, names, a regular expression")
-        owned = [
-            "alpha",
-            "target_modules",
-            "use_rslora",
-            "use_dora",
-            *([] if self.is_on else ["base_dtype", "base_name", "merged"]),
-        ]
+        of_new = ["alpha", "target_modules", "use_rslora", "use_dora"]
+        of_any = [] if self.is_on else ["base_dtype", "base_name", "merged"]
         defaults = {item.name: item.default for item in fields(self)}
-        for name in owned if self.rank is None else []:
+        for name in [*of_new, *of_any] if self.rank is None else []:
             if getattr(self, name) != defaults[name]:
                 reason = "LoRA is off" if self.init is None else "the adapter in lora.init has its own"
+                where = "lora.rank" if name in of_new else "lora.rank or lora.init"
                 raise UserError(
-                    f"lora.{name} is {getattr(self, name)!r}, but {reason}; allowed where lora.rank is given"
+                    f"lora.{name} is {getattr(self, name)!r}, but {reason}; allowed where {where} is given"
                 )
 
         if not self.merged and self.base_name is not None:

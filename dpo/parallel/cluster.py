@@ -66,7 +66,8 @@ def find_cluster(given: Meeting, environment: Mapping[str, str]) -> Cluster | No
         if given.cluster == launcher:
             raise UserError(
                 f"distributed.cluster is {launcher}, but its variables are not in the environment; allowed "
-                f"here are auto, none, or distributed.coordinator with num_processes and process_id"
+                "here are auto and none, for one of several processes with distributed.coordinator, "
+                "num_processes and process_id"
             )
     if address is None and given.num_processes in (None, 1):
         return None
@@ -94,7 +95,7 @@ def _complete(found: Cluster, given: Meeting, coordinator: str | None) -> Cluste
         raise UserError(
             f"one of several processes ({found.found_in}), but {', '.join(missing)} is not known; allowed: "
             + ", ".join(f"--distributed.{name}" for name in missing)
-            + " (JAX_COORDINATOR_ADDRESS=host:port for the coordinator)"
+            + ("" if given.cluster == "none" else " (JAX_COORDINATOR_ADDRESS=host:port for the coordinator)")
         )
     assert cluster.num_processes is not None
     assert cluster.process_id is not None

@@ -95,8 +95,11 @@ def test_settings_come_before_what_is_found():
     said = SLURM | {"JAX_COORDINATOR_ADDRESS": "there:2"}
     assert find(said) == Cluster("there:2", 4, 2, "slurm")
     assert find(said, **given) == Cluster("here:1", 8, 7, "slurm")
-    with pytest.raises(ValueError, match="coordinator, process_id is not known"):
+    with pytest.raises(ValueError, match=r"coordinator, process_id is not known.*JAX_COORDINATOR_ADDRESS"):
         find({}, num_processes=2)
+    with pytest.raises(ValueError, match="coordinator, process_id is not known") as refused:
+        find({"JAX_COORDINATOR_ADDRESS": "there:2"}, cluster="none", num_processes=2)
+    assert "JAX_COORDINATOR_ADDRESS" not in str(refused.value), "it is not looked at there"
     with pytest.raises(ValueError, match="process 2 of 2"):
         find({}, coordinator="here:1", num_processes=2, process_id=2)
     with pytest.raises(ValueError, match="cluster is slurm, but its variables are not"):
