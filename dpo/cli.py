@@ -203,7 +203,8 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
         "--sweep_dir",
         default="runs/sweep",
         metavar="DIRECTORY",
-        help="Where the runs, the comparison and sweep.json are written.",
+        help="Where the runs (each in a folder of its own, whatever run_dir is), the comparison and "
+        "sweep.json are written.",
     )
 
 
@@ -305,7 +306,7 @@ def train_parser(command: str = "train") -> SettingsParser:
         metavar="JUDGE",
         default=None,
         help="Measure the win-rate over the reference afterwards, as `dpo winrate --run RUN --judge JUDGE`, "
-        "with answers of at most training.eval_max_new_tokens.",
+        "with answers of at most training.eval_max_new_tokens; several processes only say the command.",
     )
     return parser
 

@@ -23,7 +23,7 @@ class InspectConfig:
     heldout: bool = False
     """Inspect the held-out preferences (data.eval) instead of the training ones."""
     rows: int | None = None
-    """Inspect the first so many rows only; as many as a run reads when not given."""
+    """Inspect the first so many rows only, of each source; as many as a run reads when not given."""
     example: int | None = 0
     """Number of the preference to show, from 0, with colours for what is scored; none when null."""
     output: str | None = None
@@ -42,10 +42,11 @@ class PlanConfig:
     """The devices, such as v5e:4x4, v5p:2x2x2, v6e:4x4, a100:8, h100:8, h100pcie:2, l40s:1, rtx4090:1 or
     cpu:2; cpu:1 when not given, or gpu:1 with --memory."""
     memory: float | None = None
-    """Memory of a device, in GiB, for any GPU (gpu:1) or in place of the topology's own; the chip's when not
-    given."""
+    """Memory of an accelerator, in GiB, for any GPU (gpu:1) or in place of the topology's own; the chip's
+    when not given."""
     search: bool = False
-    """Try several meshes and show the fastest that fits."""
+    """Try several meshes, with model.remat, training.micro_batches and model.log_prob_chunk as they are set,
+    and show the fastest that fits."""
     prompt_tokens: int | None = None
     """Assume prompts of this many tokens, where response_tokens is given too; the training data's lengths
     when neither is."""
@@ -211,7 +212,8 @@ class ReportConfig:
     """Write one self-contained HTML page about a run, or about several."""
 
     output: str | None = None
-    """File to write the page to; when not given, RUN/report.html, or comparison.html beside the runs."""
+    """File to write the page to; when not given, RUN/report.html, or comparison.html in the folder that holds
+    all the runs."""
 
 
 @dataclass(frozen=True)
@@ -249,8 +251,8 @@ class EndpointConfig:
     patience: float = 300.0
     """Seconds for which a server that cannot be reached is tried again."""
     retries: int = 5
-    """How often a request is tried again after a time-out, a broken connection, status 408, 409, 425, 429 or
-    5xx, or a malformed reply."""
+    """How often a request is tried again after a time-out, a broken connection, status 408, 409, 425, 429
+    (but of an account without credit) or 5xx, or a malformed reply."""
     backoff: float = 1.0
     """Seconds at most before the first retry, half of them at least, doubled for each further one up to a
     minute. A server that asks for more (Retry-After) is left alone for as long, up to an hour; a longer wait
@@ -290,8 +292,8 @@ class WinrateConfig(HeldoutConfig):
     template: str | None = None
     """File with the jinja2 prompt that an endpoint or local judge gets; the shipped one when not given."""
     judge_template_kwargs: TemplateArguments | None = None
-    """Arguments of the chat template of a local judge or a reward model, {} for none; data.template_kwargs
-    when not given."""
+    """Arguments of the chat template of a local judge or a reward model, {} for none; those of
+    template_kwargs when not given."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """The endpoint that is asked where the judge is endpoint."""
     temperatures: list[float] = field(default_factory=lambda: [1.0])
@@ -312,7 +314,7 @@ class WinrateConfig(HeldoutConfig):
     """Draw from the tokens with at least this part of the highest probability only; from all when not
     given."""
     batch_size: int = 64
-    """Number of responses that are sampled together. The responses do not depend on it."""
+    """Number of responses that are sampled together. But for rounding, the responses do not depend on it."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations of all models."""
     kl: bool = True
@@ -322,7 +324,8 @@ class WinrateConfig(HeldoutConfig):
     seed: int = 0
     """Seed of the sampling and of the bootstrap that makes the intervals."""
     output: str | None = None
-    """Directory to write samples.jsonl, verdicts.jsonl and winrate.json to; RUN/winrate when not given."""
+    """Directory to write winrate.json to, and all that it is made of (samples.jsonl, verdicts.jsonl and the
+    like); RUN/winrate when not given."""
 
     def __post_init__(self) -> None:
         if self.run is None:
@@ -347,8 +350,8 @@ class GenerateConfig:
     """Answer a prompt with a model, printing the response as it is drawn."""
 
     model: str
-    """The model that answers: a run (its export), directory, GGUF file, hub id or
-    embedded:smollm2-135m-instruct."""
+    """The model that answers: a run (its export, or its adapters where it left them alone), directory, GGUF
+    file, hub id or embedded:smollm2-135m-instruct."""
     system: str | None = None
     """System message before the prompt; the chat template's own when not given."""
     template_kwargs: TemplateArguments = field(default_factory=dict)
@@ -368,8 +371,8 @@ class GenerateConfig:
     min_p: float | None = 0.05
     """Draw from the tokens with at least this part of the highest probability only; from all when null."""
     repetition_penalty: float = 1.0
-    """Makes tokens that are there already less probable: their logits are divided by it where positive and
-    multiplied where negative; 1 changes nothing."""
+    """Above 1 it makes the tokens of prompt and response less probable: their logits are divided by it where
+    positive and multiplied where negative."""
     seed: int = 0
     """Seed of the sampling; the same prompt and seed give the same response."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

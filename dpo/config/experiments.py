@@ -50,8 +50,8 @@ class FrontierConfig:
     max_new_tokens: int = 32
     """Longest response that is sampled, in tokens."""
     best_of: int = 8
-    """Number of the reference's responses to each prompt, from which best-of-n is drawn for every n up to
-    it."""
+    """Number of the reference's responses to each prompt, from which best-of-n is drawn for n = 1, 2, 4 and
+    so on, and for this number."""
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Sampling temperatures at which win-rates are measured."""
     temperature_beta: float = 0.1

@@ -62,7 +62,8 @@ class TrainingConfig:
     """Length, batch size, evaluation and saving of a run."""
 
     seed: int = 0
-    """Seed of all randomness: everything in a run is a function of (seed, step)."""
+    """Seed of the order of the data, of new adapters and of training.eval_samples: the batch of a step is a
+    function of (seed, step)."""
     batch_size: int = 8
     """Prompts in a step, over all devices and micro-batches."""
     micro_batches: int = 1
@@ -107,8 +108,8 @@ class TrainingConfig:
     """Continue from the newest checkpoint of the run directory (auto), or refuse to run where there is one
     (never)."""
     allow_changed: list[IdentityKind] = field(default_factory=list, metadata=marks(BESIDE, OFF_THE_CARD))
-    """Kinds of things that may differ from the checkpoint that is continued, such as settings or data;
-    nothing may when empty."""
+    """Kinds of things in which the checkpoint that is continued may differ without being refused, such as
+    settings or data."""
     profiler_steps: int | None = field(default=None, metadata=marks(BESIDE, OFF_THE_CARD))
     """Number of steps that JAX's profiler traces into the run directory, for the part of their time in which
     the device works; none when not given."""
@@ -156,7 +157,8 @@ class MeshConfig:
     data: int = -1
     """Devices along the axis over which rows of a batch are split and parameters are copied."""
     fsdp: int = 1
-    """Devices along the axis over which rows of a batch, parameters and optimiser state are split."""
+    """Devices along the axis over which rows of a batch, weight matrices (not adapters) and their optimiser
+    state are split."""
     tensor: int = 1
     """Devices along the axis over which attention heads, hidden units and the vocabulary are split."""
     rules: dict[str, list[Any]] = field(default_factory=dict)
@@ -179,8 +181,8 @@ class DistributedConfig:
     """The launcher whose environment variables say which process this is: auto looks for one, none asks
     none, a name asks that one only."""
     coordinator: str | None = None
-    """Address of process 0, where all processes meet, as host:port; JAX_COORDINATOR_ADDRESS, or else the
-    launcher's, when not given."""
+    """Address of process 0, where all processes meet, as host:port; when not given JAX_COORDINATOR_ADDRESS,
+    or else the launcher's, unless distributed.cluster is none."""
     num_processes: int | None = None
     """Number of processes of the run; the launcher's when not given."""
     process_id: int | None = None
@@ -190,8 +192,8 @@ class DistributedConfig:
     heartbeat_timeout: float = 60.0
     """Seconds without a sign of life after which a process is given up and all processes end."""
     step_timeout: float | None = None
-    """Seconds that a step may take before the process writes where it stands and ends; no limit when not
-    given."""
+    """Seconds that a step may take before the process writes where it stands and ends, and half an hour more
+    where it has to be compiled; no limit when not given."""
 
     def __post_init__(self) -> None:
         check_range("distributed.num_processes", self.num_processes, low=1)
