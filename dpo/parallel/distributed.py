@@ -132,22 +132,21 @@ def on_this_host(tree: Any) -> Any:
 def agree(facts: Mapping[str, Any]) -> None:
     """Compare what all processes must have in common before they compute together.
 
+    One may have facts that another has not, such as the settings of another objective: these differ too.
+
     Raises:
       ValueError: on every process, naming the facts that differ and the processes that differ from the main.
     """
     if is_alone():
         return
-    names = list(facts)
-    digests = [hashlib.sha256(repr(facts[name]).encode()).digest()[:8] for name in names]
-    mine = np.frombuffer(b"".join(digests), np.uint32).reshape(len(names), 2)
-    everyone = multihost_utils.process_allgather(mine)
-    differs = (everyone != everyone[:1]).any(-1)
-    if differs.any():
-        what = "; ".join(
-            f"{name} of process {', '.join(map(str, np.flatnonzero(differs[:, i])))}"
-            for i, name in enumerate(names)
-            if differs[:, i].any()
-        )
+    mine = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+    first, *others = (json.loads(theirs) for theirs in from_all(lambda: json.dumps(mine).encode()))
+    differs = {
+        name: [str(i) for i, theirs in enumerate(others, 1) if theirs.get(name) != first.get(name)]
+        for name in dict.fromkeys(name for theirs in (first, *others) for name in theirs)
+    }
+    what = "; ".join(f"{name} of process {', '.join(found)}" for name, found in differs.items() if found)
+    if what:
         raise UserError(
             f"the processes of this run do not agree: {what} differs from process 0's; allowed is the same "
             "version, settings, weights, data and run directory everywhere"

@@ -298,12 +298,42 @@ def test_several_processes_train_as_one(count, make_config, tmp_path):
 
 
 @pytest.mark.ci
-def test_processes_with_other_settings_stop_at_the_start_and_say_which(make_config, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([["--objective.beta=0.1"], ["--objective.beta=0.2"]], ["objective.beta"]),
+        ([[], ["--objective={name: sft}"]], ["objective.beta", "objective.name"]),  # which has no beta
+    ],
+)
+def test_processes_with_other_settings_stop_at_the_start_and_say_which(given, names, make_config, tmp_path):
     config = make_config("run")
-    processes = Processes(2, 1, config, tmp_path, extra=lambda i: [f"--objective.beta=0.{1 + i}"])
-    assert processes.wait() == [2, 2]
+    processes = Processes(2, 1, config, tmp_path, extra=lambda i: given[i])
+    assert processes.wait() == [2, 2], processes.text(0) + processes.text(1)
+    said = "; ".join(f"{name} of process 1" for name in names)
     for i in range(2):
-        assert re.search(r"do not agree: objective(\.beta)? of process 1 differs", processes.text(i))
+        assert f"do not agree: {said} differs" in " ".join(processes.text(i).split())
+
+
+def test_facts_that_one_process_alone_has_differ_too(monkeypatch):
+    """As the main process sees it: the others' digests are what they sent."""
+    facts = [{"a": 1, "b": [2]}, {"a": 1, "b": [2]}, {"c": None, "a": 1, "b": [3]}, {"a": 1}]
+    sent = list[bytes]()
+
+    def from_all(mine):
+        sent.append(mine())
+        return sent
+
+    monkeypatch.setattr(distributed, "from_all", from_all)
+    distributed.agree(facts[0])  # alone: nothing is sent
+    assert sent == []
+    monkeypatch.setattr(distributed, "is_alone", lambda: False)
+    for one in facts[:2]:
+        distributed.agree(one)
+    for one, said in zip(
+        facts[2:], ["b of process 2; c of process 2", "b of process 2, 3; c of process 2"], strict=True
+    ):
+        with pytest.raises(ValueError, match=f"do not agree: {said} differs from process 0's"):
+            distributed.agree(one)
 
 
 @pytest.mark.ci
