@@ -29,10 +29,10 @@ def plan_as_text(plan: Plan, target: Target, *, compute_dtype: str) -> str:
         "",
         *_memory_lines(plan, target),
     ]
-    if plan.times is not None and plan.program is not None:
-        lines += ["", *_time_lines(plan, target), "", *_collective_lines(plan)]
-    if plan.times is None and plan.program is not None:
-        lines += ["", "how long a step takes is not known: of this GPU only the memory was given"]
+    if plan.program is not None:
+        unknown = ["how long a step takes is not known: of this GPU only the memory was given"]
+        times = unknown if plan.times is None else _time_lines(plan, target)
+        lines += ["", *times, "", *_collective_lines(plan)]
     if plan.advice:
         lines += ["", "to change:", *(f"  {what}" for what in plan.advice)]
     return "\n".join(lines)

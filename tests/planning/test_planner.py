@@ -118,6 +118,13 @@ def test_where_communication_takes_longest_smaller_groups_are_named(plan):
         assert list(advise(settings(), waits._replace(**other), SMALL)) == []
 
 
+def test_of_a_gpu_without_figures_what_travels_is_said_and_no_time(plan):
+    text = plan_as_text(plan._replace(times=None), target(), compute_dtype="float32")
+    assert "how long a step takes is not known" in text
+    assert "largest all-gather " in text
+    assert " ms" not in text
+
+
 @pytest.mark.parametrize(
     ("message", "gib"),
     [
