@@ -91,7 +91,7 @@ LIMITED: list[tuple[str, tuple[object, ...]]] = [
         (limited.MEMORY >> 30, limited.SECONDS, limited.BYTES_A_SECOND // 10**6),
     ),
     (
-        "but for its last; where neighbours may be one preference | {} MiB; {} MiB; {} GiB |",
+        "where neighbours may be one preference, or for a win-rate | {} MiB; {} MiB; {} GiB |",
         (sources.MAX_ROW_BYTES >> 20, sources.MAX_PART_BYTES >> 20, sources.MAX_WHOLE_BYTES >> 30),
     ),
     (

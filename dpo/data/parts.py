@@ -26,7 +26,7 @@ from dpo.data.preferences import (
     read_part,
 )
 from dpo.data.settling import settle
-from dpo.data.sources import Part, cut, cut_whole
+from dpo.data.sources import FOR_NEIGHBOURS, Part, cut, cut_whole
 from dpo.data.tokenized import TokenizedDataset
 
 
@@ -85,7 +85,7 @@ def _cut(source: str, split: str, count: int, limit: int | None, reading: RowRea
     """A part for each process; where neighbouring rows may be one, all rows for the first."""
     if not has_groups(source, split, limit, reading):
         return cut(source, split, count=count, limit=limit)
-    whole = cut_whole(source, split, limit=limit)
+    whole = cut_whole(source, split, limit=limit, helps=FOR_NEIGHBOURS)
     return [whole, *[whole._replace(rows=0)] * (count - 1)]
 
 

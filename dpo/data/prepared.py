@@ -31,7 +31,7 @@ from dpo.data.preferences import (
     join_summaries,
 )
 from dpo.data.settling import settle
-from dpo.data.sources import Part, cut, cut_every, cut_whole, fingerprint_rows, is_read_whole
+from dpo.data.sources import FOR_NEIGHBOURS, Part, cut, cut_every, cut_whole, fingerprint_rows, is_read_whole
 from dpo.data.token_processes import Numbered, count_processes, make_chunks
 from dpo.data.token_store import Stored, TokenStore
 from dpo.data.tokenized import TokenizedDataset
@@ -200,7 +200,7 @@ class _Work(NamedTuple):
         """Parts of `CHUNK_ROWS`; one part where neighbouring rows may belong together."""
         source, split, limit = self.job.source, self.job.split, self.limit
         if has_groups(source, split, limit, self.job.reading):
-            return [cut_whole(source, split, limit=limit)]
+            return [cut_whole(source, split, limit=limit, helps=FOR_NEIGHBOURS)]
         return cut_every(source, split, rows=CHUNK_ROWS, limit=limit) or cut(
             source, split, count=1, limit=limit
         )

@@ -32,7 +32,9 @@ MAX_ROW_BYTES = 1 << 26
 MAX_PART_BYTES = 1 << 28
 """Of JSON lines in one part but for its last line: a small compressed file has many long ones."""
 MAX_WHOLE_BYTES = 1 << 30
-"""Of rows of JSON lines that are all in memory, since their neighbours may belong to the same preference."""
+"""Of rows of JSON lines in memory at once: a win-rate's, and neighbours that may be one preference."""
+FOR_NEIGHBOURS = "several files, or rows that have all responses to a prompt"
+"""What helps where neighbouring rows may be one preference and are too long together."""
 MAX_BLANK_LINES = 1 << 20
 """Blank lines behind each other; a small compressed file could have them without end."""
 MAX_BLANK_BYTES = MAX_PART_BYTES
@@ -80,14 +82,13 @@ def cut(source: str, split: str, *, count: int, limit: int | None = None) -> lis
     return _parts(starts, [len(starts) * i // count for i in range(count + 1)], size)
 
 
-def cut_whole(source: str, split: str, *, limit: int | None = None) -> Part:
+def cut_whole(source: str, split: str, *, limit: int | None, helps: str) -> Part:
     """The first `limit` rows of a source in one part, which will be in memory all at once: `UserError` where
     they are lines of more than `MAX_WHOLE_BYTES` together, as a small gzip file may hold."""
     starts, size = _find_starts(source, split, limit)
     if len(starts) and starts[-1, 0] - starts[0, 0] > MAX_WHOLE_BYTES:
         raise UserError(
-            f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows that may belong to the same preference as "
-            "their neighbours; allowed: several files of less, or rows that have all responses to a prompt"
+            f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows, all in memory; allowed: {helps}"
         )
     return _parts(starts, [0, len(starts)], size)[0]
 

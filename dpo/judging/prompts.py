@@ -18,7 +18,7 @@ from dpo.data.messages import response_text
 from dpo.data.mixing import take
 from dpo.data.preferences import Preference, read_preferences
 from dpo.data.rows import read_prompt_row
-from dpo.data.sources import Part, read_rows
+from dpo.data.sources import Part, cut_whole, read_rows
 from dpo.data.tokenizer_calls import encode_texts
 from dpo.distribution import is_shipped
 from dpo.huggingface.tokenizer_files import load_tokenizer
@@ -67,8 +67,9 @@ class _Prompts(NamedTuple):
 
 
 def _read_place(place: Place, data: DataConfig) -> _Prompts:
+    part = cut_whole(place.source, place.split, limit=place.limit, helps="fewer (data.max_eval)")
     if holds_prompts_alone(place.source, split=place.split, reading=place.reading):
-        return _read_prompts_alone(place, data)
+        return _read_prompts_alone(place, part, data)
     read = read_preferences(
         place.source,
         split=place.split,
@@ -97,10 +98,10 @@ def holds_prompts_alone(source: str, *, split: str, reading: RowReading) -> bool
     return False
 
 
-def _read_prompts_alone(place: Place, data: DataConfig) -> _Prompts:
+def _read_prompts_alone(place: Place, part: Part, data: DataConfig) -> _Prompts:
     found: list[Preference] = []
     num_rows = 0
-    for location, row in read_rows(place.source, place.split, Part(rows=place.limit)):
+    for location, row in read_rows(place.source, place.split, part):
         num_rows += 1
         try:
             found.append(read_prompt_row(row, location=location, source=place.source, reading=place.reading))

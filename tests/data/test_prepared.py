@@ -300,7 +300,9 @@ def test_neighbours_that_belong_together_are_in_memory_up_to_a_limit(tmp_path, p
         return parts.read_together(str(path), **how, peers=parts.ALONE)
 
     for read in (preparation, together):
-        with pytest.raises(ValueError, match=r"rows\.jsonl: more than \d+ bytes of rows that may belong"):
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl: more than \d+ bytes of rows, all in memory.* several files"
+        ):
             read(source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import threading
@@ -15,6 +16,7 @@ from tiny_model import byte_tokenizer
 from dpo.commands.inspect import report_data, with_rows
 from dpo.commands.winrate import comparison
 from dpo.config import Config, DataConfig, EvaluateConfig, WinrateConfig, heldout_settings
+from dpo.data import sources
 from dpo.data.parts import Peers
 from dpo.data.sources import Part
 from dpo.judging.prompts import read_prompts
@@ -333,6 +335,18 @@ def test_a_win_rate_asks_what_is_drawn_for_the_other_figures(files, tokenizer):
         dataset.location(row) for row in range(len(dataset.tokens))
     ]
     assert [prompt.source for prompt in prompts].count("ranked.jsonl") == 4
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p"}, {"prompt": "p", "chosen": "c", "rejected": "r"}])
+def test_rows_of_a_win_rate_are_in_memory_up_to_a_limit(row, tmp_path, monkeypatch):
+    """A small gzip file may hold any number of them."""
+    line = json.dumps(row).encode() + b"\n"
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(line * 100))
+    monkeypatch.setattr(sources, "MAX_WHOLE_BYTES", 50 * len(line))
+    config = DataConfig(eval=str(tmp_path / "rows.jsonl.gz"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: more than \d+ bytes of rows.*data\.max_eval"):
+        read_prompts(Config(data=config), quiet)
+    assert len(read_prompts(Config(data=replace(config, max_eval=50)), quiet)) == 1
 
 
 SIDES = {
