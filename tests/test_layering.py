@@ -132,6 +132,7 @@ BELOW = {
         "typed_json",
     },
     "experiments": {
+        "data",
         "outcomes",
         "overwriting",
         "own_code",

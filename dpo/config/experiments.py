@@ -1,4 +1,4 @@
-"""The settings of the two experiments whose optimum is known: the frontier, and diffusion."""
+"""The settings of the two experiments whose reward is known: the frontier, and diffusion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts to ids and back: the only place that calls a tokenizer, whose rules a stranger wrote.
+"""Texts to ids and back: the only place that calls a tokenizer, by rules of a stranger, on rows and answers.
 
 Whatever they raise for a text, a panic of Rust among it, is said with the tokenizer's place. Many texts go in
 several calls, so that what the library keeps beside the ids does not fill the memory.

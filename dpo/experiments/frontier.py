@@ -35,6 +35,7 @@ from dpo.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from dpo.data.tokenizer_calls import decode_ids
 from dpo.distribution import is_shipped
 from dpo.evaluation.statistics import cluster_bootstrap
 from dpo.experiments.frontier_figures import draw_frontier, draw_temperatures, frontier_as_markdown
@@ -237,8 +238,8 @@ class _Observers:
     def _draw(self, params: Params) -> Drawn:
         policy, on_policy = self._open()
         drawn = on_policy.draw(params)
-        decode = policy.pretrained.tokenizer.decode
-        texts = [str(decode(ids, skip_special_tokens=True)).strip() for ids in drawn.responses]
+        tokenizer = policy.pretrained.tokenizer
+        texts = [decode_ids(tokenizer, ids, skip_special_tokens=True).strip() for ids in drawn.responses]
         return {
             "log_ratio": drawn.log_ratio.round(4).tolist(),
             "length": [len(response) for response in drawn.responses],
