@@ -131,10 +131,19 @@ _SYSTEM_NUMBER = re.compile(r"os_error_code='(\d+)'")
 _NETWORK = ("requests.", "httpx2.", "httpcore2.", "urllib3.", "huggingface_hub.", "urllib.error")
 """Packages whose errors come from outside."""
 
-MEMORY_ADVICE = (
-    "allowed is what fits: set training.memory_limit, more training.micro_batches, model.remat, a smaller "
-    "training.batch_size or data.max_length"
+_OF_A_RUN = (
+    "set training.memory_limit, more training.micro_batches, model.remat, a smaller training.batch_size or "
+    "data.max_length"
 )
+MEMORY_ADVICE = {
+    "dpo train": _OF_A_RUN,
+    "dpo sweep": _OF_A_RUN,
+    "dpo evaluate": "a smaller --max_length, or --compute_dtype=bfloat16",
+    "dpo winrate": "a smaller --batch_size or --max_new_tokens, or --compute_dtype=bfloat16",
+    "dpo generate": "a smaller --max_new_tokens, or --compute_dtype=bfloat16",
+    "dpo frontier": "a smaller --batch_size, --max_length or --max_new_tokens",
+}
+"""What takes less memory, by command; the others have no setting for it."""
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -241,5 +250,6 @@ def describe(command: str, error: BaseException) -> str:
     """The message of an error: the command, how its cause begins, what happened, what helps."""
     outcome, text = outcome_of(error), text_of(error)
     if outcome is OUT_OF_MEMORY:
-        text = f"{text.splitlines()[0]}; {MEMORY_ADVICE}"
+        helps = f": {MEMORY_ADVICE[command]}" if command in MEMORY_ADVICE else ", or a machine with more"
+        text = f"{text.splitlines()[0]}; allowed is what fits{helps}"
     return f"{command}: {outcome.begins}: {text}"

@@ -14,8 +14,15 @@ import pytest
 
 from dpo import outcomes
 from dpo.__main__ import LONG
-from dpo.cli import COMMANDS, main
-from dpo.config import DistributedConfig
+from dpo.cli import COMMANDS, command_parser, main
+from dpo.config import (
+    Config,
+    DistributedConfig,
+    EvaluateConfig,
+    FrontierConfig,
+    GenerateConfig,
+    WinrateConfig,
+)
 from dpo.files import WriteError
 from dpo.outcomes import OUTCOMES, Outcome, UserError, describe, failure_of, outcome_of
 from dpo.parallel import joining
@@ -121,6 +128,17 @@ def test_one_of_several_processes_ends_by_it_and_the_others_hear_it(
 def test_missing_memory_names_what_helps() -> None:
     text = describe("dpo train", MemoryError())
     assert all(name in text for name in ("memory_limit", "micro_batches", "remat"))
+    assert describe("dpo export", MemoryError()).endswith("allowed is what fits, or a machine with more")
+
+
+@pytest.mark.parametrize("command", outcomes.MEMORY_ADVICE)
+def test_what_helps_where_memory_is_missing_is_a_setting_of_the_command(command: str) -> None:
+    advice = describe(command, MemoryError()).rpartition("; ")[2]
+    named = re.findall(r"--([a-z_]+)", advice) or re.findall(r"\b[a-z]+\.[a-z_]+", advice)
+    kinds = {"evaluate": EvaluateConfig, "winrate": WinrateConfig, "generate": GenerateConfig}
+    kind = kinds.get(command.split()[1], FrontierConfig if command == "dpo frontier" else Config)
+    assert named
+    assert set(named) <= set(command_parser(command.split()[1], kind).setting_names())
 
 
 def test_the_table_of_the_page_is_this_one() -> None:

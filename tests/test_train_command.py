@@ -10,7 +10,7 @@ import pytest
 from finished_run import finished  # noqa: F401
 
 from dpo.commands import train
-from dpo.config import Config
+from dpo.config import Config, LoraConfig, WinrateConfig
 from dpo.outcomes import EnvironmentFailure
 from dpo.pages import page
 from dpo.runs import DATA_FILE
@@ -53,6 +53,29 @@ def test_a_run_directory_that_is_gone_at_its_end_is_named(
     monkeypatch.setattr(loop, "train", lambda _: loop.RunResult(run_dir, "finished", {}))
     with pytest.raises(EnvironmentFailure, match=f"the run directory {run_dir} was deleted"):
         train.train_and_report(Config(run_dir=str(run_dir)), judge=None, arguments=[])
+
+
+@pytest.mark.parametrize(
+    ("merged", "said"), [(True, "export {} writes"), (False, "export {} --format adapter ")]
+)
+def test_a_policy_that_is_gone_is_written_again_by_the_command_that_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    merged: bool,
+    said: str,
+) -> None:
+    config = Config(run_dir=str(tmp_path), lora=LoraConfig(rank=4, merged=merged))
+    for name in ("check_settings", "check_models_of", "_report"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(loop, "train", lambda _: loop.RunResult(tmp_path, "already finished", {}))
+    train.train_and_report(config, judge=None, arguments=[])
+    assert said.format(tmp_path) in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_processes_name_the_match_that_one_would_play(capsys: pytest.CaptureFixture[str]) -> None:
+    train._measure(WinrateConfig(run="r", judge="longer", max_new_tokens=48), Config(), alone=False)
+    assert "dpo winrate --run r --judge longer --max_new_tokens 48" in capsys.readouterr().out
 
 
 def test_the_data_report_is_known_by_what_it_was_made_from(

@@ -66,9 +66,10 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
     if result.status == "already finished":
         print_plain(f"{config.run_dir} is finished: nothing to do (another run_dir starts a new run)")
         if not (result.run_dir / config.policy_name).exists():
+            only = " --format adapter" if config.lora.is_all_there_is else ""
             print_plain(
                 f"WARNING: {result.run_dir / config.policy_name} is not there any more: "
-                f"dpo export {config.run_dir} writes it from the newest checkpoint"
+                f"dpo export {config.run_dir}{only} writes it from the newest checkpoint"
             )
     with standing(result.run_dir):
         _report(result.run_dir, config)
@@ -135,7 +136,10 @@ def _measure(match: WinrateConfig, config: Config, *, alone: bool) -> None:
     if alone:
         measure_winrate(match, config)
         return
-    print_plain(f"several processes do not sample: dpo winrate --run {match.run} --judge {match.judge}")
+    print_plain(
+        f"several processes do not sample: dpo winrate --run {match.run} --judge {match.judge} "
+        f"--max_new_tokens {match.max_new_tokens}"
+    )
 
 
 def _digest(*paths: Path) -> str:

@@ -301,8 +301,8 @@ class WinrateConfig(HeldoutConfig):
     samples: int = 1
     """Number of responses of each model to each prompt at each temperature."""
     max_new_tokens: int | None = None
-    """Longest response that is sampled, in tokens; as long as 99% of the data's responses when not given, or
-    256 where the data are prompts alone."""
+    """Longest response that is sampled, in tokens; as long as 99% of the data's responses when not given,
+    rounded up to a multiple of 64, or 256 where the data are prompts alone."""
     leave_out_cut: bool = False
     """Leave out pairs in which a response was cut off at that length; the shares are shown either way."""
     top_k: int | None = None
