@@ -26,12 +26,14 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the activations. Trained parameters, softmax and sums of log-probs stay float32."""
     round_products: Literal["neither", "backward", "both"] | None = None
-    """The passes in which products with weights round their operands to bfloat16 (they always sum in
-    float32): neither; backward, which leaves losses exact; or both (with float32 activations the output
-    projection backward alone). When not given: both if model.compute_dtype is bfloat16, else neither."""
+    """The passes in which products with the model's weights (not adapters') round their operands to bfloat16
+    (they always sum in float32): neither; backward, which leaves losses exact; or both (with float32
+    activations the output projection backward alone). When not given: both if model.compute_dtype is
+    bfloat16, else neither."""
     remat: Literal["none", "dots", "full"] = "dots"
-    """What the backward pass computes again instead of keeping it: nothing (none), all but matrix products
-    (dots), or whole layers (full, which takes the least memory and the most time)."""
+    """What of layers, attention's scores aside, the backward pass computes again instead of keeping it:
+    nothing (none), all but what products and attention give (dots), or all but what attention gives (full,
+    which takes the least memory and the most time)."""
     attention: Literal["auto", "plain", "blocked", "ranges", "splash", "cudnn"] = "auto"
     """The code that computes attention. auto is plain for models with ALiBi, else blocked on CPUs, ranges on
     GPUs and plain on TPUs. ranges and cudnn need a GPU (cudnn with bfloat16), splash needs a TPU."""

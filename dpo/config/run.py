@@ -70,7 +70,7 @@ class TrainingConfig:
     """Number of parts into which a step's prompts are split to save memory; the result is the same but for
     rounding."""
     memory_limit: float | Literal["device"] | None = field(default=None, metadata=marks(BESIDE))
-    """Memory that a device may use, in GiB, or device for all that it has. model.remat,
+    """Memory that a device may use, in GiB, or device for all that JAX can get of it. model.remat,
     training.micro_batches and model.log_prob_chunk are then chosen to fit it; nothing is chosen when not
     given."""
     epochs: float = 1.0

@@ -16,7 +16,7 @@ class SourceConfig:
     """A source of preferences in a mixture. What is not given is as data.* says for all of them."""
 
     source: str
-    """File, directory or hub id."""
+    """File, directory, hub id or shipped:NAME."""
     subset: str | None = None
     """Configuration or data directory of a hub data set."""
     revision: str | None = None
@@ -30,9 +30,10 @@ class SourceConfig:
     ignore_columns: list[str] | None = None
     """Columns not to read."""
     rows: int | None = None
-    """Take so many rows, drawn by the seed; all that there are when neither this nor weight is given."""
+    """Take so many preferences, drawn by the seed; all that there are when neither this nor weight is
+    given."""
     weight: float | None = None
-    """Take as many rows as this says beside the other sources with weights, drawn by the seed."""
+    """Take as many preferences as this says beside the other sources with weights, drawn by the seed."""
     seed: int = 0
     """Seed of the draw."""
 
