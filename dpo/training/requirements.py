@@ -20,12 +20,15 @@ from dpo.parallel.distributed import from_all, is_alone, is_main, on_main
 from dpo.runs import ADAPTER_DIRECTORY, CHECKPOINTS_DIRECTORY, EXPORT_DIRECTORY, LOCK_FILE
 from dpo.training.lock import is_held, standing
 from dpo.training.model_card import model_card
+from dpo.training.policy import Policy
 from dpo.training.preparation import Run
 from dpo.training.profile import require_profiled_steps
 from dpo.training.program import Program
 
 SEEN_SECONDS = 30.0
 """How long a network file system may take to show one host what another has written."""
+FLOAT32 = 4
+"""Bytes of a number in what a run exports."""
 SMALL_FILES = 64 * 2**20
 """Bytes for metrics, log-probs, report and what else is small."""
 
@@ -44,7 +47,6 @@ def require_what_comes_later(run: Run, program: Program, *, first_step: int) -> 
     def look() -> None:
         policy = run.policy
         require_replaceable_exports(run.run_dir)
-        exported = policy.params if run.config.lora.is_all_there_is else (policy.params, policy.frozen)
         with standing(run.run_dir):
             require_room(
                 run.run_dir,
@@ -55,7 +57,7 @@ def require_what_comes_later(run: Run, program: Program, *, first_step: int) -> 
                     there=len(saved_steps(run.run_dir / CHECKPOINTS_DIRECTORY)),
                 ),
                 checkpoint=tree_bytes(program.state),
-                export=tree_bytes(exported),
+                export=export_bytes(policy, of_adapters_alone=run.config.lora.is_all_there_is),
             )
         model_card(
             run.config,
@@ -137,6 +139,20 @@ def saved_steps(checkpoints: Path) -> list[int]:
 def tree_bytes(tree: Any) -> int:
     """Of all arrays together, whole."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def export_bytes(policy: Policy, *, of_adapters_alone: bool) -> int:
+    """Of what a run leaves of its policy: all in float32, whatever a base is held in, and what is carried."""
+    if of_adapters_alone:
+        return FLOAT32 * count_elements(policy.params)
+    carried = policy.pretrained.carried
+    beside = 0 if carried is None else sum(map(carried.num_bytes, carried.names))
+    return FLOAT32 * count_elements((policy.params, policy.frozen)) + beside
+
+
+def count_elements(tree: Any) -> int:
+    """Of all arrays together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def held_bytes(directory: Path) -> int:

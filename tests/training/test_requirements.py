@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from dpo.config import TrainingConfig
 from dpo.files import WriteError, require_writable
+from dpo.huggingface.carried import Carried
 from dpo.outcomes import ENVIRONMENT, EnvironmentFailure, UserError, outcome_of
 from dpo.runs import LOCK_FILE
 from dpo.training import loop, requirements
@@ -19,7 +21,7 @@ from dpo.training.lock import exclusive
 from dpo.training.policy import Policy
 from dpo.training.preparation import Run
 from dpo.training.program import Program
-from dpo.training.requirements import num_checkpoints, require_room, require_shared
+from dpo.training.requirements import export_bytes, num_checkpoints, require_room, require_shared
 from dpo.training.step import TrainState
 
 GB = 10**9
@@ -50,6 +52,17 @@ def test_a_limit_of_a_files_size_below_the_exports_weights_is_named_with_both(tm
     ):
         with pytest.raises(EnvironmentFailure, match=figures):
             look(limit, export)
+
+
+def test_an_export_is_float32_whatever_a_base_is_held_in_and_has_what_is_carried() -> None:
+    """Adapters on a base of int8 leave four times the bytes that the base takes."""
+    carried = Mock(spec=Carried, names=("vision.a", "vision.b"), num_bytes=lambda name: 100)
+    policy = Mock(spec=Policy, params={"a": np.zeros(3, np.float32)}, frozen={"w": np.zeros(10, np.int8)})
+    policy.pretrained = Mock(carried=None)
+    assert export_bytes(policy, of_adapters_alone=False) == 4 * 13
+    policy.pretrained = Mock(carried=carried)
+    assert export_bytes(policy, of_adapters_alone=False) == 4 * 13 + 200
+    assert export_bytes(policy, of_adapters_alone=True) == 4 * 3
 
 
 def test_a_directory_that_goes_away_before_room_is_looked_for_is_named(tmp_path: Path) -> None:
