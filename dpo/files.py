@@ -59,18 +59,25 @@ def writing(what: str, path: str | Path, *, note: str = "") -> Iterator[None]:
 
 
 def require_writable(directory: Path, what: str, *, note: str = "") -> None:
-    """Write, rename and remove a directory with a file in it before much is computed for what goes there.
+    """Write, lock, rename and remove a directory with a file in it before much is computed for what goes
+    there.
 
     Raises:
       WriteError: where nothing can be written.
-      EnvironmentFailure: where directories can't be renamed, as in most buckets that are mounted.
+      EnvironmentFailure: where there are no locks, or directories can't be renamed, as in most buckets that
+        are mounted.
     """
     with writing(what, directory, note=note):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, suffix=UNFINISHED) as probe:
             before, after = Path(probe) / "before", Path(probe) / "after"
             before.mkdir()
-            (before / "file").write_bytes(b"whole")
+            with (before / "file").open("wb") as file:
+                file.write(b"whole")
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise without_locks(directory, error) or error from error
             try:
                 before.rename(after)
             except OSError as error:

@@ -188,6 +188,8 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
     with pytest.raises(EnvironmentFailure, match="has no locks"), exclusive(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+    with pytest.raises(EnvironmentFailure, match="has no locks"):  # before log-probs or an export are made
+        require_writable(tmp_path / "store", "reference log-probs")
     with pytest.raises(EnvironmentFailure, match="has no locks"):
         Journal(tmp_path / "journal.jsonl")
     store = TokenStore(tmp_path / "tokens", "key", limit=1, log=print)
@@ -208,6 +210,7 @@ def test_a_bucket_that_is_mounted_is_refused_before_anything_is_computed(tmp_pat
     said = r"file system of .* can't rename a directory \(Too many open files\).*allowed: .* no bucket"
     with pytest.raises(EnvironmentFailure, match=said), exclusive(tmp_path / "run"):
         pass
+    assert not (tmp_path / "run").exists()
     store = TokenStore(tmp_path / "tokens", "key", limit=1, log=print)
     with pytest.raises(EnvironmentFailure, match=said), store.held():
         pass

@@ -76,7 +76,7 @@ def _take_away(run_dir: Path, made: Sequence[Path]) -> None:
         for path in run_dir.iterdir():
             if path.name != LOCK_FILE:
                 path.rmdir()
-        (run_dir / LOCK_FILE).unlink()
+        (run_dir / LOCK_FILE).unlink(missing_ok=True)
         for directory in made:
             directory.rmdir()
 
