@@ -78,5 +78,5 @@ bench: setup ## Measure speed and memory of training steps
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## Remove caches and build products (not .venv, not runs)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
