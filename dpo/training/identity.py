@@ -28,7 +28,7 @@ from dpo.runs import FlatSettings, Identity, flat_settings, objective_terms
 from dpo.training.policy import Policy
 from dpo.training.reading import Dataset, given_chat_template
 from dpo.training.reference import ReferenceStore, Rows, Score
-from dpo.training.versions import PACKAGES, versions
+from dpo.training.versions import PACKAGES, processor, versions
 
 
 class Probe(TypedDict):
@@ -48,6 +48,8 @@ CODE = "code of "
 """Begins the name of an objective that is the user's own function, beside the settings."""
 TOLD_ONLY = "devices"
 """The kind that may differ without leave."""
+PROCESSOR = "processor"
+"""Its name of a CPU; not compared either where an earlier version did not keep it."""
 WORDS = "words"
 """Beside the kinds, and never compared: where what a fingerprint stands for was read, for people."""
 
@@ -83,8 +85,15 @@ def run_identity(
             "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
             "kind": mesh.devices.flat[0].device_kind,
             "processes": jax.process_count(),
-        },
+        }
+        | _on_one_cpu(mesh),
     }
+
+
+def _on_one_cpu(mesh: Mesh) -> dict[str, str]:
+    """Which CPU computes; several processes need not have the same one."""
+    is_one = mesh.devices.flat[0].platform == "cpu" and jax.process_count() == 1
+    return {PROCESSOR: processor()} if is_one else {}
 
 
 def _in_words(config: Config, rows: Mapping[str, int]) -> dict[str, dict[str, str]]:
@@ -178,7 +187,7 @@ def differences(saved: Identity, now: Identity) -> dict[str, list[str]]:
             f"{name}: {_show(old, name, before)} → {_show(values, name, after)}"
             for name in dict.fromkeys([*old, *values])
             if _show(old, name) != _show(values, name)
-            and not (name.startswith(ARCHITECTURE) and name not in old)
+            and not (name.startswith((ARCHITECTURE, PROCESSOR)) and name not in old)
         ]
         if lines:
             found[kind] = lines

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import jax
 
@@ -25,6 +27,16 @@ def versions() -> dict[str, str]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
     }
     return found | {name: _version(name) for name in PACKAGES}
+
+
+def processor() -> str:
+    """The CPU's make, and the cores of it that this process may use: XLA compiles for the one and splits its
+    sums over the others, so that results on another CPU agree to rounding only."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    makes = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{next(makes, platform.machine())}, {cores} cores"
 
 
 def _version(package: str) -> str:

@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -117,6 +118,13 @@ def test_versions_are_refused_and_devices_are_told():
         allow(SAVED | {"versions": {"jax": "2"}})
     _, said = allow(SAVED | {"devices": {"mesh": "data 8"}})
     assert said[-1] == "on other devices results agree to rounding, not to the bit"
+
+
+def test_another_cpu_is_told_but_not_where_an_earlier_version_did_not_say_which():
+    """Its cores split sums: a run on one of two cores had another gradient norm after six steps."""
+    saved, now = ({"devices": {"mesh": "data 1", "processor": f"A, {n} cores"}} for n in (2, 1))
+    assert differences(saved, now) == {"devices": ['processor: "A, 2 cores" → "A, 1 cores"']}
+    assert differences(SAVED, {"devices": SAVED["devices"] | now["devices"]}) == {}
 
 
 @pytest.mark.parametrize(
@@ -249,6 +257,7 @@ def test_what_a_run_is_on_one_device_without_held_out_data(given, expected, tmp_
     template = found["template"]["sha256"]
     assert (template and len(template), found["steps"]) == (expected, {"total": 7})
     assert found["devices"]["mesh"] == "data 1 x fsdp 1 x tensor 1"
+    assert re.fullmatch(r".+, \d+ cores", found["devices"]["processor"])
     assert "run_dir" not in found["settings"]
     assert found["settings"]["training.seed"] == 0
 
