@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 
 from dpo.parallel.distributed import is_main, shared_vote
 from dpo.runs import CHECKPOINTS_DIRECTORY, PROFILE_DIRECTORY, REFERENCE_DIRECTORY, Identity
@@ -25,6 +26,7 @@ from dpo.training.reference import ReferenceStore, Score
 from dpo.training.reference_model import Scoring, make_scoring, score_reference
 from dpo.training.same_tokens import require_same_tokens, require_same_vocabulary
 from dpo.training.saving import Probe, Resume, Saver, find_resume
+from dpo.training.starts import note_progress
 from dpo.training.step import TrainState
 from dpo.training.tracking import Tracker, open_trackers
 from dpo.training.validation import Evaluate, Validation, make_evaluate, open_validation
@@ -96,6 +98,7 @@ def score_datasets(
             log=log,
             copy_in=run.run_dir / REFERENCE_DIRECTORY,
             arrangements={} if arrangement is None else {"train": arrangement},
+            noted=partial(note_progress, run.run_dir),
         )
 
     config, tokens = run.config, run.dataset.tokens

@@ -50,11 +50,16 @@ class Pieces:
         *,
         every: float = PIECE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        noted: Callable[[], None] = lambda: None,
     ):
-        """`rows` are those of earlier starts, NaN where there are none: the same in every process."""
+        """`rows` are those of earlier starts, NaN where there are none: the same in every process.
+
+        `noted` is called in the main process whenever a piece has reached the disk.
+        """
         self._directory, self._shape = directory, shape
         self._rows = {name: np.array(values) for name, values in rows.items()}
         self._every, self._clock, self._written = every, clock, clock()
+        self._noted = noted
         self._known: Bool[np.ndarray, " n"] = np.zeros(shape[0], bool)
         for values in rows.values():
             self._known |= np.isfinite(values).any(axis=1)
@@ -101,6 +106,7 @@ class Pieces:
             self._directory.mkdir(parents=True, exist_ok=True)
         with new_file("a piece of the reference log-probs", path) as beside:
             beside.write_bytes(content)
+        self._noted()
 
     def remove(self) -> None:
         """Once the store is whole nobody needs them."""

@@ -114,11 +114,13 @@ def open_or_compute(
     locate: Locate,
     log: Callable[[str], None],
     copy_in: Path | None = None,
+    noted: Callable[[], None] = lambda: None,
 ) -> ReferenceStore:
     """Open the store of this identity under `directory`, or compute and write it.
 
     `copy_in` is a second directory, looked in first and given a copy: a run that is moved with it finds the
-    same bits where there is no `directory`, or another one. Of several processes the main one reads and
+    same bits where there is no `directory`, or another one. `noted` is called when some of the rows that are
+    computed have reached the disk. Of several processes the main one reads and
     writes. Of the data's `num_rows` the batches have `num_scored`; a store that has all of them, computed
     before, serves as well.
 
@@ -143,7 +145,8 @@ def open_or_compute(
         log(f"reference log-probs: computing {counted}, once for this data and these weights")
         on_main(lambda: require_writable(directory, "reference log-probs"))
         beside = path.with_name(path.name + PIECES)
-        pieces = Pieces(beside, shape, _shared(lambda: read_pieces(beside, shape), shape))
+        known = _shared(lambda: read_pieces(beside, shape), shape)
+        pieces = Pieces(beside, shape, known, noted=noted)
         if pieces.num_known:
             log(f"reference log-probs: {pieces.num_known} of these rows are there from a start before")
         batches = with_progress(make_batches(), num_rows=num_scored, log=log)

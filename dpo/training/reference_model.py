@@ -84,8 +84,12 @@ def score_reference(
     log: Callable[[str], None],
     copy_in: Path,
     arrangements: Mapping[str, Arrangement],
+    noted: Callable[[], None],
 ) -> dict[str, ReferenceStore]:
-    """The reference's log-probs of several data sets, by their names, as `arrangements` say or in order."""
+    """The reference's log-probs of several data sets, by their names, as `arrangements` say or in order.
+
+    `noted` is called when some of them have reached the disk.
+    """
     for dataset in datasets.values():  # rows that do not fit are found before anything is scored
         scoring_loader(config.data, dataset.tokens, mesh)
     return {
@@ -100,6 +104,7 @@ def score_reference(
             log=log,
             copy_in=copy_in,
             arrangement=arrangements.get(name),
+            noted=noted,
         )
         for name, dataset in datasets.items()
     }
@@ -117,6 +122,7 @@ def open_reference(
     log: Callable[[str], None],
     copy_in: Path | None = None,
     arrangement: Arrangement | None = None,
+    noted: Callable[[], None] = lambda: None,
 ) -> ReferenceStore:
     """The reference's log-probs of a data set, from the store on disk where it has them.
 
@@ -147,4 +153,5 @@ def open_reference(
         locate=dataset.location,
         log=log,
         copy_in=copy_in,
+        noted=noted,
     )

@@ -43,8 +43,9 @@ def counted_start(run_dir: Path) -> Iterator[None]:
         (run_dir / STARTS_FILE).unlink(missing_ok=True)
         raise NoProgressError(
             f"the last {MOST_STARTS} starts of {run_dir} were killed, or lost another process, and saved "
-            f"nothing after step {record['step']}. Look at what ended them (memory of the host, a network, a "
-            "node); a smaller training.save_minutes makes shorter ways count. The next start counts from one"
+            f"no checkpoint after step {record['step']} and no log-probs. Look at what ended them (memory of "
+            "the host, a network, a node); a smaller training.save_minutes makes shorter ways count. "
+            "The next start counts from one"
         )
     _write(run_dir, {**record, "starts": record["starts"] + 1})
     try:
@@ -53,6 +54,11 @@ def counted_start(run_dir: Path) -> Iterator[None]:
         if outcome_of(error) is STOPPED or not outcome_of(error).goes_on:
             (run_dir / STARTS_FILE).unlink(missing_ok=True)
         raise
+    (run_dir / STARTS_FILE).unlink(missing_ok=True)
+
+
+def note_progress(run_dir: Path) -> None:
+    """Begin the count anew: beside checkpoints this start has kept something that the next need not do."""
     (run_dir / STARTS_FILE).unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from dpo import distribution
+from dpo.terminal import plural
 
 PACKAGES = (
     *("dpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"),
@@ -35,8 +36,8 @@ def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
     makes = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{next(makes, platform.machine())}, {cores} cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{next(makes, platform.machine())}, {plural(cores, 'core')}"
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,5 @@
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -169,14 +170,16 @@ def test_a_damaged_piece_is_scored_again(tmp_path):
 
 
 def test_a_piece_is_written_every_minute(tmp_path):
-    now = [0.0]
-    pieces = Pieces(tmp_path / "pieces", TRUTH.shape, {}, clock=lambda: now[0])
+    now, noted = [0.0], Mock()
+    pieces = Pieces(tmp_path / "pieces", TRUTH.shape, {}, clock=lambda: now[0], noted=noted)
     remembered = pieces.remembered(score)
     remembered(batch_of([0, 1]))
     assert not (tmp_path / "pieces").exists()
+    assert not noted.called
     now[0] = 61.0
     remembered(batch_of([2, -1]))
     assert len(list((tmp_path / "pieces").iterdir())) == 1
+    noted.assert_called_once_with()
 
 
 def test_long_scoring_says_how_far_it_has_come():

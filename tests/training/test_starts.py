@@ -6,14 +6,19 @@ import pytest
 
 from dpo.outcomes import NoProgressError, PeerLostError, UserError
 from dpo.runs import STARTS_FILE
-from dpo.training.starts import MOST_STARTS, counted_start, hung_before
+from dpo.training.starts import MOST_STARTS, counted_start, hung_before, note_progress
 
 
-def lose(run_dir: Path, *, hangs: bool | None = None) -> None:
-    """A start that is lost; with `hangs`, after both of its processes hung, and whether one did before."""
+def lose(run_dir: Path, *, hangs: bool | None = None, keeps: bool = False) -> None:
+    """A start that is lost; with `hangs`, after both of its processes hung, and whether one did before.
+
+    One that `keeps` has written log-probs of the reference.
+    """
 
     def run() -> None:
         with counted_start(run_dir):
+            if keeps:
+                note_progress(run_dir)
             if hangs is not None:
                 assert [hung_before(run_dir), hung_before(run_dir)] == [hangs, hangs]
             raise PeerLostError("gone")
@@ -40,6 +45,12 @@ def test_a_checkpoint_or_an_end_of_its_own_begins_the_count_anew(tmp_path: Path)
     with pytest.raises(UserError), counted_start(tmp_path):
         raise UserError("wrong data")
     assert not (tmp_path / STARTS_FILE).exists()
+
+
+def test_log_probs_that_were_kept_begin_the_count_anew(tmp_path: Path) -> None:
+    """A reference takes hours on machines that are taken away every few minutes."""
+    for _ in range(2 * MOST_STARTS):
+        lose(tmp_path, keeps=True)
 
 
 def test_the_second_start_whose_steps_hang_is_told_from_the_first(tmp_path: Path) -> None:
