@@ -13,9 +13,10 @@ import numpy as np
 from dpo.config import Config, DataConfig, WinrateConfig
 from dpo.config.sources import show_source, spellings
 from dpo.data.columns import RowReading
+from dpo.data.expansion import Expand, expand_ranking
 from dpo.data.malformed import MalformedRowError
 from dpo.data.messages import response_text
-from dpo.data.mixing import take
+from dpo.data.mixing import Share, take
 from dpo.data.preferences import Preference, read_preferences
 from dpo.data.rows import read_prompt_row
 from dpo.data.sources import Part, cut_whole, read_rows
@@ -47,7 +48,7 @@ def read_prompts(config: Config, log: Log) -> list[Preference]:
     found = [_read_place(place, config.data) for place in read_at]
     read = [one.preferences for one in found]
     shares = [place.share for place in read_at if place.share is not None]
-    labelled = zip(read_at, take(shares, read) if shares else read, strict=True)
+    labelled = zip(read_at, _drawn(shares, read, config.data.expand) if shares else read, strict=True)
     preferences = [place.label(preference) for place, mine in labelled for preference in mine]
     first: dict[str, Preference] = {}
     for preference in preferences:
@@ -58,6 +59,22 @@ def read_prompts(config: Config, log: Log) -> list[Preference]:
         f"{len(preferences) - len(first)} with a prompt that was there)"
     )
     return list(first.values())
+
+
+def _drawn(
+    shares: Sequence[Share], read: Sequence[Sequence[Preference]], expand: Expand
+) -> list[list[Preference]]:
+    """The rows of each source of which the mixture has something, counted as a run counts: in pairs, say."""
+    expanded = [[one for row in mine for one in _expanded(row, expand)] for mine in read]
+    drawn = [{one.location for one in mine} for mine in take(shares, expanded)]
+    return [
+        [row for row in mine if row.location in there] for mine, there in zip(read, drawn, strict=True)
+    ]
+
+
+def _expanded(row: Preference, expand: Expand) -> list[Preference]:
+    """What a run makes of a row; a prompt alone stays as it is."""
+    return expand_ranking(row, expand)[0] if row.responses else [row]
 
 
 class _Prompts(NamedTuple):

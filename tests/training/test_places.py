@@ -349,6 +349,21 @@ def test_rows_of_a_win_rate_are_in_memory_up_to_a_limit(row, tmp_path, monkeypat
     assert len(read_prompts(Config(data=replace(config, max_eval=50)), quiet)) == 1
 
 
+@pytest.mark.parametrize("expand", ["all_pairs", "best_worst"])
+@pytest.mark.parametrize("share", [{"rows": 7}, {"weight": 1}])
+def test_a_win_rate_counts_rows_as_the_run_does(files, tokenizer, expand, share):
+    """Seven of the pairs that rankings make, or as many as others leave: their prompts are asked."""
+    pairs, _, ranked = files
+    share = share if expand == "all_pairs" else {name: min(value, 5) for name, value in share.items()}
+    given = [{"source": pairs, "weight": 2}, {"source": ranked, "columns": {"prompt": "query"}, **share}]
+    config = DataConfig(train="unused", eval=given, expand=expand)
+    prompts = read_prompts(Config(data=config), quiet)
+    dataset = read_dataset(config, tokenizer, heldout=True, log=quiet)
+    asked = {prompt.location for prompt in prompts}
+    assert asked == {dataset.location(row) for row in range(len(dataset.tokens))}
+    assert all(len(prompt.responses) == 3 for prompt in prompts if "ranked" in prompt.location)
+
+
 SIDES = {
     "row_layout": "pair",
     "columns": {"chosen": "good", "rejected": "bad"},
