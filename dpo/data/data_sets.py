@@ -54,6 +54,10 @@ def _find_data_set(source: str, split: str, data_files: str | None) -> Any:
         return datasets.load_dataset(source, split=split, data_files=data_files)
     named, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     repository, _, subset = named.partition(":")
+    if revision and Path(repository).is_dir():
+        raise UserError(
+            f"{repository} is a directory, which has no revision (@{revision}); allowed is {named} alone"
+        )
     if Path(repository).name in ("", "..") and Path(repository).is_dir():  # no name for datasets
         repository = str(Path(repository).resolve())
     where: dict[str, Any] = {"revision": revision} if revision else {}

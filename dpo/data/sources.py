@@ -176,7 +176,7 @@ def _open(source: str, split: str) -> _Source:
         )
     _refuse_parts_of_a_file(source)
     looks_local = suffix in _READERS or path.is_absolute() or source.startswith((".", "~"))
-    if looks_local and not path.is_dir():
+    if looks_local and not any(Path(name).is_dir() for name in (path, source.partition(":")[0])):
         raise UserError(f"{source}: no such file or directory (the working directory is {Path.cwd()})")
     data_set = cache(lambda: open_data_set(source, split))
     return _Source(

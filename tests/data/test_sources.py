@@ -168,3 +168,18 @@ def test_the_working_directory_is_a_directory_like_others(tmp_path, monkeypatch,
     (tmp_path / "inside").mkdir() if place == ".." else None
     monkeypatch.chdir(tmp_path / "inside" if place == ".." else tmp_path)
     assert [row for _, row in read_rows(place, "train", Part())] == [ROW]
+
+
+def test_a_directory_has_subsets_and_no_revision(tmp_path, monkeypatch):
+    """The whole was read whatever stood behind the @, and a subset only where the name is a bare one."""
+    (tmp_path / "data" / "part").mkdir(parents=True)
+    (tmp_path / "data" / "part" / "train.jsonl").write_text(json.dumps(ROW) + "\n")
+    monkeypatch.chdir(tmp_path)
+    for place in ("data", str(tmp_path / "data")):
+        assert [row for _, row in read_rows(f"{place}:part", "train", Part())] == [ROW]
+        with pytest.raises(UserError, match=r"is a directory, which has no revision \(@v1\); allowed is"):
+            list(read_rows(f"{place}:part@v1", "train", Part()))
+    with pytest.raises(UserError, match=r"data is a directory, which has no revision \(@v1\)"):
+        list(read_rows("data@v1", "train", Part()))
+    with pytest.raises(UserError, match="no such file or directory"):
+        list(read_rows("./nothing:part", "train", Part()))
