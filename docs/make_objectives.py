@@ -40,7 +40,7 @@ the loss is a function of δ: how hard a pair pulls.
 
 - Pairs, nothing special: **dpo**. Noisy labels: its `label_smoothing`, or **robust** at a known flip rate.
 - More than two ranked responses: **plackett_luce**; only the best is known: **softmax_best**; the head
-  matters most: **lipo_lambda** or **listmle**. Or any pairwise objective with
+  matters most: **lipo_lambda** or **listmle**. Or an objective on pairs with
   `pairs: all | adjacent | best_worst`.
 - Scores come with the data and are trusted: **reward_distillation**, **infonca**, **odpo**.
 - Thumbs up or down: **kto**, **bco**.
@@ -63,8 +63,8 @@ Settings beside the objective's own, where its table row lists them.
 
 Not an objective but a setting of the run: a reference that moves (TR-DPO, Gorbatovski et al. 2024,
 arXiv:2404.09656, §3). Every `training.reference_every` steps the reference becomes α policy + (1 − α)
-reference, with α = `training.reference_alpha` (0.6, the paper's, which moves every 512 steps); 1 replaces it.
-It works with every objective that has a reference. `docs/design.md` says how it is kept.
+reference, with α = `training.reference_alpha` (0.6, the paper's, which moves every 512 steps); 1 replaces it,
+and is the only one with adapters. It works with every objective that has a reference. `docs/design.md` says how it is kept.
 """
 
 _GROUPS = {
