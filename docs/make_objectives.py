@@ -64,7 +64,8 @@ Settings beside the objective's own, where its table row lists them.
 Not an objective but a setting of the run: a reference that moves (TR-DPO, Gorbatovski et al. 2024,
 arXiv:2404.09656, §3). Every `training.reference_every` steps the reference becomes α policy + (1 − α)
 reference, with α = `training.reference_alpha` (0.6, the paper's, which moves every 512 steps); 1 replaces it,
-and is the only one with adapters. It works with every objective that has a reference. `docs/design.md` says how it is kept.
+and is the only one with adapters. It works with every objective that has a reference. `docs/design.md` says
+how it is kept.
 """
 
 _GROUPS = {

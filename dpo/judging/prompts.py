@@ -67,9 +67,7 @@ def _drawn(
     """The rows of each source of which the mixture has something, counted as a run counts: in pairs, say."""
     expanded = [[one for row in mine for one in _expanded(row, expand)] for mine in read]
     drawn = [{one.location for one in mine} for mine in take(shares, expanded)]
-    return [
-        [row for row in mine if row.location in there] for mine, there in zip(read, drawn, strict=True)
-    ]
+    return [[row for row in mine if row.location in there] for mine, there in zip(read, drawn, strict=True)]
 
 
 def _expanded(row: Preference, expand: Expand) -> list[Preference]:
