@@ -173,14 +173,13 @@ def find_kind(leaf: str, config: DecoderConfig) -> str | None:
 
 def _is_ignored(family: Family, bindings: Sequence[Binding], name: str) -> bool:
     """Buffers, and an output head that is stored although it is tied."""
-    if name in _STORED_HEADS:
+    if name == find_ends(family)[1]:
         return any(binding.config.tie_embeddings for binding in bindings)
     unread = family.unread(bindings[0].config) if bindings else ()
     return any(re.search(pattern, name) for pattern in (*family.ignored, *unread))
 
 
 _OUTPUT_HEADS = ("lm_head.", "embed_out.")
-_STORED_HEADS = tuple(f"{head}weight" for head in _OUTPUT_HEADS)
 _HEADS = (*_OUTPUT_HEADS, "score.")
 """Tensors outside the model's prefix."""
 _LEAVES = {

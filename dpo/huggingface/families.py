@@ -113,6 +113,8 @@ def decoder_config(hf: PreTrainedConfig) -> DecoderConfig:
         for name, values in family.allowed.items()
         if getattr(hf, name) not in values
     ]
+    if not getattr(hf, "is_causal", True):  # of any family: transformers masks by it, wherever it comes from
+        problems.append(f"is_causal is {hf.is_causal!r}; supported: True")
     if not problems:
         try:
             config = family.configure(hf)

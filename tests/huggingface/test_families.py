@@ -197,6 +197,11 @@ def test_an_unsupported_value_is_named_with_what_is_supported():
         read_config({"model_type": "bert"})
     with pytest.raises(ValueError, match=r"scale_attn_weights is False; supported: True"):
         read_config({**case_config("gpt2"), "scale_attn_weights": False})
+    for case in ("llama", "gpt2", "gemma3_text"):
+        for given in (False, None):
+            with pytest.raises(ValueError, match=rf"is_causal is {given}; supported: True"):
+                read_config(case_config(case) | {"is_causal": given})
+        assert read_config(case_config(case) | {"is_causal": True})
     with pytest.raises(ValueError, match=r"activation is 'mish'; supported: silu"):
         read_config({**case_config("llama"), "hidden_act": "mish"})
     with pytest.raises(ValueError, match="quantization_config is"):

@@ -76,6 +76,13 @@ def test_a_bias_that_a_tied_head_does_not_have_is_left_over(tmp_path):
         rewrite(tmp_path, lambda tensors: tensors | {"lm_head.bias": np.ones(89, np.float32)})
 
 
+def test_a_head_under_another_familys_name_is_left_over(tmp_path):
+    """Llama's is `lm_head`; one that differs from the embedding would be dropped without a word."""
+    write_checkpoint(tmp_path, "llama")
+    with pytest.raises(ValueError, match=r"left over: embed_out.weight \[89, 48\]"):
+        rewrite(tmp_path, lambda tensors: tensors | {"embed_out.weight": np.ones((89, 48), np.float32)})
+
+
 def test_weights_that_nothing_uses_are_listed(tmp_path):
     write_checkpoint(tmp_path, "qwen3_next")
     checkpoint = open_checkpoint(tmp_path)
