@@ -52,7 +52,7 @@ docs: setup ## Write the docs as a site to site/, with an API reference and sear
 test: setup ## Quick tests on every core (ARGS="tests/losses -x" narrows them, ARGS="-n 0" runs them in one process)
 	$(PYTEST) $(ARGS)
 
-test-all: setup ## All tests, also those that need minutes, the real model, torch or a browser
+test-all: setup ## All tests, also those that need minutes, the real model or data from elsewhere
 	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 check: setup ## Format and lint (ruff), types (pyright)
