@@ -20,6 +20,7 @@ on_all_hosts() {
 gcloud compute tpus tpu-vm describe "$name" --zone="$zone" >/dev/null 2>&1 ||
   gcloud compute tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" --version=tpu-ubuntu2204-base
 gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all . "$name:dpo"
+on_all_hosts "python3.11 -c 'import ensurepip' || { sudo apt-get update -q && sudo apt-get install -qy python3.11-venv; }"
 on_all_hosts "cd dpo && make setup PYTHON=python3.11 && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
 on_all_hosts "sudo mkdir -p /mnt/shared && (mountpoint -q /mnt/shared ||
   { sudo apt-get install -qy nfs-common && sudo mount -t nfs -o hard $(printf '%q' "$share") /mnt/shared &&
