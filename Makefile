@@ -1,4 +1,4 @@
-# Every target runs inside .venv, which `setup` makes; nothing else is assumed but Python >= 3.11.
+# Commands run inside .venv, which `setup` makes; nothing else is assumed but Python >= 3.11.
 #   make train CONFIG=configs/sentiment_rankings.yaml ARGS="--training.steps=20"
 
 PYTHON      ?= python3
