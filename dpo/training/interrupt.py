@@ -134,6 +134,20 @@ def _answering(
         os.close(reader)
 
 
+_before_a_stop: list[Callable[[], None]] = []
+"""What is done before a first signal ends the process where no exception comes through."""
+
+
+@contextmanager
+def before_a_stop(action: Callable[[], None]) -> Iterator[None]:
+    """While inside, a first signal that ends the process at once does this before, as an exception would."""
+    _before_a_stop.append(action)
+    try:
+        yield
+    finally:
+        _before_a_stop.remove(action)
+
+
 def hold_signals() -> None:
     """Let `SIGNALS` wait until `answer_held_signals`, also in a program that takes this process's place."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -193,6 +207,9 @@ def _end_if_second(number: int, first: float | None, last: Callable[[], None] = 
 
 def _leave_by(error: KeyboardInterrupt) -> NoReturn:
     outcome = outcome_of(error)
+    with suppress(OSError):
+        for action in _before_a_stop:
+            action()
     _leave(outcome.code, f"{outcome.begins}: {error}")
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from dpo.files import replace_text
 from dpo.outcomes import STOPPED, NoProgressError, outcome_of
 from dpo.runs import CHECKPOINTS_DIRECTORY, STARTS_FILE
+from dpo.training.interrupt import before_a_stop
 
 MOST_STARTS = 10
 """Starts in a row that may end in being killed or in a lost process with nothing saved."""
@@ -49,7 +51,8 @@ def counted_start(run_dir: Path) -> Iterator[None]:
         )
     _write(run_dir, {**record, "starts": record["starts"] + 1})
     try:
-        yield
+        with before_a_stop(partial(note_progress, run_dir)):
+            yield
     except BaseException as error:
         if outcome_of(error) is STOPPED or not outcome_of(error).goes_on:
             (run_dir / STARTS_FILE).unlink(missing_ok=True)
@@ -58,7 +61,7 @@ def counted_start(run_dir: Path) -> Iterator[None]:
 
 
 def note_progress(run_dir: Path) -> None:
-    """Begin the count anew: beside checkpoints this start has kept something that the next need not do."""
+    """Begin the count anew: this start was asked to stop, or has kept what the next need not do."""
     (run_dir / STARTS_FILE).unlink(missing_ok=True)
 
 

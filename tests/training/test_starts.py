@@ -1,10 +1,13 @@
 """Starts without progress are counted, and the last of them is an error."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dpo.outcomes import NoProgressError, PeerLostError, UserError
+from dpo.outcomes import STOPPED, NoProgressError, PeerLostError, UserError
 from dpo.runs import STARTS_FILE
 from dpo.training.starts import MOST_STARTS, counted_start, hung_before, note_progress
 
@@ -56,3 +59,26 @@ def test_log_probs_that_were_kept_begin_the_count_anew(tmp_path: Path) -> None:
 def test_the_second_start_whose_steps_hang_is_told_from_the_first(tmp_path: Path) -> None:
     for expected in (False, True):
         lose(tmp_path, hangs=expected)
+
+
+def test_a_stop_where_no_exception_comes_through_is_not_counted(tmp_path: Path) -> None:
+    """As in a compilation or an import: the process ends by itself, and was not killed."""
+    program = """
+import hashlib, sys
+from pathlib import Path
+from dpo.training import interrupt
+from dpo.training.starts import counted_start
+interrupt.SOON = 0.3
+with interrupt.stops_at_once(), counted_start(Path(sys.argv[1])):
+    print((Path(sys.argv[1]) / "starts.json").exists(), flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == STOPPED.code
+    assert not (tmp_path / STARTS_FILE).exists()
