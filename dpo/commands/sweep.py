@@ -8,14 +8,14 @@ from pathlib import Path
 from dpo.commands.checks import check_models_of, check_settings
 from dpo.commands.output import write_json
 from dpo.config import Config
-from dpo.outcomes import UserError
+from dpo.outcomes import STOPPED, UserError
 from dpo.terminal import print_plain
 
 
 def sweep_over(
     over: Sequence[str], directory: str, arguments: Sequence[str], read: Callable[[list[str]], Config]
 ) -> bool | None:
-    """Run all combinations and choose; True where all went well, None where it was asked to stop.
+    """Run all combinations and choose; True where all went well, None where another start goes on.
 
     `arguments` is the command line of each run without what is swept over, `read` makes settings of one.
 
@@ -35,9 +35,10 @@ def sweep_over(
     running: list[Process] = []
     with stop_requests(last=lambda: end_at_once(running)) as stop_requested:
         codes = run_trials(trials, arguments, stop_requested, log=print_plain, running=running)
-        stopped = stop_requested() or len(codes) < len(trials)
-    if stopped:
-        print_plain(f"{directory}: stopped as asked; the same command goes on from there")
+        asked = stop_requested()
+    if asked or STOPPED.code in codes.values():
+        why = "stopped as asked" if asked else f"{[*codes][-1]} ended with exit code {STOPPED.code}"
+        print_plain(f"{directory}: {why}; the same command goes on from there")
         return None
     done = {trial.name: trial.run_dir for trial in trials if codes[trial.name] == 0}
     for name in (name for name, code in codes.items() if code):

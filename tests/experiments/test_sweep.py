@@ -130,6 +130,15 @@ def test_settings_of_any_run_are_refused_before_the_first(tmp_path, capsys, monk
     assert "a sweep chooses by held-out preferences" in capsys.readouterr().err
 
 
+def test_a_run_that_was_not_asked_to_stop_is_not_said_to_be(tmp_path, capsys, monkeypatch):
+    """A hang, say, in the last run, after which nothing is left over; it had no part in the choice before."""
+    monkeypatch.setattr(sweep, "run_trials", lambda trials, *_, **__: {trials[0].name: 0, trials[1].name: 75})
+    given = ["sweep", "--config=sentiment_pairs", f"--sweep_dir={tmp_path}"]
+    assert main([*given, "--over", "objective.beta=[0.1,0.2]"]) == 75
+    said = f"{tmp_path}: beta=0.2 ended with exit code 75; the same command goes on from there\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
 @pytest.mark.slow
 def test_two_runs_are_trained_compared_and_gone_on_with(tiny_model_dir, tmp_path, capfd):
     """Two processes of the real command on a tiny model (CI: `tests/test_first_week.py`)."""
