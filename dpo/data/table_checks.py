@@ -76,7 +76,7 @@ def check_arrow(paths: Sequence[Path]) -> None:
     """
     new = [path for path in paths if _identify(path) not in _SEEN]
     for path in new:
-        request = {"kind": "arrow", "paths": [str(path.resolve())]}
+        request = {"kind": "arrow", "path": str(path.resolve())}
         said = look(WORKER, request, size=stored_bytes(path))
         if "error" in said:
             raise UserError(f"{path}: not a readable Arrow file: {said['error']}")

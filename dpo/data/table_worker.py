@@ -3,10 +3,12 @@
     {"kind": "parquet", "path", "first": row group, "until": one not to look at or null,
      "rows": how many are needed, "taken": bytes of those that were looked at before}
         gives {"seen": the row group after those that were looked at now, "taken": bytes with theirs}
-    {"kind": "arrow", "paths": [...]} gives {"rows": of each file}
+    {"kind": "arrow", "path"} gives {"rows": how many}
     {"kind": "data_set", "reader", "files": {split: paths}, "config", "info", …, "directory": where to}
         gives {"made": true}
     anything that is wrong gives {"error": what}; before it a line says {"at": file} of each that it opens
+
+"size" is how many bytes are stored of the files.
 
 Of tables every value is decoded and validated, and what the rows will take as Python's values is counted.
 Files of a folder or of the hub are made into what `datasets` keeps of them. It runs without the rest of the
@@ -21,7 +23,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -87,7 +89,7 @@ def _look_at_parquet(request: dict[str, Any]) -> dict[str, Any]:
     import pyarrow.parquet
 
     path, first = request["path"], request["first"]
-    allowed = _Allowed(os.path.getsize(path))
+    allowed = _Allowed(request["size"])
     with pyarrow.parquet.ParquetFile(path) as file:
         about = file.metadata
         _require_names_once(file.schema_arrow)
@@ -114,7 +116,7 @@ def _count(file: Any, group: int, allowed: _Allowed) -> int:
 
 
 class _Allowed:
-    """What the rows of a file may take."""
+    """What the rows of files of so many bytes together may take."""
 
     def __init__(self, size: int) -> None:
         self.most = BASE + FACTOR * size
@@ -130,16 +132,25 @@ class _Allowed:
         if size > BATCH:
             raise _WrongError(f"{ROWS} of its rows take {size} bytes; allowed are {BATCH}")
 
+    def take_table(self, table: Any) -> None:
+        """The same of a table that is made of a file; of types that are not read, what they take there."""
+        for batch in table.to_batches(max_chunksize=ROWS):
+            try:
+                size = measure(batch)
+            except _WrongError:
+                size = batch.nbytes
+            self.take(size)
+
 
 # ---- Arrow ----
 
 
 def _look_at_arrow(request: dict[str, Any]) -> dict[str, Any]:
-    return {"rows": [_count_arrow(path) for path in request["paths"]]}
+    return {"rows": _count_arrow(request["path"], request["size"])}
 
 
-def _count_arrow(path: str) -> int:
-    rows, allowed = 0, _Allowed(os.path.getsize(path))
+def _count_arrow(path: str, size: int) -> int:
+    rows, allowed = 0, _Allowed(size)
     for batch in _arrow_batches(path):
         rows += len(batch)
         allowed.take(len(batch) * POINTER)
@@ -267,8 +278,20 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
         _AT_FAULT[:] = [path]
         _require_columns_once(path, builder.config.pd_read_csv_kwargs)
     _AT_FAULT.clear()
+    builder._generate_tables = _within(_Allowed(request["size"]), builder._generate_tables)
     builder.download_and_prepare(request["directory"])
     return {"made": True}
+
+
+def _within(allowed: _Allowed, generate_tables: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """A reader's tables, counted before they are written: of many files none need be large."""
+
+    def counted(*given: Any, **named: Any) -> Iterator[Any]:
+        for key, table in generate_tables(*given, **named):
+            allowed.take_table(table)
+            yield key, table
+
+    return counted
 
 
 def _require_columns_once(path: str, how: dict[str, Any]) -> None:

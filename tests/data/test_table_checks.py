@@ -297,6 +297,25 @@ def test_a_folder_with_a_small_file_of_gigabytes_is_refused(tmp_path, monkeypatc
     assert "could not be read" in refusal(folder)
 
 
+def test_rows_of_a_folder_take_together_what_its_files_may(tmp_path):
+    """They are counted before they are kept, which in many files none of the kernel's limits would end."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    columns = {name: ["x" * (1 << 20)] * 100 for name in PAIR}
+    path = write_parquet(folder / "train.parquet", columns, row_group_size=20)
+    assert path.stat().st_size < 100_000
+    assert "train.parquet: its rows take more than" in refusal(folder)
+
+
+def test_rows_of_a_file_with_holes_may_take_what_is_stored_of_it(tmp_path):
+    path = write_parquet(tmp_path / "rows.parquet", {name: [text] * 40 for name, text in PAIR.items()})
+    request = {"kind": "parquet", "path": str(path), "first": 0, "until": None, "rows": 1}
+    taken = table_worker.BASE + 500 * path.stat().st_size
+    for size, is_read in ((path.stat().st_size, True), (100, False)):
+        said = limited.look(table_checks.WORKER, request | {"taken": taken}, size=size)
+        assert ("seen" in said) == is_read, said
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -32,7 +32,7 @@ def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        _answer(write, WORKERS[script.stem], {**request, "writes": writes, **_limits(size)})
+        _answer(write, WORKERS[script.stem], {**request, "writes": writes, "size": size, **_limits(size)})
     os.close(write)
     try:
         with open(read, "rb") as pipe:
