@@ -46,9 +46,9 @@ Said = dict[str, Any]
 def look(script: Path, request: Mapping[str, Any], *, size: int, writes: int = 0) -> Said:
     """What a script says of a request about files of `size` bytes; {"error": …} where it could not.
 
-    The script gets the limits, the size and the request as one JSON object on its input, and holds itself to them. What
-    it says last is the answer; where that is {"at": a file's name}, the process ended at that file.
-    It may write files of at most `writes` bytes.
+    The script gets the limits, the size and the request as one JSON object on its input, and holds itself to
+    them. What it says last is the answer; where that is {"at": a file's name}, the process ended at that
+    file. It may write files of at most `writes` bytes.
     """
     memory, seconds = MEMORY + 4 * size, SECONDS + size // BYTES_A_SECOND
     limits = {"memory": memory, "seconds": seconds, "writes": writes, "size": size}

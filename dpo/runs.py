@@ -30,6 +30,7 @@ import yaml
 
 from dpo.config import Config
 from dpo.config.run import ObjectiveSettings
+from dpo.files import CHECKSUMS_FILE, MAX_CHECKSUMS
 from dpo.hub_names import note_named_by, note_own_word
 from dpo.outcomes import UserError
 from dpo.overwriting import require_own
@@ -90,6 +91,25 @@ def require_files(run_dir: Path) -> None:
             if path.exists() and not path.is_file():
                 raise UserError(f"{path} is no file; allowed in a run are files and directories")
 
+
+def require_readable(run_dir: Path) -> None:
+    """Refuse a run as `require_files` does, and one with a file that is longer than a run leaves: of what is
+    read whole a few lines are expected, and one that is mostly holes takes no room where it comes from.
+
+    Raises:
+      UserError: naming the file.
+    """
+    require_files(run_dir)
+    for directory, _, names in os.walk(run_dir):
+        for name in names:
+            most = _LARGEST.get(name) or _LARGEST.get(Path(name).suffix)
+            path = Path(directory, name)
+            if most is not None and path.exists() and (size := path.stat().st_size) > most:
+                raise UserError(f"{path} has {size} bytes; allowed in a run are {most}")
+
+
+_LARGEST = {CONFIG_FILE: 1 << 24, CHECKSUMS_FILE: MAX_CHECKSUMS, ".jsonl": 1 << 30}
+"""Bytes of files that are read whole, by name or ending; of others their readers know more."""
 
 _WRITTEN = (
     CONFIG_FILE,
@@ -212,11 +232,14 @@ class _Adapters(TypedDict):
 
 def _adapters_of(run_dir: Path) -> str:
     """The adapters that a run left alone, on the model that it trained where their file names another."""
+    require_readable(run_dir)
     adapter = run_dir / ADAPTER_DIRECTORY
     named = read_typed(adapter / "adapter_config.json", _Adapters)["base_model_name_or_path"]
     try:
         settings = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-        source = str(settings["model"]["source"])
+        source = settings["model"]["source"]
+        if not isinstance(source, str):
+            raise TypeError(f"it is a {type(source).__name__}")
     except (ValueError, TypeError, LookupError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{run_dir / CONFIG_FILE} does not say what model.source is: {error}") from error
     note_named_by(str(run_dir / CONFIG_FILE), source)

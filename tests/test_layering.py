@@ -35,7 +35,7 @@ BELOW = {
     "config": {"outcomes", "files"},
     "help": set(),
     "command_line": {"outcomes", "config", "regular_files", "help", "text_encoding"},
-    "runs": {"outcomes", "config", "typed_json", "overwriting", "hub_names"},
+    "runs": {"outcomes", "config", "typed_json", "overwriting", "hub_names", "files"},
     "own_code": {"outcomes"},
     "losses": {"outcomes", "own_code"},
     "diffusion": {"outcomes", "losses"},
@@ -76,6 +76,7 @@ BELOW = {
         "runs",
         "config",
         "files",
+        "typed_json",
     },
     "evaluation": {
         "outcomes",

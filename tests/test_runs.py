@@ -86,6 +86,20 @@ def test_a_run_with_a_pipe_in_it_is_refused_where_it_would_be_waited_for(tmp_pat
 
 
 @pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "winrate/verdicts.jsonl", "export/SHA256SUMS"]
+)
+def test_a_run_with_a_file_that_fills_the_memory_is_refused_by_it(tmp_path, name):
+    """As a hole it is a terabyte that takes no room on the way here."""
+    save_config(Config(), tmp_path / "config.yaml")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    load_run(str(tmp_path))
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / name))} has {1 << 40} bytes; allowed"):
+        load_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("source", "named", "is_said"),
     [
         ("base", "{here}/base", False),
@@ -105,6 +119,7 @@ def test_adapters_alone_are_opened_on_the_model_that_the_run_trained(
     said = {"base_model_name_or_path": named.format(here=tmp_path)}
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(said))
     assert model_of(str(run)) == f"{run}/adapter" + (f" on {source}" if is_said else "")
-    (run / "config.yaml").write_text("model: {}")
-    with pytest.raises(ValueError, match=r"config\.yaml does not say what model\.source is"):
-        model_of(str(run))
+    for text in ("model: {}", "a: &a [x]\nmodel: {source: *a}"):
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.yaml does not say what model\.source is"):
+            model_of(str(run))

@@ -27,12 +27,12 @@ def load_run(run: str) -> Config:
 
     Raises:
       ValueError: naming the file, when there is none, it is not a configuration, it has an objective that no
-        command knows, or something in the directory is no file.
+        command knows, or something in the directory is no file, or is longer than a run leaves it.
     """
     from dpo.losses import reward_scale
-    from dpo.runs import objective_terms, require_files
+    from dpo.runs import objective_terms, require_readable
 
-    require_files(Path(run))
+    require_readable(Path(run))
     path = Path(run) / "config.yaml"
     config = load_config(path)
     try:

@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ from dpo.files import (
 from dpo.outcomes import OUT_OF_MEMORY, PEER_LOST, StopRequested, UserError, chain_of, outcome_of
 from dpo.runs import Identity
 from dpo.training.step import Params, TrainState
+from dpo.typed_json import read_typed
 
 DAMAGED = ".damaged"
 STATE, IDENTITY_FILE = "state", "identity.json"
@@ -174,8 +175,12 @@ class Checkpoints:
             raise failure
 
     def identity(self, step: int) -> Identity:
-        """What the checkpoint of `step` belongs to."""
-        return json.loads((self.path(step) / IDENTITY_FILE).read_text(encoding="utf-8"))
+        """What the checkpoint of `step` belongs to.
+
+        Raises:
+          UserError: naming the file, when it is not what a run writes.
+        """
+        return cast(Identity, read_typed(self.path(step) / IDENTITY_FILE, _Identity))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state after `step` updates, with the shapes, dtypes and shardings of `like`.
@@ -277,6 +282,13 @@ def _is_of_files(error: BaseException) -> bool:
     return any(isinstance(link, OSError) or _STATUS.match(str(link)) for link in links if link is not None)
 
 
+class _Identity(TypedDict):
+    """What a checkpoint says of itself beside what its run was."""
+
+    state: dict[str, str]
+    """Type and shape of each of its arrays, by its place."""
+
+
 class _InCheckpoint:
     """A parameter that stays in a checkpoint until it is asked for."""
 
@@ -285,12 +297,19 @@ class _InCheckpoint:
         self._state, self._path = state, path
 
     def load(self) -> np.ndarray:
-        """Read it, on the host."""
+        """Read it, on the host.
+
+        Raises:
+          UserError: naming the checkpoint, when it holds something else.
+        """
         wanted = _nested(self._path, jax.ShapeDtypeStruct(self.shape, self.dtype))
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         part = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            (values,) = jax.tree.leaves(checkpointer.restore(self._state, part))
+            try:
+                (values,) = jax.tree.leaves(checkpointer.restore(self._state, part))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(f"{self._state} could not be read: {error}") from error
         return values
 
 

@@ -10,9 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 from numpy.testing import assert_array_equal
 
-from dpo.files import WriteError
+from dpo.files import WriteError, write_checksums
 from dpo.losses import RunningMean
-from dpo.outcomes import StopRequested
+from dpo.outcomes import StopRequested, UserError
 from dpo.training import checkpoint
 from dpo.training.checkpoint import Checkpoints
 from dpo.training.step import TrainState
@@ -275,3 +275,26 @@ def test_one_process_waits_for_ever_and_several_as_long_as_orbax_says(monkeypatc
     assert (alone.timeout_secs, alone.create_directories_asynchronously) == (100 * 365 * 86_400, False)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert checkpoint._async_options() == ocp.options.AsyncOptions()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("identity.json", b"[1]"),
+        ("identity.json", b'{"state": 3}'),
+        ("identity.json", b"\xff"),
+        ("state/_METADATA", b"{}"),
+        ("state/_METADATA", b"\xff"),
+        ("state/manifest.ocdbt", b"x" * 100),
+    ],
+)
+def test_a_checkpoint_of_somebody_else_is_read_or_refused_by_its_name(tmp_path, name, content):
+    """Checksums keep nobody from writing others."""
+    save(tmp_path, 3)
+    (tmp_path / "3" / name).write_bytes(content)
+    write_checksums(tmp_path / "3")
+    with (
+        Checkpoints(tmp_path, keep=2, read_only=True) as checkpoints,
+        pytest.raises(UserError, match=str(tmp_path / "3")),
+    ):
+        checkpoints.restore_params(3, state_of(0).params)
