@@ -34,7 +34,7 @@ from dpo.files import CHECKSUMS_FILE, MAX_CHECKSUMS
 from dpo.hub_names import note_named_by, note_own_word
 from dpo.outcomes import UserError
 from dpo.overwriting import require_own
-from dpo.typed_json import parse_typed, read_typed
+from dpo.typed_json import MAX_BYTES, parse_typed, read_typed
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -108,7 +108,7 @@ def require_readable(run_dir: Path) -> None:
                 raise UserError(f"{path} has {size} bytes; allowed in a run are {most}")
 
 
-_LARGEST = {CONFIG_FILE: 1 << 24, CHECKSUMS_FILE: MAX_CHECKSUMS, ".jsonl": 1 << 30}
+_LARGEST = {CONFIG_FILE: 1 << 24, CHECKSUMS_FILE: MAX_CHECKSUMS, ".json": MAX_BYTES, ".jsonl": 1 << 30}
 """Bytes of files that are read whole, by name or ending; of others their readers know more."""
 
 _WRITTEN = (

@@ -14,7 +14,7 @@ from pathlib import Path
 import cpu_times
 import pytest
 
-from dpo import files, hidden, limited, terminal
+from dpo import files, hidden, limited, runs, terminal
 from dpo import help as short_help
 from dpo.config import Config, DistributedConfig, EndpointConfig, FrontierConfig
 from dpo.data import (
@@ -115,12 +115,20 @@ LIMITED: list[tuple[str, tuple[object, ...]]] = [
     ("all texts of a chunk | {} times as many", (templates.LIMITS.texts,)),
     ("a tokenizer's rules may make a text | {} times |", (tokenizer_worker.MOST_GROWTH,)),
     (
-        "a model's JSON files; `tokenizer.json`; README | {} MiB, {} lists deep; {} MiB; {} MiB |",
+        "`tokenizer.json`; its README | {} MiB, {} lists deep; {} MiB; {} MiB |",
         (
             foreign_json.MAX_JSON_BYTES >> 20,
             foreign_json.MAX_DEPTH,
             tokenizer_files._LARGEST["tokenizer.json"] >> 20,
             licences.MAX_README_BYTES >> 20,
+        ),
+    ),
+    (
+        "of a run, `config.yaml`; other JSON; lines of JSON | {} MiB; {} MiB; {} GiB |",
+        (
+            runs._LARGEST[runs.CONFIG_FILE] >> 20,
+            runs._LARGEST[".json"] >> 20,
+            runs._LARGEST[".jsonl"] >> 30,
         ),
     ),
     (

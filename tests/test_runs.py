@@ -86,7 +86,7 @@ def test_a_run_with_a_pipe_in_it_is_refused_where_it_would_be_waited_for(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "winrate/verdicts.jsonl", "export/SHA256SUMS"]
+    "name", ["config.yaml", "metrics.jsonl", "winrate/verdicts.jsonl", "export/SHA256SUMS", "data.json"]
 )
 def test_a_run_with_a_file_that_fills_the_memory_is_refused_by_it(tmp_path, name):
     """As a hole it is a terabyte that takes no room on the way here."""
