@@ -111,7 +111,8 @@ class LanguageModel:
     ) -> list[str]:
         """One response for each prompt, which is a text or the messages of a conversation.
 
-        The same prompt and seed give the same response as `dpo generate`, whatever it is sampled beside.
+        The same prompt and seed give the same response as `dpo generate`, whatever it is sampled beside, but
+        for rounding.
 
         Raises:
           ValueError: for a setting that is out of range, or a prompt that the chat template refuses.
@@ -143,7 +144,8 @@ class LanguageModel:
         """Log-probs of one response for each prompt; repeat a prompt to score several of its responses.
 
         Raises:
-          ValueError: when there are not as many prompts as responses, or one makes no token.
+          ValueError: when there are not as many prompts as responses, or for one that cannot be scored: that
+            makes no token, say, or is longer than the `max_length` that `load` was given.
         """
         prompts, responses = _listed("prompts", prompts), _listed("responses", responses)
         if len(prompts) != len(responses):
@@ -194,8 +196,9 @@ def load(
 ) -> LanguageModel:
     """Open a model: a Hugging Face directory or hub id, a peft adapter, a GGUF file, `embedded:…`, or a run.
 
-    Of a run directory its export is opened. `data` says how texts become tokens (chat_template,
-    template_kwargs, end_token, max_length); nothing of it is read from files.
+    Of a run directory its export is opened, or its adapters where it left no export. `data` says how texts
+    become tokens (chat_template, template_kwargs, end_token, max_length); the sources that it names are not
+    read.
 
     Raises:
       ValueError: when there is no such model, or it is of a family that is not read.
@@ -242,7 +245,8 @@ def train(config: Config, *, winrate: str | None = None) -> Any:
     objective or judge `module:function` is imported: naming it in a program is your word for it.
 
     Raises:
-      ValueError: for anything wrong with settings, data or weights, before the first update.
+      ValueError: for what is wrong with settings, data or weights, before the first update; and after too
+        many steps in a row whose loss is not finite.
     """
     from dpo.commands.train import train_and_report
 

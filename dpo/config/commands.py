@@ -79,7 +79,7 @@ class HeldoutConfig:
     """The preferences: file, directory or hub id, or a list of them, named like data.eval; the run's
     held-out data when not given."""
     split: str | None = None
-    """Split of a hub data set; the run's, or else test, when not given."""
+    """Split of a hub data set or of a directory; the run's, or else test, when not given."""
     limit: int | None = None
     """Use the first so many rows only, of each source; the run's data.max_eval, or else all, when not
     given."""
@@ -133,8 +133,8 @@ class EvaluateConfig(HeldoutConfig):
     seed: int = 0
     """Seed of the bootstrap that makes the intervals."""
     output: str | None = None
-    """JSON file to write all figures to. When not given, RUN/evaluation.json if policy, reference, data
-    and settings are all the run's own, and nothing otherwise."""
+    """JSON file to write all figures to, with a few pairs token by token beside it (.tokens.json). When not
+    given, RUN/evaluation.json where nothing else is given but run, seed and rows; otherwise none."""
     rows: str | None = None
     """Table to write too, one line for each held-out response with its log-probs, whole and token by token:
     a file that ends with .parquet or .jsonl."""
@@ -172,8 +172,8 @@ class ExportConfig:
     """merged writes a model that transformers opens; adapter writes the adapters of a LoRA run as peft
     stores them; gguf writes one file that llama.cpp opens, adapters merged."""
     dtype: ExportDtype = "float32"
-    """Dtype of a merged model's weights. float32 keeps every bit; base is the dtype in which the base
-    model is stored. f32, f16, bf16 and the quantised q8_0 to q4_0 are how a GGUF file stores matrices.
+    """Dtype of a merged model's weights. float32 keeps every bit; base is the dtype that the base model's
+    configuration names. f32, f16, bf16 and the quantised q8_0 to q4_0 are how a GGUF file stores matrices.
     Adapters are float32."""
     base_name: str | None = None
     """With format adapter, the hub id or path that the adapters name as their base; the run's lora.base_name,
@@ -324,8 +324,9 @@ class WinrateConfig(HeldoutConfig):
     seed: int = 0
     """Seed of the sampling and of the bootstrap that makes the intervals."""
     output: str | None = None
-    """Directory to write winrate.json to, and all that it is made of (samples.jsonl, verdicts.jsonl and the
-    like); RUN/winrate when not given."""
+    """Directory to write the figures to (winrate.json, of another judge or opponent beside it
+    winrate-JUDGE.json and the like), and what they are made of (samples.jsonl, verdicts.jsonl and others);
+    RUN/winrate when not given."""
 
     def __post_init__(self) -> None:
         if self.run is None:

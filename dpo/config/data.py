@@ -57,9 +57,9 @@ class DataConfig:
     eval: list[Any] | str | None = field(default=None, metadata=marks(PLACE))
     """The held-out preferences, named like data.train; nothing is held out when not given."""
     train_split: str = "train"
-    """Split of a hub data set that is read for training."""
+    """Split of a hub data set or of a directory that is read for training."""
     eval_split: str = "test"
-    """Split of a hub data set that is read for evaluation."""
+    """Split of a hub data set or of a directory that is read for evaluation."""
     max_train: int | None = None
     """Train on the first so many rows only, of each source; on all when not given."""
     max_eval: int | None = None

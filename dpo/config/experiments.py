@@ -44,7 +44,7 @@ class FrontierConfig:
     learning_rate: float = 6e-5
     """Learning rate at its peak; it then falls to zero in a line."""
     prompts: int | None = 40
-    """Answer the first so many held-out prompts only; all when null."""
+    """Use the first so many held-out rows only, whose prompts are answered; all when null."""
     max_length: int = 128
     """Longest prompt plus response in training, in tokens."""
     max_new_tokens: int = 32

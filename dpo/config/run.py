@@ -62,10 +62,10 @@ class TrainingConfig:
     """Length, batch size, evaluation and saving of a run."""
 
     seed: int = 0
-    """Seed of the order of the data, of new adapters and of training.eval_samples: the batch of a step is a
-    function of (seed, step)."""
+    """Seed of what a run draws: the order of the data, new adapters, training.eval_samples, the mismatched
+    responses of KTO and its like. The batch of a step is a function of (seed, step)."""
     batch_size: int = 8
-    """Prompts in a step, over all devices and micro-batches."""
+    """Prompts in a step, each with the responses of one preference, over all devices and micro-batches."""
     micro_batches: int = 1
     """Number of parts into which a step's prompts are split to save memory; the result is the same but for
     rounding."""

@@ -22,7 +22,7 @@ class SourceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     split: str | None = None
-    """Split of a hub data set."""
+    """Split of a hub data set or of a directory."""
     layout: str | None = None
     """Layout of the rows."""
     columns: dict[str, str] | None = None

@@ -96,7 +96,10 @@ class Loader:
         return self._plan.shapes[self._plan.shape_of_step[step]]
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step, as numpy arrays: the same whenever and wherever it is asked for."""
+        """The batch of one step, as numpy arrays: the same whenever it is asked for.
+
+        Of several processes each fills the rows that its devices hold.
+        """
         return pack(
             self.dataset,
             self.indices(step),

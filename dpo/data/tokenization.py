@@ -1,4 +1,4 @@
-"""From `Preference` to token ids: chat template, end tokens, truncation. The only place tokens are made.
+"""From `Preference` to token ids: chat template, end tokens, truncation.
 
     prompt     template(messages, and the opening of the assistant's turn)
     response   template(messages, and the response's messages), what follows the prompt's ids
