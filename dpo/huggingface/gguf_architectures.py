@@ -65,9 +65,7 @@ def _llama(file: GgufMetadata) -> JsonObject:
         return {**config, "sliding_window": window}
     return {
         **config,
-        "head_dim": file.count(
-            "attention.key_length", file.count("rope.dimension_count", config["head_dim"])
-        ),
+        "head_dim": file.count("attention.key_length", _default_head_dim(file)),
         "attention_bias": file.has("blk.0.attn_q.bias"),
         "mlp_bias": file.has("blk.0.ffn_up.bias"),
     }
@@ -228,13 +226,24 @@ def _falcon(file: GgufMetadata) -> JsonObject:
     }
 
 
+def _default_head_dim(file: GgufMetadata) -> int:
+    """A head's channels where a file does not say: of Llama what turns."""
+    share = file.count("embedding_length") // file.num_heads[0]
+    return file.count("rope.dimension_count", share) if file.architecture == "llama" else share
+
+
 def _rope(file: GgufMetadata) -> JsonObject:
     """Rotary parameters as Hugging Face writes them."""
-    head_dim = file.count("attention.key_length", file.count("embedding_length") // file.num_heads[0])
+    head_dim = file.count("attention.key_length", _default_head_dim(file))
     turned = file.count("rope.dimension_count", head_dim)
     common: JsonObject = {"rope_theta": file.number("rope.freq_base", 10000.0)}
     if file.architecture in ("phi3", "stablelm", "qwen35"):
         common["partial_rotary_factor"] = turned / head_dim
+    elif turned != head_dim:
+        raise UserError(
+            f"{file.path}: {file.architecture}.rope.dimension_count is {turned}; supported: all channels of "
+            f"a head, {head_dim}"
+        )
     if file.has("rope_factors_long.weight"):
         factors = {
             f"{kind}_factor": file.values(f"rope_factors_{kind}.weight").tolist()
@@ -247,16 +256,18 @@ def _rope(file: GgufMetadata) -> JsonObject:
         return {**common, "rope_type": "longrope", **length, **factors}
     if file.has("rope_freqs.weight"):
         return _llama3_rope(file, common, turned)
-    scaling = file.find("rope.scaling.type", "none")
-    if scaling == "none":
+    # llama.cpp: linear where no type is named, by a factor that older files name otherwise
+    scaling = file.find("rope.scaling.type", "linear")
+    factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 0.0))
+    if scaling == "none" or (scaling == "linear" and factor in (0, 1)):
         return {**common, "rope_type": "default"}
-    common["factor"] = file.number("rope.scaling.factor")
     if scaling == "linear":
-        return {**common, "rope_type": "linear"}
+        return {**common, "rope_type": "linear", "factor": factor}
     if scaling == "yarn":
         return {
             **common,
             "rope_type": "yarn",
+            "factor": file.number("rope.scaling.factor"),
             "original_max_position_embeddings": file.count("rope.scaling.original_context_length"),
         }
     raise UserError(f"{file.path}: rope.scaling.type is {scaling!r}; supported: none, linear, yarn, longrope")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -34,12 +34,25 @@ class GgufFile(GgufMetadata):
 
     def config(self) -> JsonObject:
         """The configuration as `config.json` would say it."""
+        self._require_supported()
         return {
             "vocab_size": self.tensor("token_embd.weight").shape[0],
             "tie_word_embeddings": self.is_tied,
             **self._table.configure(self),
             **self.token_ids(),
         }
+
+    def _require_supported(self) -> None:
+        """Refuse what llama.cpp reads of every architecture and no configuration here says."""
+        allowed: dict[str, tuple[Any, ...]] = {"attention.causal": (None, True)}
+        if not self.has("rope_factors_long.weight"):
+            allowed["rope.scaling.attn_factor"] = (None, 1)
+        for key, values in allowed.items():
+            value = self.find(key)
+            if value not in values:
+                raise UserError(
+                    f"{self.path}: {self.architecture}.{key} is {value!r}; supported: {values[-1]}, or none"
+                )
 
     def token_ids(self) -> dict[str, int | None]:
         """Ids of the special tokens, as a generation configuration names them."""

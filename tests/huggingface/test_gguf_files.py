@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import gguf
 import jax.numpy as jnp
@@ -139,6 +140,36 @@ def test_a_whole_number_stands_for_a_number(small_path):
     file = GgufFile(small_path)
     file.fields["qwen2.rope.freq_base"] = 1_000_000
     assert type(file.number("rope.freq_base")) is float
+
+
+@pytest.mark.parametrize(
+    ("fields", "rope"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scaling.type": "linear"}, {"rope_type": "default"}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_type": "default"}),
+    ],
+)
+def test_scaling_without_a_type_is_linear_as_llama_cpp_takes_it(small_path, fields, rope):
+    file = GgufFile(small_path)
+    file.fields.update({f"qwen2.{key}": value for key, value in fields.items()})
+    assert file.config()["rope_parameters"] == {"rope_theta": 10000.0, **rope}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("attention.causal", False, "False; supported: True, or none"),
+        ("rope.scaling.attn_factor", 1.5, "1.5; supported: 1, or none"),
+        ("rope.dimension_count", 8, "8; supported: all channels of a head, 16"),
+    ],
+)
+def test_what_llama_cpp_reads_and_no_configuration_says_is_refused(small_path, key, value, said):
+    file = GgufFile(small_path)
+    file.fields[f"qwen2.{key}"] = value
+    with pytest.raises(ValueError, match=rf"qwen2\.{re.escape(key)} is {said}"):
+        file.config()
 
 
 def test_a_tensor_that_does_not_fit_its_heads_is_named(tmp_path):
