@@ -106,9 +106,12 @@ NEWER = ("lfm3", "gemma4_text", "gemma4")
 def _older_rope(model_type: str, parameters: JsonObject) -> JsonObject:
     """Rotary parameters as transformers 4 names them."""
     names: JsonObject = {}
-    if "full_attention" in parameters:  # Gemma 3: one kind for layers that see all, one for the others
+    if "rope_theta" not in parameters and {"full_attention", "sliding_attention"} <= parameters.keys():
+        # Gemma 3: one kind for layers that see all, one for the others
         names["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]
+    if "rope_theta" not in parameters:  # of a family that turns nothing
+        return names
     theta, share = parameters["rope_theta"], parameters.get("partial_rotary_factor")
     names["rope_theta"] = theta
     if share is not None:

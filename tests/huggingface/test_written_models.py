@@ -111,6 +111,13 @@ def test_a_field_that_others_read_has_the_models_value(field: str) -> None:
     assert spelled_for_all(case_config(family))[field] == value
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rotations_by_type_of_layer_in_a_family_that_has_none_are_written_as_they_were(family: str) -> None:
+    by_type = {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}
+    written = spelled_for_all(case_config(family) | {"rope_parameters": by_type})
+    assert written["rope_parameters"]["full_attention"] == by_type["full_attention"]
+
+
 def test_a_file_that_others_read_has_the_models_value(tmp_path: Path) -> None:
     source, out = load_pretrained(write_tiny_model(tmp_path / "in")), tmp_path / "out"
     save_pretrained(
