@@ -1,7 +1,7 @@
 """The commands: each parses its settings, calls one function of `dpo.commands`, and ends with an exit code.
 
-Settings are read and checked before anything heavy is imported or loaded. Exit codes are those of
-`dpo.outcomes`.
+Settings are read, and their types and ranges checked, before anything heavy is imported or loaded. Exit codes
+are those of `dpo.outcomes`, and `FAILED`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How a command can end: every cause, its exit code, how its message begins, whether it may be repeated.
+"""How a command can end: by which cause, its exit code, how its message begins, whether it may be repeated.
 
-This is the one place that knows. An error is sorted by its cause, never by the place that it was raised at:
-by its class where the class is ours, and by the status in its text where a library's class says nothing (a
-lost connection of gloo is a `ValueError` when a call is made, a `JaxRuntimeError` when its result is waited
-for). The command line, the processes of a run, `launch/` and the table in docs/reliability.md follow it.
+An error is sorted by its cause, never by the place that it was raised at: by its class where the class is
+ours, and by the status in its text where a library's class says nothing (a lost connection of gloo is a
+`ValueError` when a call is made, a `JaxRuntimeError` when its result is waited for). The command line, the
+processes of a run, `launch/` and the table in docs/reliability.md follow it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Every setting: frozen dataclasses, one comment a field. Nothing else holds defaults.
+"""Settings: frozen dataclasses with a default and a docstring a field.
+
+An objective's hyper-parameters have their defaults where it stands (`dpo.losses`).
 
 Range checks live in `__post_init__`, so that a bad value stops a command before anything is loaded.
 """

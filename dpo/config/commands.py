@@ -116,7 +116,8 @@ class EvaluateConfig(HeldoutConfig):
     reference: str | None = None
     """The model it is compared with, named like the policy; the run's reference when not given."""
     beta: float | None = None
-    """Factor from log-ratios to rewards; the run's, or else 0.1, when not given."""
+    """Factor from log-ratios to rewards; when not given that of the run's objective (1 where it has none), or
+    0.1 without a run."""
     expand: Literal["ranking", "best_worst", "adjacent", "all_pairs"] | None = None
     """Keep rankings whole, or turn them into pairs, as data.expand does; the run's, or else ranking, when
     not given."""

@@ -1,4 +1,4 @@
-"""The settings of a run. The YAML files in `configs/` and `runs/*/config.yaml` are this tree, written out."""
+"""The settings of a run. Its config.yaml is this tree, written out; a file of settings has a part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of files and data sets, each with where it stands: the only place that opens training data."""
+"""Rows of files and data sets, each with where it stands."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ def open_or_compute(
     before, serves as well.
 
     `identity` names all that determines the numbers: weights, tokenised data (ids, template, truncation),
-    dtype and which sums. `make_batches()` yields the data set in order, `make_probe()` any of its batches.
+    dtype and which sums. `make_batches()` yields the rows to be scored, each in one batch at least,
+    `make_probe()` any of these.
 
     Raises:
       ValueError: when a store is damaged, or its re-scored rows differ: it names the store and what to do.

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, the terminal always, and what `training.trackers` names.
+"""Where a run's numbers go: metrics.jsonl, the terminal, and what `training.trackers` names.
 
 with open_trackers(run_dir, names, total_steps=100, resume_step=0, config=settings) as tracker:
     tracker.log(0, {"loss": 0.6931, "rewards/accuracies": 0.5, "tokens/s": 310.0})
