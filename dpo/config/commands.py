@@ -285,8 +285,8 @@ class WinrateConfig(HeldoutConfig):
     """The preferences whose prompts are answered: file, directory or hub id, or a list of them, named like
     data.eval; the run's held-out data when not given."""
     opponent: str | None = None
-    """The model it plays against, or data:best or data:worst for the data's own responses; the run's
-    reference when not given."""
+    """The model it plays against, or data:best or data:worst for the data's own responses (of labelled single
+    ones the desirable or the undesirable); the run's reference when not given."""
     judge: str | None = None
     """Who decides: endpoint, local:MODEL, reward_model:DIR, module:function, vader, or a control (first,
     longer). For the shipped data it is vader when not given; for other data it has to be given."""

@@ -35,6 +35,8 @@ COVERED = 0.99
 """Part of the data's responses that a response may be as long as."""
 STEP = 64
 """Tokens: the limit is a multiple of it."""
+LABELS = {"data:best": 0, "data:worst": 1}
+"""The rank of a labelled single response that is the data's best, or their worst."""
 WITHOUT_RESPONSES = 256
 """Tokens of the longest response where the data have none."""
 
@@ -42,7 +44,11 @@ WITHOUT_RESPONSES = 256
 def read_prompts(config: Config, log: Log) -> list[Preference]:
     """The first row of every prompt of the held-out data, whose rows may be prompts alone.
 
-    Of several sources the rows that are drawn of each.
+    Of several sources the rows that are drawn of each. Where the opponent is the data's best responses a row
+    whose only response is labelled undesirable has none of them, and where it is the worst a desirable one.
+
+    Raises:
+      UserError: where no row has a response of the opponent's.
     """
     read_at = places(config.data, heldout=True)
     found = [_read_place(place, config.data) for place in read_at]
@@ -50,15 +56,27 @@ def read_prompts(config: Config, log: Log) -> list[Preference]:
     shares = [place.share for place in read_at if place.share is not None]
     labelled = zip(read_at, _drawn(shares, read, config.data.expand) if shares else read, strict=True)
     preferences = [place.label(preference) for place, mine in labelled for preference in mine]
+    opponent, data = config.model.reference, show_source(config.data.eval)
+    playing = [preference for preference in preferences if _plays(preference, opponent)]
+    if preferences and not playing:
+        raise UserError(f"opponent is {opponent}, and no response of {data} is labelled so; allowed: a model")
     first: dict[str, Preference] = {}
-    for preference in preferences:
+    for preference in playing:
         first.setdefault(prompt_key(preference), preference)
     num_rows, malformed = sum(one.num_rows for one in found), sum(one.num_malformed for one in found)
+    others = len(preferences) - len(playing)
     log(
-        f"{len(first)} prompts of {show_source(config.data.eval)} ({num_rows} rows; {malformed} malformed, "
-        f"{len(preferences) - len(first)} with a prompt that was there)"
+        f"{len(first)} prompts of {data} ({num_rows} rows; {malformed} malformed, "
+        f"{f'{others} labelled otherwise than {opponent}, ' if others else ''}"
+        f"{len(playing) - len(first)} with a prompt that was there)"
     )
     return list(first.values())
+
+
+def _plays(preference: Preference, opponent: str | None) -> bool:
+    """Whether a row has the opponent's response: of labelled single ones only those with its label."""
+    label = LABELS.get(opponent or "")
+    return label is None or len(preference.responses) != 1 or preference.ranks[0] == label
 
 
 def _drawn(

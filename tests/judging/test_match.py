@@ -13,7 +13,7 @@ import pytest
 
 from dpo.cli import main
 from dpo.commands.winrate import match_after_training
-from dpo.config import Config, DataConfig, WinrateConfig
+from dpo.config import Config, DataConfig, ModelConfig, WinrateConfig
 from dpo.data.preferences import Preference
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.tokenizer_files import load_tokenizer
@@ -23,7 +23,7 @@ from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.judging.match import _judged, _unjudged
 from dpo.judging.match_figures import Pair, describe_temperature
-from dpo.judging.prompts import choose_judge, with_length
+from dpo.judging.prompts import choose_judge, read_prompts, with_length
 from dpo.judging.samples import Request, Sample, model_identity
 from dpo.models import sampling
 from dpo.models.drawing import SamplingConfig
@@ -157,6 +157,29 @@ def test_against_the_datas_own_responses(command: list[str], tmp_path: Path, mon
         assert "log_ratio" not in figures
     texts = {line["opponent"] for line in lines_of(tmp_path / "out" / "verdicts.jsonl")}
     assert texts == {"no", *(f"{text} yes" for text in PROMPTS)}
+
+
+@pytest.mark.parametrize(
+    ("opponent", "texts"), [("data:best", ["good", "late"]), ("data:worst", ["bad"]), (None, ["bad", "good"])]
+)
+def test_a_labelled_response_is_the_datas_best_where_its_label_says_so(
+    opponent: str | None, texts: list[str], data: Path
+) -> None:
+    """Prompt 2 has an undesirable response first: it is none of the data's best."""
+    labelled = [(1, "good", True), (2, "bad", False), (2, "late", True), (1, "worse", True)]
+    rows = [{"prompt": f"{n}?", "completion": text, "label": label} for n, text, label in labelled]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data=DataConfig(eval=str(data)), model=ModelConfig(reference=opponent))
+    said: list[str] = []
+    found = read_prompts(config, said.append)
+    assert sorted(str(row.responses[0]) for row in found) == sorted(texts)
+    assert ("labelled otherwise" in said[0]) == (opponent is not None)
+    data.write_text(json.dumps({"prompt": "?", "completion": "x", "label": opponent == "data:worst"}) + "\n")
+    if opponent is not None:
+        with pytest.raises(
+            UserError, match=f"opponent is {opponent}, and no response of .* allowed: a model"
+        ):
+            read_prompts(config, said.append)
 
 
 def test_rewards_are_means_over_all_pairs(
