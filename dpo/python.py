@@ -245,8 +245,8 @@ def train(config: Config, *, winrate: str | None = None) -> Any:
     objective or judge `module:function` is imported: naming it in a program is your word for it.
 
     Raises:
-      ValueError: for what is wrong with settings, data or weights, before the first update; and after too
-        many steps in a row whose loss is not finite.
+      ValueError: for what is wrong with settings, data or weights, before the first update; and after
+        `training.max_skipped` steps in a row that are not finite.
     """
     from dpo.commands.train import train_and_report
 

@@ -105,7 +105,8 @@ class DataConfig:
     """Directory in which tokens are kept from start to start, or off to keep none; tokens/ in DPO_CACHE
     (~/.cache/dpo) when not given."""
     token_store_limit: float = field(default=50.0, metadata=marks(BESIDE, OFF_THE_CARD))
-    """Gigabytes that the token store may hold; above it, what was not used for the longest time goes."""
+    """Gigabytes that the token store may hold; above it, what was not used for the longest time goes. What a
+    start has just made stays, however large."""
 
     def __post_init__(self) -> None:
         for name in ("train", "eval"):

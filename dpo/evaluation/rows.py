@@ -53,7 +53,7 @@ class Pairs(NamedTuple):
     better: Int[np.ndarray, " m"]
     worse: Int[np.ndarray, " m"]
     weight: Float[np.ndarray, " m"]
-    """1 over the number of pairs of its row: every prompt counts the same."""
+    """1 over the number of pairs of its row: every row that has pairs counts the same."""
 
     def gap(self, values: Shaped[np.ndarray, "n K"]) -> Float[np.ndarray, " m"]:
         """Value of the better response minus that of the worse one."""

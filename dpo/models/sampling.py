@@ -1,8 +1,9 @@
 """Sampling responses: prefill, then one token a step for a batch of rows, until all have ended.
 
-A row's tokens depend on its prompt and its seed only: the token at position t of a row is drawn with the key
-fold_in(key(seed), t), and rows never see one another. Prompts are padded on the right and each row decodes at
-its own positions, so different lengths share a batch. Shapes are rounded up to keep compilations few.
+But for rounding a row's tokens do not depend on the rows beside it: the token at position t of a row is drawn
+with the key fold_in(key(seed), t), and rows never see one another. Prompts are padded on the right and each
+row decodes at its own positions, so different lengths share a batch. Shapes are rounded up to keep
+compilations few.
 """
 
 from __future__ import annotations

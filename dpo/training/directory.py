@@ -1,6 +1,6 @@
 """What a run writes of itself at its beginning and at its end: the settings, the summary, and what they say.
 
-A run directory with a summary is finished. The same command there does nothing, unless settings or contents
+A run directory with a summary is finished. The same command there trains nothing, unless settings or contents
 (data, tokenizer, template, weights) are others.
 """
 

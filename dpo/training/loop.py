@@ -106,7 +106,8 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
     `observe` adds metrics to every held-out evaluation (training.eval_samples is then not looked at).
 
     Raises:
-      ValueError: for anything wrong with settings, data, weights or stores, before the first update.
+      ValueError: for what is wrong with settings, data, weights or stores, before the first update; and after
+        `training.max_skipped` steps in a row that are not finite.
       OSError: when something can't be written; what was written before is whole.
     """
     config = at_home(
