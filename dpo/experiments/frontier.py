@@ -83,13 +83,16 @@ def run(given: FrontierConfig, *, log: Log) -> FrontierResult | None:
         observers = _Observers(given, prompts, reward, points)
         for number, ((name, beta), config) in enumerate(configs.items(), start=1):
             log(f"run {number} of {len(configs)}: {name}, beta {beta:g} ({config.run_dir})")
-            if train(config, observe=observers.of(name, beta, config)).status == "interrupted":
+            result = train(config, observe=observers.of(name, beta, config))
+            if result.status == "interrupted":
                 return None
             shutil.rmtree(Path(config.run_dir) / CHECKPOINTS_DIRECTORY, ignore_errors=True)
+            if result.stop_asked:  # while it was exported, which was finished
+                return None
             jax.clear_caches()
         lines = {key: observers.line(*key, config) for key, config in configs.items()}
     del observers
-    result: FrontierResult = {
+    figures: FrontierResult = {
         "settings": asdict(given),
         "reward": reward.identity,
         "prompts": len(prompts),
@@ -101,12 +104,12 @@ def run(given: FrontierConfig, *, log: Log) -> FrontierResult | None:
             given, configs, output, batch_size=min(SAMPLED_TOGETHER, len(prompts)), log=log
         ),
     }
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
     replace_text(output / RESULT_FILE, text, what="the figures")
-    draw_frontier(output / "frontier.svg", result)
-    draw_temperatures(output / "temperatures.svg", result)
-    replace_text(output / "frontier.md", frontier_as_markdown(result), what="the tables")
-    return result
+    draw_frontier(output / "frontier.svg", figures)
+    draw_temperatures(output / "temperatures.svg", figures)
+    replace_text(output / "frontier.md", frontier_as_markdown(figures), what="the tables")
+    return figures
 
 
 def _choose_reward(given: FrontierConfig) -> str:

@@ -97,6 +97,8 @@ class RunResult(NamedTuple):
     """finished, interrupted, or already finished (nothing was done)."""
     summary: Mapping[str, Any]
     """What `dpo.runs.RunSummary` says; of an interrupted run {"step": steps done, or None}."""
+    stop_asked: bool = False
+    """Whether a stop was asked for, of a finished run when nothing but its end was left to do."""
 
 
 def train(config: Config, *, observe: Observe | None = None) -> RunResult:
@@ -134,8 +136,10 @@ def _train(given: Config, observe: Observe | None) -> RunResult:
             if stands is not None:
                 return RunResult(Path(given.run_dir), "already finished", stands)
             run = prepare(given)
-        stop_requested = shared_vote(stack.enter_context(stop_requests()), run.mesh)
-        return _fit(stack, run, _Start(given, settings, started), stop_requested, observe)
+        asked = stack.enter_context(stop_requests())
+        stop_requested = shared_vote(asked, run.mesh)
+        result = _fit(stack, run, _Start(given, settings, started), stop_requested, observe)
+    return result._replace(stop_asked=asked())
 
 
 class _Start(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dpo.cli import main
-from dpo.config import FrontierConfig
+from dpo.config import Config, FrontierConfig
 from dpo.experiments import frontier
 from dpo.experiments.frontier import (
     _choose_reward,
@@ -221,6 +221,21 @@ def test_a_stopped_run_stops_the_experiment(command: list[str], monkeypatch: pyt
     stopped = loop.RunResult(Path("."), "interrupted", {})
     monkeypatch.setattr(frontier, "train", lambda config, observe: stopped)
     assert main(command) == STOPPED.code
+
+
+def test_a_stop_while_a_run_is_exported_stops_the_experiment(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, and the next one is not begun."""
+    trained: list[str] = []
+
+    def train(config: Config, observe: object) -> loop.RunResult:
+        trained.append(config.run_dir)
+        return loop.RunResult(Path(config.run_dir), "finished", {}, stop_asked=True)
+
+    monkeypatch.setattr(frontier, "train", train)
+    assert main([*command, "--betas=[0.5,0.6]"]) == STOPPED.code
+    assert len(trained) == 1
 
 
 @pytest.mark.parametrize(
