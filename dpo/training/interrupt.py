@@ -135,12 +135,12 @@ def _answering(
 
 
 _before_a_stop: list[Callable[[], None]] = []
-"""What is done before a first signal ends the process where no exception comes through."""
+"""What is done before a signal ends the process where no exception comes through."""
 
 
 @contextmanager
 def before_a_stop(action: Callable[[], None]) -> Iterator[None]:
-    """While inside, a first signal that ends the process at once does this before, as an exception would."""
+    """While inside, a signal that ends the process at once does this before, as an exception would."""
     _before_a_stop.append(action)
     try:
         yield
@@ -199,8 +199,9 @@ def _end_if_second(number: int, first: float | None, last: Callable[[], None] = 
     now = time.monotonic()
     if first is not None and now - first > SAME_REQUEST:
         name = signal.Signals(number).name
-        with suppress(OSError):
-            last()
+        for action in (last, *_before_a_stop):
+            with suppress(OSError):
+                action()
         _leave(STOPPED_AT_ONCE.code, f"stopped at once by a second signal ({name}); whole checkpoints stay")
     return now if first is None else first
 

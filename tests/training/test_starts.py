@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.outcomes import STOPPED, NoProgressError, PeerLostError, UserError
+from dpo.outcomes import STOPPED, STOPPED_AT_ONCE, NoProgressError, PeerLostError, UserError
 from dpo.runs import STARTS_FILE
 from dpo.training.starts import MOST_STARTS, counted_start, hung_before, note_progress
 
@@ -81,4 +81,26 @@ with interrupt.stops_at_once(), counted_start(Path(sys.argv[1])):
         assert process.stdout.readline() == "True\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == STOPPED.code
+    assert not (tmp_path / STARTS_FILE).exists()
+
+
+def test_a_start_that_a_second_signal_ends_is_not_counted(tmp_path: Path) -> None:
+    """It was not killed by anything but who asked, and no launcher starts it again."""
+    program = """
+import os, signal, sys, time
+from pathlib import Path
+from dpo.training.interrupt import SAME_REQUEST, stop_requests
+from dpo.training.starts import counted_start
+with counted_start(Path(sys.argv[1])), stop_requests():
+    print((Path(sys.argv[1]) / "starts.json").exists(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SAME_REQUEST + 0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert (ended.returncode, ended.stdout) == (STOPPED_AT_ONCE.code, "True\n")
     assert not (tmp_path / STARTS_FILE).exists()
