@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One run on all hosts of a Cloud TPU slice, with an NFS share as the file system that they share.
+# One run on all hosts of a Cloud TPU slice, with an NFS share as the file system that they share. It is called in a
+# checkout, which is copied there without its runs.
 #
 #   launch/cloud_tpu.sh NAME ZONE TYPE SHARE dpo-train-arguments ...
 #   launch/cloud_tpu.sh mine us-west4-a v5litepod-16 10.0.0.2:/dpo --config configs/sentiment_pairs.yaml --mesh.fsdp=-1 \
@@ -19,7 +20,12 @@ on_all_hosts() {
 
 gcloud compute tpus tpu-vm describe "$name" --zone="$zone" >/dev/null 2>&1 ||
   gcloud compute tpus tpu-vm create "$name" --zone="$zone" --accelerator-type="$type" --version=tpu-ubuntu2204-base
-gcloud compute tpus tpu-vm scp --recurse --zone="$zone" --worker=all . "$name:dpo"
+# The checkout without what belongs to this machine: its .venv would not run there.
+code=$(mktemp -d)
+trap 'rm -rf "$code"' EXIT
+tar --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./site -czf "$code/dpo.tar.gz" .
+gcloud compute tpus tpu-vm scp --zone="$zone" --worker=all "$code/dpo.tar.gz" "$name:"
+on_all_hosts "mkdir -p dpo && tar -xzf dpo.tar.gz -C dpo"
 on_all_hosts "python3.11 -c 'import ensurepip' || { sudo apt-get update -q && sudo apt-get install -qy python3.11-venv; }"
 on_all_hosts "cd dpo && make setup PYTHON=python3.11 && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
 on_all_hosts "sudo mkdir -p /mnt/shared && (mountpoint -q /mnt/shared ||

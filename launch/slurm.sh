@@ -8,8 +8,10 @@
 #
 # srun gives the largest code of all processes, which hides the cause: a process with wrong data ends with 2, those
 # that lost it with 75. So each writes down its own. The job is queued again where all that are known go on (0 or
-# 75) or were killed (134 and above); 1, 2 and 130 end it. `dpo train` itself ends with 1 after ten starts that
-# saved nothing, so that this comes to an end.
+# 75) or were killed (134 and above); 1, 2 and 130 end it. Where all processes meet, `dpo train` itself ends with 1
+# after ten starts that saved nothing; a node on which it never comes up is yours to exclude.
+#
+# srun waits for every process: the others are done when the model is exported, and process 0 then makes the report.
 #SBATCH --job-name=dpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -29,7 +31,7 @@ trap 'rm -rf "$codes"' EXIT
 # shellcheck disable=SC2016  # it is the shell of each process that reads these
 keep_code='trap : TERM; code=0; "$@" || code=$?; echo "$code" >"$DPO_CODES/$SLURM_PROCID"; exit "$code"'
 status=0
-srun --kill-on-bad-exit=0 --wait=120 bash -c "$keep_code" task \
+srun --kill-on-bad-exit=0 --wait=0 bash -c "$keep_code" task \
   .venv/bin/dpo train --distributed.cluster=slurm --distributed.step_timeout=600 --training.save_minutes=10 "$@" ||
   status=$?
 

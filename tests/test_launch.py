@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,8 @@ def test_the_kubernetes_job_has_as_many_pods_as_processes():
 
 
 STUB_SRUN = """#!/usr/bin/env bash
+# Waits for all of them however long one takes, as process 0 does over the report.
+[[ " $* " == *" --wait=0 "* ]] || exit 99
 # Starts as many tasks as there are codes, and gives the largest of what they gave, as srun does.
 while [[ $1 == --* ]]; do shift; done
 largest=0 rank=0
@@ -188,3 +191,32 @@ def test_no_launcher_shares_a_bucket() -> None:
             line for line in path.read_text().splitlines() if re.search(r"^[^#]*(fuse|mount-s3|gs://)", line)
         ]
         assert mounts == [], path
+
+
+# ---- launch/cloud_tpu.sh over what it copies ----
+
+
+STUB_GCLOUD = """#!/usr/bin/env bash
+for word in "$@"; do case $word in *.tar.gz) cp "$word" "$COPIED";; esac; done
+"""
+
+
+def test_a_tpu_host_gets_the_checkout_without_what_is_of_this_machine(tmp_path: Path) -> None:
+    """A .venv from elsewhere counts as installed there, and does not run."""
+    checkout, copied = tmp_path / "checkout", tmp_path / "copied.tar.gz"
+    for name in ("Makefile", "dpo/cli.py", "data/made.jsonl", ".venv/bin/pip", ".git/HEAD", "runs/one/lock"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    gcloud = tmp_path / "bin" / "gcloud"
+    gcloud.parent.mkdir()
+    gcloud.write_text(STUB_GCLOUD)
+    gcloud.chmod(0o755)
+    subprocess.run(
+        ["bash", LAUNCH / "cloud_tpu.sh", "mine", "zone", "type", "10.0.0.2:/dpo"],
+        cwd=checkout,
+        env={"PATH": f"{gcloud.parent}:{os.environ['PATH']}", "COPIED": str(copied)},
+        check=True,
+    )
+    with tarfile.open(copied) as archive:
+        files = {member.name for member in archive if member.isfile()}
+    assert files == {"./Makefile", "./dpo/cli.py", "./data/made.jsonl"}
