@@ -1,6 +1,5 @@
 """Starts without progress are counted, and the last of them is an error."""
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,23 +63,21 @@ def test_the_second_start_whose_steps_hang_is_told_from_the_first(tmp_path: Path
 def test_a_stop_where_no_exception_comes_through_is_not_counted(tmp_path: Path) -> None:
     """As in a compilation or an import: the process ends by itself, and was not killed."""
     program = """
-import hashlib, sys
+import hashlib, os, signal, sys, threading
 from pathlib import Path
 from dpo.training import interrupt
 from dpo.training.starts import counted_start
 interrupt.SOON = 0.3
 with interrupt.stops_at_once(), counted_start(Path(sys.argv[1])):
     print((Path(sys.argv[1]) / "starts.json").exists(), flush=True)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()  # when the next line is on its way
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == STOPPED.code
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, cwd=Path(__file__).parents[2]
+    )
+    assert (ended.returncode, ended.stdout) == (STOPPED.code, "True\n"), ended.stderr
     assert not (tmp_path / STARTS_FILE).exists()
 
 
