@@ -24,7 +24,7 @@ gcloud compute tpus tpu-vm describe "$name" --zone="$zone" >/dev/null 2>&1 ||
 code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
 tar --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./site -czf "$code/dpo.tar.gz" .
-gcloud compute tpus tpu-vm scp --zone="$zone" --worker=all "$code/dpo.tar.gz" "$name:"
+gcloud compute tpus tpu-vm scp --zone="$zone" --worker=all "$code/dpo.tar.gz" "$name:dpo.tar.gz"
 on_all_hosts "mkdir -p dpo && tar -xzf dpo.tar.gz -C dpo"
 on_all_hosts "python3.11 -c 'import ensurepip' || { sudo apt-get update -q && sudo apt-get install -qy python3.11-venv; }"
 on_all_hosts "cd dpo && make setup PYTHON=python3.11 && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"

@@ -197,7 +197,7 @@ def test_no_launcher_shares_a_bucket() -> None:
 
 
 STUB_GCLOUD = """#!/usr/bin/env bash
-for word in "$@"; do case $word in *.tar.gz) cp "$word" "$COPIED";; esac; done
+for word in "$@"; do case $word in /*.tar.gz) cp "$word" "$COPIED";; esac; done
 """
 
 
