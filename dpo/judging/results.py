@@ -64,12 +64,14 @@ def write_result(directory: Path, result: MatchResult) -> Path:
 def read_as(data: DataConfig) -> dict[str, Any]:
     """How the held-out data are read, as given or as the run has it, by the names of `dpo winrate`."""
     return {
+        "split": data.eval_split,
         "limit": data.max_eval,
         "row_layout": data.row_layout,
         "columns": data.columns,
         "ignore_columns": data.ignore_columns,
         "chat_template": data.chat_template,
         "template_kwargs": data.template_kwargs,
+        "template_characters": data.template_characters,
     }
 
 

@@ -204,6 +204,12 @@ def test_the_command_says_what_is_not_the_runs_own(run: tuple[Path, Config]) -> 
     words = command(run_dir, result, config)
     assert "template_kwargs" not in words
     assert "--limit" not in words
+    assert "--split" not in words
+    given = replace(config.data, eval_split="validation", template_characters=200_000)
+    result["settings"] |= read_as(given)
+    words = shlex.split(command(run_dir, result, config))
+    assert {"--split=validation", "--template_characters=200000"} <= set(words)
+    result["settings"] |= read_as(config.data)
     result["settings"]["judge_template_kwargs"] = {}
     assert "--judge_template_kwargs={}" in shlex.split(command(run_dir, result, config))
     result["settings"]["template_kwargs"] = {}  # which holds for the judge too, where nothing is said of it
