@@ -23,8 +23,10 @@ import os
 import resource
 import signal
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 POINTER = 8
@@ -277,6 +279,9 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
     for path in (path for paths in request["files"].values() for path in paths if reader == "csv"):
         _AT_FAULT[:] = [path]
         _require_columns_once(path, builder.config.pd_read_csv_kwargs)
+    for path in (path for paths in request["files"].values() for path in paths if reader == "json"):
+        _AT_FAULT[:] = [path]
+        _require_names_once_in_json(path, builder.config.encoding or "utf-8")
     _AT_FAULT.clear()
     builder._generate_tables = _within(_Allowed(request["size"]), builder._generate_tables)
     builder.download_and_prepare(request["directory"])
@@ -292,6 +297,50 @@ def _within(allowed: _Allowed, generate_tables: Callable[..., Iterator[Any]]) ->
             yield key, table
 
     return counted
+
+
+def _require_names_once_in_json(path: str, encoding: str) -> None:
+    """Of a file of JSON, objects a line or one value: of two values by one name readers take the last.
+
+    What is no JSON is left to who reads it.
+    """
+    import fsspec
+
+    with open(path, "rb") as file:
+        beginning = file.read(max(map(len, _COMPRESSED)))
+    how = next((how for mark, how in _COMPRESSED.items() if beginning.startswith(mark)), None)
+    with fsspec.open(path, "rb", compression=how) as file:
+        first = file.readline()
+        are_lines = not first.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+        for line in chain([first], file) if are_lines else ():
+            are_lines &= _is_json(line.removeprefix(BOM_UTF8).decode(encoding, "replace"))
+    if not are_lines:
+        with fsspec.open(path, "rb", compression=how) as file:
+            _is_json(file.read().removeprefix(BOM_UTF8).decode(encoding, "replace"))
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is, or blank. Raises where an object in it has a name twice."""
+    try:
+        if not text.isspace():
+            _SCAN.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _see_names_once(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _WrongError(f"has {twice[:100]!r} twice in one object; allowed is once")
+
+
+_SCAN = json.JSONDecoder(object_pairs_hook=_see_names_once, strict=False)
+"""Keeps nothing of what it reads."""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_COMPRESSED |= {b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+"""How a file is compressed that begins so, as `datasets` tells it."""
 
 
 def _require_columns_once(path: str, how: dict[str, Any]) -> None:

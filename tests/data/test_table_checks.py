@@ -337,6 +337,28 @@ def test_a_row_that_has_a_name_twice_is_no_row(tmp_path, row):
     assert "twice" in str(found.problems[0])
 
 
+@pytest.mark.parametrize("form", ["lines", "compressed", "list", "object"])
+def test_a_name_that_an_object_of_a_folder_has_twice_is_refused_by_file(tmp_path, form):
+    """What makes tables of it would take the last one in silence where it lies below the row."""
+    turn = '[{"role": "assistant", "content": "", "content": "b"}]'
+    rows = [json.dumps(PAIR | {"chosen": [{"role": "assistant", "content": "a"}]}), f'{{"chosen": {turn}}}']
+    text = {"list": f"[{', '.join(rows)}]", "object": f'{{\n"chosen": {turn}\n}}'}.get(form, "\n".join(rows))
+    path = tmp_path / ("rows.jsonl" if form in ("lines", "compressed") else "rows.json")
+    content = ("\ufeff" + text).encode()
+    path.write_bytes(gzip.compress(content) if form == "compressed" else content)
+    said = []
+    try:
+        table_worker._require_names_once_in_json(str(path), "utf-8")
+    except table_worker._WrongError as error:
+        said = [str(error)]
+    assert said == ["has 'content' twice in one object; allowed is once"]
+    path.write_bytes(content.replace(b'"content": "", ', b""))
+    table_worker._require_names_once_in_json(str(path), "utf-8")
+    if form == "lines":
+        path.write_bytes(content)
+        assert "rows.jsonl: has 'content' twice" in refusal(tmp_path)
+
+
 def test_a_file_that_is_terabytes_of_holes_has_a_small_files_limits(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1")
