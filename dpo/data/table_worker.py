@@ -26,6 +26,7 @@ import sys
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -309,13 +310,14 @@ def _require_names_once_in_json(path: str, encoding: str) -> None:
     with open(path, "rb") as file:
         beginning = file.read(max(map(len, _COMPRESSED)))
     how = next((how for mark, how in _COMPRESSED.items() if beginning.startswith(mark)), None)
-    with fsspec.open(path, "rb", compression=how) as file:
+    opened: Any = partial(fsspec.open, path, "rb", compression=how)
+    with opened() as file:
         first = file.readline()
         are_lines = not first.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
         for line in chain([first], file) if are_lines else ():
             are_lines &= _is_json(line.removeprefix(BOM_UTF8).decode(encoding, "replace"))
     if not are_lines:
-        with fsspec.open(path, "rb", compression=how) as file:
+        with opened() as file:
             _is_json(file.read().removeprefix(BOM_UTF8).decode(encoding, "replace"))
 
 
