@@ -184,3 +184,22 @@ def test_the_word_may_be_given_in_any_spelling() -> None:
     for arguments in ([], ["--config=m:f"], ["--run_dir", "m:f"]):
         with pytest.raises(ValueError, match="has to be said on the command line"):
             require_own_word_for_objectives([{"name": "m:f"}], arguments=arguments)
+
+
+def test_the_figures_at_the_end_have_the_default_beta_of_an_own_objective(
+    here: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the metrics, and of `dpo evaluate` afterwards."""
+    from dpo.commands import train as command
+    from dpo.training import loop
+
+    (here / "my_losses_at_the_end.py").write_text(OWN_OBJECTIVE)
+    (here / "rows.jsonl").write_text(json.dumps({"prompt": "Say A.", "chosen": "A", "rejected": "B"}))
+    (here / "run").mkdir()
+    seen = []
+    finished = loop.RunResult(here / "run", "finished", {})
+    monkeypatch.setattr(loop, "train", lambda config: seen.append(command.beta_of(config)) or finished)
+    monkeypatch.setattr(command, "_report", lambda _, config: seen.append(command.beta_of(config)))
+    given = [f"--model.source={tiny_model_dir}", "--data.train=rows.jsonl", "--run_dir=run"]
+    assert main(["train", *given, "--objective.name=my_losses_at_the_end:margin"]) == 0
+    assert seen == [0.25, 0.25]

@@ -15,6 +15,7 @@ from dpo.commands.inspect import report_data
 from dpo.commands.output import write_json
 from dpo.commands.winrate import match_after_training, measure_winrate
 from dpo.config import Config, EvaluateConfig, WinrateConfig, heldout_settings
+from dpo.config.home import at_home
 from dpo.outcomes import EnvironmentFailure, UserError
 from dpo.runs import (
     CONFIG_FILE,
@@ -47,14 +48,17 @@ def train_and_report(config: Config, *, judge: str | None, arguments: Sequence[s
 
     `arguments` is the command line, which a judge that runs the user's own code must be named on.
     """
+    config = at_home(config)
     check_settings(config, arguments)
     match = None if judge is None else match_after_training(config, judge, arguments)
     check_models_of(config)
     from dpo.pages.page import REPORT_TEMPLATE, require_template
     from dpo.training.lock import standing
     from dpo.training.loop import train
+    from dpo.training.preparation import with_beta_noted
 
     require_template(REPORT_TEMPLATE)
+    config = with_beta_noted(config)
     result = train(config)
     from dpo.parallel.distributed import is_alone, is_main
 

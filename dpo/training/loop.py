@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ import numpy as np
 from dpo.config import Config
 from dpo.config.home import at_home
 from dpo.data.batch import Batch
-from dpo.losses import with_own_beta
 from dpo.parallel.deadline import Deadline
 from dpo.parallel.distributed import is_main, on_main, on_this_host, shared_vote
 from dpo.parallel.joining import joined
@@ -62,7 +60,7 @@ from dpo.training.metrics import Metrics
 from dpo.training.on_policy import Observe, open_on_policy
 from dpo.training.placement import place_batch
 from dpo.training.preflight import check_first_loss, expected_first_loss
-from dpo.training.preparation import Run, prepare
+from dpo.training.preparation import Run, prepare, with_beta_noted
 from dpo.training.profile import STEP, Profiler
 from dpo.training.program import Program
 from dpo.training.progress import say
@@ -112,13 +110,7 @@ def train(config: Config, *, observe: Observe | None = None) -> RunResult:
         `training.max_skipped` steps in a row that are not finite.
       OSError: when something can't be written; what was written before is whole.
     """
-    config = at_home(
-        replace(
-            config,
-            objective=with_own_beta(config.objective),
-            objectives=[with_own_beta(term) for term in config.objectives],
-        )
-    )
+    config = with_beta_noted(at_home(config))
     try:
         return _train(config, observe)
     except StopRequested:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from dpo.config import Config
 from dpo.config.sources import show_source
 from dpo.data.loader import Loader
-from dpo.losses import Objective, make_objective, reward_scale
+from dpo.losses import Objective, make_objective, reward_scale, with_own_beta
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import agree
 from dpo.parallel.sharding import make_mesh
@@ -53,6 +54,13 @@ class Run(NamedTuple):
     """What a checkpoint of this run belongs to."""
     memory: Fit | None
     """What training.memory_limit chose; it is in the config here."""
+
+
+def with_beta_noted(config: Config) -> Config:
+    """The settings with the default β of each objective of the user's own, as a run keeps them: what reads
+    them later needs no code to know it."""
+    objectives = [with_own_beta(term) for term in config.objectives]
+    return replace(config, objective=with_own_beta(config.objective), objectives=objectives)
 
 
 def prepare(config: Config) -> Run:
