@@ -174,10 +174,11 @@ def _open_base(directory: Path, base: str, *, offline: bool) -> Checkpoint:
 
 
 def read_model_config(path: Path) -> JsonObject:
-    """A checked `config.json`."""
+    """A checked `config.json`; a Mistral with kinds of layers is a Ministral, as transformers takes it."""
     config = read_small_json(path)
     check_config(path, config)
-    return config
+    is_ministral = config.get("model_type") == "mistral" and "layer_types" in config
+    return config | {"model_type": "ministral"} if is_ministral else config
 
 
 def _read_generation_config(path: Path) -> JsonObject:

@@ -21,6 +21,7 @@ from tiny_models import (
     load_case,
     write_checkpoint,
 )
+from transformers import AutoConfig
 
 from dpo.huggingface.classic_configurations import alibi_slopes
 from dpo.huggingface.families import FAMILIES, classifier_architecture
@@ -30,6 +31,7 @@ from dpo.huggingface.pretrained import load_decoder
 from dpo.huggingface.saving import flatten, save_pretrained
 from dpo.huggingface.text_models import read_config
 from dpo.huggingface.weights import SafetensorsDirectory
+from dpo.models.attention import NO_WINDOW
 from dpo.models.drawing import SamplingConfig
 from dpo.models.log_probs import token_log_probs
 from dpo.models.rotary import ROPE_TYPES
@@ -228,6 +230,17 @@ def test_gemma3_does_not_cap_scores():
         for case in ("gemma3_text", "gemma2")
     ]
     assert caps == [None, 2.0]
+
+
+def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path):
+    """As transformers 5.23 opens it (`AutoConfig`): of the layers some have the window, not all."""
+    write_checkpoint(
+        tmp_path, "mistral", layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    )
+    config = open_checkpoint(tmp_path).config
+    assert config["model_type"] == "ministral"
+    assert read_config(config)[1].windows == (7, NO_WINDOW, 7)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
 
 
 def test_numbers_of_layers_are_no_parameters_and_part_of_the_weights(tmp_path):
