@@ -74,7 +74,12 @@ def no_rope(rope: Rope) -> Rope:
 
 def reversed_rope(rope: Rope) -> Rope:
     """Turning the other way."""
-    return replace(rope, inv_freq=tuple(-angle for angle in rope.inv_freq))
+    long = rope.long_inv_freq
+    return replace(
+        rope,
+        inv_freq=tuple(-angle for angle in rope.inv_freq),
+        long_inv_freq=None if long is None else tuple(-angle for angle in long),
+    )
 
 
 def _frequencies(rope: Rope, positions: Int[Array, "R T"], group: Int[Array, "R T"]) -> Float[Array, "*n"]:
@@ -91,7 +96,7 @@ def _frequencies(rope: Rope, positions: Int[Array, "R T"], group: Int[Array, "R 
     dim = 2 * len(rope.inv_freq)
     stretch = factor * jnp.maximum(length, rope.original_length) / rope.original_length - (factor - 1)
     base = theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
-    return base ** -_exponents(dim)[None, None, :]
+    return jnp.sign(inv_freq) * base ** -_exponents(dim)[None, None, :]
 
 
 def _group_length(positions: Int[Array, "R T"], group: Int[Array, "R T"]) -> Int[Array, "R T"]:

@@ -13,6 +13,14 @@ from dpo.models.rotary import ROPE_TYPES, cos_sin, make_rope, no_rope, reversed_
 
 DEFAULT = make_rope({"rope_type": "default", "rope_theta": 10000.0}, 8, 64)
 DYNAMIC = make_rope({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, 8, 4)
+LONG = make_rope(
+    {
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4},
+        **{"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "attention_factor": 1.0},
+    },
+    8,
+    64,
+)
 
 CASES = json.loads(Path(__file__).with_name("rotary_values.json").read_text(encoding="utf-8"))
 """Types with transformers' cosines and sines of a text's last position, for a head of 16 and theta 10,000."""
@@ -35,9 +43,11 @@ def test_scores_depend_on_the_difference_of_positions():
     assert_allclose(near, far, atol=1e-4)
 
 
-def test_the_reversed_rope_turns_back():
+@pytest.mark.parametrize("rope", [DEFAULT, DYNAMIC, LONG], ids=["default", "dynamic", "longrope"])
+def test_the_reversed_rope_turns_back(rope):
+    """In texts that are longer than the original length, too."""
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
-    assert_allclose(turn(turn(x, DEFAULT, [1, 5, 9]), reversed_rope(DEFAULT), [1, 5, 9]), x, atol=1e-5)
+    assert_allclose(turn(turn(x, rope, [1, 5, 9]), reversed_rope(rope), [1, 5, 9]), x, atol=1e-5)
 
 
 def test_partial_rotary_leaves_later_channels():
