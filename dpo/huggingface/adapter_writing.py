@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -84,7 +85,7 @@ def _describe(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        **_named(base),
         "inference_mode": True,
         "r": rank,
         "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != rank},
@@ -97,6 +98,14 @@ def _describe(
         "target_modules": _short_names(list(ranks), bindings),
         **method._asdict(),
     }
+
+
+def _named(base: str) -> JsonObject:
+    """The base as peft names it: of a model of the hub the revision apart."""
+    hub_id, _, revision = base.partition("@")
+    if not revision or os.path.exists(base):
+        return {"base_model_name_or_path": base}
+    return {"base_model_name_or_path": hub_id, "revision": revision}
 
 
 def _short_names(modules: Sequence[str], bindings: Iterable[Binding]) -> list[str]:

@@ -13,6 +13,7 @@ from dpo.config import Config, ExportConfig
 from dpo.files import require_writable
 from dpo.huggingface.adapter_writing import save_adapters
 from dpo.huggingface.gguf_writing import find_architecture, save_gguf
+from dpo.huggingface.model_names import split_on_base
 from dpo.huggingface.opening import open_checkpoint
 from dpo.huggingface.saving import save_pretrained
 from dpo.huggingface.text_models import text_fields
@@ -129,8 +130,9 @@ def export_adapters(
     adapters, method, bindings = adapters_to_write(policy, params)
     named = config.lora.base_name or config.model.source
     path = Path(named).expanduser()
-    if path.is_file() or ":" in named:
-        known = pretrained.hub_id
+    is_merged = split_on_base(named) is not None
+    if path.is_file() or ":" in named or is_merged:
+        known = None if is_merged else pretrained.hub_id
         say(
             f"adapters: their base is {named}, which peft does not open; lora.base_name, or dpo export RUN "
             "--format adapter --base_name NAME, names one that it does"

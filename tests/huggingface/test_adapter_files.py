@@ -50,6 +50,14 @@ def test_saved_adapters_read_back_equal(case, name, tmp_path):
             assert_array_equal(getattr(before, field), getattr(after, field))
 
 
+def test_a_base_at_a_revision_is_named_as_peft_reads_it(tmp_path):
+    adapters = random_adapters("llama", METHODS["lora"])
+    path = save(tmp_path / "a", "llama", adapters, METHODS["lora"], base="owner/name@v2")
+    written = json.loads((path / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("owner/name", "v2")
+    assert AdapterDirectory(path).base == "owner/name@v2"
+
+
 def test_names_are_as_short_as_they_can_be(tmp_path):
     def targets(case, target_modules):
         adapters = random_adapters(case, METHODS["lora"], target_modules=target_modules)
