@@ -3,8 +3,9 @@
     python -m benchmarks.growth --steps 2
     python -m benchmarks.growth --steps 1 --tokens 2048 --only length      # the quicker half
 
-Rows are random words, made so that a step has about as many tokens in every line. A real token counts once,
-however many pairs its row makes. Results go to benchmarks/results/growth.json and growth.md.
+Rows are random words; a step has as many rows as fit into so many words (`--tokens`), and one at least. A
+real token counts once, however many pairs its row makes. Results go to benchmarks/results/growth.json and
+growth.md.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--source", default="embedded:smollm2-135m-instruct", help="model")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a case")
-    parser.add_argument("--tokens", type=int, default=4096, help="about so many tokens a step")
+    parser.add_argument("--tokens", type=int, default=4096, help="words that a step has at most")
     parser.add_argument("--only", choices=CASES, nargs="+", default=[*CASES], help="what grows")
     parser.add_argument("--dpo-options", default="", help="further options of benchmarks/bench_dpo.py")
     parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), default="cpu")
