@@ -87,9 +87,7 @@ def cut_whole(source: str, split: str, *, limit: int | None, helps: str) -> Part
     they are lines of more than `MAX_WHOLE_BYTES` together, as a small gzip file may hold."""
     starts, size = _find_starts(source, split, limit)
     if len(starts) and starts[-1, 0] - starts[0, 0] > MAX_WHOLE_BYTES:
-        raise UserError(
-            f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows, all in memory; allowed: {helps}"
-        )
+        raise UserError(f"{source}: more than {MAX_WHOLE_BYTES} bytes of rows in memory; allowed: {helps}")
     return _parts(starts, [0, len(starts)], size)[0]
 
 

@@ -24,7 +24,7 @@ import resource
 import signal
 import sys
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -207,14 +207,17 @@ def _measure(array: Any, name: str) -> int:
 
 def _require_names_once(fields: Any) -> None:
     """Of a schema or of objects, however deep: of two values by one name a row would have the last."""
-    names = [field.name for field in fields]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _WrongError(
-            f"it has two columns, or fields of an object, named {twice[:100]!r}; allowed is one"
-        )
+    if twice := _find_twice(field.name for field in fields):
+        raise _WrongError(f"it has two columns, or fields of an object, named {twice}; allowed is one")
     for field in fields:
         _require_names_once([field.type.field(at) for at in range(field.type.num_fields)])
+
+
+def _find_twice(names: Iterable[str]) -> str | None:
+    """The first that comes again, as a message shows it."""
+    seen = set[str]()
+    twice = next((name for name in names if name in seen or seen.add(name)), None)
+    return None if twice is None else repr(twice[:100])
 
 
 def _take_dictionary(array: Any) -> int:
@@ -264,10 +267,8 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
     reader, features = request["reader"], request["features"]
     module = importlib.import_module(f"datasets.packaged_modules.{reader}.{reader}")
     files = {split: DataFilesList(paths, []) for split, paths in request["files"].items()}
-    for path in (path for paths in files.values() for path in paths if reader == "parquet"):
-        _AT_FAULT[:] = [path]
+    for path in _each_file(request, "parquet"):
         _require_names_once(read_schema(path))
-    _AT_FAULT.clear()
     builder = getattr(module, READERS[reader])(
         cache_dir=request["cache"],
         dataset_name=request["name"],
@@ -277,16 +278,22 @@ def _make_data_set(request: dict[str, Any]) -> dict[str, Any]:
         features=None if features is None else datasets.Features.from_dict(features),
         **request["config"],
     )
-    for path in (path for paths in request["files"].values() for path in paths if reader == "csv"):
-        _AT_FAULT[:] = [path]
+    for path in _each_file(request, "csv"):
         _require_columns_once(path, builder.config.pd_read_csv_kwargs)
-    for path in (path for paths in request["files"].values() for path in paths if reader == "json"):
-        _AT_FAULT[:] = [path]
+    for path in _each_file(request, "json"):
         _require_names_once_in_json(path, builder.config.encoding or "utf-8")
-    _AT_FAULT.clear()
     builder._generate_tables = _within(_Allowed(request["size"]), builder._generate_tables)
     builder.download_and_prepare(request["directory"])
     return {"made": True}
+
+
+def _each_file(request: dict[str, Any], reader: str) -> Iterator[str]:
+    """The files of a data set that this reader reads, each at fault while it is looked at."""
+    for paths in request["files"].values() if request["reader"] == reader else ():
+        for path in paths:
+            _AT_FAULT[:] = [path]
+            yield path
+    _AT_FAULT.clear()
 
 
 def _within(allowed: _Allowed, generate_tables: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -332,10 +339,8 @@ def _is_json(text: str) -> bool:
 
 
 def _see_names_once(pairs: list[tuple[str, Any]]) -> None:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _WrongError(f"has {twice[:100]!r} twice in one object; allowed is once")
+    if twice := _find_twice(name for name, _ in pairs):
+        raise _WrongError(f"has {twice} twice in one object; allowed is once")
 
 
 _SCAN = json.JSONDecoder(object_pairs_hook=_see_names_once, strict=False)
@@ -355,10 +360,8 @@ def _require_columns_once(path: str, how: dict[str, Any]) -> None:
     lines = pandas.read_csv(
         path, **parsing, header=None, nrows=1, dtype=str, keep_default_na=False, on_bad_lines="skip"
     )
-    names = [str(name) for row in lines.values.tolist() for name in row]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _WrongError(f"its first line has the column {twice[:100]!r} twice; allowed is once")
+    if twice := _find_twice(str(name) for row in lines.values.tolist() for name in row):
+        raise _WrongError(f"its first line has the column {twice} twice; allowed is once")
 
 
 _PARSING = (

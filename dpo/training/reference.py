@@ -120,9 +120,8 @@ def open_or_compute(
 
     `copy_in` is a second directory, looked in first and given a copy: a run that is moved with it finds the
     same bits where there is no `directory`, or another one. `noted` is called when some of the rows that are
-    computed have reached the disk. Of several processes the main one reads and
-    writes. Of the data's `num_rows` the batches have `num_scored`; a store that has all of them, computed
-    before, serves as well.
+    computed have reached the disk. Of several processes the main one reads and writes. Of the data's
+    `num_rows` the batches have `num_scored`; a store that has all of them, computed before, serves as well.
 
     `identity` names all that determines the numbers: weights, tokenised data (ids, template, truncation),
     dtype and which sums. `make_batches()` yields the rows to be scored, each in one batch at least,
@@ -133,9 +132,7 @@ def open_or_compute(
     """
     shape = (num_rows, num_responses)
     found = on_main(lambda: _find(identity, [directory] if copy_in is None else [copy_in, directory]))
-    path, identity = (
-        (directory / _fingerprint(identity), identity) if found is None else (Path(found[0]), found[1])
-    )
+    path, identity = (Path(found[0]), found[1]) if found else (directory / _fingerprint(identity), identity)
     if found is not None:
         store = ReferenceStore(_shared(lambda: _read(path, identity, shape), shape))
         probe = make_probe()
@@ -146,8 +143,7 @@ def open_or_compute(
         log(f"reference log-probs: computing {counted}, once for this data and these weights")
         on_main(lambda: require_writable(directory, "reference log-probs"))
         beside = path.with_name(path.name + PIECES)
-        known = _shared(lambda: read_pieces(beside, shape), shape)
-        pieces = Pieces(beside, shape, known, noted=noted)
+        pieces = Pieces(beside, shape, _shared(lambda: read_pieces(beside, shape), shape), noted=noted)
         if pieces.num_known:
             log(f"reference log-probs: {pieces.num_known} of these rows are there from a start before")
         batches = with_progress(make_batches(), num_rows=num_scored, log=log)

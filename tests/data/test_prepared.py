@@ -301,7 +301,7 @@ def test_neighbours_that_belong_together_are_in_memory_up_to_a_limit(tmp_path, p
 
     for read in (preparation, together):
         with pytest.raises(
-            ValueError, match=r"rows\.jsonl: more than \d+ bytes of rows, all in memory.* several files"
+            ValueError, match=r"rows\.jsonl: more than \d+ bytes of rows in memory.* several files"
         ):
             read(source)
 
