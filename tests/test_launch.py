@@ -173,6 +173,9 @@ def test_a_slurm_job_is_queued_again_where_the_same_command_goes_on(
     )
     assert done.returncode == status, done.stderr
     assert (tmp_path / "requeued").exists() is requeued
+    assert "\n#SBATCH --requeue\n" in (LAUNCH / "slurm.sh").read_text(), (
+        "a cluster may have it off by default"
+    )
     assert not list(tmp_path.glob(".dpo-codes*"))
 
 
