@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from dpo.config import Config, save_config
+from dpo.config.marks import PLACE, marked
 from dpo.files import replace_text, writing
 from dpo.outcomes import UserError
 from dpo.parallel.distributed import is_main
@@ -89,7 +90,9 @@ def finish(
 def summary_of(run_dir: Path, given: Config, settings: str) -> RunSummary | None:
     """What a finished run with these settings, whose fingerprint is given too, came to; None without one.
 
-    A run of an earlier version had fewer settings, and so another fingerprint: its file of them is compared.
+    A run of an earlier version had fewer settings, and so another fingerprint, as has one whose data or
+    models have moved: its file of settings is compared. Places may be others where the summary has the
+    contents, by which `may_stand` knows what was there.
 
     Raises:
       ValueError: naming the file, when it is damaged.
@@ -101,7 +104,8 @@ def summary_of(run_dir: Path, given: Config, settings: str) -> RunSummary | None
         kept = yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    return summary if isinstance(kept, dict) and decide_alike(kept, given) else None
+    moved = marked(Config, PLACE) if "contents" in summary else ()
+    return summary if isinstance(kept, dict) and decide_alike(kept, given, moved=moved) else None
 
 
 def may_stand(config: Config, summary: RunSummary, *, log: Callable[[str], None]) -> bool:

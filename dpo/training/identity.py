@@ -147,14 +147,20 @@ def settings_fingerprint(config: Config) -> str:
     return _sha256(json.dumps(resolved_settings(config), sort_keys=True))
 
 
-def decide_alike(kept: Mapping[str, Any], config: Config) -> bool:
+def decide_alike(kept: Mapping[str, Any], config: Config, *, moved: Collection[str] = ()) -> bool:
     """Whether settings as a file has them decide the same numbers as a configuration.
 
-    Those that they lack, as an earlier version's do, count as their defaults.
+    Those that they lack, as an earlier version's do, count as their defaults. Of `moved`, which name places,
+    those may be others that both name: what is there is for the caller to compare.
     """
     usual, now = resolved_settings(Config()), resolved_settings(config)
     then = without(flat_settings(kept), BESIDE)
-    return {name: usual[name] for name in usual.keys() & now if name not in then} | then == now
+    then |= {name: usual[name] for name in usual.keys() & now if name not in then}
+    named_by_both = {name for name in moved if None not in (then.get(name), now.get(name))}
+    return all(
+        name in then and name in now and then[name] == now[name]
+        for name in (then.keys() | now) - named_by_both
+    )
 
 
 def package_versions() -> dict[str, str]:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from tiny_model import byte_tokenizer, tiny_config
 
-from dpo.config import Config, MeshConfig, ModelConfig, TrainingConfig, save_config
+from dpo.config import Config, DataConfig, MeshConfig, ModelConfig, TrainingConfig, save_config
+from dpo.config.marks import PLACE, marked
 from dpo.data.packing import facts
 from dpo.data.tokenized import make_dataset
 from dpo.huggingface.text_models import read_config
@@ -188,6 +189,16 @@ def test_what_a_kept_file_lacks_and_no_default_has_is_a_difference():
     assert not decide_alike({}, Config(objective={"name": "ipo", "beta": 0.1}))
 
 
+def test_places_may_be_others_where_both_name_one():
+    moved = marked(Config, PLACE)
+    kept = dataclasses.asdict(Config())
+    elsewhere = Config(data=DataConfig(train="elsewhere.jsonl"), model=ModelConfig(source="elsewhere"))
+    assert decide_alike(kept, elsewhere, moved=moved)
+    assert not decide_alike(kept, elsewhere)
+    assert not decide_alike(kept, Config(data=DataConfig(eval="heldout.jsonl")), moved=moved)
+    assert not decide_alike(kept, dataclasses.replace(elsewhere, objective={"name": "ipo"}), moved=moved)
+
+
 def test_the_rows_of_a_reference_are_told_apart_by_name_shape_and_values():
     rows = {"logps": np.arange(6.0)[None], "other": np.zeros((1, 2))}
 
@@ -280,5 +291,10 @@ def test_a_finished_run_of_a_version_without_a_setting_is_finished(tmp_path, fin
     assert summary_of(tmp_path, other, settings_fingerprint(other)) is None
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, beta1=0.8))
     assert summary_of(tmp_path, other, settings_fingerprint(other)) is None
+    moved = dataclasses.replace(config, data=DataConfig(train="elsewhere.jsonl"))
+    assert summary_of(tmp_path, moved, settings_fingerprint(moved)) is None, "nothing tells what was there"
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"contents": {}}))
+    assert summary_of(tmp_path, moved, settings_fingerprint(moved)) is not None
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "config.yaml").unlink()
     assert (summary_of(tmp_path, config, now) is None) == (fingerprint != "as now")

@@ -413,6 +413,15 @@ def test_data_may_move_but_not_change(config, interrupted, tmp_path):
         train(config)
     moved.write_text(whole)
     assert train(config).status == "finished"
+    shutil.rmtree(Path(config.run_dir) / "checkpoints")  # without which it would be trained in anew
+    again = moved.rename(tmp_path / "moved_again.jsonl")
+    config = replace(config, data={"train": str(again)})
+    assert train(config).status == "already finished"
+    again.write_text(whole.replace("perhaps", "rather"))
+    with pytest.raises(
+        ValueError, match=r"the finished run in .* other data:\n  data: train: .*moved\.jsonl"
+    ):
+        train(config)
 
 
 @pytest.mark.ci
