@@ -84,15 +84,18 @@ VALUES = {
     "N": "1",
 }
 """What stands for a word in capitals, where any word would not do."""
+NUMBERS = ("--max_new_tokens",)
+"""Options for which what a text fills in is a number."""
 
 
 def typed(command: str, options: str) -> list[str]:
     """The words of a command line, with values in the place of capitals and what it needs besides."""
     words = []
     given = shlex.split(options.replace("…", ""))
-    for word, following in zip(given, [*given, "--"][1:], strict=True):
+    for before, word, following in zip(["", *given[:-1]], given, [*given[1:], "--"], strict=True):
         name, equals, value = word.partition("=")
-        words.append(f"{name}{equals}{VALUES.get(value, value)}" if equals else VALUES.get(word, word))
+        filled_in = "1" if before in NUMBERS and word == "VALUE" else VALUES.get(word, word)
+        words.append(f"{name}{equals}{VALUES.get(value, value)}" if equals else filled_in)
         words += [BARE[word]] if word in BARE and following.startswith("--") else []
     needs_run = command in ("export", "watch") and words[0].startswith("--")
     measures = command in ("evaluate", "winrate") and "--run" not in words
