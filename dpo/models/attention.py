@@ -35,7 +35,8 @@ AUTOMATIC: dict[str, tuple[tuple[int, Implementation], ...]] = {
 """What `auto` is by platform, from so many tokens a row on, where it is not `plain` (docs/performance.md,
 "Attention on accelerators"): on CPUs as measured, on GPUs what keeps no scores and reads no block in vain."""
 
-_REQUIRED_PLATFORM = {"splash": "tpu", "cudnn": "gpu", "ranges": "gpu"}
+REQUIRED_PLATFORM = {"splash": "tpu", "cudnn": "gpu", "ranges": "gpu"}
+"""Where an implementation runs, if not everywhere."""
 
 NO_WINDOW = 2**30
 """A window that hides nothing, for scanned layers of which only some have one."""
@@ -62,7 +63,7 @@ def check_implementation(
     Raises:
       ValueError: saying what of the model or the device does not go with it, and what is allowed.
     """
-    required = _REQUIRED_PLATFORM.get(implementation, partition.platform)
+    required = REQUIRED_PLATFORM.get(implementation, partition.platform)
     reasons = []
     if partition.platform != required:
         reasons.append(f"needs a {required} and the platform is {partition.platform}")

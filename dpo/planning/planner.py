@@ -49,7 +49,7 @@ def make_plan(config: Config, target: Target, *, decoder: DecoderConfig, lengths
     attention, body = forward_flops(decoder, workload.work)
     flops = count_flops(traced.jaxpr)
     how = choose_implementation(
-        attention_on(target, config.model.attention),
+        attention_on(target, config.model.attention, has_key_bias=decoder.alibi is not None),
         partition=Partition(mesh),
         length=workload.shape.row_length,
         has_key_bias=decoder.alibi is not None,

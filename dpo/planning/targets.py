@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from dpo.huggingface.embedded import cache_directory
-from dpo.models.attention import Implementation
+from dpo.models.attention import REQUIRED_PLATFORM, Implementation
 from dpo.outcomes import UserError
 from dpo.planning.chips import CHIPS, GPUS_A_HOST, Chip, Topology, chip_of
 
@@ -34,9 +34,21 @@ class Target(NamedTuple):
     compiler: str
 
 
-def attention_on(target: Target, setting: Implementation) -> Implementation:
-    """The settings' attention, or the target's where its devices stand in for others'."""
-    return setting if target.attention == "auto" or setting == "plain" else target.attention
+def attention_on(target: Target, setting: Implementation, *, has_key_bias: bool) -> Implementation:
+    """The settings' attention, or the target's where its devices stand in for others'; a bias of keys (ALiBi)
+    is in none but `plain`, which `auto` is then.
+
+    Raises:
+      UserError: where the devices that are stood in for have no such attention.
+    """
+    if target.attention == "auto" or setting == "plain" or has_key_bias:
+        return setting
+    platform = REQUIRED_PLATFORM.get(setting, target.chip.platform)
+    if platform != target.chip.platform:
+        raise UserError(
+            f"attention {setting} needs a {platform} and {target.topology.text} is a {target.chip.platform}"
+        )
+    return target.attention
 
 
 def open_target(topology: Topology, memory: float | None = None) -> Target:

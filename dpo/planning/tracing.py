@@ -90,7 +90,7 @@ def _abstract_model(config: Config, decoder: DecoderConfig, *, mesh: Mesh, targe
             rngs=nnx.Rngs(0),
             compute_dtype=jnp.dtype(config.model.compute_dtype),
             remat=config.model.remat,
-            attention=attention_on(target, config.model.attention),
+            attention=attention_on(target, config.model.attention, has_key_bias=decoder.alibi is not None),
             partition=Partition(mesh),
         )
         model.scan_unroll = config.model.scan_unroll

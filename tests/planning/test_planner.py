@@ -24,7 +24,7 @@ from dpo.planning.plan_text import plan_as_numbers, plan_as_text
 from dpo.planning.planner import make_plan
 from dpo.planning.roofline import Times, Work, count_flops, forward_flops
 from dpo.planning.search import candidate_meshes, make_plan_within_limit
-from dpo.planning.targets import Target, open_target
+from dpo.planning.targets import Target, attention_on, open_target
 from dpo.planning.tracing import trace_step
 from dpo.planning.workloads import assumed_lengths, choose_lengths, read_decoder
 
@@ -90,6 +90,15 @@ def test_one_device_communicates_nothing():
     assert plan.program.collectives == []
     assert plan.times is not None
     assert plan.times.hidden == plan.times.exposed
+
+
+def test_attention_of_a_gpu_that_is_stood_in_for_is_one_that_it_has():
+    """With ALiBi the settings' own: the loop over tiles that stands for `ranges` has no bias of keys."""
+    here = open_target(parse_topology("h100:1"))
+    assert attention_on(here, "auto", has_key_bias=False) == "blocked"
+    assert attention_on(here, "auto", has_key_bias=True) == "auto"
+    with pytest.raises(ValueError, match="attention splash needs a tpu and h100:1 is a gpu"):
+        attention_on(here, "splash", has_key_bias=False)
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(plan):
