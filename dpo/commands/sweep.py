@@ -36,9 +36,12 @@ def sweep_over(
     with stop_requests(last=lambda: end_at_once(running)) as stop_requested:
         codes = run_trials(trials, arguments, stop_requested, log=print_plain, running=running)
         asked = stop_requested()
-    if asked or STOPPED.code in codes.values():
-        why = "stopped as asked" if asked else f"{[*codes][-1]} ended with exit code {STOPPED.code}"
-        print_plain(f"{directory}: {why}; the same command goes on from there")
+    if asked:
+        print_plain(f"{directory}: stopped as asked; the same command goes on from there")
+        return None
+    if STOPPED.code in codes.values():
+        ended = f"{[*codes][-1]} ended with exit code {STOPPED.code}"
+        print_plain(f"{directory}: {ended}; the same command goes on from there")
         return None
     done = {trial.name: trial.run_dir for trial in trials if codes[trial.name] == 0}
     for name in (name for name, code in codes.items() if code):
