@@ -339,9 +339,10 @@ def test_tests_that_are_named_exist(page: Path) -> None:
 
 
 def programs() -> Iterator[Command]:
-    """Every `python -m benchmarks…` and the like of a page, up to a line's end."""
+    """Every `python -m benchmarks…` and the like of a page, up to a line's end, in marks over it."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
+        text = re.sub(r"`[^`\n]*\n[^`\n]*`", lambda marked: marked[0].replace("\n", " "), text)
         yield from (
             Command(page.name, found.split("#")[0].strip())
             for found in re.findall(r"python -m ((?:benchmarks|tests|docs|data)\b[^`\n|;]*)", text)
@@ -355,4 +356,7 @@ def test_programs_and_their_options_exist(command: Command) -> None:
     sources = [path.with_suffix(".py")] if path.with_suffix(".py").is_file() else [path / "__main__.py"]
     sources += sorted((ROOT / "benchmarks").glob("bench*.py")) if name == "benchmarks" else []
     known = set(re.findall(r'"(--[\w-]+)"', "".join(source.read_text() for source in sources)))
-    assert not {word.partition("=")[0] for word in words if word.startswith("--")} - known
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert not given - known
+    needed = re.findall(r'add_argument\(\s*"(--[\w-]+)"[^()]*required=True', sources[0].read_text())
+    assert not given or not set(needed) - given, "as it stands it ends with an error"
