@@ -47,7 +47,8 @@ the loss is a function of δ: how hard a pair pulls.
 - The chosen response becomes less likely, and should not: **dpop**, **nca**, **apo_zero**, or a sum with
   **sft**.
 - Length wins in the data: **dpo_norm**, **simpo**, **r_dpo**, or `ld_alpha`.
-- No reference wanted: **simpo**, **cpo**, **orpo**.
+- No reference wanted in the loss: **simpo**, **cpo**, **orpo**. It is scored once all the same, for
+  `rewards/*` and the held-out figures.
 """
 
 _MODIFIERS = """## Modifiers

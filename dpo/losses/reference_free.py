@@ -29,7 +29,7 @@ def simpo(
     Data: pairs or rankings; no reference
     Reported: above DPO by up to 6.4 points on AlpacaEval 2 and 7.5 on Arena-Hard, tuned; high learning rates
         cost GSM8K and MMLU (the paper's appendix)
-    Use: when memory or time for a reference is missing, or length bias is the problem
+    Use: when length bias is the problem, or the reference should have no say
     """
 
     def loss(chosen: Side, rejected: Side) -> Float[Array, "P M"]:
