@@ -18,13 +18,16 @@ from dpo.data.preferences import Preference
 from dpo.huggingface.pretrained import load_pretrained
 from dpo.huggingface.tokenizer_files import load_tokenizer
 from dpo.judging import local_judge, match, samples
-from dpo.judging.judges import ControlJudge, Template, Verdict
+from dpo.judging.figures import MatchResult
+from dpo.judging.judges import ControlJudge, JudgeIdentity, Template, Verdict
 from dpo.judging.kinds import JUDGES, find_kind, open_judge
 from dpo.judging.local_judge import verdict_of_log_probs
 from dpo.judging.match import _judged, _unjudged
 from dpo.judging.match_figures import Pair, describe_temperature
 from dpo.judging.prompts import choose_judge, read_prompts, with_length
+from dpo.judging.results import write_result
 from dpo.judging.samples import Request, Sample, model_identity
+from dpo.judging.winrate import Judged, describe_pairs
 from dpo.models import sampling
 from dpo.models.drawing import SamplingConfig
 from dpo.outcomes import UserError
@@ -119,6 +122,26 @@ def test_a_model_against_itself(
     assert figures["win_rate"] == pytest.approx([0.5, 0.170, 0.830], abs=1e-3)
     assert figures["judge"]["says_first"] == 1.0
     assert "it decides by position" in capsys.readouterr().out
+
+
+def test_what_verdicts_depend_on_makes_another_judge_and_other_settings_do_not(tmp_path: Path) -> None:
+    figures = describe_pairs([Judged("prompt", "ours", "theirs", "first", "second")])
+
+    def place(options: dict[str, object], seed: int) -> str:
+        judge: JudgeIdentity = {"judge": "endpoint", "url": "u", "model": "m", "options": options}
+        settings = {"judge": "endpoint", "seed": seed}
+        of_one: MatchResult = {
+            "policy": "policy",
+            "opponent": "opponent",
+            "data": "data",
+            "judge": judge,
+            "settings": settings,
+            "temperatures": {"1.0": figures},
+        }
+        return write_result(tmp_path, of_one).name
+
+    assert place({}, 0) == place({}, 1) == "winrate.json"
+    assert place({"max_tokens": 4096}, 0) == "winrate-endpoint.json"
 
 
 @pytest.mark.parametrize(
