@@ -22,7 +22,7 @@ RUN/
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -86,10 +86,8 @@ def require_files(run_dir: Path) -> None:
     Raises:
       UserError: naming it.
     """
-    for directory, _, names in os.walk(run_dir):
-        for path in (Path(directory, name) for name in names):
-            if path.exists() and not path.is_file():
-                raise UserError(f"{path} is no file; allowed in a run are files and directories")
+    for _ in _files_of(run_dir):
+        pass
 
 
 def require_readable(run_dir: Path) -> None:
@@ -99,13 +97,21 @@ def require_readable(run_dir: Path) -> None:
     Raises:
       UserError: naming the file.
     """
-    require_files(run_dir)
+    for path in _files_of(run_dir):
+        most = _LARGEST.get(path.name) or _LARGEST.get(path.suffix)
+        if most is not None and (size := path.stat().st_size) > most:
+            raise UserError(f"{path} has {size} bytes; allowed in a run are {most}")
+
+
+def _files_of(run_dir: Path) -> Iterator[Path]:
+    """The files that are there, each of which can be read to its end."""
     for directory, _, names in os.walk(run_dir):
-        for name in names:
-            most = _LARGEST.get(name) or _LARGEST.get(Path(name).suffix)
-            path = Path(directory, name)
-            if most is not None and path.exists() and (size := path.stat().st_size) > most:
-                raise UserError(f"{path} has {size} bytes; allowed in a run are {most}")
+        for path in (Path(directory, name) for name in names):
+            if not path.exists():
+                continue
+            if not path.is_file():
+                raise UserError(f"{path} is no file; allowed in a run are files and directories")
+            yield path
 
 
 _LARGEST = {CONFIG_FILE: 1 << 24, CHECKSUMS_FILE: MAX_CHECKSUMS, ".json": MAX_BYTES, ".jsonl": 1 << 30}
