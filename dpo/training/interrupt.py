@@ -199,22 +199,21 @@ def _end_if_second(number: int, first: float | None, last: Callable[[], None] = 
     now = time.monotonic()
     if first is not None and now - first > SAME_REQUEST:
         name = signal.Signals(number).name
-        for action in (last, *_before_a_stop):
-            with suppress(OSError):
-                action()
+        with suppress(OSError):
+            last()
         _leave(STOPPED_AT_ONCE.code, f"stopped at once by a second signal ({name}); whole checkpoints stay")
     return now if first is None else first
 
 
 def _leave_by(error: KeyboardInterrupt) -> NoReturn:
     outcome = outcome_of(error)
-    with suppress(OSError):
-        for action in _before_a_stop:
-            action()
     _leave(outcome.code, f"{outcome.begins}: {error}")
 
 
 def _leave(code: int, text: str) -> NoReturn:
+    for action in _before_a_stop:
+        with suppress(OSError):
+            action()
     with suppress(OSError):  # nobody may be reading any more
         os.write(2, f"{_speaker()}{text}\n".encode())
     os._exit(code)
